@@ -1,0 +1,275 @@
+"""Which implementation runs a normalization, and why.
+
+`plan` is asked once for each primitive, when it is lowered for a device: only then are
+the platform and the partitioning known. A kernel takes the call, or the reference does,
+for a reason that can be read with `fusednorm.explain`.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import mlir
+
+from fusednorm.kernels.geometry import Geometry, geometry
+from fusednorm.reference import Norm
+
+BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
+
+# Where each platform's kernels are: (backend, module). The module is imported when it
+# is first needed, so that the package imports wherever jax does. It has one function,
+# plan(call, device) -> Kernel | Fallback.
+KERNELS: dict[str, tuple[str, str]] = {}
+
+
+# --- what is asked --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One primitive's work, as far as an implementation is chosen by it.
+
+    Attributes:
+      op: "forward", or "backward" (dx, dscale, dbias).
+      norm: axes, groups, epsilon, dtype of y.
+      x, scale, bias, dy: shape and dtype of each, or None where there is none.
+      mask: whether a mask is given.
+      statistics: whether the forward returns mean and variance too.
+      wanted: which of dx, dscale and dbias the backward returns.
+      own_params: leading axes of x that keep a dscale and dbias of their own.
+    """
+
+    op: Literal["forward", "backward"]
+    norm: Norm
+    x: jax.ShapeDtypeStruct
+    scale: jax.ShapeDtypeStruct | None = None
+    bias: jax.ShapeDtypeStruct | None = None
+    dy: jax.ShapeDtypeStruct | None = None
+    mask: bool = False
+    statistics: bool = False
+    wanted: tuple[bool, bool, bool] = (True, True, True)
+    own_params: int = 0
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """The view x[N, S, G, K], or None where a transpose would be needed."""
+        has_params = self.scale is not None or self.bias is not None
+        return geometry(self.norm, self.x.shape, has_params=has_params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a call is lowered to.
+
+    Attributes:
+      platforms: those that the code is lowered for; several only under `jax.export`.
+      partitioned: devices among which XLA partitions the code by itself; 1 where there
+        is one device, or where `shard_map` has all mesh axes in hand.
+    """
+
+    platforms: tuple[str, ...]
+    partitioned: int = 1
+
+    @classmethod
+    def default(cls) -> "Target":
+        """One device of jax's default platform."""
+        platform = jax.default_backend()
+        return cls(("cuda",) if platform == "gpu" else (platform,))
+
+
+# --- what is answered -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel takes the call.
+
+    Attributes:
+      backend: "mosaic_gpu" or "mosaic_tpu".
+      name: the kernel, e.g. "rowwise forward".
+      launch: the kernel itself. Takes the operands of the reference function of the
+        same name, (x, scale, bias, mask) or (dy, x, scale, mean, var, mask), each an
+        array or None, and returns a list: y, and with `statistics` mean (if centred)
+        and var; or those of dx, dscale and dbias that are `wanted`.
+      block: what one block works on, in words.
+      bytes_moved: bytes read from and written to device memory.
+    """
+
+    backend: str
+    name: str
+    launch: Callable[..., Any]
+    block: str = ""
+    bytes_moved: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """The reference takes the call; a person can act on the `reason`."""
+
+    reason: str
+
+
+# --- the choice of the user -----------------------------------------------------------
+
+# Part of the key of every jit cache: a function that was traced under one backend is
+# traced again under another.
+_chosen = jax.make_user_context(default_value=None)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Chooses the implementation for every fusednorm call traced in this context.
+
+    Args:
+      backend: "auto" lets the plan choose, and falls back silently; "reference" is
+        plain jax.numpy; "mosaic_gpu" and "mosaic_tpu" are the kernels, which raise
+        where they cannot run. A gradient uses the backend of its forward.
+
+    Raises:
+      ValueError: no such backend.
+      NotImplementedError: at lowering, when a kernel that was named cannot run there.
+
+    The environment variable FUSEDNORM_BACKEND, read at the first call, sets what holds
+    outside of any such context.
+    """
+    with _chosen(_check_backend(backend, "use_backend")):
+        yield
+
+
+def current_backend() -> str:
+    """The backend that calls traced here are bound to."""
+    chosen = _chosen.value
+    return _environment_backend() if chosen is None else chosen
+
+
+_environment: str | None = None
+
+
+def _environment_backend() -> str:
+    global _environment
+    if _environment is None:
+        name = os.environ.get("FUSEDNORM_BACKEND", "") or "auto"
+        _environment = _check_backend(name, "FUSEDNORM_BACKEND")
+    return _environment
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(
+            f"{source}: no backend {name!r}; the backends are {', '.join(BACKENDS)}."
+        )
+    return name
+
+
+# --- the choice -----------------------------------------------------------------------
+
+_KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def plan(call: Call, target: Target, backend: str = "auto") -> Kernel | Fallback:
+    """Chooses the implementation of one call.
+
+    A function of shapes, dtypes and the target alone: what runs does not depend on
+    values, nor on what ran before.
+
+    Raises:
+      NotImplementedError: `backend` names kernels, and they cannot take this call.
+    """
+    if backend == "reference":
+        return Fallback("the backend 'reference' was chosen")
+    answer = _plan(call, target)
+    if backend == "auto":
+        return answer
+    if isinstance(answer, Kernel) and answer.backend == backend:
+        return answer
+    why = (
+        answer.reason
+        if isinstance(answer, Fallback)
+        else f"this platform's kernels are {answer.backend}"
+    )
+    raise NotImplementedError(
+        f"The backend {backend!r} was named, and cannot run this {call.op}: {why}. "
+        "Name 'auto' to fall back to the reference."
+    )
+
+
+def _plan(call: Call, target: Target) -> Kernel | Fallback:
+    if len(target.platforms) > 1:
+        return Fallback(f"lowered for several platforms: {', '.join(target.platforms)}")
+    (platform,) = target.platforms
+    if platform == "cpu" and platform not in KERNELS:
+        return Fallback("CPU: the kernels are for NVIDIA GPUs and TPUs")
+    if platform not in KERNELS:
+        return Fallback(f"no kernels for the platform {platform!r} yet")
+    if target.partitioned > 1:
+        return Fallback(
+            f"XLA partitions this call over {target.partitioned} devices; a kernel "
+            "would gather its input (jax.shard_map runs kernels on each device's part)"
+        )
+    reason = _refusal(call)
+    if reason is not None:
+        return Fallback(reason)
+    _, module = KERNELS[platform]
+    try:
+        device = jax.devices(platform)[0]
+    except RuntimeError:  # compiled here for a device that is elsewhere
+        device = None
+    return importlib.import_module(module).plan(call, device)
+
+
+def _refusal(call: Call) -> str | None:
+    """Why no kernel of any platform takes the call, or None."""
+    if call.mask:
+        return "mask given"
+    for name in ("x", "scale", "bias", "dy"):
+        operand = getattr(call, name)
+        if operand is not None and operand.dtype.name not in _KERNEL_DTYPES:
+            return (
+                f"{operand.dtype.name} {name}; kernels take {_either(_KERNEL_DTYPES)}"
+            )
+    if call.norm.dtype.name not in _KERNEL_DTYPES:
+        return f"{call.norm.dtype.name} output; kernels give {_either(_KERNEL_DTYPES)}"
+    if any(
+        param is not None and len(param.shape) > 1 for param in (call.scale, call.bias)
+    ):
+        return "scale or bias differ along an axis mapped by vmap"
+    if not all(isinstance(size, int) for size in call.x.shape):
+        return f"symbolic shape {call.x.shape}"
+    if call.geometry is None:
+        return (
+            f"reduction axes {call.norm.reduction_axes} and feature axes "
+            f"{call.norm.feature_axes} of shape {call.x.shape} need a transpose; put "
+            "reduced axes behind the others and channels last"
+        )
+    return None
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def target_of(ctx: mlir.LoweringRuleContext) -> Target:
+    """The target of a lowering in progress."""
+    module = ctx.module_context
+    axes = module.axis_context
+    platforms = tuple(ctx.platforms or module.platforms)
+    if isinstance(axes, mlir.SPMDAxisContext):
+        manual = frozenset(axes.manual_axes)
+        left = [size for name, size in axes.mesh.shape.items() if name not in manual]
+        partitioned = 1
+        for size in left:
+            partitioned *= size
+        return Target(platforms, partitioned)
+    return Target(platforms, getattr(axes, "num_devices", None) or 1)
+
+
+def describe(operand: Any) -> Any:
+    """Shape and dtype alone, of an array or an abstract value."""
+    if operand is None:
+        return None
+    return jax.ShapeDtypeStruct(operand.shape, jnp.dtype(operand.dtype))

@@ -1,0 +1,125 @@
+"""Reading out of a jaxpr which implementation each normalization in it gets."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+
+from fusednorm.kernels import dispatch, norm
+from fusednorm.kernels.dispatch import Fallback, Kernel, Target
+
+# Functions of kernels/norm.py that run the reference, whatever the platform.
+_REFERENCE_ALWAYS = {
+    "_plain_normalize": "statistics cross mapped axes (axis_name), or complex numbers",
+    "apply_statistics": "BatchNorm with running statistics is elementwise: XLA fuses "
+    "it into its neighbours",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one normalization gets.
+
+    Attributes:
+      op: "forward" or "backward".
+      x: the input, as dtype[shape].
+      view: the sizes N, S, G, K that a kernel works on, or "" where there is no such
+        view.
+      plan: the kernel, or the fallback with its reason.
+    """
+
+    op: str
+    x: str
+    view: str
+    plan: Kernel | Fallback
+
+    @property
+    def backend(self) -> str:
+        """ "mosaic_gpu", "mosaic_tpu" or "reference"."""
+        return self.plan.backend if isinstance(self.plan, Kernel) else "reference"
+
+    def __str__(self) -> str:
+        head = f"{self.op:<8}  {self.x}  {self.view}".rstrip()
+        if isinstance(self.plan, Fallback):
+            return f"{head}\n  reference: {self.plan.reason}"
+        kernel = self.plan
+        return (
+            f"{head}\n  {kernel.backend}: {kernel.name}, {kernel.block}, "
+            f"{kernel.bytes_moved:,} bytes moved"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What every normalization in a call gets, in the order of the program.
+
+    Attributes:
+      choices: one entry for each normalization in the traced code; one inside a
+        `jax.lax.scan` counts once.
+    """
+
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        if not self.choices:
+            return "no fusednorm call in it"
+        counts = {choice: self.choices.count(choice) for choice in self.choices}
+        return "\n".join(
+            f"{f'{count} x ' if count > 1 else ''}{choice}"
+            for choice, count in counts.items()
+        )
+
+
+def explain_jaxpr(jaxpr: Any, target: Target) -> Explanation:
+    """What each normalization in a jaxpr gets when it is lowered for `target`."""
+    return Explanation(tuple(_choices(jaxpr, target)))
+
+
+def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        avals = [var.aval for var in eqn.invars]
+        if eqn.primitive in (norm.norm_p, norm.gradient_p):
+            call = norm.call_of(eqn.primitive, avals, eqn.params)
+            assert call is not None
+            yield _choice(call, target, eqn.params["backend"])
+        elif eqn.params.get("name") in _REFERENCE_ALWAYS:
+            reason = _REFERENCE_ALWAYS[eqn.params["name"]]
+            yield Choice("forward", avals[0].str_short(), "", Fallback(reason))
+        else:
+            inner = target
+            if eqn.primitive.name == "shard_map":
+                inner = Target(target.platforms, _left_to_xla(eqn.params))
+            for sub in jaxprs_in_params(eqn.params):
+                yield from _choices(sub, inner)
+
+
+def _choice(call: dispatch.Call, target: Target, backend: str) -> Choice:
+    view = call.geometry
+    return Choice(
+        op=call.op,
+        x=f"{call.x.dtype.name}{list(call.x.shape)}",
+        view="" if view is None else f"N={view.n} S={view.s} G={view.g} K={view.k}",
+        plan=dispatch.plan(call, target, backend),
+    )
+
+
+def _left_to_xla(params: dict[str, Any]) -> int:
+    """Devices among which XLA still partitions inside a shard_map."""
+    devices = 1
+    for name, size in params["mesh"].shape.items():
+        if name not in params["manual_axes"]:
+            devices *= size
+    return devices
+
+
+def target_of_arguments(arguments: Any) -> Target:
+    """One device of the default platform, or as many as the arrays lie on."""
+    shardings = [
+        leaf.sharding
+        for leaf in jax.tree.leaves(arguments)
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    ]
+    devices = max((len(sharding.device_set) for sharding in shardings), default=1)
+    return dataclasses.replace(Target.default(), partitioned=devices)

@@ -1,0 +1,452 @@
+"""Layer, RMS, group, instance and batch normalization of plain arrays.
+
+Each function turns its axes into one `Norm`, checks what it was given against it, and
+calls the op of `kernels/norm.py`. What they share:
+
+  x: float32, bfloat16, float16, float64 or complex; integers are taken as float32.
+  scale, bias: real or complex, each with its own dtype, or None for none. They are used
+    in float32 (float64 where the output is), not rounded to the output's dtype first.
+  dtype: dtype of the output; None is what jax.numpy promotes x, scale and bias to.
+  mask: bool, broadcastable to x: which elements the statistics are taken from. All are
+    normalized. Where it lets nothing in, the mean is 0 and the variance 1.
+  axis_name, axis_index_groups: mapped axes over which statistics are combined, as for
+    `jax.lax.psum`, each device weighing in with its own count of elements.
+
+Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) / n.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from fusednorm.kernels import norm as op
+from fusednorm.reference import Norm
+
+Axes = int | Iterable[int]
+Maybe = ArrayLike | None
+
+
+def layer_norm(
+    x: ArrayLike,
+    scale: Maybe = None,
+    bias: Maybe = None,
+    *,
+    epsilon: float = 1e-6,
+    reduction_axes: Axes = -1,
+    feature_axes: Axes = -1,
+    dtype: DTypeLike | None = None,
+    mask: Maybe = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Any = None,
+) -> jax.Array:
+    """Layer normalization: y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
+
+    Args:
+      x: array of any shape.
+      scale, bias: shape (features,), features being the product of x's sizes along
+        `feature_axes`; or None.
+      epsilon: added to the variance, inside the square root.
+      reduction_axes: axes that share one mean and variance.
+      feature_axes: axes along which scale and bias vary.
+      dtype, mask, axis_name, axis_index_groups: see the module's docstring.
+
+    Returns:
+      Array of x's shape.
+
+    Raises:
+      TypeError: scale or bias does not fit x along `feature_axes`.
+      ValueError: an axis is out of range, or the mask does not broadcast to x.
+
+    Source: Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4.
+    """
+    return _normalize_axes(
+        x,
+        scale,
+        bias,
+        reduction_axes,
+        feature_axes,
+        True,
+        epsilon,
+        dtype,
+        mask,
+        axis_name,
+        axis_index_groups,
+    )
+
+
+def rms_norm(
+    x: ArrayLike,
+    scale: Maybe = None,
+    *,
+    epsilon: float = 1e-6,
+    reduction_axes: Axes = -1,
+    feature_axes: Axes = -1,
+    dtype: DTypeLike | None = None,
+    mask: Maybe = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Any = None,
+) -> jax.Array:
+    """Root-mean-square normalization: y = x * rsqrt(mean(x^2) + epsilon) * scale.
+
+    Arguments, result and errors are those of `layer_norm`, without a bias.
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4.
+    """
+    return _normalize_axes(
+        x,
+        scale,
+        None,
+        reduction_axes,
+        feature_axes,
+        False,
+        epsilon,
+        dtype,
+        mask,
+        axis_name,
+        axis_index_groups,
+    )
+
+
+def group_norm(
+    x: ArrayLike,
+    scale: Maybe = None,
+    bias: Maybe = None,
+    *,
+    num_groups: int,
+    epsilon: float = 1e-6,
+    reduction_axes: Axes | None = None,
+    dtype: DTypeLike | None = None,
+    mask: Maybe = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Any = None,
+) -> jax.Array:
+    """Group normalization: statistics of each group of channels, in each sample.
+
+    Args:
+      x: shape (batch, ..., channels).
+      scale, bias: shape (channels,), or None.
+      num_groups: into how many groups of equal size the channels are split.
+      epsilon: added to the variance, inside the square root.
+      reduction_axes: axes that share one mean and variance; the last axis, of the
+        channels, must be among them. None is all but the first.
+      dtype, mask, axis_name, axis_index_groups: see the module's docstring.
+
+    Returns:
+      Array of x's shape.
+
+    Raises:
+      TypeError: scale or bias does not fit the channels.
+      ValueError: the groups do not divide the channels, `reduction_axes` lacks the last
+        axis, an axis is out of range, or the mask does not broadcast to x.
+
+    Source: Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3 and 7.
+    """
+    x, dtype = _promote(x, scale, bias, dtype=dtype)
+    if x.ndim == 0 or num_groups < 1 or x.shape[-1] % num_groups:
+        raise ValueError(
+            f"num_groups={num_groups} must divide the channels, the last axis of x "
+            f"with shape {x.shape}."
+        )
+    if reduction_axes is None:
+        reduction_axes = (*range(1, x.ndim), -1)
+    axes = _axes(reduction_axes, x.ndim, "reduction_axes")
+    if x.ndim - 1 not in axes:
+        raise ValueError(
+            f"reduction_axes={reduction_axes} must include the last axis, "
+            f"{x.ndim - 1}: the channels of x with shape {x.shape} are what is grouped."
+        )
+    spec = Norm(
+        reduction_axes=axes[:-1],
+        feature_axes=(x.ndim - 1,),
+        num_groups=num_groups,
+        epsilon=epsilon,
+        dtype=dtype,
+    )
+    return op.normalize(
+        spec,
+        x,
+        _param(scale, "scale", spec, x),
+        _param(bias, "bias", spec, x),
+        _mask(mask, x),
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+    )
+
+
+def instance_norm(
+    x: ArrayLike,
+    scale: Maybe = None,
+    bias: Maybe = None,
+    *,
+    epsilon: float = 1e-6,
+    feature_axes: Axes = -1,
+    dtype: DTypeLike | None = None,
+    mask: Maybe = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Any = None,
+) -> jax.Array:
+    """Instance normalization: statistics of each channel in each sample.
+
+    Args:
+      x: shape (batch, ...), with the channels along `feature_axes`.
+      scale, bias: shape (features,), or None.
+      epsilon: added to the variance, inside the square root.
+      feature_axes: axes of the channels; all others but the first are reduced.
+      dtype, mask, axis_name, axis_index_groups: see the module's docstring.
+
+    Returns:
+      Array of x's shape.
+
+    Raises:
+      TypeError: scale or bias does not fit x along `feature_axes`.
+      ValueError: `feature_axes` includes the first axis, an axis is out of range, or
+        the mask does not broadcast to x.
+
+    Source: Ulyanov et al. 2016 (arXiv:1607.08022), eq. 2.
+    """
+    ndim = jnp.ndim(x)
+    features = _axes(feature_axes, ndim, "feature_axes")
+    if 0 in features:
+        raise ValueError(
+            "The channel axes cannot include the leading dimension, which is the "
+            f"batch: feature_axes={feature_axes}, x has shape {jnp.shape(x)}."
+        )
+    reduction_axes = [axis for axis in range(1, ndim) if axis not in features]
+    return _normalize_axes(
+        x,
+        scale,
+        bias,
+        reduction_axes,
+        features,
+        True,
+        epsilon,
+        dtype,
+        mask,
+        axis_name,
+        axis_index_groups,
+    )
+
+
+def batch_norm(
+    x: ArrayLike,
+    scale: Maybe = None,
+    bias: Maybe = None,
+    *,
+    epsilon: float = 1e-5,
+    axis: Axes = -1,
+    dtype: DTypeLike | None = None,
+    mask: Maybe = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch normalization with the statistics of the batch, as in training.
+
+    Args:
+      x: array of any shape.
+      scale, bias: shape (features,), or None.
+      epsilon: added to the variance, inside the square root.
+      axis: axis of the features, or several; all others are reduced.
+      dtype, mask, axis_name, axis_index_groups: see the module's docstring.
+
+    Returns:
+      y: x's shape.
+      mean: x's sizes along `axis`, float32 at least; 0 where nothing was counted.
+      var: likewise, the biased variance; 1 where nothing was counted.
+
+    Raises:
+      TypeError: scale or bias does not fit x along `axis`.
+      ValueError: an axis is out of range, or the mask does not broadcast to x.
+
+    Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1.
+    """
+    x, dtype = _promote(x, scale, bias, dtype=dtype)
+    features = _axes(axis, x.ndim, "axis")
+    spec = Norm(
+        reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
+        feature_axes=features,
+        epsilon=epsilon,
+        dtype=dtype,
+    )
+    y, mean, var = op.normalize_with_moments(
+        spec,
+        x,
+        _param(scale, "scale", spec, x),
+        _param(bias, "bias", spec, x),
+        _mask(mask, x),
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+    )
+    assert mean is not None  # only RMSNorm has none
+    return (
+        y,
+        jnp.squeeze(mean, spec.reduction_axes),
+        jnp.squeeze(var, spec.reduction_axes),
+    )
+
+
+def batch_norm_inference(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: Maybe = None,
+    bias: Maybe = None,
+    *,
+    epsilon: float = 1e-5,
+    axis: Axes = -1,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """Batch normalization with given statistics, as in inference.
+
+    It is elementwise, and XLA fuses it into its neighbours; no kernel would do better.
+
+    Args:
+      x: array of any shape.
+      mean, var: shape (features,), used in float32 at least.
+      scale, bias, epsilon, axis, dtype: as for `batch_norm`.
+
+    Returns:
+      Array of x's shape.
+
+    Raises:
+      TypeError: mean, var, scale or bias does not fit x along `axis`.
+      ValueError: an axis is out of range.
+
+    Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 2.
+    """
+    x, dtype = _promote(x, scale, bias, dtype=dtype)
+    features = _axes(axis, x.ndim, "axis")
+    spec = Norm(
+        reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
+        feature_axes=features,
+        epsilon=epsilon,
+        dtype=dtype,
+    )
+    shape = [x.shape[a] if a in features else 1 for a in range(x.ndim)]
+    statistics = [
+        jnp.reshape(_param(value, name, spec, x), shape).astype(spec.compute_dtype)
+        for value, name in ((mean, "mean"), (var, "var"))
+    ]
+    return op.apply_statistics(
+        spec,
+        x,
+        *statistics,
+        _param(scale, "scale", spec, x),
+        _param(bias, "bias", spec, x),
+    )
+
+
+def anything_counted(
+    x: jax.Array, *, axis: Axes, mask: Maybe, axis_name: Hashable | None
+) -> jax.Array | bool:
+    """Whether the batch statistics of each feature were taken from any element at all.
+
+    Args:
+      x, axis, mask, axis_name: as for `batch_norm`.
+
+    Returns:
+      bool, of the shape of `batch_norm`'s mean where there is a mask.
+    """
+    features = _axes(axis, x.ndim, "axis")
+    reduced = tuple(a for a in range(x.ndim) if a not in features)
+    if mask is None:
+        return 0 not in [x.shape[a] for a in reduced]
+    counted = jnp.any(jnp.broadcast_to(_mask(mask, x), x.shape), axis=reduced)
+    if axis_name is not None:
+        counted = jax.lax.psum(counted.astype(jnp.int32), axis_name) > 0
+    return counted
+
+
+# --- shared ---------------------------------------------------------------------------
+
+
+def _normalize_axes(
+    x: ArrayLike,
+    scale: Maybe,
+    bias: Maybe,
+    reduction_axes: Axes,
+    feature_axes: Axes,
+    center: bool,
+    epsilon: float,
+    dtype: DTypeLike | None,
+    mask: Maybe,
+    axis_name: Hashable | None,
+    axis_index_groups: Any,
+) -> jax.Array:
+    x, dtype = _promote(x, scale, bias, dtype=dtype)
+    spec = Norm(
+        reduction_axes=_axes(reduction_axes, x.ndim, "reduction_axes"),
+        feature_axes=_axes(feature_axes, x.ndim, "feature_axes"),
+        center=center,
+        epsilon=epsilon,
+        dtype=dtype,
+    )
+    return op.normalize(
+        spec,
+        x,
+        _param(scale, "scale", spec, x),
+        _param(bias, "bias", spec, x),
+        _mask(mask, x),
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+    )
+
+
+def _promote(
+    x: ArrayLike, *params: Maybe, dtype: DTypeLike | None
+) -> tuple[jax.Array, jnp.dtype]:
+    """x as an inexact array, and the output's dtype."""
+    x = jnp.asarray(x)
+    if dtype is None:
+        dtype = jnp.result_type(x, *[p for p in params if p is not None])
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"Dtype must be inexact (float or complex), got dtype={dtype}."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    return x, dtype
+
+
+def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
+    """Sorted, without negatives and duplicates."""
+    given: Sequence[int] = (axes,) if isinstance(axes, int) else tuple(axes)
+    if any(not -ndim <= axis < ndim for axis in given):
+        raise ValueError(f"{name}={axes} is out of range for x with {ndim} axes.")
+    return tuple(sorted({axis % ndim for axis in given}))
+
+
+def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
+    if param is None:
+        return None
+    param = jnp.asarray(param)
+    sizes = tuple(x.shape[axis] for axis in spec.feature_axes)
+    if param.size != math.prod(sizes):
+        raise TypeError(
+            f"{name} has shape {param.shape}, expected ({math.prod(sizes)},): x with "
+            f"shape {x.shape} has sizes {sizes} along its feature axes "
+            f"{spec.feature_axes}."
+        )
+    return param.reshape(-1)
+
+
+def _mask(mask: Maybe, x: jax.Array) -> Any:
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    try:
+        fits = jnp.broadcast_shapes(mask.shape, x.shape) == x.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask has shape {mask.shape}, which does not broadcast to x with shape "
+            f"{x.shape}."
+        )
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape).astype(bool)

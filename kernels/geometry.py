@@ -1,0 +1,85 @@
+"""The one view that every kernel works on: x[N, S, G, K].
+
+Mean and variance are taken over (S, K), one pair for each (n, g); scale and bias have
+one entry for each (g, k).
+
+| layer                        | N       | S          | G        | K        |
+|------------------------------|---------|------------|----------|----------|
+| LayerNorm or RMSNorm, last   | rows    | 1          | 1        | features |
+| LayerNorm, trailing axes     | leading | other axes | 1        | features |
+| GroupNorm                    | batch   | pixels     | groups   | C/groups |
+| InstanceNorm                 | batch   | pixels     | channels | 1        |
+| BatchNorm                    | 1       | all pixels | channels | 1        |
+
+S = 1 is a rowwise norm (what is reduced lies contiguous), S > 1 a channelwise one.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from fusednorm.reference import Norm
+
+# Which of N, S, G, K an axis belongs to, by (is it reduced, do scale and bias vary on
+# it).
+_ROLE = {(False, False): 0, (True, False): 1, (False, True): 2, (True, True): 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes of the view x[N, S, G, K]; see the module's table."""
+
+    n: int
+    s: int
+    g: int
+    k: int
+
+    @property
+    def family(self) -> str:
+        """The kernel family: "rowwise" where S = 1, else "channelwise"."""
+        return "rowwise" if self.s == 1 else "channelwise"
+
+    @property
+    def features(self) -> int:
+        """Length of scale and bias."""
+        return self.g * self.k
+
+
+def geometry(norm: Norm, shape: Sequence[int], *, has_params: bool) -> Geometry | None:
+    """The view of an array under `norm`, or None where reshape cannot make it.
+
+    The axes must come in the order N, S, G, K; axes of size 1 may lie anywhere.
+
+    Args:
+      norm: what is normalized over what.
+      shape: shape of x.
+      has_params: whether there is a scale or a bias. Without them no axis need be a
+        feature axis, more views will do, and a rowwise one is preferred.
+    """
+    sizes = list(shape)
+    reduced = set(norm.reduction_axes)
+    features = set(norm.feature_axes)
+    if norm.num_groups is not None:
+        sizes[-1:] = [norm.num_groups, shape[-1] // norm.num_groups]
+        reduced.add(len(shape))
+        features.add(len(shape))
+    choices = [features]
+    if not has_params:
+        choices += [reduced, set(range(len(sizes))) - reduced]
+
+    views = [_view(sizes, reduced, choice) for choice in choices]
+    found = [view for view in views if view is not None]
+    return min(found, key=lambda view: view.family != "rowwise", default=None)
+
+
+def _view(sizes: list[int], reduced: set[int], features: set[int]) -> Geometry | None:
+    view = [1, 1, 1, 1]
+    role = 0
+    for axis, size in enumerate(sizes):
+        if isinstance(size, int) and size == 1:
+            continue
+        here = _ROLE[axis in reduced, axis in features]
+        if here < role:
+            return None
+        role = here
+        view[role] *= size
+    return Geometry(*view)

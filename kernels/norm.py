@@ -1,0 +1,451 @@
+"""The differentiable normalization: three primitives and their rules.
+
+    norm_p       x, scale, bias -> y (and mean, var when a derivative will need them)
+    tangent_p    x_dot, scale_dot, bias_dot -> y_dot, linear in these three
+    gradient_p   dy, x, scale, mean, var -> dx, dscale, dbias
+
+How they hang together:
+
+    jvp of norm_p           norm_p with statistics, and tangent_p for the tangent of y
+    transpose of tangent_p  gradient_p: the backward kernel of every reverse pass
+    jvp of the other two    that of their jax.numpy formulas, so every order exists
+    vmap                    one more leading axis, and the same primitive again
+    abstract evaluation     that of the formulas, which know shardings and manual axes
+    lowering                what `plan` chose for the platform and partitioning at hand
+
+So reverse mode runs one forward and one backward kernel, whatever vmap, remat, scan or
+jit is around it, and jvp, Hessians and export work too. `jax.custom_vjp` would refuse
+forward mode; a choice of platform at trace time would break export.
+
+The primitives keep the caller's rank. The kernels' view x[N, S, G, K] is made inside an
+implementation, for a reshape out here would make XLA gather a sharded array.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from fusednorm import reference
+from fusednorm.kernels import dispatch
+from fusednorm.reference import Norm
+
+# An array, or None where there is none: no bias, a tangent that is zero.
+Maybe = jax.Array | None
+
+
+def normalize(
+    norm: Norm,
+    x: jax.Array,
+    scale: Maybe = None,
+    bias: Maybe = None,
+    mask: Maybe = None,
+    *,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Any = None,
+) -> jax.Array:
+    """y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
+
+    Args:
+      norm: what is normalized over what; see `fusednorm.reference.Norm`.
+      x: float or complex array of any shape.
+      scale, bias: shape (features,), or None.
+      mask: None, or bool of x's rank that broadcasts to x.
+      axis_name: mapped axes over which the statistics are combined too.
+      axis_index_groups: as for `jax.lax.psum`.
+
+    Returns:
+      Array of x's shape, dtype `norm.dtype`.
+    """
+    if axis_name is not None or jnp.iscomplexobj(x) or _is_complex(norm.dtype):
+        return _plain(norm, x, scale, bias, mask, axis_name, axis_index_groups)[0]
+    operands = _alike_over_devices(x, scale, bias, mask)
+    return _normalize(norm, dispatch.current_backend(), *operands)[0]
+
+
+def normalize_with_moments(
+    norm: Norm,
+    x: jax.Array,
+    scale: Maybe = None,
+    bias: Maybe = None,
+    mask: Maybe = None,
+    *,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Any = None,
+) -> tuple[jax.Array, Maybe, jax.Array]:
+    """As `normalize`, and the statistics, of which BatchNorm keeps running averages.
+
+    Returns:
+      y: x's shape.
+      mean, var: x's rank, with size 1 along reduced axes; mean is None without
+        centring.
+    """
+    if axis_name is not None or jnp.iscomplexobj(x) or _is_complex(norm.dtype):
+        return _plain(norm, x, scale, bias, mask, axis_name, axis_index_groups)
+    operands = _alike_over_devices(x, scale, bias, mask)
+    y, *statistics = _normalize(
+        norm, dispatch.current_backend(), *operands, statistics=True
+    )
+    mean, var = statistics if norm.center else (None, *statistics)
+    return y, mean, var
+
+
+def _is_complex(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.complexfloating))
+
+
+def _alike_over_devices(x: jax.Array, *others: Maybe) -> tuple[Maybe, ...]:
+    """Makes all operands vary over the same manual axes of a `jax.shard_map`.
+
+    Parameters are the same on every device of the axis, x is not: the cast says so, and
+    its transpose is the psum that adds up dscale and dbias over the devices.
+    """
+    operands = (x, *others)
+    over: frozenset[Hashable] = frozenset().union(*(_varies(a) for a in operands))
+    return tuple(
+        a
+        if a is None or not (missing := over - _varies(a))
+        else lax.pcast(a, tuple(missing), to="varying")
+        for a in operands
+    )
+
+
+def _varies(a: Maybe) -> frozenset[Hashable]:
+    return frozenset() if a is None else jax.typeof(a).manual_axis_type.varying
+
+
+# One jit around each op: its cache makes the second norm of a shape cheap to trace.
+@functools.partial(jax.jit, static_argnames=("norm", "backend", "statistics"))
+def _normalize(
+    norm: Norm,
+    backend: str,
+    x: jax.Array,
+    scale: Maybe,
+    bias: Maybe,
+    mask: Maybe,
+    statistics: bool = False,
+) -> list[jax.Array]:
+    operands, tree = jax.tree.flatten((x, scale, bias, mask))
+    return norm_p.bind(
+        *operands, tree=tree, norm=norm, backend=backend, statistics=statistics
+    )
+
+
+# Statistics that cross devices, and complex numbers: the reference with JAX's own
+# derivatives. `explain` knows it by this function's name.
+@functools.partial(jax.jit, static_argnames=("norm", "axis_name", "groups"))
+def _plain_normalize(
+    norm: Norm,
+    x: jax.Array,
+    scale: Maybe,
+    bias: Maybe,
+    mask: Maybe,
+    axis_name: Hashable | None,
+    groups: Any,
+) -> tuple[jax.Array, Maybe, jax.Array]:
+    if axis_name is None:
+        return reference.forward(norm, x, scale, bias, mask)
+    moments = reference.moments(norm, x, mask)
+    count, mean, m2 = reference.combine(*moments, axis_name, groups)
+    var = reference.variance(count, m2)
+    return reference.apply(norm, x, mean, var, scale, bias), mean, var
+
+
+def _plain(
+    norm: Norm,
+    x: jax.Array,
+    scale: Maybe,
+    bias: Maybe,
+    mask: Maybe,
+    axis_name: Hashable | None,
+    axis_index_groups: Any,
+) -> tuple[jax.Array, Maybe, jax.Array]:
+    groups = axis_index_groups and tuple(tuple(group) for group in axis_index_groups)
+    return _plain_normalize(norm, x, scale, bias, mask, axis_name, groups)
+
+
+# BatchNorm with running statistics is elementwise, and XLA fuses it with its
+# neighbours.
+@functools.partial(jax.jit, static_argnames="norm")
+def apply_statistics(
+    norm: Norm, x: jax.Array, mean: Maybe, var: jax.Array, scale: Maybe, bias: Maybe
+) -> jax.Array:
+    """y = (x - mean) * rsqrt(var + epsilon) * scale + bias, for statistics given.
+
+    Args:
+      norm: axes of the features, epsilon, dtype of y.
+      x: any shape.
+      mean, var: x's rank, with size 1 along reduced axes.
+      scale, bias: shape (features,), or None.
+    """
+    return reference.apply(norm, x, mean, var, scale, bias)
+
+
+# --- the primitives -------------------------------------------------------------------
+# A primitive's operands are flat, and `tree` puts them, and None where there is none,
+# into the tuple that its formula takes. A formula returns a flat list.
+
+
+def _norm_formula(
+    operands: tuple[Any, ...], *, norm: Norm, statistics: bool
+) -> list[jax.Array]:
+    y, mean, var = reference.forward(norm, *operands)
+    return [r for r in (y, mean, var) if r is not None] if statistics else [y]
+
+
+def _tangent_formula(operands: tuple[Any, ...], *, norm: Norm) -> list[jax.Array]:
+    return [reference.tangent(norm, *operands)]
+
+
+def _gradient_formula(
+    operands: tuple[Any, ...],
+    *,
+    norm: Norm,
+    wanted: tuple[bool, bool, bool],
+    own_params: int,
+) -> list[jax.Array]:
+    results = reference.backward(norm, *operands, own_params=own_params)
+    return [result for result, want in zip(results, wanted, strict=True) if want]
+
+
+def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
+    """A primitive that means `formula`."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    # A jit, for its cache: shapes seen before are not traced again, here or in
+    # lowering.
+    @functools.partial(
+        jax.jit, static_argnames=("tree", "norm", "statistics", "wanted", "own_params")
+    )
+    def meaning(*flat: jax.Array, tree: Any, **params: Any) -> list[jax.Array]:
+        return formula(tree.unflatten(flat), **params)
+
+    def abstract(*avals: Any, backend: str, **params: Any) -> Sequence[Any]:
+        return jax.make_jaxpr(functools.partial(meaning, **params))(*avals).out_avals
+
+    def lower(ctx: Any, *flat: Any, backend: str, **params: Any) -> Any:
+        implementation = functools.partial(meaning, **params)
+        call = call_of(primitive, ctx.avals_in, params)
+        if call is not None:
+            answer = dispatch.plan(call, dispatch.target_of(ctx), backend)
+            if isinstance(answer, dispatch.Kernel):
+                implementation = functools.partial(_launch, answer, params["tree"])
+        return mlir.lower_fun(implementation, multiple_results=True)(ctx, *flat)
+
+    def run(*flat: Any, backend: str, **params: Any) -> list[jax.Array]:
+        return meaning(*flat, **params)  # only jax.disable_jit() comes here
+
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+def _launch(kernel: dispatch.Kernel, tree: Any, *flat: jax.Array) -> list[jax.Array]:
+    return kernel.launch(*tree.unflatten(flat))
+
+
+norm_p = _primitive("norm", _norm_formula)
+tangent_p = _primitive("norm_tangent", _tangent_formula)
+gradient_p = _primitive("norm_gradient", _gradient_formula)
+
+
+def call_of(
+    primitive: Primitive, avals: Sequence[Any], params: dict[str, Any]
+) -> dispatch.Call | None:
+    """What `plan` must know of one bound primitive; None for what no kernel does."""
+    operands = [dispatch.describe(aval) for aval in params["tree"].unflatten(avals)]
+    if primitive is norm_p:
+        x, scale, bias, mask = operands
+        return dispatch.Call(
+            op="forward",
+            norm=params["norm"],
+            x=x,
+            scale=scale,
+            bias=bias,
+            mask=mask is not None,
+            statistics=params["statistics"],
+        )
+    if primitive is gradient_p:
+        dy, x, scale, _, _, mask = operands
+        return dispatch.Call(
+            op="backward",
+            norm=params["norm"],
+            x=x,
+            scale=scale,
+            dy=dy,
+            mask=mask is not None,
+            wanted=params["wanted"],
+            own_params=params["own_params"],
+        )
+    return None
+
+
+# --- derivatives ----------------------------------------------------------------------
+
+
+def _norm_jvp(
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    tree: Any,
+    norm: Norm,
+    backend: str,
+    statistics: bool,
+) -> tuple[list[Any], list[Any]]:
+    x, scale, _, mask = tree.unflatten(primals)
+    x_dot, scale_dot, bias_dot, _ = tree.unflatten(
+        [None if isinstance(t, ad.Zero) else t for t in tangents]
+    )
+    y, *moments = norm_p.bind(
+        *primals, tree=tree, norm=norm, backend=backend, statistics=True
+    )
+    mean, var = moments if norm.center else (None, *moments)
+    flat, tangent_tree = jax.tree.flatten(
+        (x_dot, scale_dot, bias_dot, x, scale, mean, var, mask)
+    )
+    (y_dot,) = tangent_p.bind(*flat, tree=tangent_tree, norm=norm, backend=backend)
+    if not statistics:
+        return [y], [y_dot]
+    if x_dot is None:
+        moments_dot: list[Any] = [ad.Zero(jax.typeof(moment)) for moment in moments]
+    else:
+        mean_dot, var_dot = reference.moments_tangent(norm, x_dot, x, mean, mask)
+        moments_dot = [mean_dot, var_dot] if norm.center else [var_dot]
+    return [y, *moments], [y_dot, *moments_dot]
+
+
+def _tangent_transpose(
+    cotangents: Sequence[Any], *flat: Any, tree: Any, norm: Norm, backend: str
+) -> list[Any]:
+    (dy,) = cotangents
+    *dots, x, scale, mean, var, mask = tree.unflatten(flat)
+    wanted = tuple(ad.is_undefined_primal(dot) for dot in dots)
+    avals = [dot.aval for dot in dots if ad.is_undefined_primal(dot)]
+    if isinstance(dy, ad.Zero):
+        found: list[Any] = [ad.Zero(aval) for aval in avals]
+    else:
+        params = [dot.aval for dot in dots[1:] if ad.is_undefined_primal(dot)]
+        operands, gradient_tree = jax.tree.flatten((dy, x, scale, mean, var, mask))
+        found = gradient_p.bind(
+            *operands,
+            tree=gradient_tree,
+            norm=norm,
+            backend=backend,
+            wanted=wanted,
+            own_params=max((len(aval.shape) - 1 for aval in params), default=0),
+        )
+        found = [_sum_to(value, aval) for value, aval in zip(found, avals, strict=True)]
+    next_found = iter(found)
+    return [next(next_found) if ad.is_undefined_primal(a) else None for a in flat]
+
+
+def _sum_to(value: jax.Array, aval: Any) -> jax.Array:
+    """Adds up a gradient (*own, features) over the axes that its parameter shares."""
+    *lead, features = aval.shape
+    if value.ndim > 1 and value.shape != aval.shape:
+        aligned = (*lead, *[1] * (value.ndim - len(aval.shape)), features)
+        shared = [
+            axis
+            for axis, (own, kept) in enumerate(zip(value.shape, aligned, strict=True))
+            if own != kept
+        ]
+        value = jnp.sum(value, axis=shared, keepdims=True).reshape(aval.shape)
+    return value.astype(aval.dtype)
+
+
+def _formula_jvp(
+    primitive: Primitive,
+    formula: Callable[..., list[jax.Array]],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    tree: Any,
+    backend: str,
+    **params: Any,
+) -> tuple[list[Any], list[Any]]:
+    """Second order: the primitive as it is, its tangent by the formula's derivative."""
+    results = primitive.bind(*primals, tree=tree, backend=backend, **params)
+    moving = [i for i, dot in enumerate(tangents) if not isinstance(dot, ad.Zero)]
+
+    def along(*values: Any) -> list[jax.Array]:
+        flat = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            flat[i] = value
+        return formula(tree.unflatten(flat), **params)
+
+    _, dots = jax.jvp(
+        along, [primals[i] for i in moving], [tangents[i] for i in moving]
+    )
+    return results, dots
+
+
+ad.primitive_jvps[norm_p] = _norm_jvp
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+for _p, _formula in ((tangent_p, _tangent_formula), (gradient_p, _gradient_formula)):
+    ad.primitive_jvps[_p] = functools.partial(_formula_jvp, _p, _formula)
+
+
+# --- vmap -----------------------------------------------------------------------------
+
+# Which operands are a scale or a bias, or the tangent of one.
+_PARAMS = {norm_p: (1, 2), tangent_p: (1, 2, 4), gradient_p: (2,)}
+_MASK = {norm_p: 3, tangent_p: 7, gradient_p: 5}
+
+
+def _batch(
+    primitive: Primitive,
+    flat: Sequence[Any],
+    dims: Sequence[int | None],
+    *,
+    tree: Any,
+    norm: Norm,
+    **params: Any,
+) -> tuple[list[Any], list[int]]:
+    """The mapped axis becomes x's first one, and the same primitive is bound again.
+
+    A parameter that is not mapped stays shared, (features,). One that is mapped gets a
+    leading axis, (batch, features), which the formulas set against x's first axis.
+    """
+    (size,) = {
+        operand.shape[dim]
+        for operand, dim in zip(flat, dims, strict=True)
+        if dim is not None
+    }
+
+    def to_front(index: int, operand: Any, dim: int | None) -> Any:
+        if operand is None:
+            return None
+        if dim is not None:
+            return jnp.moveaxis(operand, dim, 0)
+        if index in _PARAMS[primitive]:
+            return operand if operand.ndim == 1 else operand[None]
+        if index == _MASK[primitive]:
+            return operand[None]
+        return jnp.broadcast_to(operand, (size, *operand.shape))
+
+    operands = [
+        to_front(index, operand, dim)
+        for index, (operand, dim) in enumerate(
+            zip(tree.unflatten(flat), tree.unflatten(dims), strict=True)
+        )
+    ]
+    if primitive is gradient_p:
+        params["own_params"] += 1
+    results = primitive.bind(
+        *[operand for operand in operands if operand is not None],
+        tree=tree,
+        norm=norm.behind(1),
+        **params,
+    )
+    return results, [0] * len(results)
+
+
+for _p in (norm_p, tangent_p, gradient_p):
+    batching.primitive_batchers[_p] = functools.partial(_batch, _p)

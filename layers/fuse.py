@@ -1,0 +1,147 @@
+"""fuse(model): every norm layer of a model on fused kernels, in place; and back."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+
+from fusednorm.layers import normalization
+
+_FUSED: dict[Any, Any] = {
+    nnx.BatchNorm: normalization.BatchNorm,
+    nnx.GroupNorm: normalization.GroupNorm,
+    nnx.InstanceNorm: normalization.InstanceNorm,
+    nnx.LayerNorm: normalization.LayerNorm,
+    nnx.RMSNorm: normalization.RMSNorm,
+}
+_WEIGHT_NORMS = (nnx.SpectralNorm, nnx.WeightNorm)
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` or `unfuse` did; printing it shows a line a layer.
+
+    Attributes:
+      replaced: (path, class before, class after) of each layer that changed.
+      left: (path, class, reason) of each norm layer that did not.
+    """
+
+    replaced: tuple[tuple[str, str, str], ...]
+    left: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left"]
+        rows = [(path, f"{before} -> {now}") for path, before, now in self.replaced]
+        rows += [(path, f"{name} left: {why}") for path, name, why in self.left]
+        width = max((len(path) for path, _ in rows), default=0)
+        lines += [f"  {path:<{width}}  {what}" for path, what in rows]
+        return "\n".join(lines)
+
+
+def fuse(model: Any) -> FuseReport:
+    """Turns every nnx norm layer inside a model into fusednorm's, in place.
+
+    A layer stays the object it was, with its Variables, their metadata and shardings;
+    only its class changes. So whatever holds the layer (another module, a list, an
+    optimizer) holds the fused one afterwards, and a layer that is shared stays shared.
+    Abstract models (`nnx.eval_shape`) and stacked ones (`nnx.vmap` or `nnx.scan` over
+    the constructor) are no different.
+
+    Left alone are subclasses of flax's layers with a `__call__` of their own, for
+    theirs is not flax's computation. Doing it twice does nothing more.
+
+    Args:
+      model: an nnx Module, or any tree that holds some.
+
+    Returns:
+      A report of what was replaced and what was left, with reasons.
+
+    >>> import fusednorm
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.LayerNorm(3, rngs=rngs))
+    >>> print(fusednorm.fuse(model))
+    1 replaced, 0 left
+      layers.1  flax.nnx.LayerNorm -> fusednorm.LayerNorm
+    """
+    return _convert(model, _fused_class)
+
+
+def unfuse(model: Any) -> FuseReport:
+    """The reverse of `fuse`: every fusednorm layer inside a model becomes flax's.
+
+    Args:
+      model: an nnx Module, or any tree that holds some.
+
+    Returns:
+      A report of what was replaced, and of the norm layers that were flax's already.
+    """
+    return _convert(model, _flax_class)
+
+
+def _convert(model: Any, choose: Any) -> FuseReport:
+    replaced, left = [], []
+    for path, module in nnx.iter_modules(model):
+        before = type(module)
+        choice = choose(module)
+        if choice is None:
+            continue
+        where = ".".join(map(str, path)) or "(the model)"
+        if isinstance(choice, str):
+            left.append((where, _name(before), choice))
+        else:
+            module.__class__ = choice
+            replaced.append((where, _name(before), _name(choice)))
+    return FuseReport(tuple(replaced), tuple(left))
+
+
+def _fused_class(module: Any) -> type | str | None:
+    """The class to change to, or why not; None for what is no norm layer."""
+    cls: Any = type(module)
+    if cls in _FUSED:
+        return _FUSED[cls]
+    if isinstance(module, tuple(_FUSED.values())):
+        return "fused already"
+    if isinstance(module, _WEIGHT_NORMS):
+        return "it normalizes weights, not activations"
+    for flax_class, fused_class in _FUSED.items():
+        if isinstance(module, flax_class):
+            if cls.__call__ is not flax_class.__call__:
+                return f"a subclass of {_name(flax_class)} with its own __call__"
+            return _fused_subclass(cls, fused_class)
+    return None
+
+
+def _flax_class(module: Any) -> type | str | None:
+    cls = type(module)
+    if hasattr(cls, "_unfused"):
+        return cls._unfused
+    for flax_class, fused_class in _FUSED.items():
+        if cls is fused_class:
+            return flax_class
+        if isinstance(module, fused_class):
+            return f"a subclass of {_name(fused_class)}"
+        if isinstance(module, flax_class):
+            return "flax's already"
+    return None
+
+
+@functools.cache
+def _fused_subclass(cls: type, fused_class: type) -> type:
+    """A user's subclass, with the fused `__call__` between it and flax's layer."""
+    attributes = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_unfused": cls,
+    }
+    return type(cls)(cls.__name__, (cls, fused_class), attributes)
+
+
+def _name(cls: type) -> str:
+    if cls in _FUSED:
+        return f"flax.nnx.{cls.__name__}"
+    if cls in _FUSED.values():
+        return f"fusednorm.{cls.__name__}"
+    return f"fused {cls.__qualname__}" if hasattr(cls, "_unfused") else cls.__qualname__

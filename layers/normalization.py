@@ -1,0 +1,368 @@
+"""LayerNorm, RMSNorm, GroupNorm, BatchNorm and InstanceNorm in the place of flax.nnx's.
+
+Each is a subclass of flax's layer and replaces its `__call__` alone: constructor, state
+tree, metadata, `train()`, `eval()`, `nnx.view` and checkpoints are flax's own. Output
+shapes and dtypes are flax's in every case. What differs is in the numbers, and better:
+
+  - The variance is centred, whatever `use_fast_variance` says. flax's default,
+    E[x^2] - E[x]^2, loses all digits where the mean is a few thousand times the
+    deviation. The argument is accepted, and costs or gains nothing.
+  - x, scale, bias and running statistics are used at their own precision, in float32
+    arithmetic. flax rounds them to `dtype` first.
+  - With `axis_name`, devices weigh in with the number of elements they hold, so that a
+    mask gives the statistics of the whole batch. flax averages the devices' means.
+  - A mask that lets nothing in gives mean 0, variance 1, no gradient through them, and
+    leaves running statistics as they are (so does an empty batch). flax gives NaN.
+  - GroupNorm takes any `reduction_axes` that include the last axis, and any mask that
+    broadcasts to x. flax repeats its statistics along axis 1 whatever the axes, which
+    is wrong for others, and fails on a mask of one channel.
+
+A `promote_dtype` other than flax's default is called as flax calls it, and the arrays
+it returns are what is normalized.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from fusednorm.kernels import functional
+
+
+def _promote(
+    layer: Any, x: Any, *variables: Any, statistics: int = 0
+) -> tuple[list[Any], Any]:
+    """The arrays to normalize with, and the output's dtype, as flax decides it.
+
+    The first `statistics` of the variables are running averages. They have a say in
+    flax's own promotion, none in the dtype of a user's.
+    """
+    given = (x, *(None if v is None else v[...] for v in variables))
+    if layer.promote_dtype is dtypes.promote_dtype:
+        return list(given), dtypes.canonicalize_dtype(*given, dtype=layer.dtype)
+    given = layer.promote_dtype(given, dtype=layer.dtype)
+    deciding = (given[0], *given[1 + statistics :])
+    return list(given), dtypes.canonicalize_dtype(*deciding, dtype=layer.dtype)
+
+
+def _shared(layer: Any, dtype: Any, mask: Any) -> dict[str, Any]:
+    """The arguments that every function takes alike."""
+    return {
+        "epsilon": layer.epsilon,
+        "dtype": dtype,
+        "mask": mask,
+        "axis_name": layer.axis_name,
+        "axis_index_groups": layer.axis_index_groups,
+    }
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalization, in the place of `flax.nnx.LayerNorm`.
+
+    y = (x - mean) * rsqrt(var + epsilon) * scale + bias, with the mean and variance of
+    each example over `reduction_axes`. Arguments and state are those of flax.nnx.
+
+    >>> import fusednorm, jax
+    >>> from flax import nnx
+    >>> x = jax.random.normal(jax.random.key(0), (3, 4, 5, 6))
+    >>> layer = fusednorm.LayerNorm(num_features=6, rngs=nnx.Rngs(0))
+    >>> nnx.state(layer)
+    State({
+      'bias': Param( # 6 (24 B)
+        value=Array([0., 0., 0., 0., 0., 0.], dtype=float32)
+      ),
+      'scale': Param( # 6 (24 B)
+        value=Array([1., 1., 1., 1., 1., 1.], dtype=float32)
+      )
+    })
+    >>> y = layer(x)
+
+    Source: Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4.
+    """
+
+    def __call__(self, x: Any, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: array of any shape; its sizes along `feature_axes` have the product
+            `num_features`.
+          mask: bool, broadcastable to x: the elements that statistics are taken from.
+
+        Returns:
+          Array of x's shape; dtype as flax promotes it.
+
+        Raises:
+          TypeError: x does not fit scale or bias along `feature_axes`.
+          ValueError: an axis is out of range, the mask does not broadcast to x, or
+            `dtype` is not a float or complex type.
+        """
+        (x, scale, bias), dtype = _promote(self, x, self.scale, self.bias)
+        return functional.layer_norm(
+            x,
+            scale,
+            bias,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            **_shared(self, dtype, mask),
+        )
+
+
+class RMSNorm(nnx.RMSNorm):
+    """Root-mean-square normalization, in the place of `flax.nnx.RMSNorm`.
+
+    y = x * rsqrt(mean(x^2) + epsilon) * scale, with the mean over `reduction_axes`.
+    Arguments and state are those of flax.nnx.
+
+    >>> import fusednorm, jax
+    >>> from flax import nnx
+    >>> x = jax.random.normal(jax.random.key(0), (5, 6))
+    >>> layer = fusednorm.RMSNorm(num_features=6, rngs=nnx.Rngs(0))
+    >>> nnx.state(layer)
+    State({
+      'scale': Param( # 6 (24 B)
+        value=Array([1., 1., 1., 1., 1., 1.], dtype=float32)
+      )
+    })
+    >>> y = layer(x)
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4.
+    """
+
+    def __call__(self, x: Any, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x; arguments, result and errors as for `LayerNorm`."""
+        (x, scale), dtype = _promote(self, x, self.scale)
+        return functional.rms_norm(
+            x,
+            scale,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            **_shared(self, dtype, mask),
+        )
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalization, in the place of `flax.nnx.GroupNorm`.
+
+    The formula of `LayerNorm`, with the mean and variance of each group of channels in
+    each sample. Arguments and state are those of flax.nnx.
+
+    >>> import fusednorm, jax
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> x = jax.random.normal(jax.random.key(0), (3, 4, 5, 6))
+    >>> layer = fusednorm.GroupNorm(num_features=6, num_groups=3, rngs=nnx.Rngs(0))
+    >>> nnx.state(layer)
+    State({
+      'bias': Param( # 6 (24 B)
+        value=Array([0., 0., 0., 0., 0., 0.], dtype=float32)
+      ),
+      'scale': Param( # 6 (24 B)
+        value=Array([1., 1., 1., 1., 1., 1.], dtype=float32)
+      )
+    })
+    >>> y = layer(x)
+    >>> y = fusednorm.GroupNorm(num_features=6, num_groups=1, rngs=nnx.Rngs(0))(x)
+    >>> layer = fusednorm.LayerNorm(
+    ...     num_features=6, reduction_axes=(1, 2, 3), rngs=nnx.Rngs(0)
+    ... )
+    >>> np.testing.assert_allclose(y, layer(x), rtol=1e-6, atol=1e-6)
+
+    Source: Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3 and 7.
+    """
+
+    def __call__(self, x: Any, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: shape (batch, ..., num_features).
+          mask: bool, broadcastable to x: the elements that statistics are taken from.
+
+        Returns:
+          Array of x's shape; dtype as flax promotes it.
+
+        Raises:
+          TypeError: x's last axis is not `num_features` long.
+          ValueError: `reduction_axes` lacks the last axis or is out of range, the mask
+            does not broadcast to x, or `dtype` is not a float or complex type.
+        """
+        channels = self.num_groups * self.group_size
+        if jnp.shape(x)[-1:] != (channels,):
+            raise TypeError(
+                f"x has shape {jnp.shape(x)}, expected {channels} channels along the "
+                f"last axis: num_groups={self.num_groups} of "
+                f"group_size={self.group_size}."
+            )
+        (x, scale, bias), dtype = _promote(self, x, self.scale, self.bias)
+        return functional.group_norm(
+            x,
+            scale,
+            bias,
+            num_groups=self.num_groups,
+            reduction_axes=self.reduction_axes,
+            **_shared(self, dtype, mask),
+        )
+
+
+class InstanceNorm(nnx.InstanceNorm):
+    """Instance normalization, in the place of `flax.nnx.InstanceNorm`.
+
+    The formula of `LayerNorm`, with the mean and variance of each channel in each
+    sample. Arguments and state are those of flax.nnx.
+
+    >>> import fusednorm, jax
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    >>> layer = fusednorm.InstanceNorm(5, rngs=nnx.Rngs(0))
+    >>> nnx.state(layer, nnx.Param)
+    State({
+      'bias': Param( # 5 (20 B)
+        value=Array([0., 0., 0., 0., 0.], dtype=float32)
+      ),
+      'scale': Param( # 5 (20 B)
+        value=Array([1., 1., 1., 1., 1.], dtype=float32)
+      )
+    })
+    >>> y = layer(x)
+    >>> y2 = fusednorm.LayerNorm(
+    ...     5, reduction_axes=[1, 2], feature_axes=-1, rngs=nnx.Rngs(0)
+    ... )(x)
+    >>> np.testing.assert_allclose(y, y2, atol=1e-6)
+    >>> y3 = fusednorm.GroupNorm(5, num_groups=5, rngs=nnx.Rngs(0))(x)
+    >>> np.testing.assert_allclose(y, y3, atol=1e-6)
+
+    Source: Ulyanov et al. 2016 (arXiv:1607.08022), eq. 2.
+    """
+
+    def __call__(self, x: Any, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: shape (batch, ...), with the channels along `feature_axes`.
+          mask: bool, broadcastable to x: the elements that statistics are taken from.
+
+        Returns:
+          Array of x's shape; dtype as flax promotes it.
+
+        Raises:
+          TypeError: x does not fit scale or bias along `feature_axes`.
+          ValueError: `feature_axes` includes the first axis or is out of range, the
+            mask does not broadcast to x, or `dtype` is not a float or complex type.
+        """
+        (x, scale, bias), dtype = _promote(self, x, self.scale, self.bias)
+        return functional.instance_norm(
+            x,
+            scale,
+            bias,
+            feature_axes=self.feature_axes,
+            **_shared(self, dtype, mask),
+        )
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalization, in the place of `flax.nnx.BatchNorm`.
+
+    The formula of `LayerNorm`, with the mean and variance of each channel over the
+    batch, or with running averages of them. Arguments and state are those of flax.nnx;
+    running averages move by `momentum * average + (1 - momentum) * batch`, with the
+    biased variance.
+
+    >>> import fusednorm, jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> x = jax.random.normal(jax.random.key(0), (5, 6))
+    >>> layer = fusednorm.BatchNorm(
+    ...     num_features=6,
+    ...     momentum=0.9,
+    ...     epsilon=1e-5,
+    ...     dtype=jnp.float32,
+    ...     rngs=nnx.Rngs(0),
+    ... )
+    >>> jax.tree.map(jnp.shape, nnx.state(layer))
+    State({
+      'bias': Param(
+        value=(6,)
+      ),
+      'mean': BatchStat(
+        value=(6,)
+      ),
+      'scale': Param(
+        value=(6,)
+      ),
+      'var': BatchStat(
+        value=(6,)
+      )
+    })
+    >>> # calculate batch norm on input and update batch statistics
+    >>> layer.train()
+    >>> y = layer(x)
+    >>> batch_stats1 = nnx.clone(nnx.state(layer, nnx.BatchStat)) # keep a copy
+    >>> y = layer(x)
+    >>> batch_stats2 = nnx.clone(nnx.state(layer, nnx.BatchStat))
+    >>> assert (batch_stats1['mean'][...] != batch_stats2['mean'][...]).all()
+    >>> assert (batch_stats1['var'][...] != batch_stats2['var'][...]).all()
+    >>> # use stored batch statistics' running average
+    >>> layer.eval()
+    >>> y = layer(x)
+    >>> batch_stats3 = nnx.state(layer, nnx.BatchStat)
+    >>> assert (batch_stats2['mean'][...] == batch_stats3['mean'][...]).all()
+    >>> assert (batch_stats2['var'][...] == batch_stats3['var'][...]).all()
+
+    Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2.
+    """
+
+    def __call__(
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes x, and in training moves the running averages.
+
+        Args:
+          x: array of any shape, `num_features` long along `axis`.
+          use_running_average: whether to normalize with the running averages rather
+            than the batch; goes before what the constructor, `train()` or `eval()`
+            said.
+          mask: bool, broadcastable to x: the elements that statistics are taken from.
+
+        Returns:
+          Array of x's shape; dtype as flax promotes it.
+
+        Raises:
+          TypeError: x is not `num_features` long along `axis`.
+          ValueError: `use_running_average` was given nowhere, the axis is out of range,
+            the mask does not broadcast to x, or `dtype` is not a float or complex type.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            return super().__call__(x)  # flax's error, which says what to do
+
+        (x, mean, var, scale, bias), dtype = _promote(
+            self, x, self.mean, self.var, self.scale, self.bias, statistics=2
+        )
+        if use_running_average:
+            return functional.batch_norm_inference(
+                x,
+                mean,
+                var,
+                scale,
+                bias,
+                epsilon=self.epsilon,
+                axis=self.axis,
+                dtype=dtype,
+            )
+        y, mean, var = functional.batch_norm(
+            x, scale, bias, axis=self.axis, **_shared(self, dtype, mask)
+        )
+        counted = functional.anything_counted(
+            x, axis=self.axis, mask=mask, axis_name=self.axis_name
+        )
+        for average, batch in ((self.mean, mean), (self.var, var)):
+            moved = self.momentum * average[...] + (1 - self.momentum) * batch
+            moved = jnp.where(counted, moved, average[...])
+            average[...] = jax.lax.stop_gradient(moved)
+        return y

@@ -1,0 +1,431 @@
+"""Normalization over any axes, forward and backward, in plain jax.numpy.
+
+Formulas, over the elements that share one mean (a row, a group, a channel):
+
+    mean  = sum(x) / n                       n elements that the mask lets in
+    var   = sum((x - mean)^2) / n            centred: no cancellation at large means
+    rstd  = 1 / sqrt(var + epsilon)
+    x_hat = (x - mean) * rstd
+    y     = x_hat * scale + bias
+
+    wdy    = dy * scale
+    c1     = sum(wdy * x_hat) / n
+    c2     = sum(wdy) / n
+    dx     = rstd * (wdy - c2 - x_hat * c1)
+    dscale = sum(dy * x_hat),  dbias = sum(dy)    over all that share one scale
+
+RMSNorm leaves the mean out: mean = 0 and c2 = 0.
+
+Sources: Ioffe and Szegedy 2015 (arXiv:1502.03167), section 3, for the backward with
+batch statistics; Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4; Zhang and Sennrich
+2019 (arXiv:1910.07467), eq. 4; Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3; Chan,
+Golub and LeVeque 1983 (The American Statistician 37:3), eq. 2.1, for `combine`.
+
+Every function keeps the caller's rank and holds to the caller's axes, so that an array
+sharded over devices stays sharded: flattening it to rows would gather it. A statistic
+has the rank of x, with size 1 along the axes that were reduced (and one entry a group
+along the last axis, where channels are grouped).
+"""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# How many elements one statistic counts: a number where the shape tells, an array where
+# a mask or other devices have a say.
+Count = int | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """What one normalization does to an array, whatever the array's size.
+
+    Attributes:
+      reduction_axes: axes of x that share one mean and variance; sorted, none negative.
+        With `num_groups` the last axis is not among them: it is split instead.
+      feature_axes: axes of x along which scale and bias vary; sorted, none negative.
+      num_groups: None, or the number of groups into which the last axis is split, each
+        with its own mean and variance (the last axis is the only feature axis then).
+      center: whether the mean is subtracted; False is RMSNorm.
+      epsilon: added to the variance, inside the square root.
+      dtype: dtype of y. Arithmetic is at least float32, and wider where `dtype` is.
+    """
+
+    reduction_axes: tuple[int, ...]
+    feature_axes: tuple[int, ...]
+    num_groups: int | None = None
+    center: bool = True
+    epsilon: float = 1e-6
+    dtype: Any = jnp.dtype("float32")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """Dtype of the arithmetic and the statistics: `dtype`, float32 at least."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def behind(self, new_axes: int) -> "Norm":
+        """The same normalization of an array with `new_axes` more leading axes."""
+        return dataclasses.replace(
+            self,
+            reduction_axes=tuple(axis + new_axes for axis in self.reduction_axes),
+            feature_axes=tuple(axis + new_axes for axis in self.feature_axes),
+        )
+
+
+# --- the view in which every axis is either reduced or not ----------------------------
+# Grouped channels split the last axis, (..., C) -> (..., G, C / G); otherwise the view
+# is the array itself.
+
+
+def _split(norm: Norm, x: jax.Array) -> jax.Array:
+    if norm.num_groups is None:
+        return x
+    channels = x.shape[-1]
+    groups = 1 if channels == 1 else norm.num_groups  # a mask may have one channel
+    return x.reshape(*x.shape[:-1], groups, channels // groups)
+
+
+def _split_statistic(norm: Norm, statistic: jax.Array) -> jax.Array:
+    """(..., G) -> (..., G, 1), to broadcast against the view."""
+    return statistic if norm.num_groups is None else jnp.expand_dims(statistic, -1)
+
+
+def _join_statistic(norm: Norm, statistic: jax.Array) -> jax.Array:
+    return statistic if norm.num_groups is None else jnp.squeeze(statistic, -1)
+
+
+def _view_axes(norm: Norm, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Reduced axes and feature axes of the view; `ndim` is x's own."""
+    if norm.num_groups is None:
+        return norm.reduction_axes, norm.feature_axes
+    return (*norm.reduction_axes, ndim), (ndim - 1, ndim)
+
+
+def _spread(norm: Norm, param: jax.Array, view: jax.Array, ndim: int) -> jax.Array:
+    """A scale or bias (..., features), shaped to broadcast against the view.
+
+    Leading axes, if any, belong to x's leading axes: `jax.vmap` over the parameters.
+    """
+    _, feature_axes = _view_axes(norm, ndim)
+    lead = param.shape[:-1]
+    shape = [1] * view.ndim
+    shape[: len(lead)] = lead
+    for axis in feature_axes:
+        shape[axis] = view.shape[axis]
+    return param.reshape(shape).astype(norm.compute_dtype)
+
+
+def _sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    return jnp.sum(x, axis=tuple(axes), keepdims=True) if axes else x
+
+
+def _masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def _over(total: jax.Array, count: Count) -> jax.Array:
+    """total / count, and 0 where nothing was counted."""
+    if isinstance(count, int):
+        return total / max(count, 1)
+    count = jnp.asarray(count, total.real.dtype)
+    return total / jnp.maximum(count, jnp.ones_like(count))
+
+
+def _count(norm: Norm, x: jax.Array, mask: jax.Array | None) -> Count:
+    """Elements per statistic, in the view's shape where it is an array."""
+    axes, _ = _view_axes(norm, x.ndim)
+    view = _split(norm, x)
+    if mask is not None:
+        ones = jnp.broadcast_to(_split(norm, mask), view.shape)
+        return _sum(ones.astype(norm.compute_dtype), axes)
+    count: Count = 1
+    for axis in axes:
+        count = count * view.shape[axis]
+    return count
+
+
+def _abs_squared(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return lax.square(lax.real(x)) + lax.square(lax.imag(x))
+    return lax.square(x)
+
+
+# --- forward --------------------------------------------------------------------------
+
+
+def moments(
+    norm: Norm, x: jax.Array, mask: jax.Array | None = None
+) -> tuple[Count, jax.Array | None, jax.Array]:
+    """Count, mean and centred sum of squares of x.
+
+    Args:
+      norm: what to normalize over.
+      x: any shape; any float or complex dtype.
+      mask: None, or bool of x's rank that broadcasts to x: which elements count.
+
+    Returns:
+      count: elements in each statistic; an int, or with a mask an array like `mean`.
+      mean: statistic in `norm.compute_dtype`, 0 where nothing counts; None without
+        centring.
+      m2: sum of |x - mean|^2, real.
+    """
+    axes, _ = _view_axes(norm, x.ndim)
+    view = _split(norm, x.astype(norm.compute_dtype))
+    where = None if mask is None else _split(norm, mask)
+    count = _count(norm, x, mask)
+    if norm.center:
+        mean = _over(_sum(_masked(view, where), axes), count)
+        m2 = _sum(_masked(_abs_squared(view - mean), where), axes)
+        mean = _join_statistic(norm, mean)
+    else:
+        mean = None
+        m2 = _sum(_masked(_abs_squared(view), where), axes)
+    if isinstance(count, jax.Array):
+        count = _join_statistic(norm, count)
+    return count, mean, _join_statistic(norm, m2)
+
+
+def variance(count: Count, m2: jax.Array) -> jax.Array:
+    """m2 / count, and 1 where nothing was counted: a mask all false, an empty batch."""
+    if isinstance(count, int):
+        return m2 / count if count else jnp.ones_like(m2)
+    var = _over(m2, count)
+    return jnp.where(jnp.asarray(count, var.dtype) > 0, var, jnp.ones_like(var))
+
+
+def combine(
+    count: Count,
+    mean: jax.Array | None,
+    m2: jax.Array,
+    axis_name: Hashable,
+    axis_index_groups: Any = None,
+) -> tuple[Count, jax.Array | None, jax.Array]:
+    """Merges each device's `moments` over a mapped axis (Chan et al. 1983, eq. 2.1).
+
+    Devices weigh in with their counts, and the squares are moved to the common mean
+    before they are added. So the result is that of one device with all the data.
+
+    Args:
+      count, mean, m2: as `moments` returned them on this device.
+      axis_name: the mapped axis, or several.
+      axis_index_groups: as for `jax.lax.psum`.
+
+    Returns:
+      The same three, over all devices of the axis.
+    """
+
+    def psum(value: Any) -> Any:
+        return lax.psum(value, axis_name, axis_index_groups=axis_index_groups)
+
+    total = psum(jnp.asarray(count, m2.dtype))
+    if mean is None:
+        return total, None, psum(m2)
+    common = _over(psum(mean * jnp.asarray(count, m2.dtype)), total)
+    shift = _abs_squared(mean - common) * jnp.asarray(count, m2.dtype)
+    return total, common, psum(m2 + shift)
+
+
+def apply(
+    norm: Norm,
+    x: jax.Array,
+    mean: jax.Array | None,
+    var: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
+
+    Args:
+      norm: what was normalized over.
+      x: any shape.
+      mean, var: statistics as `moments` and `variance` return them; mean may be None.
+      scale, bias: shape (features,), or None.
+
+    Returns:
+      Array of x's shape and dtype `norm.dtype`.
+    """
+    view = _split(norm, x.astype(norm.compute_dtype))
+    factor = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
+    if scale is not None:
+        factor = factor * _spread(norm, scale, view, x.ndim)
+    if mean is not None:
+        view = view - _split_statistic(norm, mean)
+    y = view * factor
+    if bias is not None:
+        y = y + _spread(norm, bias, view, x.ndim)
+    return y.reshape(x.shape).astype(norm.dtype)
+
+
+def forward(
+    norm: Norm,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Normalizes x.
+
+    Args:
+      norm: what to normalize over.
+      x: any shape.
+      scale, bias: shape (features,), or None; any real dtype.
+      mask: None, or bool of x's rank that broadcasts to x: the elements that the
+        statistics are taken from. All elements are normalized.
+
+    Returns:
+      y: x's shape, `norm.dtype`.
+      mean: statistic in `norm.compute_dtype`, or None without centring.
+      var: statistic. It is what the backward keeps: rstd = rsqrt(var + epsilon) follows
+        from it, while var would not follow from rstd where var is far below epsilon.
+    """
+    count, mean, m2 = moments(norm, x, mask)
+    var = variance(count, m2)
+    return apply(norm, x, mean, var, scale, bias), mean, var
+
+
+# --- derivatives ----------------------------------------------------------------------
+
+
+def tangent(
+    norm: Norm,
+    x_dot: jax.Array | None,
+    scale_dot: jax.Array | None,
+    bias_dot: jax.Array | None,
+    x: jax.Array,
+    scale: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """The derivative of y along (x_dot, scale_dot, bias_dot); None is a zero.
+
+    y_dot = scale * rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot))
+            + scale_dot * x_hat + bias_dot
+
+    Linear in its first three arguments; `backward` is its transpose.
+    """
+    axes, _ = _view_axes(norm, x.ndim)
+    dtype = norm.compute_dtype
+    rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
+    centred = _split(norm, x.astype(dtype))
+    if mean is not None:
+        centred = centred - _split_statistic(norm, mean)
+    x_hat = centred * rstd
+
+    y_dot = jnp.zeros_like(centred)
+    if x_dot is not None:
+        where = None if mask is None else _split(norm, mask)
+        count = _count(norm, x, mask)
+        step = _split(norm, x_dot.astype(dtype))
+        c1 = _over(_sum(_masked(x_hat * step, where), axes), count)
+        inner = step - x_hat * c1
+        if norm.center:
+            inner = inner - _over(_sum(_masked(step, where), axes), count)
+        y_dot = rstd * inner
+        if scale is not None:
+            y_dot = y_dot * _spread(norm, scale, centred, x.ndim)
+    if scale_dot is not None:
+        y_dot = y_dot + x_hat * _spread(norm, scale_dot, centred, x.ndim)
+    if bias_dot is not None:
+        y_dot = y_dot + _spread(norm, bias_dot, centred, x.ndim)
+    return y_dot.reshape(x.shape).astype(norm.dtype)
+
+
+def moments_tangent(
+    norm: Norm,
+    x_dot: jax.Array,
+    x: jax.Array,
+    mean: jax.Array | None,
+    mask: jax.Array | None = None,
+) -> tuple[jax.Array | None, jax.Array]:
+    """The derivatives of mean and var along x_dot.
+
+    mean_dot = mean(x_dot),  var_dot = 2 * mean((x - mean) * x_dot)
+    """
+    axes, _ = _view_axes(norm, x.ndim)
+    where = None if mask is None else _split(norm, mask)
+    count = _count(norm, x, mask)
+    centred = _split(norm, x.astype(norm.compute_dtype))
+    step = _split(norm, x_dot.astype(norm.compute_dtype))
+    mean_dot = None
+    if mean is not None:
+        centred = centred - _split_statistic(norm, mean)
+        mean_dot = _over(_sum(_masked(step, where), axes), count)
+        mean_dot = _join_statistic(norm, mean_dot)
+    var_dot = 2 * _over(_sum(_masked(centred * step, where), axes), count)
+    return mean_dot, _join_statistic(norm, var_dot)
+
+
+def backward(
+    norm: Norm,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    own_params: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of <dy, y> with respect to x, scale and bias.
+
+    Args:
+      norm: what was normalized over.
+      dy: cotangent of y, x's shape.
+      x: the input.
+      scale: shape (features,), or None for ones.
+      mean, var: statistics of the forward.
+      mask: that of the forward.
+      own_params: how many leading axes of x keep a dscale and dbias of their own,
+        rather than add up into one (`jax.vmap` of a gradient).
+
+    Returns:
+      dx: x's shape, in x's dtype.
+      dscale, dbias: shape (*leading, features), in `norm.compute_dtype`.
+    """
+    axes, feature_axes = _view_axes(norm, x.ndim)
+    dtype = norm.compute_dtype
+    pixel_axes = [
+        axis for axis in axes if axis not in feature_axes
+    ]  # S of x[N, S, G, K]
+    channel_axes = [axis for axis in axes if axis in feature_axes]  # K
+    count = _count(norm, x, mask)
+
+    rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
+    dy_view = _split(norm, dy.astype(dtype))
+    centred = _split(norm, x.astype(dtype))
+    if mean is not None:
+        centred = centred - _split_statistic(norm, mean)
+
+    # Down the pixels first: these two sums per channel serve all that follows.
+    sum_dy = _sum(dy_view, pixel_axes)
+    sum_dy_centred = _sum(dy_view * centred, pixel_axes)
+
+    # dx = rstd * (wdy - c2 - x_hat * c1), with rstd drawn out of x_hat
+    weight: Any = 1 if scale is None else _spread(norm, scale, centred, x.ndim)
+    c1 = _over(_sum(weight * sum_dy_centred, channel_axes), count) * rstd
+    through_statistics = centred * (rstd * c1)
+    if norm.center:
+        c2 = _over(_sum(weight * sum_dy, channel_axes), count)
+        through_statistics = through_statistics + c2
+    if mask is not None:
+        through_statistics = _masked(through_statistics, _split(norm, mask))
+    dx = rstd * (weight * dy_view - through_statistics)
+
+    sample_axes = [
+        axis
+        for axis in range(own_params, centred.ndim)
+        if axis not in axes and axis not in feature_axes
+    ]
+    params_shape = (
+        *x.shape[:own_params],
+        math.prod(centred.shape[axis] for axis in feature_axes),
+    )
+    dscale = _sum(sum_dy_centred * rstd, sample_axes).reshape(params_shape)
+    dbias = _sum(sum_dy, sample_axes).reshape(params_shape)
+    return dx.reshape(x.shape).astype(x.dtype), dscale, dbias
