@@ -16,11 +16,13 @@ Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) 
 """
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+import operator
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fusednorm.kernels import norm as op
@@ -163,7 +165,7 @@ def group_norm(
         reduction_axes=axes[:-1],
         feature_axes=(x.ndim - 1,),
         num_groups=num_groups,
-        epsilon=epsilon,
+        epsilon=float(epsilon),
         dtype=dtype,
     )
     return op.normalize(
@@ -268,7 +270,7 @@ def batch_norm(
     spec = Norm(
         reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
         feature_axes=features,
-        epsilon=epsilon,
+        epsilon=float(epsilon),
         dtype=dtype,
     )
     y, mean, var = op.normalize_with_moments(
@@ -322,7 +324,7 @@ def batch_norm_inference(
     spec = Norm(
         reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
         feature_axes=features,
-        epsilon=epsilon,
+        epsilon=float(epsilon),
         dtype=dtype,
     )
     shape = [x.shape[a] if a in features else 1 for a in range(x.ndim)]
@@ -340,12 +342,17 @@ def batch_norm_inference(
 
 
 def anything_counted(
-    x: jax.Array, *, axis: Axes, mask: Maybe, axis_name: Hashable | None
+    x: jax.Array,
+    *,
+    axis: Axes,
+    mask: Maybe,
+    axis_name: Hashable | None,
+    axis_index_groups: Any = None,
 ) -> jax.Array | bool:
     """Whether the batch statistics of each feature were taken from any element at all.
 
     Args:
-      x, axis, mask, axis_name: as for `batch_norm`.
+      x, axis, mask, axis_name, axis_index_groups: as for `batch_norm`.
 
     Returns:
       bool, of the shape of `batch_norm`'s mean where there is a mask.
@@ -356,7 +363,8 @@ def anything_counted(
         return 0 not in [x.shape[a] for a in reduced]
     counted = jnp.any(jnp.broadcast_to(_mask(mask, x), x.shape), axis=reduced)
     if axis_name is not None:
-        counted = jax.lax.psum(counted.astype(jnp.int32), axis_name) > 0
+        here = counted.astype(jnp.int32)
+        counted = jax.lax.psum(here, axis_name, axis_index_groups=axis_index_groups) > 0
     return counted
 
 
@@ -381,7 +389,7 @@ def _normalize_axes(
         reduction_axes=_axes(reduction_axes, x.ndim, "reduction_axes"),
         feature_axes=_axes(feature_axes, x.ndim, "feature_axes"),
         center=center,
-        epsilon=epsilon,
+        epsilon=float(epsilon),
         dtype=dtype,
     )
     return op.normalize(
@@ -416,9 +424,11 @@ def _promote(
 
 def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
     """Sorted, without negatives and duplicates."""
-    given: Sequence[int] = (axes,) if isinstance(axes, int) else tuple(axes)
+    given = [operator.index(a) for a in (axes if np.iterable(axes) else (axes,))]
     if any(not -ndim <= axis < ndim for axis in given):
-        raise ValueError(f"{name}={axes} is out of range for x with {ndim} axes.")
+        raise np.exceptions.AxisError(  # a ValueError, and an IndexError as in flax
+            f"{name}={axes} is out of range for x with {ndim} axes."
+        )
     return tuple(sorted({axis % ndim for axis in given}))
 
 
@@ -440,6 +450,8 @@ def _mask(mask: Maybe, x: jax.Array) -> Any:
     if mask is None:
         return None
     mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise ValueError(f"mask must be an array of bool, got {mask.dtype}.")
     try:
         fits = jnp.broadcast_shapes(mask.shape, x.shape) == x.shape
     except ValueError:
@@ -449,4 +461,4 @@ def _mask(mask: Maybe, x: jax.Array) -> Any:
             f"mask has shape {mask.shape}, which does not broadcast to x with shape "
             f"{x.shape}."
         )
-    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape).astype(bool)
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)

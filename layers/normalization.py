@@ -359,7 +359,11 @@ class BatchNorm(nnx.BatchNorm):
             x, scale, bias, axis=self.axis, **_shared(self, dtype, mask)
         )
         counted = functional.anything_counted(
-            x, axis=self.axis, mask=mask, axis_name=self.axis_name
+            x,
+            axis=self.axis,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
         )
         for average, batch in ((self.mean, mean), (self.var, var)):
             moved = self.momentum * average[...] + (1 - self.momentum) * batch

@@ -1,0 +1,238 @@
+"""Float64 NumPy normalizations, error bounds, and an assert_close that can fail."""
+
+import dataclasses
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import fusednorm
+
+EPS32 = float(np.finfo(np.float32).eps)
+
+# How far a float32 mean may be off, in EPS32 * |mean|: half for the number itself, the
+# rest for the sum. The worst seen is 5.4: 768 times -3.7, summed by XLA on a CPU.
+MEAN_ROUNDINGS = 8
+
+
+# --- the truth: float64 NumPy, written apart from reference/ --------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """A normalization and its gradients in float64, with bounds on a float32 one's error.
+
+    Attributes:
+      y, dx: x's shape.
+      dscale, dbias: shape (features,).
+      mean, var: x's rank, size 1 along reduced axes (one a group on the last axis).
+      bounds: by name, the error allowed before the result is rounded to its dtype.
+    """
+
+    y: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    dx: np.ndarray
+    dscale: np.ndarray
+    dbias: np.ndarray
+    bounds: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One normalization of one shape.
+
+    Attributes:
+      kind: layer_norm, rms_norm, group_norm, instance_norm or batch_norm.
+      shape: that of x.
+      options: keyword arguments of the function.
+      params: whether there are scale and bias.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    params: bool = True
+
+    def __str__(self) -> str:
+        words = [self.kind, "x".join(map(str, self.shape))]
+        words += [f"{name}={value}".replace(" ", "") for name, value in self.options]
+        return "-".join(words if self.params else [*words, "bare"])
+
+    @property
+    def epsilon(self) -> float:
+        return dict(self.options).get("epsilon", 1e-5 if "batch" in self.kind else 1e-6)
+
+    @property
+    def num_groups(self) -> int | None:
+        return dict(self.options).get("num_groups")
+
+    @property
+    def feature_axes(self) -> tuple[int, ...]:
+        name = "axis" if self.kind == "batch_norm" else "feature_axes"
+        return self._axes(name, -1)
+
+    @property
+    def reduction_axes(self) -> tuple[int, ...]:
+        ndim = len(self.shape)
+        if self.kind in ("layer_norm", "rms_norm"):
+            return self._axes("reduction_axes", -1)
+        if self.kind == "group_norm":
+            return self._axes("reduction_axes", tuple(range(1, ndim)) or (0,))
+        first = 1 if self.kind == "instance_norm" else 0
+        return tuple(a for a in range(first, ndim) if a not in self.feature_axes)
+
+    @property
+    def features(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.feature_axes)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.params and self.kind != "rms_norm"
+
+    def _axes(self, name: str, default: Any) -> tuple[int, ...]:
+        axes = dict(self.options).get(name, default)
+        axes = (axes,) if isinstance(axes, int) else axes
+        return tuple(sorted(axis % len(self.shape) for axis in axes))
+
+    def run(self, x: Any, scale: Any = None, bias: Any = None, **options: Any) -> Any:
+        """fusednorm's y."""
+        options = {**dict(self.options), **options}
+        params = [scale] if self.kind == "rms_norm" else [scale, bias]
+        result = getattr(fusednorm, self.kind)(x, *params, **options)
+        return result[0] if self.kind == "batch_norm" else result
+
+    def data(self, seed: int, x_dtype: str, param_dtype: str) -> tuple[Any, ...]:
+        """x (mean 0.7, deviation 3), scale, bias and dy, rounded to their dtypes."""
+        rng = np.random.default_rng(seed)
+        x = rng.normal(0.7, 3, self.shape).astype(x_dtype)
+        scale, bias = (rng.normal(1, 0.5, self.features) for _ in range(2))
+        dy = rng.normal(0, 1, self.shape)
+        return (
+            x,
+            scale.astype(param_dtype) if self.params else None,
+            bias.astype(param_dtype) if self.has_bias else None,
+            dy,
+        )
+
+    def truth(self, x: Any, scale: Any, bias: Any, dy: Any, mask: Any = None) -> Truth:
+        """The result in float64, from the definition."""
+        shape, reduced = list(self.shape), list(self.reduction_axes)
+        features = list(self.feature_axes)
+        if self.num_groups is not None:
+            last = len(shape) - 1
+            shape[-1:] = [self.num_groups, shape[-1] // self.num_groups]
+            reduced = [axis for axis in reduced if axis != last] + [last + 1]
+            features = [last, last + 1]
+        spread = [n if axis in features else 1 for axis, n in enumerate(shape)]
+
+        def view(array: Any) -> np.ndarray:
+            return np.asarray(array, np.float64).reshape(shape)
+
+        def param(value: Any, default: float) -> np.ndarray:
+            value = np.full(self.features, default) if value is None else value
+            return np.asarray(value, np.float64).reshape(spread)
+
+        axes = tuple(reduced)
+        x, dy = view(x), view(dy)
+        m = np.ones(shape)
+        if mask is not None:
+            m = view(np.broadcast_to(mask, self.shape))
+        n = m.sum(axes, keepdims=True)
+        safe = np.maximum(n, 1)
+        g, b = param(scale, 1.0), param(bias, 0.0)
+
+        def average(value: np.ndarray) -> np.ndarray:
+            return value.sum(axes, keepdims=True) / safe
+
+        center = self.kind != "rms_norm"
+        mean = average(m * x) if center else np.zeros_like(n)
+        var = np.where(n > 0, average(m * (x - mean) ** 2), 1.0)
+        rstd = 1 / np.sqrt(var + self.epsilon)
+        x_hat = (x - mean) * rstd
+        y = x_hat * g + b
+        wdy = dy * g
+        c1, c2 = average(wdy * x_hat), average(wdy) * center
+        dx = rstd * (wdy - m * (c2 + x_hat * c1))
+        others = tuple(a for a in range(len(shape)) if a not in features)
+        pixels = tuple(a for a in axes if a not in features)  # share mean and scale
+
+        # What float32 arithmetic may lose: 16 roundings of each term, and of the mean
+        # (a float32 number is off by eps * |mean|) what it moves x_hat by.
+        off = MEAN_ROUNDINGS * EPS32 * np.abs(mean) * rstd
+        loss: Any = 16 * EPS32
+        size = np.abs(wdy) + average(np.abs(wdy)) * center
+        size = size + np.abs(x_hat) * average(np.abs(wdy * x_hat))
+        moved = off * (np.abs(c1) + np.abs(x_hat) * average(np.abs(wdy)))
+        # ... and its square adds to the variance of a constant row.
+        loss = loss + off**2
+        bounds = {
+            "y": loss * (np.abs(x_hat * g) + np.abs(b)) + off * np.abs(g),
+            "mean": loss * (np.abs(mean) + np.sqrt(var)),
+            "var": loss * var + (MEAN_ROUNDINGS * EPS32 * np.abs(mean)) ** 2,
+            "dx": rstd * (loss * size + moved),
+            "dscale": (loss * np.abs(dy * x_hat)).sum(others)
+            + (off * np.abs(dy.sum(pixels, keepdims=True))).sum(others),
+            "dbias": 16 * EPS32 * np.abs(dy).sum(others),
+        }
+        dscale = (dy * x_hat).sum(others)
+        dbias = dy.sum(others)
+        statistic = mean.shape if self.num_groups is None else mean.shape[:-1]
+        shapes = {
+            "y": self.shape,
+            "dx": self.shape,
+            "mean": statistic,
+            "var": statistic,
+            "dscale": (self.features,),
+            "dbias": (self.features,),
+        }
+        values = dict(mean=mean, var=var, y=y, dx=dx, dscale=dscale, dbias=dbias)
+        return Truth(
+            **{name: value.reshape(shapes[name]) for name, value in values.items()},
+            bounds={
+                name: np.broadcast_to(bound, values[name].shape).reshape(shapes[name])
+                for name, bound in bounds.items()
+            },
+        )
+
+
+def ulp(value: np.ndarray, dtype: Any) -> np.ndarray:
+    """Distance between neighbouring numbers of `dtype` around each value."""
+    info = ml_dtypes.finfo(dtype)
+    magnitude = np.maximum(np.abs(value), float(info.smallest_normal))
+    return 2.0 ** np.floor(np.log2(magnitude)) * float(info.eps)
+
+
+def assert_close(actual: Any, expected: np.ndarray, bound: np.ndarray) -> None:
+    """Asserts |actual - expected| <= bound + half an ulp of actual's dtype, everywhere.
+
+    It refuses to compare where that would prove nothing: where zeros, or the expectation
+    2 % too large, would pass as well. An expectation that is zero everywhere is exempt.
+
+    Args:
+      actual: array of any float dtype.
+      expected: the truth in float64, of the same shape.
+      bound: what may be lost in float32 arithmetic, element by element.
+    """
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    expected = np.asarray(expected, np.float64)
+    allowed = bound + 0.5 * ulp(expected, actual.dtype)
+    if expected.size and np.any(expected):
+        for name, wrong in (
+            ("zeros", 0 * expected),
+            ("a gain of 2 %", 1.02 * expected),
+        ):
+            if np.all(np.abs(wrong - expected) <= allowed):
+                raise AssertionError(f"this comparison would let {name} pass")
+    error = np.abs(np.asarray(actual, np.float64) - expected)
+    bad = ~(error <= allowed)  # NaN is bad
+    if np.any(bad):
+        worst = np.unravel_index(
+            np.argmax(np.where(bad, error / allowed, 0)), bad.shape
+        )
+        raise AssertionError(
+            f"{bad.sum()} of {bad.size} elements are off; the worst, at {worst}, is "
+            f"{np.asarray(actual)[worst]} and should be {expected[worst]}: "
+            f"{error[worst] / allowed[worst]:.3g} times the bound"
+        )

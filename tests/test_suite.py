@@ -1,0 +1,338 @@
+"""The one suite that every backend passes: values, gradients, ragged sizes, bad rows.
+
+Results are held against float64 NumPy (tests/helpers.py), with the bounds of an honest
+float32 implementation: half an ulp of the output's dtype, 16 roundings in float32, and
+the rounding of the mean itself.
+"""
+
+import flax.nnx.nn.normalization as flax_normalization
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusednorm.kernels import norm as op
+from fusednorm.reference import Norm
+from tests.helpers import Case, Truth, assert_close, ulp
+
+CASES = [
+    Case("layer_norm", (37, 64)),
+    Case("layer_norm", (3, 5, 760)),
+    Case("layer_norm", (1, 1128)),
+    Case("layer_norm", (2, 33), params=False),
+    Case("layer_norm", (3, 4, 5, 6), (("reduction_axes", (1, 2, 3)),)),
+    Case(
+        "layer_norm", (7, 5, 6), (("reduction_axes", (1, 2)), ("feature_axes", (1, 2)))
+    ),
+    Case("layer_norm", (5, 6, 7), (("reduction_axes", 1),)),
+    Case("layer_norm", (5, 6, 7), (("reduction_axes", (0, 2)), ("feature_axes", 1))),
+    Case("rms_norm", (37, 128)),
+    Case("rms_norm", (5, 3, 192)),
+    Case("rms_norm", (4, 3, 9), (("reduction_axes", (1, 2)),), params=False),
+    Case("group_norm", (3, 7, 5, 24), (("num_groups", 4),)),
+    Case("group_norm", (2, 64, 32), (("num_groups", 32),)),
+    Case("group_norm", (9, 24), (("num_groups", 3),)),
+    Case("group_norm", (2, 3, 4, 12), (("num_groups", 3), ("reduction_axes", (2, 3)))),
+    Case("group_norm", (4, 9, 12), (("num_groups", 1),), params=False),
+    Case("instance_norm", (3, 9, 7, 10)),
+    Case("instance_norm", (2, 6, 5, 4), (("feature_axes", (1, 3)),)),
+    Case("batch_norm", (6, 5, 4, 10)),
+    Case("batch_norm", (41, 33)),
+    Case("batch_norm", (6, 10, 4, 5), (("axis", 1),)),
+    Case("batch_norm", (41, 3, 2), (("epsilon", 1e-2),), params=False),
+]
+DTYPES = [  # of x, of scale and bias, of y (None: what they promote to)
+    ("float32", "float32", None),
+    ("bfloat16", "float32", None),
+    ("bfloat16", "bfloat16", None),
+    ("float16", "float32", "float16"),
+    ("float32", "bfloat16", "bfloat16"),
+]
+
+
+def check(case: Case, truth: Truth, x, scale, bias, dy, dtype=None, mask=None) -> None:
+    """y, dx, dscale and dbias against the truth."""
+    given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
+    y, vjp = jax.vjp(
+        jax.jit(lambda *args: case.run(*args, dtype=dtype, mask=mask)), *given
+    )
+    # dy is rounded to y's dtype, as a cotangent is; the truth gets the same one.
+    assert_close(y, truth.y, truth.bounds["y"])
+    names = ["dx", "dscale", "dbias"]
+    for name, gradient in zip(names, vjp(jnp.asarray(dy, y.dtype)), strict=False):
+        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(map(str, d)))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(backend: str, case: Case, dtypes: tuple) -> None:
+    x_dtype, param_dtype, dtype = dtypes
+    x, scale, bias, dy = case.data(0, jnp.dtype(x_dtype), jnp.dtype(param_dtype))
+    y = jax.eval_shape(lambda *args: case.run(*args, dtype=dtype), x, scale, bias)
+    dy = dy.astype(y.dtype)
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)
+
+
+@pytest.mark.parametrize("ratio", [10, 1000, 5000])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm", (5, 768)),
+        Case("group_norm", (3, 20, 16), (("num_groups", 4),)),
+        Case("instance_norm", (2, 150, 3)),
+        Case("batch_norm", (200, 5)),
+    ],
+    ids=str,
+)
+def test_a_large_mean_is_right(backend: str, case: Case, ratio: int) -> None:
+    """Means of up to 5000 deviations, where E[x^2] - E[x]^2 has no digit left."""
+    _, scale, bias, dy = case.data(1, "float32", "float32")
+    rng = np.random.default_rng(2)
+    x = (rng.normal(0, 0.5, case.shape) + 0.5 * ratio).astype("float32")
+    dy = dy.astype("float32")
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e4])
+def test_a_constant_row_gives_the_bias(backend: str, value: float) -> None:
+    case = Case("layer_norm", (4, 768))
+    x, scale, bias, dy = case.data(3, "float32", "float32")
+    x[2] = value
+    dy = dy.astype("float32")
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("case", "statistic"),
+    [  # the elements that share the mean of the poisoned one
+        (Case("layer_norm", (5, 96)), np.s_[2]),
+        (Case("rms_norm", (5, 96)), np.s_[2]),
+        (Case("group_norm", (4, 6, 24), (("num_groups", 4),)), np.s_[2, :, 6:12]),
+        (Case("instance_norm", (4, 6, 24)), np.s_[2, :, 7]),
+        (Case("batch_norm", (4, 6, 24)), np.s_[:, :, 7]),
+    ],
+    ids=str,
+)
+def test_nan_and_inf_stay_where_they_are(
+    backend: str, case: Case, statistic: tuple, poison: float
+) -> None:
+    x, scale, bias, dy = case.data(4, "float32", "float32")
+    position = (2, 7) if len(case.shape) == 2 else (2, 3, 7)
+    x[position] = poison
+    given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
+    y, vjp = jax.vjp(jax.jit(case.run), *given)
+    dx = vjp(jnp.asarray(dy, y.dtype))[0]
+    clean, _ = jax.vjp(jax.jit(case.run), *[jnp.nan_to_num(a, posinf=0) for a in given])
+    inside = np.zeros(case.shape, bool)
+    inside[statistic] = True
+    for result in (y, dx):
+        assert np.isfinite(np.asarray(result)[~inside]).all()
+    assert np.isnan(np.asarray(y)[position])
+    np.testing.assert_array_equal(np.asarray(y)[~inside], np.asarray(clean)[~inside])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm", (0, 64)),
+        Case("layer_norm", (3, 0), params=False),
+        Case("rms_norm", (2, 0, 8)),
+        Case("group_norm", (0, 4, 8), (("num_groups", 2),)),
+        Case("group_norm", (2, 0, 8), (("num_groups", 2),)),
+        Case("instance_norm", (2, 0, 8)),
+        Case("batch_norm", (0, 8)),
+    ],
+    ids=str,
+)
+def test_empty_arrays(backend: str, case: Case) -> None:
+    x, scale, bias, dy = case.data(5, "float32", "float32")
+    given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
+    y, vjp = jax.vjp(case.run, *given)
+    gradients = vjp(jnp.asarray(dy, y.dtype))
+    assert y.shape == case.shape
+    for gradient, argument in zip(gradients, given, strict=True):
+        assert gradient.shape == argument.shape
+        np.testing.assert_array_equal(gradient, np.zeros(argument.shape))
+
+
+MASKED = [
+    Case("layer_norm", (6, 40)),
+    Case("rms_norm", (6, 40)),
+    Case("group_norm", (4, 5, 12), (("num_groups", 3),)),
+    Case("instance_norm", (3, 8, 5)),
+    Case("batch_norm", (7, 4, 6)),
+]
+
+
+@pytest.mark.parametrize("along", ["all", "last axis", "first axis", "one axis given"])
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_masks(backend: str, case: Case, along: str) -> None:
+    x, scale, bias, dy = case.data(6, "float32", "float32")
+    shape = {
+        "all": case.shape,
+        "last axis": (1,) * (len(case.shape) - 1) + case.shape[-1:],
+        "first axis": case.shape[:1] + (1,) * (len(case.shape) - 1),
+        "one axis given": case.shape[-1:],
+    }[along]
+    mask = np.random.default_rng(7).random(shape) < 0.7
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy, mask)
+    check(case, truth, x, scale, bias, dy, mask=jnp.asarray(mask))
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_a_mask_that_lets_nothing_in(backend: str, case: Case) -> None:
+    """Mean 0, variance 1, and no gradient through the statistics."""
+    x, scale, bias, dy = case.data(8, "float32", "float32")
+    mask = np.zeros(case.shape, bool)
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy, mask)
+    np.testing.assert_array_equal(truth.mean, 0)
+    np.testing.assert_array_equal(truth.var, 1)
+    check(case, truth, x, scale, bias, dy, mask=jnp.asarray(mask))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any normalization of any small shape, with any axes that make sense."""
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    axes = list(range(len(shape)))
+    subsets = st.sets(st.sampled_from(axes), min_size=1).map(lambda s: tuple(sorted(s)))
+    kind = draw(
+        st.sampled_from(
+            ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"]
+        )
+    )
+    options: dict = {}
+    if kind in ("layer_norm", "rms_norm"):
+        options = {"reduction_axes": draw(subsets), "feature_axes": draw(subsets)}
+    elif kind == "group_norm":
+        groups = draw(st.integers(1, 4))
+        shape = (*shape[:-1], groups * draw(st.integers(1, 4)))
+        others = draw(st.sets(st.sampled_from(axes)))
+        reduction_axes = tuple(sorted(others | {len(shape) - 1}))
+        options = {"num_groups": groups, "reduction_axes": reduction_axes}
+    elif kind == "instance_norm":
+        hypothesis.assume(len(shape) > 1)
+        options = {"feature_axes": draw(st.sampled_from(axes[1:]))}
+    else:
+        options = {"axis": draw(st.sampled_from(axes))}
+    return Case(kind, shape, tuple(options.items()), params=draw(st.booleans()))
+
+
+@hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    case=cases(),
+    x_dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    param_dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    dtype=st.sampled_from([None, "float32", "bfloat16", "float16"]),
+)
+def test_any_shape_axes_and_dtypes(
+    backend: str, case: Case, x_dtype: str, param_dtype: str, dtype: str | None
+) -> None:
+    x, scale, bias, dy = case.data(9, jnp.dtype(x_dtype), jnp.dtype(param_dtype))
+    y = jax.eval_shape(lambda *args: case.run(*args, dtype=dtype), x, scale, bias)
+    dy = dy.astype(y.dtype)
+    truth = case.truth(x, scale, bias, dy)
+    given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
+    y, vjp = jax.vjp(lambda *args: case.run(*args, dtype=dtype), *given)
+    gradients = vjp(jnp.asarray(dy, y.dtype))
+    within(y, truth.y, truth.bounds["y"])
+    for name, gradient in zip(["dx", "dscale", "dbias"], gradients, strict=False):
+        within(gradient, getattr(truth, name), truth.bounds[name])
+
+
+def within(actual: jax.Array, expected: np.ndarray, bound: np.ndarray) -> None:
+    """assert_close, where an expectation may be next to nothing (one element a row)."""
+    allowed = bound + 0.5 * ulp(expected, actual.dtype)
+    np.testing.assert_array_less(
+        np.abs(np.asarray(actual, np.float64) - expected), allowed * (1 + 1e-9)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mean", [0.0, 0.7, 30.0])
+def test_never_less_accurate_than_flax(backend: str, mean: float, dtype: str) -> None:
+    """RMS error against float64 at most 1.05 times flax's, forward and backward.
+
+    Each case has a thousand statistics, for the error of one is a matter of luck.
+    """
+    for case in (
+        Case("layer_norm", (1024, 256)),
+        Case("rms_norm", (1024, 256)),
+        Case("group_norm", (32, 16, 256), (("num_groups", 32),)),
+        Case("batch_norm", (256, 1024)),
+    ):
+        x, scale, bias, dy = case.data(10, jnp.dtype(dtype), "float32")
+        x = (x + mean).astype(x.dtype)
+        dy = dy.astype("float32")
+        truth = case.truth(x, scale, bias, dy)
+        given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
+
+        def rms_errors(function, given=given, dy=dy, truth=truth) -> np.ndarray:
+            y, vjp = jax.vjp(jax.jit(function), *given)
+            results = [y, *vjp(jnp.asarray(dy))]
+            expected = [truth.y, truth.dx, truth.dscale, truth.dbias]
+            return np.array(
+                [
+                    np.sqrt(np.mean(np.square(np.asarray(a, np.float64) - b)))
+                    for a, b in zip(results, expected, strict=False)
+                ]
+            )
+
+        ours, theirs = rms_errors(case.run), rms_errors(flax_function(case))
+        assert (ours <= 1.05 * theirs).all(), f"{case}: {ours / theirs}"
+
+
+def flax_function(case: Case):
+    """flax's own arithmetic, as a function of x, scale and bias."""
+
+    def function(x, scale=None, bias=None):
+        x = x.astype("float32")
+        axes = list(case.reduction_axes)
+        view, groups = x, case.num_groups
+        if groups is not None:
+            view = x.reshape(*x.shape[:-1], groups, -1)
+            axes = [*axes[:-1], x.ndim]
+        mean, var = flax_normalization._compute_stats(
+            view, axes, None, use_mean=case.kind != "rms_norm"
+        )
+        if groups is not None:
+            axes = axes[:-1]
+            mean, var = (jnp.repeat(s, x.shape[-1] // groups, 1) for s in (mean, var))
+        return flax_normalization._normalize(
+            x, mean, var, scale, bias, axes, case.feature_axes, None, case.epsilon
+        )
+
+    return function
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_mean_and_variance(backend: str, case: Case) -> None:
+    x, scale, bias, dy = case.data(11, "float32", "float32")
+    spec = Norm(
+        reduction_axes=tuple(
+            axis
+            for axis in case.reduction_axes
+            if case.num_groups is None or axis != len(case.shape) - 1
+        ),
+        feature_axes=case.feature_axes,
+        num_groups=case.num_groups,
+        center=case.kind != "rms_norm",
+        epsilon=case.epsilon,
+    )
+    truth = case.truth(x, scale, bias, dy)
+    _, mean, var = op.normalize_with_moments(spec, jnp.asarray(x))
+    assert_close(var, truth.var, truth.bounds["var"])
+    if spec.center:
+        assert_close(mean, truth.mean, truth.bounds["mean"])
+    else:
+        assert mean is None
