@@ -368,5 +368,6 @@ class BatchNorm(nnx.BatchNorm):
         for average, batch in ((self.mean, mean), (self.var, var)):
             moved = self.momentum * average[...] + (1 - self.momentum) * batch
             moved = jnp.where(counted, moved, average[...])
+            moved = jnp.real(moved).astype(average[...].dtype)
             average[...] = jax.lax.stop_gradient(moved)
         return y

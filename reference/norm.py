@@ -417,8 +417,8 @@ def backward(
     through_statistics = _masked(through_statistics, where)
     dx = rstd * (weight * dy_view - through_statistics)
 
-    # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in a
-    # tree and (samples,) in a chain, with 1.2 times the error for 32 samples.
+    # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in
+    # a tree and (samples,) in a chain, with 1.2 times the error for 32 samples.
     sharing = [a for a in range(own_params, centred.ndim) if a not in feature_axes]
     params_shape = (
         *x.shape[:own_params],

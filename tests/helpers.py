@@ -21,7 +21,8 @@ MEAN_ROUNDINGS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """A normalization and its gradients in float64, with bounds on a float32 one's error.
+    """A normalization and its gradients in float64, with bounds on a float32 one's
+    error.
 
     Attributes:
       y, dx: x's shape.
@@ -207,7 +208,8 @@ def ulp(value: np.ndarray, dtype: Any) -> np.ndarray:
 def assert_close(actual: Any, expected: np.ndarray, bound: np.ndarray) -> None:
     """Asserts |actual - expected| <= bound + half an ulp of actual's dtype, everywhere.
 
-    It refuses to compare where that would prove nothing: where zeros, or the expectation
+    It refuses to compare where that would prove nothing: where zeros, or the
+      expectation
     2 % too large, would pass as well. An expectation that is zero everywhere is exempt.
 
     Args:

@@ -1,4 +1,5 @@
-"""The tests' own tools: a bound that rejects what is wrong, and a truth that is true."""
+"""The tests' own tools: a bound that rejects what is wrong, and a truth that is
+true."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,341 @@
+"""Which implementation runs, how often, and what it says: shown with a stand-in
+kernel."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fusednorm
+from fusednorm.kernels import dispatch
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel, Target
+from fusednorm.reference import Norm
+from tests import standin
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The CPU gets the stand-in's kernels."""
+    jax.clear_caches()  # executables made without it
+    entry = (standin.BACKEND, "tests.standin")
+    monkeypatch.setitem(dispatch.KERNELS, "cpu", entry)
+    standin.calls.clear()
+    standin.runs.clear()
+    yield standin
+    jax.clear_caches()
+
+
+X = jnp.asarray(np.random.default_rng(0).normal(0.3, 2, (4, 5, 24)), "float32")
+DY = jnp.asarray(np.random.default_rng(1).normal(0, 1, (4, 5, 24)), "float32")
+SCALE, BIAS = jnp.linspace(0.5, 1.5, 24), jnp.linspace(-1.0, 1.0, 24)
+
+
+def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    return fusednorm.layer_norm(x, scale, bias)
+
+
+def loss(x: jax.Array, scale: jax.Array, bias: jax.Array, dy: jax.Array) -> jax.Array:
+    return jnp.vdot(dy, jnp.sin(normalize(x, scale, bias)))
+
+
+def three(x: jax.Array, scale: jax.Array, bias: jax.Array, dy: jax.Array) -> jax.Array:
+    """A scan over three norms."""
+    step = lambda h, _: (normalize(h, scale, bias), None)  # noqa: E731
+    return jnp.vdot(dy, jax.lax.scan(step, x, None, length=3)[0])
+
+
+ARGS = (0, 1, 2)
+VMAPPED = (0, None, None, 0)
+
+
+def of_vmap(x: jax.Array, scale: jax.Array, bias: jax.Array, dy: jax.Array) -> Any:
+    return jnp.vdot(dy, jnp.sin(jax.vmap(normalize, VMAPPED[:3])(x, scale, bias)))
+
+
+def directional(function: Any) -> Any:
+    """The derivative of a function of (x, scale, bias, dy) along (dy, bias, scale,
+    0)."""
+    return lambda x, s, b, dy: jax.jvp(
+        lambda x, s, b: function(x, s, b, dy), (x, s, b), (dy, b, s)
+    )
+
+
+# transform, forward runs, backward runs
+COUNTED = {
+    "value": (loss, 1, 0),
+    "jvp": (directional(loss), 1, 0),
+    "grad": (jax.grad(loss, ARGS), 1, 1),
+    "value_and_grad": (jax.value_and_grad(loss, ARGS), 1, 1),
+    "grad of x": (jax.grad(loss), 1, 1),
+    "grad of params": (jax.grad(loss, (1, 2)), 1, 1),
+    "hvp, forward over reverse": (directional(jax.grad(loss, ARGS)), 1, 1),
+    "vmap": (jax.vmap(loss, VMAPPED), 1, 0),
+    "vmap of grad": (jax.vmap(jax.grad(loss, ARGS), VMAPPED), 1, 1),
+    "grad of vmap": (jax.grad(of_vmap, ARGS), 1, 1),
+    "scan": (three, 3, 0),
+    "grad of scan": (jax.grad(three, ARGS), 3, 3),
+    "remat": (jax.value_and_grad(jax.checkpoint(loss), ARGS), 2, 1),
+    "remat that saves all": (
+        jax.value_and_grad(
+            jax.checkpoint(loss, policy=jax.checkpoint_policies.everything_saveable),
+            ARGS,
+        ),
+        1,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: Any) -> None:
+    function, forward, backward = COUNTED[name]
+    result = jax.block_until_ready(jax.jit(function)(X, SCALE, BIAS, DY))
+    assert dict(kernels.runs) == {
+        op: n for op, n in (("forward", forward), ("backward", backward)) if n
+    }
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(function)(X, SCALE, BIAS, DY)
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    assert sum(kernels.runs.values()) == forward + backward  # none in the reference
+
+
+def test_statistics_are_written_for_a_derivative_alone(kernels: Any) -> None:
+    jax.jit(loss).lower(X, SCALE, BIAS, DY)
+    assert [call.statistics for call in kernels.calls] == [False]
+    kernels.calls.clear()
+    jax.jit(jax.grad(loss, ARGS)).lower(X, SCALE, BIAS, DY)
+    assert [(c.op, c.statistics) for c in kernels.calls] == [
+        ("forward", True),
+        ("backward", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrt", "wanted"),
+    [
+        (0, (True, False, False)),
+        ((1, 2), (False, True, True)),
+        (2, (False, False, True)),
+    ],
+)
+def test_only_gradients_that_are_wanted(wrt: Any, wanted: tuple, kernels: Any) -> None:
+    jax.jit(jax.grad(loss, wrt)).lower(X, SCALE, BIAS, DY)
+    assert [c.wanted for c in kernels.calls if c.op == "backward"] == [wanted]
+
+
+def test_batched_calls_keep_their_rank(kernels: Any) -> None:
+    jax.jit(jax.vmap(jax.grad(loss, ARGS), VMAPPED)).lower(X, SCALE, BIAS, DY)
+    forward, backward = kernels.calls
+    assert forward.x.shape == backward.x.shape == backward.dy.shape == X.shape
+    assert forward.scale.shape == (24,)
+    assert backward.own_params == 1
+
+
+def test_eager_calls_run_the_kernel(kernels: Any) -> None:
+    jax.block_until_ready(jax.grad(loss, ARGS)(X, SCALE, BIAS, DY))
+    assert kernels.runs == {"forward": 1, "backward": 1}
+
+
+def test_disable_jit_runs_the_reference(kernels: Any) -> None:
+    with jax.disable_jit():
+        y = normalize(X, SCALE, BIAS)
+    assert not kernels.runs
+    np.testing.assert_allclose(y, normalize(X, SCALE, BIAS), rtol=1e-5, atol=1e-6)
+
+
+# --- the user's choice ----------------------------------------------------------------
+
+
+def test_use_backend_retraces_a_function_that_is_compiled(kernels: Any) -> None:
+    jitted = jax.jit(normalize)
+    for backend, runs in (
+        ("auto", 1),
+        ("reference", 1),
+        ("mosaic_gpu", 2),
+        ("auto", 3),
+    ):
+        with fusednorm.use_backend(backend):
+            jax.block_until_ready(jitted(X, SCALE, BIAS))
+        assert kernels.runs["forward"] == runs, backend
+
+
+def test_a_gradient_uses_the_backend_of_its_forward(kernels: Any) -> None:
+    with fusednorm.use_backend("reference"):
+        _, vjp = jax.vjp(normalize, X, SCALE, BIAS)
+    jax.block_until_ready(vjp(DY))
+    assert not kernels.runs
+
+
+def test_a_named_backend_that_cannot_run_raises(kernels: Any) -> None:
+    with (
+        fusednorm.use_backend("mosaic_tpu"),
+        pytest.raises(
+            NotImplementedError, match=r"'mosaic_tpu' was named.*kernels are mosaic_gpu"
+        ),
+    ):
+        normalize(X, SCALE, BIAS)
+    with (
+        fusednorm.use_backend("mosaic_gpu"),
+        pytest.raises(NotImplementedError, match="mask given"),
+    ):
+        fusednorm.layer_norm(X, mask=X > 0)
+    fusednorm.layer_norm(X, mask=X > 0)  # "auto" falls back
+
+
+def test_no_kernel_on_the_cpu() -> None:
+    for backend in ("mosaic_gpu", "mosaic_tpu"):
+        with (
+            fusednorm.use_backend(backend),
+            pytest.raises(NotImplementedError, match=f"'{backend}' was named.*CPU"),
+        ):
+            normalize(X, SCALE, BIAS)
+
+
+def test_unknown_backends_are_refused() -> None:
+    with pytest.raises(ValueError, match="no backend 'triton'; the backends are auto"):
+        fusednorm.use_backend("triton").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [
+        ("", "ran"),
+        ("reference", "ran"),
+        ("mosaic_gpu", "NotImplementedError"),
+        ("cuda", "ValueError: FUSEDNORM_BACKEND: no backend 'cuda'"),
+    ],
+)
+def test_the_environment_variable(value: str, outcome: str) -> None:
+    """Read at the first call: importing never fails, nor does it look at it."""
+    program = (
+        "import os, fusednorm, jax.numpy as jnp\n"
+        f"os.environ['FUSEDNORM_BACKEND'] = {value!r}\n"
+        "try:\n"
+        "    fusednorm.layer_norm(jnp.ones((2, 3))); print('ran')\n"
+        "except Exception as e:\n"
+        "    print(f'{type(e).__name__}: {e}')\n"
+        "with fusednorm.use_backend('reference'):\n"
+        "    fusednorm.layer_norm(jnp.ones((2, 3))); print('a context goes first')\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("FUSEDNORM_BACKEND", None)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = run.stdout.strip().splitlines()
+    assert first.startswith(outcome)
+    assert second == "a context goes first"
+
+
+# --- the plan -------------------------------------------------------------------------
+
+CPU = Target(("cpu",))
+
+
+def call(shape: tuple[int, ...] = (8, 24), **changes: Any) -> Call:
+    norm = Norm((len(shape) - 1,), (len(shape) - 1,), **changes.pop("norm", {}))
+    dtype = changes.pop("dtype", "float32")
+    return Call("forward", norm, jax.ShapeDtypeStruct(shape, dtype), **changes)
+
+
+def refusal(asked: Call, target: Target = CPU, backend: str = "auto") -> str:
+    answer = dispatch.plan(asked, target, backend)
+    assert isinstance(answer, Fallback)
+    return answer.reason
+
+
+def test_reasons_to_fall_back(kernels: Any) -> None:
+    """Each says what would have to change."""
+    assert isinstance(dispatch.plan(call(), CPU), Kernel)
+    assert refusal(call(), backend="reference") == "the backend 'reference' was chosen"
+    assert refusal(call(mask=True)) == "mask given"
+    assert refusal(call(dtype="float64")) == (
+        "float64 x; kernels take float32, bfloat16 or float16"
+    )
+    assert refusal(call(scale=jax.ShapeDtypeStruct((24,), "float64"))) == (
+        "float64 scale; kernels take float32, bfloat16 or float16"
+    )
+    assert refusal(call(norm={"dtype": jnp.dtype("float64")})) == (
+        "float64 output; kernels give float32, bfloat16 or float16"
+    )
+    assert refusal(call(scale=jax.ShapeDtypeStruct((8, 24), "float32"))) == (
+        "scale or bias differ along an axis mapped by vmap"
+    )
+    assert refusal(call((8, 13))) == "13 features bring bad luck"
+    assert refusal(call(), Target(("cpu", "cuda"))) == (
+        "lowered for several platforms: cpu, cuda"
+    )
+    assert (
+        refusal(call(), Target(("rocm",))) == "no kernels for the platform 'rocm' yet"
+    )
+    assert "partitions this call over 8 devices" in refusal(call(), Target(("cpu",), 8))
+    transposed = Call(
+        "forward",
+        Norm((0, 2, 3), (1,)),
+        jax.ShapeDtypeStruct((4, 8, 5, 5), "float32"),
+        jax.ShapeDtypeStruct((8,), "float32"),
+    )
+    assert refusal(transposed) == (
+        "reduction axes (0, 2, 3) and feature axes (1,) of shape (4, 8, 5, 5) need a "
+        "transpose; put reduced axes behind the others and channels last"
+    )
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_kernels_run_on_one_device_and_in_shard_map(mode: str, kernels: Any) -> None:
+    """Where XLA partitions, the reference; where each device has its part, the
+    kernel."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(getattr(AxisType, mode),))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, P("d")))
+        scale, bias = (
+            jax.device_put(a, NamedSharding(mesh, P())) for a in (SCALE, BIAS)
+        )
+        jax.block_until_ready(jax.jit(normalize)(x, scale, bias))
+        assert not kernels.runs
+        parts = jax.shard_map(
+            normalize, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d")
+        )
+        y = jax.block_until_ready(jax.jit(parts)(x, scale, bias))
+    assert kernels.runs["forward"] == 4
+    np.testing.assert_allclose(y, normalize(X, SCALE, BIAS), rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_stay_out_of_a_shard_map_that_leaves_axes_to_xla(kernels: Any) -> None:
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        part = jax.shard_map(
+            normalize, in_specs=(P("a"), P(), P()), out_specs=P("a"), axis_names={"a"}
+        )
+        x = jax.device_put(X, NamedSharding(mesh, P("a", None, None)))
+        y = jax.block_until_ready(jax.jit(part)(x, SCALE, BIAS))
+    assert not kernels.runs
+    np.testing.assert_allclose(y, normalize(X, SCALE, BIAS), rtol=1e-5, atol=1e-6)
+
+
+def test_the_trace_cache_traces_a_shape_once() -> None:
+    """24 norms of one shape trace the formula no more often than one does."""
+    shape = (3, 1, 7, 29)  # of no other test
+
+    def stack(x: jax.Array, layers: int) -> jax.Array:
+        for _ in range(layers):
+            x = fusednorm.layer_norm(x)
+        return x
+
+    jaxpr = jax.make_jaxpr(stack, static_argnums=1)(jnp.ones(shape), 24)
+    inner = {id(eqn.params["jaxpr"]) for eqn in jaxpr.eqns if "jaxpr" in eqn.params}
+    assert len(jaxpr.eqns) == 24
+    assert len(inner) == 1
