@@ -14,14 +14,12 @@ BENCH_ARGS ?=
 
 VENV := .venv
 VENV_OLDEST := .venv-oldest
-VENV_AOT := .venv-aot
 BIN := $(VENV)/bin
 
 # One stamp per set of extras: another set is installed on top, once.
 comma := ,
 STAMP := $(VENV)/.stamp-$(if $(EXTRAS),$(subst $(comma),-,$(EXTRAS)),auto)
 STAMP_OLDEST := $(VENV_OLDEST)/.stamp
-STAMP_AOT := $(VENV_AOT)/.stamp
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -34,7 +32,7 @@ NO_DEVICE := not gpu and not tpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-slow test-gpu test-tpu test-oldest lint format bench \
-	wheel aot clean distclean
+	wheel clean distclean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -75,14 +73,12 @@ wheel: $(STAMP) ## build the sdist and the wheel into dist/
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
-aot: $(STAMP_AOT) ## make .venv-aot, which compiles for GPUs and TPUs that are not here
-
 clean: ## remove builds and caches
 	rm -rf build dist src/*.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the environments
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_AOT)
+	rm -rf $(VENV) $(VENV_OLDEST)
 
 $(STAMP): pyproject.toml
 	@$(call make_venv,$(VENV))
@@ -97,12 +93,6 @@ $(STAMP_OLDEST): pyproject.toml
 	@floors=$$($(VENV_OLDEST)/bin/python -c '$(floors_program)'); \
 	echo "installing into $(VENV_OLDEST): fusednorm[test] with $$floors"; \
 	$(call install,$(VENV_OLDEST),-e ".[test]" $$floors)
-	@touch $@
-
-$(STAMP_AOT): pyproject.toml
-	@$(call make_venv,$(VENV_AOT))
-	@echo "installing into $(VENV_AOT): fusednorm[aot$(comma)test]"; \
-	$(call install,$(VENV_AOT),-e ".[aot$(comma)test]")
 	@touch $@
 
 # $(call install,ENVIRONMENT,ARGUMENTS). No build isolation: once all is there, this

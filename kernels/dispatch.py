@@ -79,7 +79,10 @@ class Target:
     def default(cls) -> "Target":
         """One device of jax's default platform."""
         platform = jax.default_backend()
-        return cls(("cuda",) if platform == "gpu" else (platform,))
+        if platform == "gpu":  # lowering tells the makers apart
+            version = jax.devices()[0].client.platform_version
+            platform = "rocm" if "rocm" in version.lower() else "cuda"
+        return cls((platform,))
 
 
 # --- what is answered -----------------------------------------------------------------

@@ -5,17 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from fusednorm.kernels import dispatch, norm
 from fusednorm.kernels.dispatch import Fallback, Kernel, Target
-
-# Functions of kernels/norm.py that run the reference, whatever the platform.
-_REFERENCE_ALWAYS = {
-    "_plain_normalize": "statistics cross mapped axes (axis_name), or complex numbers",
-    "apply_statistics": "BatchNorm with running statistics is elementwise: XLA fuses "
-    "it into its neighbours",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +78,8 @@ def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
             call = norm.call_of(eqn.primitive, avals, eqn.params)
             assert call is not None
             yield _choice(call, target, eqn.params["backend"])
-        elif eqn.params.get("name") in _REFERENCE_ALWAYS:
-            reason = _REFERENCE_ALWAYS[eqn.params["name"]]
-            yield Choice("forward", avals[0].str_short(), "", Fallback(reason))
+        elif (reason := _never_a_kernel(eqn)) is not None:
+            yield Choice("forward", _described(avals[0]), "", Fallback(reason))
         else:
             inner = target
             if eqn.primitive.name == "shard_map":
@@ -99,10 +92,32 @@ def _choice(call: dispatch.Call, target: Target, backend: str) -> Choice:
     view = call.geometry
     return Choice(
         op=call.op,
-        x=f"{call.x.dtype.name}{list(call.x.shape)}",
+        x=_described(call.x),
         view="" if view is None else f"N={view.n} S={view.s} G={view.g} K={view.k}",
         plan=dispatch.plan(call, target, backend),
     )
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype.name}{list(x.shape)}"
+
+
+def _never_a_kernel(eqn: Any) -> str | None:
+    """Why a jitted function of kernels/norm.py is no primitive; None for others."""
+    name = eqn.params.get("name")
+    if name == "fusednorm_inference":
+        return (
+            "BatchNorm with running statistics is elementwise: XLA fuses it into its "
+            "neighbours"
+        )
+    if name == "fusednorm_plain":
+        if any(
+            jnp.issubdtype(var.aval.dtype, jnp.complexfloating)
+            for var in (*eqn.invars, *eqn.outvars)
+        ):
+            return "complex numbers"
+        return "statistics that cross a mapped axis (axis_name)"
+    return None
 
 
 def _left_to_xla(params: dict[str, Any]) -> int:

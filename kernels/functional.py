@@ -332,7 +332,7 @@ def batch_norm_inference(
         jnp.reshape(_param(value, name, spec, x), shape).astype(spec.compute_dtype)
         for value, name in ((mean, "mean"), (var, "var"))
     ]
-    return op.apply_statistics(
+    return op.fusednorm_inference(
         spec,
         x,
         *statistics,

@@ -65,7 +65,7 @@ def normalize(
     if axis_name is not None or jnp.iscomplexobj(x) or _is_complex(norm.dtype):
         return _plain(norm, x, scale, bias, mask, axis_name, axis_index_groups)[0]
     operands = _alike_over_devices(x, scale, bias, mask)
-    return _normalize(norm, dispatch.current_backend(), *operands)[0]
+    return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
 
 
 def normalize_with_moments(
@@ -88,7 +88,7 @@ def normalize_with_moments(
     if axis_name is not None or jnp.iscomplexobj(x) or _is_complex(norm.dtype):
         return _plain(norm, x, scale, bias, mask, axis_name, axis_index_groups)
     operands = _alike_over_devices(x, scale, bias, mask)
-    y, *statistics = _normalize(
+    y, *statistics = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, statistics=True
     )
     mean, var = statistics if norm.center else (None, *statistics)
@@ -119,9 +119,10 @@ def _varies(a: Maybe) -> frozenset[Hashable]:
     return frozenset() if a is None else jax.typeof(a).manual_axis_type.varying
 
 
-# One jit around each op: its cache makes the second norm of a shape cheap to trace.
+# One jit around each op: its cache makes the second norm of a shape cheap to trace. Its
+# name is what profiles and HLO show.
 @functools.partial(jax.jit, static_argnames=("norm", "backend", "statistics"))
-def _normalize(
+def fusednorm_normalize(
     norm: Norm,
     backend: str,
     x: jax.Array,
@@ -139,7 +140,7 @@ def _normalize(
 # Statistics that cross devices, and complex numbers: the reference with JAX's own
 # derivatives. `explain` knows it by this function's name.
 @functools.partial(jax.jit, static_argnames=("norm", "axis_name", "groups"))
-def _plain_normalize(
+def fusednorm_plain(
     norm: Norm,
     x: jax.Array,
     scale: Maybe,
@@ -166,13 +167,13 @@ def _plain(
     axis_index_groups: Any,
 ) -> tuple[jax.Array, Maybe, jax.Array]:
     groups = axis_index_groups and tuple(tuple(group) for group in axis_index_groups)
-    return _plain_normalize(norm, x, scale, bias, mask, axis_name, groups)
+    return fusednorm_plain(norm, x, scale, bias, mask, axis_name, groups)
 
 
 # BatchNorm with running statistics is elementwise, and XLA fuses it with its
 # neighbours.
 @functools.partial(jax.jit, static_argnames="norm")
-def apply_statistics(
+def fusednorm_inference(
     norm: Norm, x: jax.Array, mean: Maybe, var: jax.Array, scale: Maybe, bias: Maybe
 ) -> jax.Array:
     """y = (x - mean) * rsqrt(var + epsilon) * scale + bias, for statistics given.

@@ -50,6 +50,7 @@ DTYPES = [  # of x, of scale and bias, of y (None: what they promote to)
     ("float16", "float32", "float16"),
     ("float32", "bfloat16", "bfloat16"),
 ]
+FLOATS = [jnp.dtype(name) for name in ("float32", "bfloat16", "float16")]
 
 
 def check(case: Case, truth: Truth, x, scale, bias, dy, dtype=None, mask=None) -> None:
@@ -229,18 +230,26 @@ def cases(draw: st.DrawFn) -> Case:
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-@hypothesis.given(
-    case=cases(),
-    x_dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
-    param_dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
-    dtype=st.sampled_from([None, "float32", "bfloat16", "float16"]),
+@hypothesis.given(case=cases(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3))
+def test_any_shape_axes_and_dtypes(backend: str, case: Case, dtypes: tuple) -> None:
+    check_any(case, *dtypes)
+
+
+@pytest.mark.slow
+@hypothesis.settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-def test_any_shape_axes_and_dtypes(
-    backend: str, case: Case, x_dtype: str, param_dtype: str, dtype: str | None
-) -> None:
+@hypothesis.given(case=cases(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3))
+def test_many_shapes_axes_and_dtypes(backend: str, case: Case, dtypes: tuple) -> None:
+    """Other examples each time; hypothesis prints those that fail."""
+    check_any(case, *dtypes)
+
+
+def check_any(case: Case, x_dtype: str, param_dtype: str, dtype: str) -> None:
     x, scale, bias, dy = case.data(9, jnp.dtype(x_dtype), jnp.dtype(param_dtype))
-    y = jax.eval_shape(lambda *args: case.run(*args, dtype=dtype), x, scale, bias)
-    dy = dy.astype(y.dtype)
+    dy = dy.astype(dtype)
     truth = case.truth(x, scale, bias, dy)
     given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
     y, vjp = jax.vjp(lambda *args: case.run(*args, dtype=dtype), *given)
@@ -336,3 +345,39 @@ def test_mean_and_variance(backend: str, case: Case) -> None:
         assert_close(mean, truth.mean, truth.bounds["mean"])
     else:
         assert mean is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "features", [64, 128, 192, 256, 760, 1128, 4096, 8200, 12288, 65536]
+)
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_every_row_length(backend: str, kind: str, features: int, dtype: str) -> None:
+    """Row counts around every tile; 4097 rows are for the short ones."""
+    for rows in (1, 2, 37, 4097)[: 4 if features <= 1128 else 3]:
+        case = Case(kind, (rows, features))
+        x, scale, bias, dy = case.data(12, jnp.dtype(dtype), "float32")
+        dy = dy.astype("float32")
+        check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [  # ResNet-50 stages, diffusion UNet levels, style transfer
+        Case("batch_norm", (4, 56, 56, 64)),
+        Case("batch_norm", (8, 7, 7, 2048)),
+        Case("group_norm", (2, 64, 64, 320), (("num_groups", 32),)),
+        Case("group_norm", (2, 8, 8, 1280), (("num_groups", 32),)),
+        Case("group_norm", (1, 4, 30, 40, 320), (("num_groups", 32),)),
+        Case("instance_norm", (1, 128, 128, 64)),
+        Case("layer_norm", (2, 32, 32, 96), (("reduction_axes", (1, 2, 3)),)),
+    ],
+    ids=str,
+)
+def test_shapes_of_real_models(backend: str, case: Case, dtype: str) -> None:
+    x, scale, bias, dy = case.data(13, jnp.dtype(dtype), "float32")
+    dy = dy.astype("float32")
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
