@@ -226,6 +226,17 @@ TRANSFORMS: dict[str, Callable[[Fn, jax.Array], Fn]] = {
         ),
         ARGS,
     ),
+    "grad of nested vmap, the bias shared": lambda f, dy: jax.grad(
+        lambda x, s, b: jnp.sum(
+            jnp.sin(
+                jax.vmap(jax.vmap(f, (None, 0, None)), (0, None, None))(
+                    jnp.stack([x, dy]), each(s), b
+                )
+            )
+            * dy
+        ),
+        ARGS,
+    ),
     "jvp of vmap": lambda f, dy: (
         lambda x, s, b: jax.jvp(
             lambda s: jax.vmap(f, (0, None, None))(jnp.stack([x, dy]), s, b), (s,), (b,)
