@@ -85,6 +85,9 @@ class Target:
         return cls((platform,))
 
 
+ONE_CPU = Target(("cpu",))
+
+
 # --- what is answered -----------------------------------------------------------------
 
 

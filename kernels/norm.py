@@ -193,9 +193,9 @@ def fusednorm_inference(
 
 
 def _norm_formula(
-    operands: tuple[Any, ...], *, norm: Norm, statistics: bool
+    operands: tuple[Any, ...], *, norm: Norm, statistics: bool, sparing: bool = False
 ) -> list[jax.Array]:
-    y, mean, var = reference.forward(norm, *operands)
+    y, mean, var = reference.forward(norm, *operands, sparing=sparing)
     return [r for r in (y, mean, var) if r is not None] if statistics else [y]
 
 
@@ -222,7 +222,15 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
     # A jit, for its cache: shapes seen before are not traced again, here or in
     # lowering.
     @functools.partial(
-        jax.jit, static_argnames=("tree", "norm", "statistics", "wanted", "own_params")
+        jax.jit,
+        static_argnames=(
+            "tree",
+            "norm",
+            "statistics",
+            "sparing",
+            "wanted",
+            "own_params",
+        ),
     )
     def meaning(*flat: jax.Array, tree: Any, **params: Any) -> list[jax.Array]:
         return formula(tree.unflatten(flat), **params)
@@ -234,7 +242,10 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
         implementation = functools.partial(meaning, **params)
         call = call_of(primitive, ctx.avals_in, params)
         if call is not None:
-            answer = dispatch.plan(call, dispatch.target_of(ctx), backend)
+            target = dispatch.target_of(ctx)
+            answer = dispatch.plan(call, target, backend)
+            if _spares(call, target):
+                implementation = functools.partial(implementation, sparing=True)
             if isinstance(answer, dispatch.Kernel):
                 implementation = functools.partial(_launch, answer, params["tree"])
         return mlir.lower_fun(implementation, multiple_results=True)(ctx, *flat)
@@ -246,6 +257,20 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, lower)
     return primitive
+
+
+def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
+    """Whether the reference should centre sparingly; see `reference.moments`.
+
+    Measured against flax, forward, XLA's CPU code on 2 cores: float32 1.05 instead of
+    1.4 times its time in the mean of 14 shapes. Not for a half-precision x, which the
+    branch would have converted whole: 2.1 instead of 1.0 for 98304 rows of 64.
+    """
+    return (
+        call.op == "forward"
+        and target == dispatch.ONE_CPU
+        and call.x.dtype == call.norm.compute_dtype
+    )
 
 
 def _launch(kernel: dispatch.Kernel, tree: Any, *flat: jax.Array) -> list[jax.Array]:

@@ -158,8 +158,14 @@ def _abs_squared(x: jax.Array) -> jax.Array:
 # --- forward --------------------------------------------------------------------------
 
 
+# Up to mean^2 = 4 var the sum of squares about 0 serves: taking n * mean^2 from it
+# loses about three binary digits of the variance, less than the 16 roundings that tests
+# allow.
+_NEAR = 4
+
+
 def moments(
-    norm: Norm, x: jax.Array, mask: jax.Array | None = None
+    norm: Norm, x: jax.Array, mask: jax.Array | None = None, *, sparing: bool = False
 ) -> tuple[Count, jax.Array | None, jax.Array]:
     """Count, mean and centred sum of squares of x.
 
@@ -167,6 +173,9 @@ def moments(
       norm: what to normalize over.
       x: any shape; any float or complex dtype.
       mask: None, or bool of x's rank that broadcasts to x: which elements count.
+      sparing: centre the squares only if some mean is far from 0, and only its own.
+        XLA's CPU code then sums x and x^2 side by side, 1.3 times as fast as one after
+        the other. Not for devices where a branch costs more, nor for x in parts.
 
     Returns:
       count: elements in each statistic; an int, or with a mask an array like `mean`.
@@ -180,7 +189,17 @@ def moments(
     count = _count(norm, x, mask)
     if norm.center:
         mean = _over(_sum(_masked(view, where), axes), count)
-        m2 = _sum(_masked(_abs_squared(view - mean), where), axes)
+        if sparing:
+            square = _abs_squared(mean) * count
+            about_0 = _sum(_masked(_abs_squared(view), where), axes) - square
+            far = square > _NEAR * about_0
+            m2 = lax.cond(
+                jnp.any(far),
+                lambda: jnp.where(far, _centred(view, mean, where, axes), about_0),
+                lambda: about_0,
+            )
+        else:
+            m2 = _centred(view, mean, where, axes)
         mean = _join_statistic(norm, mean)
     else:
         mean = None
@@ -188,6 +207,12 @@ def moments(
     if isinstance(count, jax.Array):
         count = _join_statistic(norm, count)
     return count, mean, _join_statistic(norm, m2)
+
+
+def _centred(
+    view: jax.Array, mean: jax.Array, where: jax.Array | None, axes: Sequence[int]
+) -> jax.Array:
+    return _sum(_masked(_abs_squared(view - mean), where), axes)
 
 
 def variance(count: Count, m2: jax.Array) -> jax.Array:
@@ -267,6 +292,8 @@ def forward(
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: jax.Array | None = None,
+    *,
+    sparing: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Normalizes x.
 
@@ -276,6 +303,7 @@ def forward(
       scale, bias: shape (features,), or None; any real dtype.
       mask: None, or bool of x's rank that broadcasts to x: the elements that the
         statistics are taken from. All elements are normalized.
+      sparing: as for `moments`.
 
     Returns:
       y: x's shape, `norm.dtype`.
@@ -283,7 +311,7 @@ def forward(
       var: statistic. It is what the backward keeps: rstd = rsqrt(var + epsilon) follows
         from it, while var would not follow from rstd where var is far below epsilon.
     """
-    count, mean, m2 = moments(norm, x, mask)
+    count, mean, m2 = moments(norm, x, mask, sparing=sparing)
     var = variance(count, m2)
     return apply(norm, x, mean, var, scale, bias), mean, var
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fusednorm import reference
 from fusednorm.kernels import norm as op
 from fusednorm.reference import Norm
 from tests.helpers import Case, Truth, assert_close, ulp
@@ -324,20 +325,22 @@ def flax_function(case: Case):
     return function
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_mean_and_variance(backend: str, case: Case) -> None:
-    x, scale, bias, dy = case.data(11, "float32", "float32")
-    spec = Norm(
-        reduction_axes=tuple(
-            axis
-            for axis in case.reduction_axes
-            if case.num_groups is None or axis != len(case.shape) - 1
-        ),
+def norm_of(case: Case) -> Norm:
+    """What the functional API makes of the case's arguments."""
+    grouped = case.num_groups is not None
+    return Norm(
+        reduction_axes=case.reduction_axes[:-1] if grouped else case.reduction_axes,
         feature_axes=case.feature_axes,
         num_groups=case.num_groups,
         center=case.kind != "rms_norm",
         epsilon=case.epsilon,
     )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_mean_and_variance(backend: str, case: Case) -> None:
+    x, scale, bias, dy = case.data(11, "float32", "float32")
+    spec = norm_of(case)
     truth = case.truth(x, scale, bias, dy)
     _, mean, var = op.normalize_with_moments(spec, jnp.asarray(x))
     assert_close(var, truth.var, truth.bounds["var"])
@@ -381,3 +384,28 @@ def test_shapes_of_real_models(backend: str, case: Case, dtype: str) -> None:
     x, scale, bias, dy = case.data(13, jnp.dtype(dtype), "float32")
     dy = dy.astype("float32")
     check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+
+
+@pytest.mark.parametrize("case", CASES[:2] + MASKED[2:], ids=str)
+def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
+    """On one CPU device squares are centred where a mean is far from 0, and only there.
+
+    A statistic far from 0 is right, and those beside it are bitwise what they are
+    without it.
+    """
+    x, scale, bias, dy = case.data(14, "float32", "float32")
+    spec = norm_of(case)
+    far = x.copy()
+    one_statistic = {
+        "batch_norm": np.s_[..., -1],
+        "instance_norm": np.s_[0, ..., -1],
+    }.get(case.kind, np.s_[0])
+    far[one_statistic] += 3000
+    sparing = jax.jit(lambda x: reference.moments(spec, x, sparing=True)[1:])
+    truth = case.truth(far, scale, bias, dy)
+    (mean, m2), (near_mean, near_m2) = sparing(far), sparing(x)
+    assert_close(m2 * (m2.size / x.size), truth.var, truth.bounds["var"])
+    same = np.abs(truth.mean) < 100
+    assert 0 < same.sum() < same.size
+    np.testing.assert_array_equal(np.asarray(mean)[same], np.asarray(near_mean)[same])
+    np.testing.assert_array_equal(np.asarray(m2)[same], np.asarray(near_m2)[same])
