@@ -1,0 +1,196 @@
+"""What is timed: norms, and the blocks around them, of real models."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+_ACTIVATIONS = {"relu": nnx.relu, "silu": nnx.silu}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One block of one model.
+
+    Attributes:
+      name: the model, and where in it.
+      norm: class of the norm layer, with flax's defaults: GroupNorm has 32 groups.
+      sample: shape of the norm's input without its first axis, which is as long as the
+        size wanted allows.
+      dtype: of x, y and the computation; parameters are float32.
+      conv: channels that a 1x1 convolution makes into x's, or None for no convolution.
+      residual: where a second input is added: before the norm, after it, or nowhere.
+      activation: what follows, if anything.
+    """
+
+    name: str
+    norm: Any
+    sample: tuple[int, ...]
+    dtype: str
+    conv: int | None = None
+    residual: Literal["before", "after"] | None = None
+    activation: Literal["relu", "silu"] | None = None
+
+    def shape(self, tensor_bytes: float) -> tuple[int, ...]:
+        """The norm's input, where the block's largest tensor has about `tensor_bytes`.
+
+        Of one sample at least.
+        """
+        *pixels, channels = self.sample
+        widest = max(channels, self.conv or 0)
+        sample_bytes = math.prod(pixels) * widest * jnp.dtype(self.dtype).itemsize
+        return (max(1, round(tensor_bytes / sample_bytes)), *self.sample)
+
+    @property
+    def layer(self) -> str:
+        """The block in words: "GroupNorm + silu"."""
+        parts = [
+            "conv" if self.conv is not None else "",
+            "add" if self.residual == "before" else "",
+            self.norm.__name__,
+            "add" if self.residual == "after" else "",
+            self.activation or "",
+        ]
+        return " + ".join(filter(None, parts))
+
+    @property
+    def floor(self) -> tuple[int, int] | None:
+        """Tensors of x's size that must cross device memory, forward and backward.
+
+        | block              | forward                | backward                     |
+        |--------------------|------------------------|------------------------------|
+        | any norm but Batch | x -> y               2 | x, dy -> dx                3 |
+        | BatchNorm          | x, then x -> y       3 | x, dy, then x, dy -> dx    5 |
+        | add + norm         | x, r -> h, y         4 | h, dh, dy -> dx = dr       4 |
+        | BatchNorm + add    | x, then x, r -> y    4 | x, dy, y -> dr,            7 |
+        | + relu             |                        | then x, dr -> dx             |
+
+        What a statistic is taken from is read once where it can stay on the chip until
+        it is normalized: a row, a sample's group or channel. A batch cannot, and is
+        read twice. An activation costs nothing, forward or backward: it is computed
+        again from x. Scale, bias, statistics and their gradients are left out: below
+        4 % of what is counted. A convolution is bound by arithmetic: None.
+        """
+        if self.conv is not None:
+            return None
+        reads = 2 if self.norm is nnx.BatchNorm else 1
+        forward, backward = reads + 1, 2 * reads + 1
+        if self.residual == "before":
+            return forward + 2, backward + 1
+        if self.residual == "after":
+            return forward + 1, backward + 2
+        return forward, backward
+
+
+class Block(nnx.Module):
+    """Convolution, + residual, norm, + residual, activation: those the case has."""
+
+    def __init__(self, case: Case, rngs: nnx.Rngs):
+        channels = case.sample[-1]
+        if case.conv is not None:
+            self.conv = nnx.Conv(
+                case.conv,
+                channels,
+                kernel_size=(1, 1),
+                use_bias=False,
+                dtype=jnp.dtype(case.dtype),
+                rngs=rngs,
+            )
+        self.norm = case.norm(channels, dtype=jnp.dtype(case.dtype), rngs=rngs)
+        # As after some training: at ones and zeros a kernel that forgets them is right.
+        self.norm.scale[...] = jax.random.uniform(rngs(), (channels,), minval=0.5)
+        if getattr(self.norm, "bias", None) is not None:
+            self.norm.bias[...] = jax.random.normal(rngs(), (channels,))
+        self.case = case
+
+    def __call__(self, x: jax.Array, *residual: jax.Array) -> dict[str, jax.Array]:
+        """y, and for a residual added before the norm also the sum, h."""
+        if self.case.conv is not None:
+            x = self.conv(x)
+        if self.case.residual == "before":
+            x = x + residual[0]
+        y = self.norm(x)
+        if self.case.residual == "after":
+            y = y + residual[0]
+        if self.case.activation is not None:
+            y = _ACTIVATIONS[self.case.activation](y)
+        return {"h": x, "y": y} if self.case.residual == "before" else {"y": y}
+
+
+def draw(
+    case: Case, tensor_bytes: float, seed: int = 0
+) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
+    """Inputs of the case's block and the cotangents of its outputs, all O(1).
+
+    Returns:
+      inputs: x, whose mean is not 0, and the residual if there is one.
+      cotangents: by the names of the block's outputs.
+    """
+    rng = np.random.default_rng(seed)
+    shape = case.shape(tensor_bytes)
+
+    def normal(shape: tuple[int, ...], mean: float = 0.0) -> jax.Array:
+        values = rng.standard_normal(shape, dtype=np.float32) + np.float32(mean)
+        return jnp.asarray(values, case.dtype)
+
+    channels = case.sample[-1] if case.conv is None else case.conv
+    inputs: tuple[Any, ...] = (normal((*shape[:-1], channels), mean=0.5),)
+    if case.residual is not None:
+        inputs = (*inputs, normal(shape))
+    outputs = ("h", "y") if case.residual == "before" else ("y",)
+    return inputs, {name: normal(shape) for name in outputs}
+
+
+CASES = (
+    # Rows. AlphaFold's pair representation of 384 residues; ViT-B/16 on 224x224 pixels.
+    Case("alphafold_pair_64", nnx.LayerNorm, (384, 64), "bfloat16"),
+    Case("alphafold_pair_128", nnx.LayerNorm, (384, 128), "float32"),
+    Case("vit_b_16", nnx.LayerNorm, (197, 768), "float32"),
+    Case("gpt3_175b", nnx.LayerNorm, (12288,), "bfloat16"),
+    Case("qwen3_qk_norm", nnx.RMSNorm, (32, 128), "bfloat16"),
+    Case("llama3_1b", nnx.RMSNorm, (2048,), "float32"),
+    Case("llama3_8b", nnx.RMSNorm, (4096,), "bfloat16"),
+    Case("deepseek_v3", nnx.RMSNorm, (7168,), "bfloat16"),
+    # ResNet-50: the end of each stage.
+    Case("resnet50_conv2", nnx.BatchNorm, (56, 56, 256), "float32"),
+    Case("resnet50_conv3", nnx.BatchNorm, (28, 28, 512), "bfloat16"),
+    Case("resnet50_conv4", nnx.BatchNorm, (14, 14, 1024), "float32"),
+    Case("resnet50_conv5", nnx.BatchNorm, (7, 7, 2048), "float32"),
+    # Stable Diffusion's UNet: its four levels for an image of 512x512.
+    Case("sd_unet_64", nnx.GroupNorm, (64, 64, 320), "float32"),
+    Case("sd_unet_32", nnx.GroupNorm, (32, 32, 640), "bfloat16"),
+    Case("sd_unet_16", nnx.GroupNorm, (16, 16, 1280), "float32"),
+    Case("sd_unet_8", nnx.GroupNorm, (8, 8, 1280), "bfloat16"),
+    # Fast style transfer: first and innermost layers.
+    Case("style_256", nnx.InstanceNorm, (256, 256, 32), "float32"),
+    Case("style_64", nnx.InstanceNorm, (64, 64, 128), "float32"),
+    # Blocks: XLA fuses a norm's neighbours into it.
+    Case(
+        "resnet50_conv_bn_relu",
+        nnx.BatchNorm,
+        (56, 56, 64),
+        "float32",
+        conv=256,
+        activation="relu",
+    ),
+    Case(
+        "resnet50_bn_add_relu",
+        nnx.BatchNorm,
+        (28, 28, 512),
+        "float32",
+        residual="after",
+        activation="relu",
+    ),
+    Case(
+        "sd_unet_gn_silu",
+        nnx.GroupNorm,
+        (32, 32, 640),
+        "float32",
+        activation="silu",
+    ),
+    Case("llama3_8b_add_rms", nnx.RMSNorm, (4096,), "bfloat16", residual="before"),
+)

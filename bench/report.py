@@ -1,0 +1,354 @@
+"""What a run found: tables, a JSON file, a chart."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench.contest import PASSES, Quantiles, Result, Settings
+from bench.training import Tracing, Training
+
+_STYLE: dict[str, Any] = {
+    "box": box.SIMPLE_HEAD,
+    "pad_edge": False,
+    "collapse_padding": True,
+}
+_DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+_COLORS = {"fusednorm": "#0072b2", "flax": "#b8b8b8"}
+_PASSES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+
+
+@dataclasses.dataclass
+class Report:
+    """All that a run found.
+
+    Attributes:
+      settings: how much was run.
+      trainings, tracings, results: of the models and the cases that ran, in order.
+      failures: why others have no figure, by name.
+    """
+
+    settings: Settings
+    trainings: list[Training] = dataclasses.field(default_factory=list)
+    tracings: list[Tracing] = dataclasses.field(default_factory=list)
+    results: list[Result] = dataclasses.field(default_factory=list)
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, found: object) -> None:
+        """Takes in what one item of the suite found."""
+        match found:
+            case Training():
+                self.trainings.append(found)
+            case Tracing():
+                self.tracings.append(found)
+            case Result():
+                self.results.append(found)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp(mean(log(values)))."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def summary(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """By pass: how many cases, and the geometric mean and the worst of their ratios."""
+    found = {}
+    for which in PASSES:
+        mine = [result for result in results if result.which == which]
+        if mine:
+            worst = max(mine, key=lambda result: result.ratio)
+            found[which] = {
+                "cases": len(mine),
+                "geometric_mean": geometric_mean(result.ratio for result in mine),
+                "worst": worst.ratio,
+                "worst_case": worst.case,
+            }
+    return found
+
+
+# --- tables ---------------------------------------------------------------------------
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints the report."""
+    if report.trainings or report.results:
+        _say_what_ran(report, console)
+    if report.trainings:
+        _show_trainings(report, console)
+    if report.results:
+        _show_results(report.results, console)
+    for text in dict.fromkeys(report.failures.values()):  # a case fails in both passes
+        console.print(Text(f"FAILED, no figure: {text}", style="bold red"))
+
+
+def _say_what_ran(report: Report, console: Console) -> None:
+    console.print(f"\n{device_name()}, jax {jax.__version__}", highlight=False)
+    plans = {f"{result.backend}: {result.plan}" for result in report.results}
+    for training in report.trainings:
+        plans |= set(training.ran)
+    if all(plan.startswith("reference: ") for plan in plans):
+        where = jax.default_backend().upper()
+        console.print(f"[bold]{where}: reference path.[/] No kernel ran.")
+    for plan in sorted(plans):
+        console.print(f"  {plan}", highlight=False)
+
+
+def _show_trainings(report: Report, console: Console) -> None:
+    table = Table(
+        title="\nTraining on scikit-learn's digits, before and after fusednorm.fuse",
+        title_justify="left",
+        caption="difference: the largest between flax and fusednorm, relative",
+        caption_justify="left",
+        **_STYLE,
+    )
+    table.add_column("model")
+    for name in ("steps", "loss", "loss\ndifference", "gradient\ndifference"):
+        table.add_column(name, justify="right")
+    for name in ("flax\nms a step", "fusednorm\nms a step", "ratio"):
+        table.add_column(name, justify="right")
+    table.add_column("trace + lower\nratio", justify="right")
+    tracings = {tracing.model: tracing for tracing in report.tracings}
+    for training in report.trainings:
+        losses = training.fused_losses
+        tracing = tracings.get(training.model)
+        table.add_row(
+            training.model,
+            str(len(losses)),
+            f"{losses[0]:.2f} -> {losses[-1]:.2f}",
+            f"{training.loss_difference:.0e}",
+            f"{training.gradient_difference:.0e}",
+            _milliseconds(training.flax),
+            _milliseconds(training.fusednorm),
+            _ratio(training.ratio),
+            _ratio(tracing.ratio) if tracing else "",
+        )
+    console.print(table)
+    for training in report.trainings:
+        fused = [f"{n} {name.split('.')[-1]}" for name, n in training.fused.items()]
+        ran = [f"{n} x {plan}" for plan, n in training.ran.items()]
+        console.print(
+            f"{training.model}: {', '.join(fused)} fused, {training.left} left. "
+            f"A step runs {'; '.join(ran)}",
+            highlight=False,
+        )
+
+
+def _show_results(results: Sequence[Result], console: Console) -> None:
+    copies = sorted(result.copy_rate for result in results)
+    table = Table(
+        title="\nfusednorm against flax.nnx",
+        title_justify="left",
+        caption="ms: median (first to last decile). ratio, GB/s and share: of first "
+        "deciles.\nGB/s: bytes that must be moved per second of fusednorm's time. "
+        f"share: of a copy's rate, {copies[len(copies) // 2] / 1e9:.1f} GB/s here.",
+        caption_justify="left",
+        **_STYLE,
+    )
+    for name in ("case", "dtype", "pass", "backend"):
+        table.add_column(name)
+    for name in ("flax ms", "fusednorm ms", "ratio", "GB/s", "share"):
+        table.add_column(name, justify="right")
+    above = None
+    for result in results:
+        table.add_row(
+            "" if result.case == above else result.case,
+            "" if result.case == above else _DTYPES[result.dtype],
+            _PASSES[result.which],
+            result.backend,
+            _milliseconds(result.flax),
+            _milliseconds(result.fusednorm),
+            _ratio(result.ratio),
+            "-" if result.rate is None else f"{result.rate / 1e9:.1f}",
+            "-" if result.share is None else f"{result.share:.0%}",
+        )
+        above = result.case
+    console.print(table)
+    for which, found in summary(results).items():
+        console.print(
+            f"{which}: geometric mean {found['geometric_mean']:.2f}, worst "
+            f"{found['worst']:.2f} ({found['worst_case']}), {found['cases']} cases",
+            highlight=False,
+        )
+
+
+def _milliseconds(time: Quantiles) -> str:
+    low, middle, high = (_three_digits(1e3 * s) for s in (time.p10, time.p50, time.p90))
+    return f"{middle} ({low}-{high})"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(value))))}f}"
+
+
+def _ratio(ratio: float) -> Text:
+    style = "green" if ratio < 0.95 else "red" if ratio > 1.05 else ""
+    return Text(f"{ratio:.2f}", style=style)
+
+
+# --- files ----------------------------------------------------------------------------
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Writes <device>-<date>.json, and a chart beside it if there are results.
+
+    Returns:
+      The files' paths.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = as_record(report)
+    device = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
+    path = folder / f"{device}-{record['date'][:10]}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    if not report.results:
+        return [path]
+    draw(report.results, path.with_suffix(".png"), title=_title(record))
+    return [path, path.with_suffix(".png")]
+
+
+def as_record(report: Report) -> dict[str, Any]:
+    """The report as JSON: times in seconds, rates in bytes per second."""
+    now = datetime.datetime.now(datetime.UTC)
+    derived = ("ratio", "rate", "share", "copy_rate")
+    return {
+        "date": now.isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": {
+            "name": device_name(),
+            "platform": jax.default_backend(),
+            "count": jax.device_count(),
+            "driver": _driver(),
+            "cpu_cores": os.cpu_count(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("fusednorm", "jax", "jaxlib", "flax", "numpy")
+            },
+        },
+        "settings": dataclasses.asdict(report.settings),
+        "summary": summary(report.results),
+        "training": [_with(t, "ratio") for t in report.trainings],
+        "tracing": [_with(t, "ratio") for t in report.tracings],
+        "results": [_with(result, *derived) for result in report.results],
+        "failures": sorted(report.failures),
+    }
+
+
+def _with(found: Any, *properties: str) -> dict[str, Any]:
+    return dataclasses.asdict(found) | {
+        name: getattr(found, name) for name in properties
+    }
+
+
+def device_name() -> str:
+    """The accelerator as jax calls it, or the processor's model."""
+    kind = jax.devices()[0].device_kind
+    if kind != "cpu":
+        return kind
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return models[0].strip() if models else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found and found.splitlines()[0]
+
+
+def _commit() -> str | None:
+    """The commit that is checked out, with a + if files differ from it."""
+    commit = _output("git", "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+" if _output("git", "status", "--porcelain") else "")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _title(record: dict[str, Any]) -> str:
+    versions = record["versions"]
+    return (
+        f"fusednorm {versions['fusednorm']} and flax.nnx {versions['flax']} on "
+        f"{record['device']['name']}, jax {versions['jax']}, {record['date'][:10]}"
+    )
+
+
+def draw(results: Sequence[Result], path: Path, title: str) -> None:
+    """Draws a PNG: for each case and pass, both speeds as shares of the copy's."""
+    cases = list(dict.fromkeys(result.case for result in results))
+    backends = " and ".join(dict.fromkeys(result.backend for result in results))
+    shown = [which for which in PASSES if any(r.which == which for r in results)]
+    figure = Figure(figsize=(12, 1.8 + 0.36 * len(cases)), layout="constrained")
+    axes = figure.subplots(ncols=len(shown), squeeze=False, sharey=True)
+    fastest = max(max(r.share or 0, r.flax_share or 0) for r in results)
+    for axis, which in zip(axes[0], shown, strict=True):
+        for result in results:
+            if result.which == which:
+                _draw_bars(axis, cases.index(result.case), result)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_title(which)
+        axis.set_xlabel("GB/s as a share of a copy's (number: time over flax's time)")
+        axis.xaxis.set_major_formatter("{x:.0%}")
+        axis.set_xlim(0, 1.12 * max(1, fastest))
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    dtypes = {result.case: _DTYPES[result.dtype] for result in results}
+    labels = [f"{case}  {dtypes[case]}" for case in cases]
+    axes[0, 0].set_yticks(range(len(cases)), labels=labels)
+    axes[0, 0].set_ylim(len(cases) - 0.4, -0.6)
+    legend = {"fusednorm": f"fusednorm: {backends}", "flax": "flax.nnx"}
+    handles = [Patch(color=_COLORS[name], label=legend[name]) for name in legend]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_bars(axis: Any, row: int, result: Result) -> None:
+    share, flax_share = result.share or 0, result.flax_share or 0
+    axis.barh(row - 0.19, share, height=0.36, color=_COLORS["fusednorm"])
+    axis.barh(row + 0.19, flax_share, height=0.36, color=_COLORS["flax"])
+    axis.text(
+        max(share, flax_share) + 0.01,
+        row,
+        f"{result.ratio:.2f}" if result.share else f"{result.ratio:.2f}, no floor",
+        va="center",
+        fontsize=9,
+    )

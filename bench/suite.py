@@ -1,0 +1,68 @@
+"""The pytest-benchmark items; `python -m bench` says for which models and cases.
+
+An item times one thing. What it found goes to `record_property`, by which pytest hands
+it to the run in `__main__.py`. A red gate fails the item, and it finds nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.cases import Case
+from bench.contest import PASSES, Contest, Settings
+from bench.training import Pair, trace, train
+from bench.truth import GateError
+
+Record = Callable[[str, Any], None]
+
+
+@contextmanager
+def gate(name: str) -> Iterator[None]:
+    """Turns a red gate into a failure that says no more than what was wrong."""
+    try:
+        yield
+    except GateError as error:
+        raise pytest.fail.Exception(f"{name}: {error}", pytrace=False) from None
+
+
+@pytest.fixture(scope="module")
+def pair(model: str) -> Pair:
+    """One model, with flax's layers and with ours."""
+    return Pair(model)
+
+
+def bench_training(
+    pair: Pair, settings: Settings, benchmark: BenchmarkFixture, record_property: Record
+) -> None:
+    """Some steps of training."""
+    with gate(pair.name):
+        record_property("result", train(pair, benchmark, settings.steps))
+
+
+def bench_tracing(
+    pair: Pair, settings: Settings, benchmark: BenchmarkFixture, record_property: Record
+) -> None:
+    """Tracing and lowering of one training step."""
+    record_property("result", trace(pair, benchmark, settings.traces))
+
+
+@pytest.fixture(scope="module")
+def contest(case: Case, settings: Settings) -> Contest:
+    """One case, compiled and checked once for both passes."""
+    with gate(case.name):
+        return Contest(case, settings.tensor_bytes)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def bench_case(
+    contest: Contest,
+    which: str,
+    settings: Settings,
+    benchmark: BenchmarkFixture,
+    record_property: Record,
+) -> None:
+    """One pass of one case."""
+    record_property("result", contest.time(which, benchmark, settings))

@@ -1,0 +1,230 @@
+"""Training a model, and the same model after `fusednorm.fuse`, on the same batches."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax  # type: ignore[import-untyped]
+from flax import nnx
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import fusednorm
+from bench.contest import Quantiles, in_words, interleave
+from bench.models import MODELS, digits
+from bench.truth import GateError
+
+BATCH = 128
+
+# Both differences are a few float32 roundings, 1e-7 each: at most 8e-7 in 30 steps
+# (measured, CPU). A norm whose gain is wrong by 2 % makes 1e-3 in the first loss.
+LIMIT = 1e-5
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A model's training with flax's layers, and after `fusednorm.fuse`.
+
+    Attributes:
+      model: its name.
+      fused: what `fuse` replaced: layers by class.
+      left: how many norm layers it left.
+      ran: what the training step runs, as `fusednorm.explain` says: how often each.
+      flax_losses, fused_losses: of each step.
+      loss_difference: the largest between the two, relative to flax's.
+      gradient_difference: that of the gradients on the first batch, as
+        `gradient_difference` measures it.
+      flax, fusednorm: times of a step.
+    """
+
+    model: str
+    fused: dict[str, int]
+    left: int
+    ran: dict[str, int]
+    flax_losses: list[float]
+    fused_losses: list[float]
+    loss_difference: float
+    gradient_difference: float
+    flax: Quantiles
+    fusednorm: Quantiles
+
+    @property
+    def ratio(self) -> float:
+        """fusednorm's step over flax's, first deciles."""
+        return self.fusednorm.p10 / self.flax.p10
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracing:
+    """How long a training step takes to be traced and lowered, before any compiling.
+
+    Attributes:
+      model: its name.
+      flax, fusednorm: times.
+    """
+
+    model: str
+    flax: Quantiles
+    fusednorm: Quantiles
+
+    @property
+    def ratio(self) -> float:
+        """fusednorm's time over flax's, first deciles."""
+        return self.fusednorm.p10 / self.flax.p10
+
+
+class Trainee:
+    """A model and its optimizer, as a state and pure functions of it."""
+
+    def __init__(self, model: nnx.Module):
+        optimizer = nnx.Optimizer(model, optax.sgd(0.02, momentum=0.9), wrt=nnx.Param)
+        self.graph, self.state = nnx.split((model, optimizer))
+        self.losses: list[jax.Array] = []
+        self._step = jax.jit(self.step)
+
+    def step(
+        self, state: Tree, images: jax.Array, labels: jax.Array
+    ) -> tuple[Tree, jax.Array, Tree]:
+        """One step of gradient descent.
+
+        Returns:
+          The state after it; the loss before it, and its gradients.
+        """
+        model, optimizer = nnx.merge(self.graph, state)
+        loss, grads = nnx.value_and_grad(_loss)(model, images, labels)
+        optimizer.update(model, grads)
+        return nnx.state((model, optimizer)), loss, grads
+
+    def advance(self, images: jax.Array, labels: jax.Array) -> Tree:
+        """Takes one step, and returns the gradients."""
+        self.state, loss, grads = self._step(self.state, images, labels)
+        self.losses.append(loss)
+        return grads
+
+
+def _loss(model: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = model(images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+class Pair:
+    """A model, and a clone of it after `fusednorm.fuse`.
+
+    Attributes:
+      name: the model's, in `MODELS`.
+      flax, fused: the two.
+      report: what `fuse` said.
+    """
+
+    def __init__(self, name: str):
+        model = MODELS[name](nnx.Rngs(0))
+        clone = nnx.clone(model)
+        self.name = name
+        self.report = fusednorm.fuse(clone)
+        self.flax, self.fused = Trainee(model), Trainee(clone)
+
+
+def gradient_difference(grads: Tree, others: Tree) -> float:
+    """The worst parameter's rms(grad - other) / (rms(grad) + rms(all grads) / 1000).
+
+    The second term is for parameters whose gradient is 0 by symmetry, and noise.
+    """
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(grads)]
+    other_leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(others)]
+    overall = _rms(np.concatenate([leaf.ravel() for leaf in leaves]))
+    return max(
+        _rms(leaf - other) / (_rms(leaf) + overall / 1000)
+        for leaf, other in zip(leaves, other_leaves, strict=True)
+    )
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+# Float32 products everywhere, so that what differs is the norms.
+@jax.default_matmul_precision("float32")
+def train(pair: Pair, benchmark: BenchmarkFixture, steps: int) -> Training:
+    """Trains both, step by step in turn.
+
+    Args:
+      pair: with flax's layers and with ours.
+      benchmark: pytest-benchmark's fixture; every step is a round of it.
+      steps: how many each takes.
+
+    Raises:
+      GateError: losses or gradients do not agree.
+    """
+    flax, fused = pair.flax, pair.fused
+    source = digits(BATCH)
+    first = next(source)
+    explanation = fusednorm.explain(fused.step, fused.state, *first)
+
+    gradients = gradient_difference(flax.advance(*first), fused.advance(*first))
+    batches = itertools.islice(source, steps - 1)
+    pairs = ((one, batch) for batch in batches for one in (flax, fused))
+
+    def advance() -> jax.Array:
+        trainee, batch = next(pairs)
+        return trainee.advance(*batch)
+
+    turns = [("flax", advance), ("fusednorm", advance)]
+    samples = interleave(benchmark, turns, rounds=steps - 1)
+    flax_losses = [float(loss) for loss in flax.losses]
+    fused_losses = [float(loss) for loss in fused.losses]
+    losses = max(
+        abs(ours - flaxs) / abs(flaxs)
+        for flaxs, ours in zip(flax_losses, fused_losses, strict=True)
+    )
+    # Written so that NaN fails.
+    if not (losses <= LIMIT and gradients <= LIMIT):
+        raise GateError(
+            f"training differs from flax's by {losses:.1e} in the loss and "
+            f"{gradients:.1e} in the gradients; the limit is {LIMIT:.0e}"
+        )
+    return Training(
+        model=pair.name,
+        fused=dict(Counter(after for _, _, after in pair.report.replaced)),
+        left=len(pair.report.left),
+        ran=dict(
+            Counter(f"{c.backend}: {in_words(c.plan)}" for c in explanation.choices)
+        ),
+        flax_losses=flax_losses,
+        fused_losses=fused_losses,
+        loss_difference=losses,
+        gradient_difference=gradients,
+        flax=Quantiles.of(samples["flax"]),
+        fusednorm=Quantiles.of(samples["fusednorm"]),
+    )
+
+
+def trace(pair: Pair, benchmark: BenchmarkFixture, rounds: int) -> Tracing:
+    """Times tracing and lowering of a training step.
+
+    As in a fresh process: JAX's caches are cleared before each.
+
+    Args:
+      pair: with flax's layers and with ours.
+      benchmark: pytest-benchmark's fixture; every sample is a round of it.
+      rounds: how often each.
+    """
+    batch = next(digits(BATCH))
+
+    def lower(trainee: Trainee) -> Callable[[], None]:
+        def run() -> None:
+            jax.jit(trainee.step).trace(trainee.state, *batch).lower()
+
+        return run
+
+    turns = [("flax", lower(pair.flax)), ("fusednorm", lower(pair.fused))]
+    samples = interleave(benchmark, turns, rounds, before=jax.clear_caches)
+    return Tracing(
+        model=pair.name,
+        flax=Quantiles.of(samples["flax"]),
+        fusednorm=Quantiles.of(samples["fusednorm"]),
+    )

@@ -1,0 +1,200 @@
+"""Float64 NumPy of a block, forward and backward, and the gate that it makes.
+
+The formulas are those of `reference/norm.py`, written once more without it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bench.cases import Block, Case
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Named = dict[str, Any]
+
+# Where a relu's input is this close to 0, rounding decides whether its gradient is 0 or
+# dy, and both are right: dy is set to 0 there. Inputs are O(1) and bfloat16 at worst.
+KINK = 0.05
+
+# fusednorm's error may be twice flax's, for the order of a sum, plus a rounding: in the
+# maximum one of the result's dtype, in the root mean square one of float32 arithmetic.
+# There a rounding to bfloat16 is in flax's error already: 1e-3, where a gain that is
+# wrong by 2 % makes 9e-3.
+FACTOR = 2.0
+
+
+class GateError(AssertionError):
+    """A result is further from float64 than flax's."""
+
+
+class Forward(NamedTuple):
+    """The forward of a block in float64, and what its backward needs of it."""
+
+    kernel: Array | None  # (channels in, channels)
+    scale: Array  # (G, K)
+    x: Array  # the block's input
+    x_hat: Array  # (N, S, G, K)
+    rstd: Array  # (N, 1, G, 1)
+    z: Array  # before the activation, of y's shape
+    outputs: dict[str, Array]
+
+
+def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
+    """The block's outputs in float64.
+
+    Args:
+      block: parameters are taken from it, nothing else.
+      inputs: x and perhaps a residual, in any float dtype.
+    """
+    case = block.case
+    x, *residuals = (np.asarray(a, np.float64) for a in inputs)
+    kernel = None
+    h = x
+    if case.conv is not None:
+        kernel = np.asarray(block.conv.kernel[...], np.float64)[0, 0]
+        h = x @ kernel
+    if case.residual == "before":
+        h = h + residuals[0]
+
+    n, s, g, k = _view(block.norm, h.shape)
+    rows = h.reshape(n, s, g, k)
+    scale = np.asarray(block.norm.scale[...], np.float64).reshape(g, k)
+    if not isinstance(block.norm, nnx.RMSNorm):
+        rows = rows - rows.mean((1, 3), keepdims=True)
+    var = np.square(rows).mean((1, 3), keepdims=True)
+    rstd = 1 / np.sqrt(var + block.norm.epsilon)
+    x_hat = rows * rstd
+    z = x_hat * scale
+    if getattr(block.norm, "bias", None) is not None:
+        z = z + np.asarray(block.norm.bias[...], np.float64).reshape(g, k)
+    z = z.reshape(h.shape)
+    if case.residual == "after":
+        z = z + residuals[0]
+    outputs = {"h": h} if case.residual == "before" else {}
+    outputs["y"] = _activate(case, z)
+    return Forward(kernel, scale, x, x_hat, rstd, z, outputs)
+
+
+def away_from_kinks(case: Case, done: Forward, cotangents: Named) -> Named:
+    """The cotangents, with zeros where the gradient jumps."""
+    if case.activation != "relu":
+        return cotangents
+    return {"y": cotangents["y"] * (np.abs(done.z) > KINK).astype(case.dtype)}
+
+
+def backward(block: Block, done: Forward, cotangents: Named) -> dict[str, Array]:
+    """Gradients in float64, by the names of `bench.contest`.
+
+    Args:
+      block: as for `forward`.
+      done: what `forward` returned.
+      cotangents: of the block's outputs, in any float dtype.
+    """
+    case = block.case
+    grads = {}
+    dz = np.asarray(cotangents["y"], np.float64) * _activation_gradient(case, done.z)
+    if case.residual == "after":
+        grads["dresidual"] = dz
+
+    dy = dz.reshape(done.x_hat.shape)
+    wdy = dy * done.scale
+    dx = wdy - done.x_hat * (wdy * done.x_hat).mean((1, 3), keepdims=True)
+    if not isinstance(block.norm, nnx.RMSNorm):
+        dx -= wdy.mean((1, 3), keepdims=True)
+    dx = (done.rstd * dx).reshape(done.z.shape)
+    grads["dscale"] = (dy * done.x_hat).sum((0, 1)).reshape(-1)
+    if getattr(block.norm, "bias", None) is not None:
+        grads["dbias"] = dy.sum((0, 1)).reshape(-1)
+
+    if case.residual == "before":
+        dx = dx + np.asarray(cotangents["h"], np.float64)
+    if done.kernel is not None:
+        channels_in, channels = done.kernel.shape
+        dkernel = done.x.reshape(-1, channels_in).T @ dx.reshape(-1, channels)
+        grads["dkernel"] = dkernel[None, None]
+        dx = dx @ done.kernel.T
+    grads["dx"] = dx
+    return grads
+
+
+def _view(norm: Any, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Sizes N, S, G, K: statistics over (S, K), scale and bias of shape (G, K)."""
+    *leading, channels = shape
+    pixels, batch = int(np.prod(leading[1:])), leading[0]
+    match norm:
+        case nnx.BatchNorm():
+            return 1, batch * pixels, channels, 1
+        case nnx.InstanceNorm():
+            return batch, pixels, channels, 1
+        case nnx.GroupNorm():
+            return batch, pixels, norm.num_groups, channels // norm.num_groups
+        case _:
+            return batch * pixels, 1, 1, channels
+
+
+def _activate(case: Case, z: Array) -> Array:
+    match case.activation:
+        case "relu":
+            return np.maximum(z, 0)
+        case "silu":
+            return z / (1 + np.exp(-z))
+        case _:
+            return z
+
+
+def _activation_gradient(case: Case, z: Array) -> Any:
+    match case.activation:
+        case "relu":
+            return z > 0
+        case "silu":
+            sigmoid = 1 / (1 + np.exp(-z))
+            return sigmoid * (1 + z * (1 - sigmoid))
+        case _:
+            return 1.0
+
+
+# --- the gate -------------------------------------------------------------------------
+
+
+def errors(result: Any, true: Array) -> tuple[float, float]:
+    """Root mean square and maximum of |result - true| / (|true| + rms(true))."""
+    scale = np.abs(true)
+    scale += np.sqrt(np.square(true).mean())
+    off = np.abs(np.asarray(result, np.float64) - true) / np.where(scale == 0, 1, scale)
+    return float(np.sqrt(np.square(off).mean())), float(off.max())
+
+
+def check(flax: Named, fused: Named, true: dict[str, Array]) -> dict[str, Named]:
+    """Lets fusednorm's results through, or raises.
+
+    Args:
+      flax, fused: results of both, by name.
+      true: the same in float64.
+
+    Returns:
+      The errors of both, by name, for the record.
+
+    Raises:
+      GateError: a result of fusednorm is not finite, or its error is above
+        `FACTOR` times flax's plus a rounding.
+    """
+    record = {}
+    for name, value in true.items():
+        flax_rms, flax_max = errors(flax[name], value)
+        fused_rms, fused_max = errors(fused[name], value)
+        record[name] = {
+            "flax": {"rms": flax_rms, "max": flax_max},
+            "fusednorm": {"rms": fused_rms, "max": fused_max},
+        }
+        rms_limit = FACTOR * flax_rms + 4 * float(np.finfo(np.float32).eps)
+        max_limit = FACTOR * flax_max + float(jnp.finfo(fused[name].dtype).eps)
+        # Written so that NaN fails.
+        if not (fused_rms <= rms_limit and fused_max <= max_limit):
+            raise GateError(
+                f"{name} is wrong: error {fused_rms:.1e} rms, {fused_max:.1e} max "
+                f"against float64; flax has {flax_rms:.1e}, {flax_max:.1e}, and the "
+                f"limits are {rms_limit:.1e}, {max_limit:.1e}"
+            )
+    return record

@@ -1,0 +1,290 @@
+"""The benchmarks: bytes, float64, the gate, and all of it on tiny input."""
+
+import dataclasses
+import json
+import pathlib
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusednorm
+
+for module in ("matplotlib", "optax", "pytest_benchmark", "rich", "sklearn"):
+    pytest.importorskip(module)
+
+from bench import __main__ as cli  # noqa: E402
+from bench import truth  # noqa: E402
+from bench.cases import CASES, Block, Case, draw  # noqa: E402
+from bench.models import MODELS, Transformer  # noqa: E402
+
+CASE = {case.name: case for case in CASES}
+TINY = 1e4  # bytes of x
+
+
+@pytest.mark.parametrize(
+    ("name", "floor"),
+    [
+        ("llama3_8b", (2, 3)),
+        ("sd_unet_64", (2, 3)),
+        ("sd_unet_gn_silu", (2, 3)),
+        ("style_64", (2, 3)),
+        ("resnet50_conv2", (3, 5)),
+        ("llama3_8b_add_rms", (4, 4)),
+        ("resnet50_bn_add_relu", (4, 7)),
+        ("resnet50_conv_bn_relu", None),
+    ],
+)
+def test_floor(name: str, floor: tuple[int, int] | None) -> None:
+    assert CASE[name].floor == floor
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tensors_have_the_bytes_asked_for(case: Case) -> None:
+    shape = case.shape(12e6)
+    assert shape[1:] == case.sample
+    widest = (*shape[:-1], max(shape[-1], case.conv or 0))
+    nbytes = np.prod(widest) * jnp.dtype(case.dtype).itemsize
+    assert 8e6 < nbytes < 16e6
+
+
+def small(name: str) -> Case:
+    """A block like the case's, on a sample of few pixels and channels."""
+    case = CASE[name]
+    return dataclasses.replace(
+        case,
+        sample=(*(3 for _ in case.sample[:-1]), 64),
+        dtype="float32",
+        conv=None if case.conv is None else 5,
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_b_16",
+        "llama3_1b",
+        "resnet50_conv2",
+        "sd_unet_64",
+        "style_64",
+        "resnet50_conv_bn_relu",
+        "resnet50_bn_add_relu",
+        "sd_unet_gn_silu",
+        "llama3_8b_add_rms",
+    ],
+)
+def test_truth_is_flax_in_float64(name: str) -> None:
+    case = small(name)
+    block = Block(case, nnx.Rngs(0))
+    inputs, cotangents = draw(case, TINY)
+    done = truth.forward(block, inputs)
+    grads = truth.backward(block, done, cotangents)
+
+    with jax.enable_x64(True):
+        for layer in (block.norm, getattr(block, "conv", None)):
+            if layer is not None:
+                layer.dtype = jnp.dtype("float64")
+        graph, params, *rest = nnx.split(block, nnx.Param, ...)
+        params, rest, inputs, cotangents = jax.tree.map(
+            lambda a: jnp.asarray(np.asarray(a, np.float64)),
+            (nnx.to_pure_dict(params), rest, inputs, cotangents),
+        )
+
+        def run(params: Any, inputs: Any) -> Any:
+            return nnx.merge(graph, nnx.State(params), *rest, copy=True)(*inputs)
+
+        outputs, vjp = jax.vjp(run, params, inputs)
+        dparams, dinputs = vjp(cotangents)
+    expected = {
+        "dx": dinputs[0],
+        "dscale": dparams["norm"]["scale"],
+    }
+    if "bias" in dparams["norm"]:
+        expected["dbias"] = dparams["norm"]["bias"]
+    if case.residual == "after":
+        expected["dresidual"] = dinputs[1]
+    if case.conv is not None:
+        expected["dkernel"] = dparams["conv"]["kernel"]
+    assert grads.keys() == expected.keys()
+    assert done.outputs.keys() == outputs.keys()
+    for key, value in (expected | outputs).items():
+        ours = (grads | done.outputs)[key]
+        np.testing.assert_allclose(ours, value, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+def test_cotangents_are_zero_at_kinks_alone() -> None:
+    case = small("resnet50_bn_add_relu")
+    block = Block(case, nnx.Rngs(0))
+    inputs, cotangents = draw(case, TINY)
+    done = truth.forward(block, inputs)
+    dy = truth.away_from_kinks(case, done, cotangents)["y"]
+    np.testing.assert_array_equal(dy == 0, np.abs(done.z) <= truth.KINK)
+    assert 0.9 < np.mean(dy != 0) < 1
+
+
+# --- the gate -------------------------------------------------------------------------
+
+
+def results(dtype: str) -> tuple[dict[str, jax.Array], dict[str, truth.Array]]:
+    """A right result, rounded to dtype, and the truth."""
+    true = np.random.default_rng(0).standard_normal((64, 128))
+    return {"dx": jnp.asarray(true, dtype)}, {"dx": true}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gate_lets_a_right_result_through(dtype: str) -> None:
+    right, true = results(dtype)
+    off_by_one = {"dx": jnp.nextafter(right["dx"], jnp.inf).astype(dtype)}
+    record = truth.check(right, right, true)
+    assert record["dx"]["flax"] == record["dx"]["fusednorm"]
+    if dtype == "float32":
+        truth.check(right, off_by_one, true)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x * 1.02,
+        lambda x: x * 0.98,
+        jnp.zeros_like,
+        lambda x: x.at[3, 5].add(0.1),
+        lambda x: x.at[3, 5].set(jnp.nan),
+        lambda x: jnp.roll(x, 1, axis=0),
+    ],
+    ids=["gain", "loss", "zeros", "element", "nan", "shifted"],
+)
+def test_gate_is_red_on_a_wrong_result(
+    dtype: str, spoil: Callable[[jax.Array], jax.Array]
+) -> None:
+    right, true = results(dtype)
+    wrong = {"dx": spoil(right["dx"]).astype(dtype)}
+    with pytest.raises(truth.GateError, match="dx is wrong"):
+        truth.check(right, wrong, true)
+
+
+# --- the command line -----------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark refuses to work below pytest-xdist, in which these tests run."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+
+
+def run(out: pathlib.Path, *cases: str) -> int:
+    return cli.main(["--quick", "--out", str(out), "--cases", *cases])
+
+
+def test_a_run(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two cases and two steps of training: table, JSON, chart."""
+    monkeypatch.setitem(MODELS, "tiny", lambda rngs: Transformer(rngs, 64, depth=1))
+    assert run(tmp_path, "tiny", "llama3_1b", "resnet50_conv5") == 0
+
+    printed = capsys.readouterr().out
+    assert "CPU: reference path" in printed
+    for word in ("tiny", "llama3_1b", "resnet50_conv5", "fwd+bwd", "geometric mean"):
+        assert word in printed
+    assert "4 LayerNorm, 1 RMSNorm fused, 0 left" in printed
+
+    (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    text = path.read_text()
+    assert platform.node() not in text
+    assert not any(
+        str(p) in text for p in (tmp_path, pathlib.Path(cli.__file__).parent)
+    )
+
+    record = json.loads(text)
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["failures"] == []
+    (training,) = record["training"]
+    assert training["fused"] == {"fusednorm.LayerNorm": 4, "fusednorm.RMSNorm": 1}
+    assert sum(training["ran"].values()) == 10  # forward and backward of each
+    assert len(training["flax_losses"]) == len(training["fused_losses"]) == 3
+    assert training["loss_difference"] < 1e-5
+    assert training["gradient_difference"] < 1e-5
+    (tracing,) = record["tracing"]
+    assert tracing["ratio"] > 0
+
+    assert len(record["results"]) == 4
+    for result in record["results"]:
+        nbytes = np.prod(result["shape"]) * 4
+        floors = {"llama3_1b": (2, 5), "resnet50_conv5": (3, 8)}[result["case"]]
+        floor = floors[result["which"] == "forward+backward"]
+        assert result["floor_bytes"] == floor * nbytes
+        assert result["copy_bytes"] == 2 * nbytes
+        assert result["backend"] == "reference"
+        for who in ("flax", "fusednorm", "copy"):
+            times = result[who]
+            assert 0 < times["p10"] <= times["p50"] <= times["p90"]
+        assert result["ratio"] == result["fusednorm"]["p10"] / result["flax"]["p10"]
+        assert result["rate"] == result["floor_bytes"] / result["fusednorm"]["p10"]
+        assert result["share"] == pytest.approx(result["rate"] / result["copy_rate"])
+        assert {"y", "dx", "dscale"} <= result["errors"].keys()
+
+
+@pytest.mark.parametrize("gain", [1.02, 0.0])
+def test_a_wrong_layer_has_no_figure(
+    gain: float,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = fusednorm.RMSNorm.__call__
+    monkeypatch.setattr(
+        fusednorm.RMSNorm, "__call__", lambda self, x: gain * right(self, x)
+    )
+    assert run(tmp_path, "llama3_1b") == 1
+    printed = capsys.readouterr().out
+    assert "FAILED, no figure: llama3_1b: " in printed
+    assert "ratio" not in printed
+    assert not list(tmp_path.iterdir())
+
+
+class Tiny(nnx.Module):
+    """The least that trains on digits and has a norm."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Linear(64, 32, rngs=rngs)
+        self.norm = nnx.LayerNorm(32, rngs=rngs)
+        self.head = nnx.Linear(32, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.head(nnx.silu(self.norm(self.embed(images.reshape(-1, 64)))))
+
+
+def test_a_wrong_layer_stops_training(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = fusednorm.LayerNorm.__call__
+    monkeypatch.setattr(
+        fusednorm.LayerNorm, "__call__", lambda self, x: 1.02 * right(self, x)
+    )
+    monkeypatch.setitem(MODELS, "tiny", Tiny)
+    assert run(tmp_path, "tiny") == 1
+    assert "FAILED, no figure: tiny: training differs" in capsys.readouterr().out
+
+
+def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--cases", "nothing"]) == 2
+    assert "no case is named nothing" in capsys.readouterr().out
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--list", "--dtypes", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert "llama3_8b " in printed
+    assert "vit_b_16" not in printed
