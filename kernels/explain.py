@@ -1,12 +1,14 @@
 """Reading out of a jaxpr which implementation each normalization in it gets."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
 
 from fusednorm.kernels import dispatch, norm
 from fusednorm.kernels.dispatch import Fallback, Kernel, Target
@@ -122,11 +124,12 @@ def _never_a_kernel(eqn: Any) -> str | None:
 
 def _left_to_xla(params: dict[str, Any]) -> int:
     """Devices among which XLA still partitions inside a shard_map."""
-    devices = 1
-    for name, size in params["mesh"].shape.items():
-        if name not in params["manual_axes"]:
-            devices *= size
-    return devices
+    mesh, manual = params["mesh"], params["newly_manual_axes"]
+    return math.prod(
+        mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if name not in manual and kind is not AxisType.Manual
+    )
 
 
 def target_of_arguments(arguments: Any) -> Target:

@@ -1,5 +1,6 @@
 """explain(layer, x): which implementation runs, and why."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     The call is traced, not run: no state changes, and no accelerator is needed.
 
     Args:
-      fn: a layer, a model, or any function that calls some: a training step, a
-        gradient. Jitted functions are looked into.
+      fn: a layer, a model or its method, or any function that calls some: a training
+        step, a gradient. Jitted functions are looked into. What a function changes (a
+        BatchNorm in training) must be among its arguments.
       *args: its arguments: arrays, `jax.ShapeDtypeStruct`s, nnx Modules, anything else.
       **kwargs: its keyword arguments.
 
@@ -33,6 +35,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     forward   float32[8, 128, 768]  N=1024 S=1 G=1 K=768
       reference: CPU: the kernels are for NVIDIA GPUs and TPUs
     """
+    owner = getattr(fn, "__self__", None)
+    if isinstance(fn, types.MethodType) and isinstance(owner, nnx.Module):
+        fn, args = fn.__func__, (owner, *args)
     tree: Any
     leaves, tree = jax.tree.flatten(
         (fn, args, kwargs), is_leaf=lambda leaf: isinstance(leaf, nnx.Module)

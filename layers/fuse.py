@@ -130,13 +130,26 @@ def _flax_class(module: Any) -> type | str | None:
 @functools.cache
 def _fused_subclass(cls: type, fused_class: type) -> type:
     """A user's subclass, with the fused `__call__` between it and flax's layer."""
+
+    def reduce(layer: Any, protocol: int) -> Any:
+        # Under this class's name pickle would find the user's.
+        reduced: Any = object.__reduce_ex__(layer, 2)
+        _, (_, *arguments), *rest = reduced
+        return (_new, (cls, fused_class, *arguments), *rest)
+
     attributes = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "__reduce_ex__": reduce,
         "_unfused": cls,
     }
     return type(cls)(cls.__name__, (cls, fused_class), attributes)
+
+
+def _new(cls: type, fused_class: type, *arguments: Any) -> Any:
+    fused = _fused_subclass(cls, fused_class)
+    return fused.__new__(fused, *arguments)
 
 
 def _name(cls: type) -> str:

@@ -1,0 +1,326 @@
+"""explain(): what it says of layers, models and functions, and that it only looks."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fusednorm
+from fusednorm.kernels import dispatch
+from fusednorm.kernels.dispatch import Fallback, Kernel
+from tests import standin
+from tests.layer_helpers import (
+    FEATURES,
+    NAMES,
+    SHAPE,
+    assert_same_state,
+    build,
+    data,
+    randomize,
+)
+
+CPU = "CPU: the kernels are for NVIDIA GPUs and TPUs"
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a platform with kernels, so that other reasons than "CPU" show."""
+    entry = (standin.BACKEND, "tests.standin")
+    monkeypatch.setitem(dispatch.KERNELS, "cpu", entry)
+
+
+def layer_of(name: str, *args: Any, **kwargs: Any) -> Any:
+    return randomize(build(fusednorm, name, *args, **kwargs))
+
+
+def reasons(function: Any, *args: Any, **kwargs: Any) -> list[str | None]:
+    """The reason of each fallback, None for a kernel."""
+    choices = fusednorm.explain(function, *args, **kwargs).choices
+    return [c.plan.reason if isinstance(c.plan, Fallback) else None for c in choices]
+
+
+def ops(function: Any, *args: Any, **kwargs: Any) -> list[str]:
+    return [
+        choice.op for choice in fusednorm.explain(function, *args, **kwargs).choices
+    ]
+
+
+def loss(layer: Any, x: Any, dy: Any) -> jax.Array:
+    return jnp.vdot(layer(x), dy)
+
+
+# --- printing -------------------------------------------------------------------------
+
+
+def test_it_reads_well() -> None:
+    model = nnx.Sequential(
+        layer_of("LayerNorm"), layer_of("GroupNorm"), layer_of("LayerNorm")
+    )
+    assert (
+        str(fusednorm.explain(nnx.grad(loss), model, data(), data()))
+        == """\
+2 x forward   float32[5, 4, 3, 12]  N=60 S=1 G=1 K=12
+  reference: CPU: the kernels are for NVIDIA GPUs and TPUs
+forward   float32[5, 4, 3, 12]  N=5 S=12 G=3 K=4
+  reference: CPU: the kernels are for NVIDIA GPUs and TPUs
+2 x backward  float32[5, 4, 3, 12]  N=60 S=1 G=1 K=12
+  reference: CPU: the kernels are for NVIDIA GPUs and TPUs
+backward  float32[5, 4, 3, 12]  N=5 S=12 G=3 K=4
+  reference: CPU: the kernels are for NVIDIA GPUs and TPUs"""
+    )
+
+
+def test_it_shows_the_kernel(kernels: None) -> None:
+    explanation = fusednorm.explain(layer_of("LayerNorm"), data(dtype="bfloat16"))
+    (choice,) = explanation.choices
+    assert isinstance(choice.plan, Kernel)
+    assert choice.backend == "mosaic_gpu"
+    assert (
+        str(explanation)
+        == """\
+forward   bfloat16[5, 4, 3, 12]  N=60 S=1 G=1 K=12
+  mosaic_gpu: stand-in forward, all rows, 2,880 bytes moved"""
+    )
+
+
+def test_flax_has_nothing_to_explain() -> None:
+    explanation = fusednorm.explain(build(nnx, "LayerNorm"), data())
+    assert explanation.choices == ()
+    assert str(explanation) == "no fusednorm call in it"
+
+
+@pytest.mark.parametrize(
+    ("name", "view"),
+    [
+        ("LayerNorm", "N=60 S=1 G=1 K=12"),
+        ("RMSNorm", "N=60 S=1 G=1 K=12"),
+        ("GroupNorm", "N=5 S=12 G=3 K=4"),
+        ("InstanceNorm", "N=5 S=12 G=12 K=1"),
+        ("BatchNorm", "N=1 S=60 G=12 K=1"),
+    ],
+)
+def test_each_layer(name: str, view: str) -> None:
+    (choice,) = fusednorm.explain(layer_of(name), data()).choices
+    assert (choice.op, choice.x, choice.view) == (
+        "forward",
+        "float32[5, 4, 3, 12]",
+        view,
+    )
+    assert choice.backend == "reference"
+    assert choice.plan == Fallback(CPU)
+
+
+# --- what it is given -----------------------------------------------------------------
+
+
+def test_functions_that_are_looked_into() -> None:
+    layer, x, dy = layer_of("LayerNorm"), data(), data(seed=3)
+    both = ["forward", "backward"]
+    assert ops(layer, x) == ["forward"]
+    assert ops(lambda x: layer(x), x) == ["forward"]
+    assert ops(jax.jit(lambda x: layer(x)), x) == ["forward"]
+    assert ops(jax.jit(jax.jit(lambda x: layer(layer(x)))), x) == ["forward"] * 2
+    assert ops(nnx.jit(lambda layer, x: layer(x)), layer, x) == ["forward"]
+    assert ops(nnx.grad(loss), layer, x, dy) == both
+    assert ops(nnx.jit(nnx.value_and_grad(loss, argnums=1)), layer, x, dy) == both
+    assert ops(jax.grad(lambda x: loss(layer, x, dy)), x) == both
+    assert ops(jax.vmap(layer), x) == ["forward"]
+    recomputed = jax.checkpoint(lambda x: loss(layer, x, dy))
+    assert ops(jax.grad(recomputed), x) == ["forward", "forward", "backward"]
+    one_or_none = lambda x: jax.lax.cond(x.sum() > 0, layer, lambda x: x, x)  # noqa: E731
+    assert ops(one_or_none, x) == ["forward"]
+
+
+def test_a_scan_counts_once() -> None:
+    layer = layer_of("LayerNorm")
+
+    def steps(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (layer(x), None), x, length=7)[0]
+
+    assert ops(steps, data()) == ["forward"]
+    assert ops(jax.grad(lambda x: jnp.vdot(steps(x), x)), data()) == [
+        "forward",
+        "backward",
+    ]
+
+
+def test_arguments_of_any_kind() -> None:
+    """Shapes for arrays, modules in containers and by keyword, and plain values."""
+    layer = layer_of("LayerNorm")
+    x = jax.ShapeDtypeStruct((8, FEATURES), "float16")
+    (choice,) = fusednorm.explain(layer, x).choices
+    assert choice.x == f"float16[8, {FEATURES}]"
+    abstract = nnx.eval_shape(lambda: fusednorm.RMSNorm(FEATURES, rngs=nnx.Rngs(0)))
+    assert ops(abstract, x) == ["forward"]
+
+    def several(layers: dict, *, x: Any, times: int, then: Any, mode: str) -> Any:
+        assert mode == "a string"
+        for _ in range(times):
+            x = layers["a"][0](x)
+        return then(x)
+
+    kwargs = {"x": data(), "times": 2, "then": layer, "mode": "a string"}
+    assert ops(several, {"a": [layer]}, **kwargs) == ["forward"] * 3
+
+
+class Encoder(nnx.Module):
+    def __init__(self) -> None:
+        self.norm = layer_of("BatchNorm")
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def encode(self, x: Any) -> jax.Array:
+        return self.dropout(self.norm(x))
+
+    def __call__(self, x: Any) -> jax.Array:
+        return self.encode(self.encode(x))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda model, x: fusednorm.explain(model, x),
+        lambda model, x: fusednorm.explain(model.__call__, x),
+        lambda model, x: fusednorm.explain(lambda m, x: m(x), model, x),
+        lambda model, x: fusednorm.explain(nnx.jit(lambda m, x: m(x)), model, x),
+        lambda model, x: fusednorm.explain(nnx.grad(loss), model, x, x),
+    ],
+    ids=["model", "method", "function", "jit", "grad"],
+)
+def test_nothing_changes(how: Callable) -> None:
+    """No running averages and no random state, which the same call itself changes."""
+    model, x = Encoder(), data()
+    before = nnx.clone(model)
+    forward = [c for c in how(model, x).choices if c.op == "forward"]
+    assert len(forward) == 2
+    assert_same_state(model, before)
+    model(x)
+    assert (model.norm.mean[...] != before.norm.mean[...]).all()
+    assert model.dropout.rngs.count[...] == before.dropout.rngs.count[...] + 2
+
+
+# --- reasons --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask(name: str, kernels: None) -> None:
+    layer = layer_of(name)
+    assert reasons(layer, data()) == [None]
+    assert reasons(layer, data(), mask=jnp.ones(SHAPE, bool)) == ["mask given"]
+
+
+def test_dtypes(kernels: None) -> None:
+    only = "kernels take float32, bfloat16 or float16"
+    x = data((5, FEATURES))
+    with jax.enable_x64(True):
+        x64 = data((5, FEATURES), "float64")
+        layer = layer_of("LayerNorm", param_dtype="float64", dtype="float32")
+        assert reasons(layer_of("LayerNorm"), x64) == [f"float64 x; {only}"]
+        assert reasons(layer, x) == [f"float64 scale; {only}"]
+        (reason,) = reasons(layer_of("LayerNorm", dtype="float64"), x)
+        assert reason == "float64 output; kernels give float32, bfloat16 or float16"
+    for layer in (layer_of("LayerNorm"), layer_of("BatchNorm")):
+        assert reasons(layer, x.astype("complex64")) == ["complex numbers"]
+    for dtype in ("bfloat16", "float16", "int32"):
+        assert reasons(layer_of("LayerNorm"), x.astype(dtype)) == [None]
+
+
+def test_axis_name(kernels: None) -> None:
+    expected = ["statistics that cross a mapped axis (axis_name)"]
+    for name in ("LayerNorm", "GroupNorm"):
+        layer = layer_of(name, axis_name="i")
+        assert reasons(jax.vmap(layer, axis_name="i"), data()) == expected
+
+
+def test_batch_norm_in_eval_mode(kernels: None) -> None:
+    expected = [
+        "BatchNorm with running statistics is elementwise: XLA fuses it into its "
+        "neighbours"
+    ]
+    layer = layer_of("BatchNorm")
+    assert reasons(layer, data(), use_running_average=True) == expected
+    assert reasons(layer, data(), True) == expected
+    assert reasons(layer, data()) == [None]
+    layer.eval()
+    assert reasons(layer, data()) == expected
+
+
+def test_axes_that_need_a_transpose(kernels: None) -> None:
+    (reason,) = reasons(layer_of("InstanceNorm", 4, feature_axes=1), data())
+    assert reason == (
+        "reduction axes (2, 3) and feature axes (1,) of shape (5, 4, 3, 12) need a "
+        "transpose; put reduced axes behind the others and channels last"
+    )
+    assert reasons(layer_of("BatchNorm", 4, axis=1), data())[0].endswith(
+        "channels last"
+    )
+    assert reasons(layer_of("LayerNorm", reduction_axes=(1, 2, 3)), data()) == [None]
+
+
+def test_scale_of_each_mapped_example(kernels: None) -> None:
+    make = nnx.vmap(lambda key: fusednorm.LayerNorm(FEATURES, rngs=nnx.Rngs(key)))
+    stack = make(jax.random.split(jax.random.key(0), 5))
+    call = nnx.vmap(lambda layer, x: layer(x))
+    expected = ["scale or bias differ along an axis mapped by vmap"]
+    assert reasons(call, stack, data()) == expected
+
+
+def mesh_of(**axes: int) -> jax.sharding.Mesh:
+    types = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+
+
+def test_arrays_on_several_devices(kernels: None) -> None:
+    x = jax.device_put(data((8, FEATURES)), NamedSharding(mesh_of(i=2), P("i")))
+    (reason,) = reasons(layer_of("LayerNorm"), x)
+    assert reason is not None
+    assert reason.startswith("XLA partitions this call over 2 devices")
+
+
+def test_kernels_inside_shard_map(kernels: None) -> None:
+    """They run where no axis of the mesh is left to XLA, in a nested one too."""
+    layer, mesh = layer_of("LayerNorm"), mesh_of(i=2, j=4)
+    rows = {"in_specs": P("i"), "out_specs": P("i")}
+    columns = {"in_specs": P("j"), "out_specs": P("j")}
+    whole = jax.shard_map(layer, mesh=mesh, **rows)
+    part = jax.shard_map(layer, mesh=mesh, axis_names={"i"}, **rows)
+    rest = jax.shard_map(layer, axis_names={"j"}, **columns)
+    nested = jax.shard_map(rest, mesh=mesh, axis_names={"i"}, **rows)
+    x = data((8, FEATURES))
+    for function, rows_each, reason in (
+        (whole, 4, None),
+        (part, 4, "XLA partitions this call over 4 devices"),
+        (nested, 1, None),
+    ):
+        (choice,) = fusednorm.explain(function, x).choices
+        assert choice.x == f"float32[{rows_each}, {FEATURES}]"
+        if reason is None:
+            assert isinstance(choice.plan, Kernel)
+        else:
+            assert choice.plan.reason.startswith(reason)
+
+
+def test_the_backend_that_was_chosen(kernels: None) -> None:
+    explain = functools.partial(reasons, layer_of("LayerNorm"), data())
+    with fusednorm.use_backend("reference"):
+        assert explain() == ["the backend 'reference' was chosen"]
+    with fusednorm.use_backend("mosaic_gpu"):
+        assert explain() == [None]
+    with (
+        fusednorm.use_backend("mosaic_tpu"),
+        pytest.raises(
+            NotImplementedError, match="this platform's kernels are mosaic_gpu"
+        ),
+    ):
+        explain()
+
+
+def test_it_plans_and_launches_nothing(kernels: None) -> None:
+    standin.runs.clear()
+    fusednorm.explain(nnx.grad(loss), layer_of("LayerNorm"), data(), data())
+    assert not standin.runs

@@ -1,0 +1,1082 @@
+"""The five layers in the place of flax.nnx's, with the installed flax as the judge.
+
+Values and gradients are also held against float64 (tests/helpers.py), where flax is not
+the better of the two.
+"""
+
+import doctest
+import functools
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import fusednorm
+from tests.helpers import EPS32, Case, assert_close
+from tests.layer_helpers import (
+    FEATURES,
+    NAMES,
+    SHAPE,
+    arrays,
+    assert_agrees,
+    assert_same_state,
+    assert_trees_agree,
+    assert_true,
+    build,
+    case_of,
+    data,
+    layer_of,
+    outputs_and_gradients,
+    pair,
+    randomize,
+    roundings_of,
+)
+
+by_name = pytest.mark.parametrize("name", NAMES)
+WITH_BIAS = tuple(name for name in NAMES if name != "RMSNorm")
+
+
+# --- construction ---------------------------------------------------------------------
+
+normal = nnx.initializers.normal(0.3)
+
+
+def constructions() -> Iterator[Any]:
+    """Each constructor argument of each layer, as (layer, arguments)."""
+    for name in NAMES:
+        for kwargs in (
+            {},
+            {"epsilon": 0.5},
+            {"use_scale": False},
+            {"scale_init": normal},
+            {"param_dtype": jnp.bfloat16},
+            {"param_dtype": jnp.float16, "scale_init": normal},
+            {"use_fast_variance": False},
+            {"scale_metadata": {"mine": 1}},
+        ):
+            yield name, kwargs
+    for name in WITH_BIAS:
+        for kwargs in (
+            {"use_bias": False},
+            {"use_bias": False, "use_scale": False},
+            {"bias_init": normal},
+            {"bias_init": normal, "scale_init": normal, "param_dtype": jnp.bfloat16},
+            {"bias_metadata": {"mine": (2, "x")}, "scale_metadata": {"mine": 1}},
+        ):
+            yield name, kwargs
+    for name in ("LayerNorm", "RMSNorm"):
+        for kwargs in (
+            {"reduction_axes": (1, 2, 3)},
+            {"reduction_axes": [-1, 1]},
+            {"reduction_axes": np.int64(2)},
+            {"feature_axes": (2, -1), "num_features": 3 * FEATURES},
+            {"feature_axes": (3, 2), "num_features": 3 * FEATURES},
+            {"feature_axes": 1, "reduction_axes": (1, 2), "num_features": 4},
+            {"feature_axes": (0, 2), "num_features": 15},
+        ):
+            yield name, kwargs
+    for kwargs in (
+        {"num_groups": 1},
+        {"num_groups": 4},
+        {"num_groups": FEATURES},
+        {"num_groups": None, "group_size": 3},
+        {"reduction_axes": (1, 2, 3)},
+        {"reduction_axes": [-1, -2, -3]},
+    ):
+        yield "GroupNorm", kwargs
+    for kwargs in (
+        {"feature_axes": 1, "num_features": 4},
+        {"feature_axes": -2, "num_features": 3},
+        {"feature_axes": [1, 3], "num_features": 4 * FEATURES},
+    ):
+        yield "InstanceNorm", kwargs
+    for kwargs in (
+        {"axis": 1, "num_features": 4},
+        {"axis": -4, "num_features": 5},
+        {"axis": (1, 3), "num_features": 48, "use_running_average": True},
+        {"momentum": 0.3},
+        {"momentum": 1.0},
+        {"use_running_average": True},
+        {"use_running_average": True, "use_bias": False, "axis": 2, "num_features": 3},
+    ):
+        yield "BatchNorm", kwargs
+
+
+def named(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if callable(value):
+        return ""
+    return ",".join(
+        f"{key}={getattr(item, '__name__', item)}" for key, item in value.items()
+    ).replace(" ", "")
+
+
+each_construction = pytest.mark.parametrize(
+    ("name", "kwargs"), list(constructions()), ids=named
+)
+
+
+@by_name
+@pytest.mark.parametrize("method", ["__init__", "__call__", "set_view"])
+def test_signatures_are_those_of_flax(name: str, method: str) -> None:
+    def parameters(library: Any) -> list[tuple]:
+        function = getattr(getattr(library, name), method, None)
+        if function is None:
+            return []
+        signature = inspect.signature(function)
+        return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+
+    assert parameters(fusednorm) == parameters(nnx)
+
+
+@each_construction
+def test_state_and_attributes_are_those_of_flax(name: str, kwargs: dict) -> None:
+    rngs = [nnx.Rngs(params=7, other=8) for _ in range(2)]
+    theirs = build(nnx, name, **kwargs, rngs=rngs[0])
+    ours = build(fusednorm, name, **kwargs, rngs=rngs[1])
+    assert isinstance(ours, getattr(nnx, name))
+    assert type(ours) is getattr(fusednorm, name)
+    assert_same_state(ours, theirs)
+    assert nnx.graphdef(ours).attributes != ()
+    settings, expected = (
+        {
+            key: value
+            for key, value in vars(layer).items()
+            if not key.startswith("_") and not isinstance(value, nnx.Variable)
+        }
+        for layer in (ours, theirs)
+    )
+    assert settings == expected
+    # The same keys are drawn, so that what is built next is built alike.
+    assert_same_state(*rngs)
+
+
+# Arguments that change the numbers of these layers, whatever else is given.
+EFFECTIVE = {
+    *("epsilon", "use_scale", "use_bias", "num_groups", "group_size", "momentum"),
+    "use_running_average",
+}
+
+
+@functools.cache
+def flax_default(name: str) -> dict[str, Any]:
+    return outputs_and_gradients(pair(name)[0], data())
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        (name, kwargs)
+        for name, kwargs in constructions()
+        if not any("init" in key or "metadata" in key for key in kwargs)
+    ],
+    ids=named,
+)
+def test_arguments_mean_what_they_mean_to_flax(name: str, kwargs: dict) -> None:
+    """y, all gradients and the state after a call, for each constructor argument."""
+    theirs, ours = pair(name, **kwargs)
+    x = data()
+    if "use_fast_variance" not in kwargs:
+        theirs.use_fast_variance = False  # flax's better formula; see the faults below
+    expected = outputs_and_gradients(theirs, x)
+    assert_trees_agree(outputs_and_gradients(ours, x), expected)
+    if kwargs.keys() & EFFECTIVE and "num_features" not in kwargs:
+        default = flax_default(name)
+        changed, unchanged = (
+            {part: results[part] for part in ("y", "state")}
+            for results in (expected, default)
+        )
+        with pytest.raises(AssertionError, match="elements are off"):
+            assert_trees_agree(unchanged, changed)  # or agreement would prove nothing
+
+
+# --- dtypes ---------------------------------------------------------------------------
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# flax gives its running statistics, which are float32, values of other dtypes.
+flax_warns = pytest.mark.filterwarnings(
+    "ignore:scatter inputs have incompatible types:FutureWarning",
+    "ignore:Casting complex values to real:numpy.exceptions.ComplexWarning",
+    "ignore:Casting from complex to real:DeprecationWarning",
+)
+
+
+@flax_warns
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in NAMES), ("BatchNorm", {"use_running_average": True})],
+    ids=named,
+)
+def test_output_dtype_is_that_of_flax(name: str, options: dict, x64: bool) -> None:
+    """Every combination of the dtypes of x, of the parameters and of `dtype`."""
+    dtypes: tuple[tuple, ...] = (  # of x, of the parameters, of the output
+        (*DTYPES, "complex64", "int32", "bool"),
+        DTYPES,
+        (None, "bfloat16"),
+    )
+    if x64:
+        dtypes = (
+            (*DTYPES, "float64", "complex64", "int32"),
+            (*DTYPES, "float64"),
+            (None, *DTYPES, "float64", "complex64"),
+        )
+    shape = (2, 3, FEATURES)
+
+    def avals(layer: Any, x: jax.ShapeDtypeStruct, dtype: Any) -> Any:
+        layer.dtype = dtype
+        graph, state = nnx.split(layer)
+
+        def call(state: Any, x: Any) -> Any:
+            merged = nnx.merge(graph, state)
+            return merged(x), arrays(nnx.state(merged))
+
+        y, state = jax.eval_shape(call, state, x)
+        return (y.shape, y.dtype, y.weak_type), jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), state
+        )
+
+    seen = set()
+    with jax.enable_x64(x64):
+        for param_dtype in dtypes[1]:
+            layers = pair(name, param_dtype=param_dtype, **options)
+            for x_dtype, dtype in itertools.product(dtypes[0], dtypes[2]):
+                x = jax.ShapeDtypeStruct(shape, x_dtype)
+                theirs, ours = (avals(layer, x, dtype) for layer in layers)
+                assert ours == theirs, (x_dtype, param_dtype, dtype)
+                seen.add(theirs[0][1].name)
+    # BatchNorm's running averages are float32, and make half precision rare.
+    assert seen >= {"float32", "bfloat16", "complex64"}
+
+
+@by_name
+@pytest.mark.parametrize("dtype", [jnp.int32, "uint8", bool])
+def test_an_output_dtype_that_is_no_float_is_refused(name: str, dtype: Any) -> None:
+    for layer in pair(name, dtype=dtype):
+        with pytest.raises(ValueError, match="Dtype must be inexact"):
+            layer(data())
+
+
+@by_name
+@pytest.mark.parametrize(
+    ("x_dtype", "param_dtype", "dtype"),
+    [
+        ("float32", "float32", None),
+        ("bfloat16", "float32", None),
+        ("bfloat16", "float32", "bfloat16"),
+        ("float16", "bfloat16", "float32"),
+    ],
+)
+def test_values_and_gradients_in_float64(
+    name: str, x_dtype: str, param_dtype: str, dtype: str | None
+) -> None:
+    case = case_of(name)
+    x, scale, bias, dy = case.data(0, jnp.dtype(x_dtype), jnp.dtype(param_dtype))
+    layer = layer_of(fusednorm, case, scale, bias, param_dtype=param_dtype, dtype=dtype)
+    y = layer_of(nnx, case, scale, bias, param_dtype=param_dtype, dtype=dtype)(x)
+    dy = dy.astype(y.dtype)
+    assert_true(layer, case.truth(x, scale, bias, dy), x, dy)
+
+
+@by_name
+def test_integers_are_taken_as_floats(name: str) -> None:
+    theirs, ours = pair(name)
+    x = jnp.asarray(np.random.default_rng(4).integers(-50, 50, SHAPE))
+    assert x.dtype == jnp.int32
+    assert_agrees(ours(x), theirs(x))
+
+
+@flax_warns
+@by_name
+@pytest.mark.parametrize("param_dtype", ["float32", "complex64"])
+def test_complex_numbers(name: str, param_dtype: str) -> None:
+    """Values, running statistics and gradients, holomorphic or not."""
+    theirs, ours = pair(name, param_dtype=param_dtype)
+    x = data(dtype="complex64")
+    expected = outputs_and_gradients(theirs, x)
+    assert expected["y"].dtype == jnp.complex64
+    assert_trees_agree(outputs_and_gradients(ours, x), expected)
+
+
+@flax_warns
+@by_name
+def test_float64_is_computed_in_float64(name: str) -> None:
+    with jax.enable_x64(True):
+        for kwargs, x_dtype in (
+            ({}, "float64"),
+            ({"param_dtype": "float64", "dtype": "float64"}, "float32"),
+        ):
+            theirs, ours = pair(name, **kwargs)
+            x = data(dtype=x_dtype)
+            expected = outputs_and_gradients(theirs, x)
+            assert expected["y"].dtype == jnp.float64
+            # float64's roundings, even where gradients of float32 parameters round.
+            assert_trees_agree(outputs_and_gradients(ours, x), expected)
+        theirs, ours = pair(name, dtype="float32")
+        assert_agrees(ours(x.astype("float64")), theirs(x.astype("float64")))
+
+
+# --- errors ---------------------------------------------------------------------------
+
+
+def raised(library: Any, name: str, kwargs: dict, call: Callable) -> Exception:
+    with pytest.raises(Exception) as caught:
+        call(build(library, name, **kwargs))
+    return caught.value
+
+
+def without_params(name: str) -> dict:
+    bias = {} if name == "RMSNorm" else {"use_bias": False}
+    return {"use_scale": False, **bias}
+
+
+def mask_of(*shape: int, dtype: Any = bool) -> Callable:
+    return lambda layer: layer(data(), mask=jnp.ones(shape, dtype))
+
+
+def misuses() -> Iterator[Any]:
+    """What flax refuses: (layer, arguments, call)."""
+
+    def call(layer: Any) -> Any:
+        return layer(data())
+
+    for name in NAMES:
+        yield name, {"num_features": 6}, call
+        yield name, {}, lambda layer: layer(data()[..., :1])
+        yield name, {}, lambda layer: layer(jnp.float32(1))
+        yield name, {}, mask_of(*SHAPE, dtype="float32")
+        yield name, {}, mask_of(*SHAPE, dtype="int32")
+        yield name, {}, mask_of(1, *SHAPE)
+        yield name, {"epsilon": None}, call
+        yield name, {"axis_name": "nowhere"}, call
+        yield name, {"no_such_argument": 1}, call
+        yield name, {"rngs": None}, call
+        yield name, {}, lambda layer: layer(data(), no_such_argument=1)
+        yield name, {}, lambda layer: layer()
+        if name != "RMSNorm":  # a mask by position is RMSNorm's alone
+            yield name, {}, lambda layer: layer(data(), jnp.ones(SHAPE, bool))
+    for name in NAMES:
+        if name != "GroupNorm":
+            yield name, {}, mask_of(5)
+            yield name, {}, mask_of(2, *SHAPE[1:])
+            yield name, {}, mask_of(*SHAPE[::-1])
+    for name in ("LayerNorm", "RMSNorm"):
+        for axes in (4, (0, 4), (-9, -1)):
+            yield name, {"reduction_axes": axes}, call
+            yield name, {"feature_axes": axes}, call
+            yield name, {"reduction_axes": axes, **without_params(name)}, call
+        yield name, {"reduction_axes": "a"}, call
+        yield name, {"feature_axes": (2, 3)}, call  # wants 36 features
+    yield "BatchNorm", {"num_features": 6, **without_params("BatchNorm")}, call
+    yield "BatchNorm", {"num_features": 6, "use_running_average": True}, call
+    yield "BatchNorm", {"axis": 4}, call
+    yield "BatchNorm", {"axis": (1, 3), "num_features": 48}, call
+    yield "BatchNorm", {"use_running_average": None}, call
+    yield "InstanceNorm", {"feature_axes": 0, "num_features": 5}, call
+    yield "InstanceNorm", {"feature_axes": (0, 1), "num_features": 20}, call
+    yield "InstanceNorm", {"feature_axes": -4, "num_features": 5}, call
+    yield "InstanceNorm", {"feature_axes": 4}, call
+    yield "InstanceNorm", {}, lambda layer: layer(jnp.ones(FEATURES))
+    yield "GroupNorm", {"num_features": 6, "num_groups": 3, "use_scale": False}, call
+    for groups, size in (
+        *((32, None), (None, None), (3, 4), (None, 5), (5, None), (0, None)),
+        *((-3, None), (None, 0), (3.0, None), ("3", None)),
+    ):
+        yield "GroupNorm", {"num_groups": groups, "group_size": size}, call
+
+
+@pytest.mark.parametrize(("name", "kwargs", "call"), list(misuses()), ids=named)
+def test_misuse_raises_the_error_that_flax_raises(
+    name: str, kwargs: dict, call: Callable
+) -> None:
+    theirs, ours = (raised(library, name, kwargs, call) for library in (nnx, fusednorm))
+    assert isinstance(ours, type(theirs)), f"{ours!r} is not flax's {theirs!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "shape", "error", "message"),
+    [
+        ("LayerNorm", {"num_features": 6}, SHAPE, TypeError, "expected (12,)"),
+        ("GroupNorm", {"num_features": 6}, SHAPE, TypeError, "expected 6 channels"),
+        ("BatchNorm", {"axis": 1}, SHAPE, TypeError, "expected (4,)"),
+        ("LayerNorm", {"reduction_axes": 4}, SHAPE, ValueError, "with 4 axes"),
+        ("RMSNorm", {}, (), ValueError, "reduction_axes=-1 is out of range"),
+        ("InstanceNorm", {"feature_axes": 0}, SHAPE, ValueError, "leading dimension"),
+        ("BatchNorm", {"use_running_average": None}, SHAPE, ValueError, "`nnx.view`"),
+        # What flax takes in silence, and computes something else for:
+        ("LayerNorm", {"reduction_axes": -5}, SHAPE, ValueError, "with 4 axes"),
+        ("BatchNorm", {"axis": -5}, SHAPE, ValueError, "with 4 axes"),
+        ("GroupNorm", {"reduction_axes": (1, 4)}, SHAPE, ValueError, "with 4 axes"),
+        ("GroupNorm", {"reduction_axes": (1, 2)}, SHAPE, ValueError, "the last axis"),
+    ],
+)
+def test_errors_say_what_is_wrong(
+    name: str, kwargs: dict, shape: tuple, error: type, message: str
+) -> None:
+    caught = raised(fusednorm, name, kwargs, lambda layer: layer(data(shape)))
+    assert isinstance(caught, error)
+    assert message in str(caught)
+
+
+def test_a_mask_that_does_not_broadcast_is_refused_by_group_norm_too() -> None:
+    """flax reshapes the mask before it looks, and raises a TypeError of reshape."""
+    for shape in ((5,), (2, *SHAPE[1:]), SHAPE[::-1]):
+        caught = raised(fusednorm, "GroupNorm", {}, mask_of(*shape))
+        assert isinstance(caught, ValueError)
+        assert f"mask has shape {shape}" in str(caught)
+
+
+def test_a_vector_is_one_sample_to_group_norm() -> None:
+    """flax fails, for it repeats its statistics along an axis 1 that is not there."""
+    theirs, ours = pair("GroupNorm")
+    x = data()[0, 0]
+    y = ours(x[:1])
+    assert y.shape == (1, FEATURES)
+    assert_agrees(ours(x[0]), y[0])
+    with pytest.raises(ValueError, match="axis 1 is out of bounds"):
+        theirs(x[0])
+
+
+@by_name
+def test_a_call_that_fails_changes_nothing(name: str) -> None:
+    _, ours = pair(name)
+    before = nnx.clone(ours)
+    for call in (mask_of(7), lambda layer: layer(data()[..., :5])):
+        with pytest.raises((TypeError, ValueError)):
+            call(ours)
+    assert_same_state(ours, before)
+
+
+def test_epsilon_of_any_number_type() -> None:
+    for epsilon in (1, np.float32(0.25), np.float64(0.25), jnp.float32(0.25)):
+        theirs, ours = pair("LayerNorm", epsilon=epsilon)
+        assert_agrees(ours(data()), theirs(data()))
+
+
+# --- BatchNorm's running averages and modes -------------------------------------------
+
+
+def assert_roundings(actual: Any, expected: np.ndarray, count: float = 32) -> None:
+    """Asserts a float32 array against float64, to so many roundings."""
+    assert actual.dtype == jnp.float32
+    assert_close(actual, expected, roundings_of(expected, count, jnp.float32))
+
+
+@pytest.mark.parametrize("momentum", [0.99, 0.7, 0.0])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_running_averages_after_several_steps(momentum: float, axis: int) -> None:
+    """average = momentum * average + (1 - momentum) * batch, the variance biased."""
+    theirs, ours = pair("BatchNorm", SHAPE[axis], axis=axis, momentum=momentum)
+    mean, var = (np.asarray(v[...], np.float64) for v in (ours.mean, ours.var))
+    others = tuple(a for a in range(4) if a != axis % 4)
+    for step in range(5):
+        x = data(seed=10 + step) + step
+        ours(x), theirs(x)
+        x = np.asarray(x, np.float64)
+        mean = momentum * mean + (1 - momentum) * x.mean(others)
+        var = momentum * var + (1 - momentum) * x.var(others)
+    assert_roundings(ours.mean[...], mean)
+    assert_roundings(ours.var[...], var)
+    assert_agrees(ours.mean[...], theirs.mean[...])
+    assert_agrees(ours.var[...], theirs.var[...], roundings=128)  # E[x^2] - E[x]^2
+
+
+def batch_mode(layer: Any, *args: Any, **kwargs: Any) -> str:
+    """Which statistics a call uses, and whether it moves the running ones."""
+    layer = nnx.clone(layer)
+    x, before = data(), arrays(nnx.state(layer, nnx.BatchStat))
+    y = layer(x, *args, **kwargs)
+    now = arrays(nnx.state(layer, nnx.BatchStat))
+    moved = {key for key in now if (now[key] != before[key]).any()}
+    graph, state = nnx.split(layer)
+    modes = [
+        mode
+        for mode, flag in (("train", False), ("eval", True))
+        if np.array_equal(nnx.merge(graph, state, copy=True)(x, flag), y)
+    ]
+    assert (modes, moved) in [(["train"], {"mean", "var"}), (["eval"], set())]
+    return modes[0]
+
+
+def test_use_running_average_and_its_precedence() -> None:
+    """The call goes before the constructor, train(), eval() and nnx.view."""
+    for library in (nnx, fusednorm):
+        make = functools.partial(build, library, "BatchNorm")
+        layer = randomize(make())
+        assert batch_mode(layer) == "train"
+        assert batch_mode(layer, True) == "eval"
+        assert batch_mode(layer, use_running_average=True) == "eval"
+        layer = randomize(make(use_running_average=True))
+        assert batch_mode(layer) == "eval"
+        assert batch_mode(layer, use_running_average=False) == "train"
+        assert batch_mode(layer, None) == "eval"
+        layer = randomize(make(use_running_average=None))
+        assert batch_mode(layer, False) == "train"
+        for layer in (randomize(make()), randomize(make(use_running_average=None))):
+            layer.eval()
+            assert batch_mode(layer) == "eval"
+            assert batch_mode(layer, False) == "train"
+            layer.train()
+            assert batch_mode(layer) == "train"
+            assert batch_mode(layer, True) == "eval"
+            view = nnx.view(layer, use_running_average=True)
+            assert isinstance(view, library.BatchNorm)
+            assert batch_mode(view) == "eval"
+            assert batch_mode(view, False) == "train"
+            assert batch_mode(layer) == "train"
+            assert view.mean is layer.mean
+
+
+def test_eval_mode_in_float64() -> None:
+    """Running statistics of any size, used at their own precision."""
+    case = Case("batch_norm", (40, FEATURES))
+    x, scale, bias, _ = case.data(0, "float32", "float32")
+    layer = layer_of(fusednorm, case, scale, bias, use_running_average=True)
+    mean = np.random.default_rng(1).normal(0, 100, FEATURES)
+    var = np.geomspace(1e-8, 1e4, FEATURES)
+    layer.mean[...], layer.var[...] = jnp.float32(mean), jnp.float32(var)
+    mean, var = (np.asarray(v[...], np.float64) for v in (layer.mean, layer.var))
+    expected = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+    assert_close(layer(jnp.asarray(x)), expected, 16 * EPS32 * np.abs(expected) + 1e-6)
+
+
+def test_no_gradient_flows_through_the_running_averages() -> None:
+    """A loss of a training step and then one in eval mode: as in flax."""
+    x, dy = data(), data(seed=3)
+
+    def loss(layer: Any, x: Any) -> jax.Array:
+        y = layer(x)
+        return jnp.vdot(y + layer(x, use_running_average=True), dy)
+
+    gradients = [
+        nnx.grad(loss, argnums=(0, 1))(layer, x) for layer in pair("BatchNorm")
+    ]
+    (d_theirs, dx_theirs), (d_ours, dx_ours) = gradients
+    assert_agrees(dx_ours, dx_theirs)
+    assert_trees_agree(arrays(d_ours), arrays(d_theirs))
+
+
+# --- masks ----------------------------------------------------------------------------
+
+MASK_SHAPES = [
+    SHAPE,
+    (*SHAPE[:-1], 1),
+    (SHAPE[0], 1, 1, 1),
+    (1, SHAPE[1], 1, 1),
+    SHAPE[1:],
+    (SHAPE[2], 1),
+    (FEATURES,),
+    (),
+]
+
+
+def draw_mask(shape: tuple[int, ...]) -> jax.Array:
+    mask = np.random.default_rng(7).random(shape) < 0.7
+    mask.flat[0] = True
+    return jnp.asarray(mask)
+
+
+@by_name
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_masks_of_every_shape_that_broadcasts(name: str, shape: tuple) -> None:
+    case = case_of(name)
+    x, scale, bias, dy = case.data(6, "float32", "float32")
+    mask = draw_mask(shape)
+    call = functools.partial(lambda layer, x, mask: layer(x, mask=mask), mask=mask)
+    dy = dy.astype("float32")
+    theirs, ours = (
+        layer_of(library, case, scale, bias) for library in (nnx, fusednorm)
+    )
+    truth = case.truth(x, scale, bias, dy, np.asarray(mask))
+    results = assert_true(ours, truth, x, dy, call)
+    # Statistics of nothing are ours to define, and NaN in flax.
+    counts = np.broadcast_to(mask, SHAPE).sum(case.reduction_axes)
+    if shape in (SHAPE, (FEATURES,)) and name != "GroupNorm" and counts.all():
+        expected = outputs_and_gradients(theirs, x, call, dy)
+        assert_trees_agree(results, expected, roundings=64)
+    if name == "BatchNorm":
+        moved = np.where(counts > 0, 0.01, 0)
+        mean, var = truth.mean.ravel(), truth.var.ravel()
+        assert_roundings(results["state"]["mean"], moved * mean)
+        assert_roundings(results["state"]["var"], 1 - moved + moved * var)
+
+
+def test_rms_norm_takes_its_mask_by_position() -> None:
+    theirs, ours = pair("RMSNorm")
+    mask = draw_mask(SHAPE).at[..., 0].set(True)
+    assert_agrees(ours(data(), mask), theirs(data(), mask))
+    np.testing.assert_array_equal(ours(data(), mask), ours(data(), mask=mask))
+    with pytest.raises(AssertionError, match="elements are off"):
+        assert_agrees(ours(data(), mask), ours(data()))
+
+
+@by_name
+def test_what_is_masked_out_has_no_say(name: str) -> None:
+    """Huge values, infinities and NaN outside the mask leave the rest as it was."""
+    _, ours = pair(name)
+    mask = np.ones(SHAPE, bool)
+    mask[1, 2], mask[:, :, 1, ::2] = False, False
+    x = data()
+
+    def call(layer: Any, x: Any) -> jax.Array:
+        y = layer(x, mask=jnp.asarray(mask))
+        return jnp.where(mask, y, 0)  # so that no dy comes from outside
+
+    clean = outputs_and_gradients(ours, x, call)
+    results = outputs_and_gradients(ours, jnp.where(mask, x, 1e30), call)
+    for each in (clean, results):
+        each["dx"] = np.where(mask, each["dx"], 0)
+    jax.tree.map(np.testing.assert_array_equal, results, clean)
+    # 0 * inf is NaN in every gradient, flax's too, and in no statistic.
+    for garbage in (np.inf, np.nan):
+        layers = nnx.clone(ours), nnx.clone(ours)
+        dirty = call(layers[0], jnp.where(mask, x, garbage))
+        np.testing.assert_array_equal(dirty, call(layers[1], x))
+        assert_same_state(*layers)
+
+
+@by_name
+def test_a_mask_that_lets_nothing_in(name: str) -> None:
+    """Mean 0, variance 1, no gradient through them, running averages untouched.
+
+    flax gives NaN, and its running averages are lost.
+    """
+    theirs, ours = pair(name, epsilon=0.5)
+    x, mask = data(), jnp.zeros((*SHAPE[:-1], FEATURES), bool)
+    before = nnx.clone(ours)
+
+    def call(layer: Any, x: Any) -> jax.Array:
+        return layer(x, mask=mask)
+
+    results = outputs_and_gradients(ours, x, call)
+    scale = np.asarray(ours.scale[...], np.float64)
+    bias = 0 if name == "RMSNorm" else np.asarray(ours.bias[...], np.float64)
+    rstd = 1 / np.sqrt(1.5)
+    dy = np.asarray(data(seed=3) / 3, np.float64)
+    assert_roundings(results["y"], np.asarray(x, np.float64) * rstd * scale + bias)
+    assert_roundings(results["dx"], dy * rstd * scale)
+    call(ours, x)
+    assert_same_state(ours, before)
+    assert np.isnan(call(theirs, x)).all()
+    if name == "BatchNorm":
+        assert np.isnan(theirs.mean[...]).all()
+
+
+def test_channels_without_a_masked_in_element_keep_their_running_averages() -> None:
+    _, ours = pair("BatchNorm", momentum=0.5)
+    before = arrays(nnx.clone(nnx.state(ours, nnx.BatchStat)))
+    mask = np.ones((1, FEATURES), bool)
+    mask[0, [2, 5]] = False
+    ours(data(), mask=jnp.asarray(mask))
+    for key, value in arrays(nnx.state(ours, nnx.BatchStat)).items():
+        kept = np.asarray(value == before[key])
+        np.testing.assert_array_equal(np.flatnonzero(kept), [2, 5])
+
+
+@by_name
+@pytest.mark.parametrize("shape", [(0, 4, FEATURES), (3, 0, FEATURES)], ids=str)
+def test_an_empty_batch(name: str, shape: tuple) -> None:
+    """Nothing comes out, gradients are zero, running averages stay."""
+    _, ours = pair(name)
+    before = nnx.clone(ours)
+    results = outputs_and_gradients(ours, data(shape))
+    assert results["y"].shape == results["dx"].shape == shape
+    for gradient in results["d_params"].values():
+        np.testing.assert_array_equal(gradient, np.zeros(FEATURES))
+    ours(data(shape))
+    assert_same_state(ours, before)
+    if name == "BatchNorm":
+        theirs, _ = pair(name)
+        theirs(data(shape))
+        assert np.isnan(theirs.mean[...]).all()
+
+
+# --- promote_dtype --------------------------------------------------------------------
+
+
+def test_promote_dtype_is_called_as_flax_calls_it() -> None:
+    for name in NAMES:
+        calls: dict[Any, list] = {nnx: [], fusednorm: []}
+        for library, seen in calls.items():
+
+            def promote(args: tuple, *, dtype: Any, seen: list = seen) -> tuple:
+                seen.append(
+                    (dtype, [a if a is None else (a.shape, a.dtype) for a in args])
+                )
+                return args
+
+            for kwargs in ({}, {"dtype": jnp.float32}, without_params(name)):
+                layer = build(library, name, promote_dtype=promote, **kwargs)
+                layer(data())
+        assert calls[fusednorm] == calls[nnx]
+        lengths = {"BatchNorm": 5, "RMSNorm": 2}
+        assert [len(args) for _, args in calls[nnx]] == [lengths.get(name, 3)] * 3
+
+
+def to_bfloat16(args: tuple, *, dtype: Any = None) -> tuple:
+    return tuple(None if a is None else a.astype(jnp.bfloat16) for a in args)
+
+
+def to_float16_x(args: tuple, *, dtype: Any = None) -> tuple:
+    x, *others = args
+    return (x.astype(jnp.float16), *others)
+
+
+def something_else(args: tuple, *, dtype: Any = None) -> tuple:
+    """Tripled input, no bias: what comes back is what counts."""
+    x, *others = args
+    if len(others) > 1:
+        others[-1] = None
+    return (3 * x, *others)
+
+
+def statistics_moved(args: tuple, *, dtype: Any = None) -> tuple:
+    x, mean, var, scale, bias = args
+    return x, mean + 1, 4 * var, scale, bias
+
+
+@by_name
+@pytest.mark.parametrize("promote", [to_bfloat16, to_float16_x])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_promote_dtype_that_casts(
+    name: str, promote: Callable, dtype: str | None
+) -> None:
+    """The arrays are used as they come back; the output has the dtype of flax's."""
+    case = case_of(name)
+    x, scale, bias, dy = case.data(8, "float32", "float32")
+    theirs, ours = (
+        layer_of(library, case, scale, bias, promote_dtype=promote, dtype=dtype)
+        for library in (nnx, fusednorm)
+    )
+    y = ours(jnp.asarray(x))
+    assert y.dtype == theirs(jnp.asarray(x)).dtype
+    given = (None if a is None else jnp.asarray(a) for a in (x, scale, bias))
+    truth = case.truth(*promote(tuple(given)), dy)
+    assert_close(y, truth.y, truth.bounds["y"])
+
+
+@by_name
+def test_promote_dtype_that_does_something_else(name: str) -> None:
+    x = data()
+    theirs, ours = pair(name, promote_dtype=something_else, epsilon=1.0)
+    expected = outputs_and_gradients(theirs, x)
+    assert_trees_agree(outputs_and_gradients(ours, x), expected)
+    with pytest.raises(AssertionError, match="elements are off"):
+        assert_agrees(flax_default(name)["y"], expected["y"])
+
+
+def test_promote_dtype_has_a_say_in_running_statistics() -> None:
+    x = data()
+    for promote in (statistics_moved, something_else):
+        layers = pair("BatchNorm", promote_dtype=promote, use_running_average=True)
+        y_theirs, y_ours = (layer(x) for layer in layers)
+        assert_agrees(y_ours, y_theirs)
+        default = pair("BatchNorm", use_running_average=True)[0]
+        with pytest.raises(AssertionError, match="elements are off"):
+            assert_agrees(default(x), y_theirs)
+
+
+# --- what flax gets wrong -------------------------------------------------------------
+# Each test shows flax's own figure, so that it will tell when flax mends it.
+
+
+def worst_error(actual: Any, expected: np.ndarray) -> float:
+    return float(np.abs(np.asarray(actual, np.float64) - expected).max())
+
+
+@pytest.mark.parametrize(("ratio", "fault"), [(1000, 0.05), (5000, 100)])
+def test_rows_far_from_zero(ratio: int, fault: float) -> None:
+    """E[x^2] - E[x]^2 has no digit left where the mean is thousands of deviations."""
+    case = Case("layer_norm", (64, 768))
+    _, scale, bias, dy = case.data(0, "float32", "float32")
+    rng = np.random.default_rng(2)
+    x = (rng.normal(0, 0.5, case.shape) + 0.5 * ratio).astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    theirs, ours = (
+        layer_of(library, case, scale, bias) for library in (nnx, fusednorm)
+    )
+    assert worst_error(theirs(jnp.asarray(x)), truth.y) > fault
+    assert worst_error(ours(jnp.asarray(x)), truth.y) < 0.004
+    assert_true(ours, truth, x, dy)
+
+
+@pytest.mark.parametrize("axes", [(2, 3), (3,), -1, (0, 3)], ids=str)
+def test_group_norm_over_other_axes(axes: Any) -> None:
+    """flax repeats a group's statistics along axis 1, whatever the axes."""
+    case = case_of("GroupNorm", (2, 3, 4, 12), reduction_axes=axes)
+    x, scale, bias, dy = case.data(0, "float32", "float32")
+    truth = case.truth(x, scale, bias, dy)
+    theirs, ours = (
+        layer_of(library, case, scale, bias) for library in (nnx, fusednorm)
+    )
+    assert_true(ours, truth, x, dy)
+    try:
+        y = theirs(jnp.asarray(x))
+    except TypeError:  # where the repeated statistics do not even fit
+        assert axes == (0, 3)
+    else:
+        assert worst_error(y, truth.y) > 1
+
+
+def test_group_norm_with_a_mask_of_one_channel() -> None:
+    """flax documents masks that broadcast, and splits the one channel into groups."""
+    theirs, ours = pair("GroupNorm")
+    mask = draw_mask((*SHAPE[:-1], 1))
+    with pytest.raises(TypeError, match="cannot reshape"):
+        theirs(data(), mask=mask)
+    full = jnp.broadcast_to(mask, SHAPE)
+    assert_agrees(ours(data(), mask=mask), theirs(data(), mask=full))
+
+
+def test_mask_and_axis_name() -> None:
+    """Devices that count 0, 1, 2, 3 and 4 alone: the mean is 2, and flax has 2.75."""
+    x = jnp.arange(8.0).reshape(2, 4, 1)
+    mask = jnp.arange(8).reshape(2, 4, 1) < 5
+    means = []
+    for library in (nnx, fusednorm):
+        layer = build(library, "BatchNorm", 1, momentum=0.0, axis_name="devices")
+        graph, state = nnx.split(layer)
+
+        def call(x: Any, mask: Any, graph: Any = graph, state: Any = state) -> Any:
+            layer = nnx.merge(graph, state, copy=True)
+            layer(x, mask=mask)
+            return layer.mean[...], layer.var[...]
+
+        mean, var = jax.vmap(call, axis_name="devices")(x, mask)
+        means.append(mean)
+    np.testing.assert_array_equal(means[0], [[2.75], [2.75]])
+    np.testing.assert_array_equal(means[1], [[2.0], [2.0]])
+    np.testing.assert_array_equal(var, [[2.0], [2.0]])
+
+
+def test_batch_norm_in_bfloat16_far_from_zero() -> None:
+    """flax rounds the running mean, some hundred deviations, to bfloat16 first."""
+    mean = np.random.default_rng(0).uniform(90, 130, FEATURES).astype("float32")
+    x = np.random.default_rng(1).normal(size=(64, FEATURES)) + mean
+    x = x.astype(jnp.bfloat16)
+    expected = (np.asarray(x, np.float64) - mean) / np.sqrt(1 + 1e-5)
+    layers = [
+        build(library, "BatchNorm", dtype="bfloat16") for library in (nnx, fusednorm)
+    ]
+    for layer in layers:
+        layer.mean[...] = jnp.asarray(mean)
+        layer.eval()
+    y_theirs, y_ours = (layer(jnp.asarray(x)) for layer in layers)
+    assert worst_error(y_theirs, expected) > 0.2
+    assert_close(y_ours, expected, 16 * EPS32 * np.abs(expected))
+
+
+# --- axis_name ------------------------------------------------------------------------
+
+
+def over_devices(
+    how: str, layer: Any, x: jax.Array, *, mask: Any = None
+) -> dict[str, Any]:
+    """A layer on 4 devices, or 4 mapped parts, each with a slice of x's first axis."""
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def part(params: Any, rest: Any, x: Any, mask: Any) -> tuple[jax.Array, Any]:
+        merged = nnx.merge(graph, params, rest, copy=True)
+        y = merged(x, mask=mask)
+        return y, arrays(nnx.state(merged, nnx.BatchStat))
+
+    if how == "vmap":
+        mapped: Any = jax.vmap(
+            part, in_axes=(None, None, 0, 0), out_axes=(0, None), axis_name="i"
+        )
+        x, mask = jax.tree.map(lambda a: a.reshape(4, -1, *a.shape[1:]), (x, mask))
+    else:
+        mapped = jax.shard_map(
+            part,
+            mesh=jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,)),
+            in_specs=(P(), P(), P("i"), P("i")),
+            out_specs=(P("i"), P()),
+            check_vma=how == "shard_map checked",
+        )
+
+    @jax.jit
+    def everything(params: Any, rest: Any, x: Any) -> dict[str, Any]:
+        y, vjp, state = jax.vjp(
+            lambda params, x: mapped(params, rest, x, mask), params, x, has_aux=True
+        )
+        d_params, dx = vjp(data(y.shape, seed=3) / 3)
+        whole = (-1, *y.shape[-2:])
+        results = {"y": y.reshape(whole), "dx": dx.reshape(whole)}
+        return results | {"d_params": arrays(d_params), "state": state}
+
+    return everything(params, rest, x)
+
+
+MAPS = ("vmap", "shard_map", "shard_map checked")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *itertools.product(NAMES, ("vmap", "shard_map checked")),
+        ("GroupNorm", "shard_map"),
+        ("BatchNorm", "shard_map"),
+    ],
+)
+def test_axis_name_combines_statistics_as_flax_does(name: str, how: str) -> None:
+    """Without a mask: values, running averages, gradients through the combination."""
+    theirs, ours = pair(name, axis_name="i")
+    x = data((8, 5, FEATURES))
+    expected = over_devices(how, theirs, x)
+    assert_trees_agree(over_devices(how, ours, x), expected)
+    layer = pair(name)[0]
+    alone = jnp.concatenate([layer(part) for part in jnp.split(x, 4)])
+    with pytest.raises(AssertionError, match="elements are off"):
+        assert_agrees(alone, expected["y"])
+
+
+@pytest.mark.parametrize("how", MAPS)
+def test_axis_name_and_mask_are_the_whole_batch(how: str) -> None:
+    """BatchNorm over four devices that count unequally is BatchNorm on one device."""
+    case = Case("batch_norm", (8, 5, FEATURES))
+    x, scale, bias, _ = case.data(0, "float32", "float32")
+    dy = np.asarray(data(case.shape, seed=3) / 3)
+    rng = np.random.default_rng(1)
+    mask = rng.random(case.shape) < np.linspace(0.1, 0.9, 8)[:, None, None]
+    mask[:2, :, 3] = False  # a device that counts nothing of a channel
+    mask[:, :, 4] = False  # and a channel of which nothing is counted
+    layer = layer_of(fusednorm, case, scale, bias, axis_name="i", momentum=0.75)
+    truth = case.truth(x, scale, bias, dy, mask)
+    results = over_devices(how, layer, jnp.asarray(x), mask=jnp.asarray(mask))
+    assert_close(results["y"], truth.y, truth.bounds["y"])
+    assert_close(results["dx"], truth.dx, truth.bounds["dx"])
+    for name, gradient in results["d_params"].items():
+        name = f"d{name}"
+        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+    moved = 0.25 * np.any(mask, (0, 1))
+    mean, var = truth.mean.ravel(), truth.var.ravel()
+    assert_roundings(results["state"]["mean"], moved * mean)
+    assert_roundings(results["state"]["var"], 1 - moved + moved * var)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm"])
+def test_axis_index_groups(name: str) -> None:
+    """Where jax knows them: under shard_map without check_vma."""
+    theirs, ours = pair(name, axis_name="i", axis_index_groups=[[0, 1], [2, 3]])
+    x = data((8, 5, FEATURES))
+    expected = over_devices("shard_map", theirs, x)
+    results = over_devices("shard_map", ours, x)
+    assert_trees_agree(results, expected)
+    # The first two devices are alone with each other.
+    whole = over_devices("shard_map", ours, x.at[4:].add(1))
+    np.testing.assert_array_equal(whole["y"][:4], results["y"][:4])
+    assert (whole["y"][4:] != results["y"][4:]).any()
+
+
+def test_a_group_of_devices_that_counts_nothing_keeps_its_running_averages() -> None:
+    layer = pair("BatchNorm", axis_name="i", axis_index_groups=[[2, 3], [0, 1]])[1]
+    before = arrays(nnx.clone(nnx.state(layer, nnx.BatchStat)))
+    x, mask = data((8, 5, FEATURES)), jnp.ones((8, 5, FEATURES), bool)
+    for counted in (slice(None, 4), slice(4, None)):  # the first device is the one seen
+        here = over_devices(
+            "shard_map", layer, x, mask=jnp.zeros_like(mask).at[counted].set(True)
+        )["state"]
+        for key, value in before.items():
+            moved = np.asarray(here[key] != value)
+            np.testing.assert_array_equal(moved, counted.stop == 4)
+
+
+# --- modes of jax ---------------------------------------------------------------------
+
+
+@by_name
+def test_strict_dtype_promotion(name: str) -> None:
+    """What flax takes under it, ours does: mixed precision with `dtype` included."""
+    mask = jnp.ones((FEATURES,), bool)
+
+    def call(layer: Any, x: Any) -> jax.Array:
+        return layer(x) if name == "GroupNorm" else layer(x, mask=mask)
+
+    with jax.numpy_dtype_promotion("strict"):
+        for kwargs, dtype in (
+            ({}, "float32"),
+            ({"dtype": "float32", "param_dtype": "bfloat16"}, "float16"),
+        ):
+            theirs, ours = pair(name, **kwargs)
+            x = data(dtype=dtype)
+            expected = outputs_and_gradients(theirs, x, call)
+            assert_trees_agree(outputs_and_gradients(ours, x, call), expected)
+        for layer in pair(name):
+            with pytest.raises(jax.dtypes.TypePromotionError):
+                layer(data(dtype="bfloat16"))
+
+
+@by_name
+def test_rank_promotion_is_never_needed(name: str) -> None:
+    theirs, ours = pair(name)
+    expected = outputs_and_gradients(theirs, data())
+    with jax.numpy_rank_promotion("raise"):
+        assert_trees_agree(outputs_and_gradients(ours, data()), expected)
+        for shape in ((FEATURES,), (*SHAPE[:-1], 1)):
+            ours(data(), mask=draw_mask(shape))
+        if name == "BatchNorm":
+            ours(data(), use_running_average=True)
+
+
+@by_name
+def test_nothing_is_nan_on_the_way(name: str) -> None:
+    """jax_debug_nans finds none in constant rows, empty batches and empty masks."""
+    _, ours = pair(name)
+    with jax.debug_nans(True):
+        for x in (jnp.full(SHAPE, 7.0), data((0, 3, FEATURES))):
+            graph, state = nnx.split(ours)
+
+            def call(x: Any, mask: Any, graph: Any = graph, state: Any = state) -> Any:
+                return nnx.merge(graph, state, copy=True)(x, mask=mask)
+
+            for mask in (None, jnp.zeros(x.shape, bool)):
+                y, vjp = jax.vjp(lambda x, mask=mask: call(x, mask), x)
+                (dx,) = vjp(data(y.shape, seed=3))
+                assert np.isfinite(y).all()
+                assert np.isfinite(dx).all()
+        with pytest.raises(FloatingPointError):
+            ours(data().at[0, 0].set(np.nan))
+
+
+def test_layers_of_an_abstract_model() -> None:
+    """nnx.eval_shape builds them, and a state fills them, as flax's."""
+    for name in NAMES:
+        theirs, ours = (
+            nnx.eval_shape(functools.partial(build, library, name))
+            for library in (nnx, fusednorm)
+        )
+        assert type(ours) is getattr(fusednorm, name)
+        assert_same_state(ours, theirs)
+        filled = pair(name)[0]
+        nnx.update(ours, nnx.state(filled))
+        assert_agrees(ours(data()), filled(data()))
+
+
+# --- documentation --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["normalization", "fuse", "explain"])
+def test_examples_of_the_docstrings(module: str) -> None:
+    """The examples of flax's specification, among others."""
+    runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
+    found = doctest.DocTestFinder().find(
+        importlib.import_module(f"fusednorm.layers.{module}")
+    )
+    outputs: list[str] = []
+    for test in found:
+        runner.run(test, out=outputs.append)
+    assert not runner.failures, "".join(outputs)
+    assert runner.tries > 2
+    documented = {test.name.rpartition(".")[2] for test in found if test.examples}
+    if module == "normalization":
+        assert documented == set(NAMES)
