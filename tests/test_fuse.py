@@ -356,9 +356,13 @@ def test_the_report_reads_well() -> None:
 # --- stacked, abstract, attention -----------------------------------------------------
 
 
-def by_vmap() -> Any:
-    make = nnx.vmap(lambda key: Block(rngs=nnx.Rngs(key)))
+def by_vmap(norm: Any = nnx.LayerNorm) -> Any:
+    make = nnx.vmap(lambda key: Block(norm, rngs=nnx.Rngs(key)))
     return randomize(make(jax.random.split(jax.random.key(0), 3)))
+
+
+def by_vmap_with_averages() -> Any:
+    return by_vmap(functools.partial(nnx.BatchNorm, momentum=0.5))
 
 
 def by_scan() -> Any:
@@ -377,7 +381,7 @@ def through_layers(x: jax.Array, block: Block) -> jax.Array:
     return block(x)
 
 
-@pytest.mark.parametrize("make", [by_vmap, by_scan])
+@pytest.mark.parametrize("make", [by_vmap, by_vmap_with_averages, by_scan])
 def test_stacked_layers(make: Callable) -> None:
     """One more axis on each parameter, from vmap or scan over a constructor."""
     theirs, ours = make_pair(make)

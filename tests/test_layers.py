@@ -547,7 +547,22 @@ def test_eval_mode_in_float64() -> None:
     layer.mean[...], layer.var[...] = jnp.float32(mean), jnp.float32(var)
     mean, var = (np.asarray(v[...], np.float64) for v in (layer.mean, layer.var))
     expected = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
-    assert_close(layer(jnp.asarray(x)), expected, 16 * EPS32 * np.abs(expected) + 1e-6)
+    y = layer(jnp.asarray(x))
+    assert_close(y, expected, 16 * EPS32 * (np.abs(expected) + np.abs(bias)))
+    # A mask has no say, whatever its shape, as in flax.
+    np.testing.assert_array_equal(layer(jnp.asarray(x), mask=jnp.zeros(7, bool)), y)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex64", "bfloat16"])
+def test_running_averages_keep_their_dtype(dtype: str) -> None:
+    """And nothing warns, as it does in flax, of values of another dtype."""
+    with jax.enable_x64(True):
+        _, ours = pair("BatchNorm", momentum=0.0)
+        x = data(dtype=dtype)
+        ours(x)
+        exact = np.asarray(x, np.complex128)
+        assert_roundings(ours.mean[...], exact.mean((0, 1, 2)).real)
+        assert_roundings(ours.var[...], exact.var((0, 1, 2)))
 
 
 def test_no_gradient_flows_through_the_running_averages() -> None:
@@ -724,7 +739,12 @@ def test_promote_dtype_is_called_as_flax_calls_it() -> None:
 
 
 def to_bfloat16(args: tuple, *, dtype: Any = None) -> tuple:
-    return tuple(None if a is None else a.astype(jnp.bfloat16) for a in args)
+    """All but BatchNorm's running statistics."""
+    kept = args[1:3] if len(args) == 5 else ()
+    return tuple(
+        a if a is None or any(a is k for k in kept) else a.astype(jnp.bfloat16)
+        for a in args
+    )
 
 
 def to_float16_x(args: tuple, *, dtype: Any = None) -> tuple:
