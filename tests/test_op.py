@@ -321,7 +321,7 @@ def test_export(kind: str, platforms: list[str], shape: str) -> None:
 
 # --- devices --------------------------------------------------------------------------
 
-# What is sharded over 4 devices: x's axis, and so the parameters.
+# What is sharded over 8 devices: x's axis, and so the parameters.
 SHARDINGS = {
     "data": P("d"),
     "sequence": P(None, "d"),
@@ -344,7 +344,7 @@ def test_sharded_by_jit(kind: str, mode: str, sharding: str) -> None:
     f = function(kind)
     args = sharded_data()
     expected = jax.jit(lambda x, s, b, dy: jax.vjp(f, x, s, b)[1](dy))(*args)
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(getattr(AxisType, mode),))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(getattr(AxisType, mode),))
     with jax.set_mesh(mesh):
         param = P(spec[2]) if len(spec) == 3 else P()
         x, scale, bias, dy = (
@@ -372,7 +372,7 @@ def test_sharded_by_jit(kind: str, mode: str, sharding: str) -> None:
 def sharded_data() -> list[jax.Array]:
     """x, scale, bias and dy in float32."""
     rng = np.random.default_rng(0)
-    shape = (8, 12, 24)
+    shape = (8, 16, 24)
     return [
         jnp.asarray(rng.normal(mean, 1.3, size), "float32")
         for mean, size in ((0.4, shape), (1, 24), (0, 24), (0, shape))
@@ -393,7 +393,7 @@ def test_shard_map(kind: str, mode: str, check_vma: bool) -> None:
             return fusednorm.batch_norm(x, scale, bias, **across)[0]
         return function(kind)(x, scale, bias)
 
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(getattr(AxisType, mode),))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(getattr(AxisType, mode),))
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(
             part, in_specs=(P("d"), P(), P()), out_specs=P("d"), check_vma=check_vma
@@ -432,7 +432,7 @@ def test_shard_map_over_features(kind: str) -> None:
             return fusednorm.rms_norm(x, scale, axis_name="d") + bias
         return fusednorm.layer_norm(x, scale, bias, axis_name="d")
 
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     last = P(None, None, "d")
     mapped = jax.shard_map(
         part, mesh=mesh, in_specs=(last, P("d"), P("d")), out_specs=last
