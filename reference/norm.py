@@ -399,6 +399,7 @@ def backward(
     mask: jax.Array | None = None,
     *,
     own_params: int = 0,
+    sparing: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of <dy, y> with respect to x, scale and bias.
 
@@ -411,6 +412,9 @@ def backward(
       mask: that of the forward.
       own_params: how many leading axes of x keep a dscale and dbias of their own,
         rather than add up into one (`jax.vmap` of a gradient).
+      sparing: compute dy once. XLA's CPU code otherwise repeats what made it, such as
+        an activation's derivative, in each of the loops below: 1.2 against 1.07 times
+        flax's time for GroupNorm and SiLU.
 
     Returns:
       dx: x's shape, in x's dtype.
@@ -427,6 +431,8 @@ def backward(
 
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
     dy_view = _split(norm, dy.astype(dtype))
+    if sparing:
+        dy_view = lax.optimization_barrier(dy_view)
     centred = _split(norm, x.astype(dtype))
     if mean is not None:
         centred = centred - _split_statistic(norm, mean)
