@@ -430,9 +430,9 @@ def backward(
     where = None if mask is None else _split(norm, mask)
 
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
-    dy_view = _split(norm, dy.astype(dtype))
     if sparing:
-        dy_view = lax.optimization_barrier(dy_view)
+        dy = lax.optimization_barrier(dy)
+    dy_view = _split(norm, dy.astype(dtype))
     centred = _split(norm, x.astype(dtype))
     if mean is not None:
         centred = centred - _split_statistic(norm, mean)
