@@ -24,7 +24,10 @@ BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
 # Where each platform's kernels are: (backend, module). The module is imported when it
 # is first needed, so that the package imports wherever jax does. It has one function,
 # plan(call, device) -> Kernel | Fallback.
-KERNELS: dict[str, tuple[str, str]] = {}
+KERNELS: dict[str, tuple[str, str]] = {
+    "cuda": ("mosaic_gpu", "fusednorm.kernels.gpu"),
+    "tpu": ("mosaic_tpu", "fusednorm.kernels.tpu"),
+}
 
 
 # --- what is asked --------------------------------------------------------------------
@@ -103,6 +106,7 @@ class Kernel:
         array or None, and returns a list: y, and with `statistics` mean (if centred)
         and var; or those of dx, dscale and dbias that are `wanted`.
       block: what one block works on, in words.
+      why: why this variant was chosen, in words.
       bytes_moved: bytes read from and written to device memory.
     """
 
@@ -110,6 +114,7 @@ class Kernel:
     name: str
     launch: Callable[..., Any]
     block: str = ""
+    why: str = ""
     bytes_moved: int = 0
 
 

@@ -1,0 +1,15 @@
+"""The kernels for TPUs, on Pallas Mosaic TPU."""
+
+from typing import Any
+
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+
+
+def plan(call: Call, device: Any) -> Kernel | Fallback:
+    """Chooses the kernel for one call.
+
+    Args:
+      call: one whose geometry and dtypes the kernels take; `dispatch` has looked.
+      device: the TPU, or None where the code is compiled for one that is elsewhere.
+    """
+    return Fallback("no kernel for TPUs yet")

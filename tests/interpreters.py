@@ -1,0 +1,65 @@
+"""The kernels on a CPU: Pallas' interpreters, behind `jax.pure_callback`.
+
+tests/on_gpu.py and tests/on_tpu.py are what `dispatch.KERNELS` names for the CPU while a
+test runs the kernels there. The plan is the real one; only the launch is interpreted.
+"""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from fusednorm.kernels import dispatch
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+
+MODULES = {"mosaic_gpu": "tests.on_gpu", "mosaic_tpu": "tests.on_tpu"}
+
+runs: collections.Counter[str] = collections.Counter()  # every launch, by kernel's name
+
+
+@contextlib.contextmanager
+def interpreted(backend: str) -> Iterator[None]:
+    """Gives the CPU the kernels of `backend`."""
+    jax.clear_caches()  # executables made without them
+    runs.clear()
+    before = dict(dispatch.KERNELS)
+    dispatch.KERNELS["cpu"] = (backend, MODULES[backend])
+    try:
+        yield
+    finally:
+        dispatch.KERNELS.clear()
+        dispatch.KERNELS.update(before)
+        jax.clear_caches()
+
+
+def interpret(
+    plan: Callable[[Call, Any], Kernel | Fallback],
+    mode: Callable[[], contextlib.AbstractContextManager[None]],
+    call: Call,
+) -> Kernel | Fallback:
+    """What `plan` chooses for the newest device, its launch interpreted under `mode`.
+
+    The interpreters have ordered effects, which jit refuses under scan, remat and on
+    several devices; behind a pure callback all of these work.
+    """
+    kernel = plan(call, None)
+    if isinstance(kernel, Fallback):
+        return kernel
+    launch = kernel.launch
+
+    def run(*operands: Any) -> list[np.ndarray]:
+        runs[kernel.name] += 1
+        # Not the device that waits for this callback.
+        with jax.default_device(jax.devices()[-1]), mode():
+            return [np.asarray(result) for result in launch(*operands)]
+
+    def behind_callback(*operands: Any) -> list[jax.Array]:
+        with mode():
+            results = jax.eval_shape(launch, *operands)
+        return jax.pure_callback(run, results, *operands)
+
+    return dataclasses.replace(kernel, launch=behind_callback)
