@@ -1,0 +1,13 @@
+"""What the kernels are on chips that are not here: compiled, not run.
+
+    python -m bench.aot             # what `make aot` runs after its tests
+    python -m bench.aot --help
+
+It needs jax's CUDA plugin and libtpu beside a CPU jax: `make aot` sets that up.
+
+    chips.py      the chips, and the devices that jax compiles for
+    compile.py    a function compiled for a chip: its HLO, registers and spills
+    traffic.py    bytes that a kernel moves, counted from its jaxpr
+    walk.py       the jaxpr's integers, for all blocks at once
+    hlo.py        kernels and bytes of compiled HLO: what stands around ours, and flax's
+"""

@@ -1,0 +1,229 @@
+"""The chips that kernels are compiled for, none of which need be here.
+
+The figures are the makers' own: NVIDIA's data sheets and "CUDA C++ Programming Guide",
+section "Compute Capabilities"; Google Cloud's TPU pages. What XLA is told of a GPU
+(`Gpu.target_config`) is what a process on such a GPU tells it.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+KB = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU.
+
+    Attributes:
+      name: ours.
+      kind: as jax's `device_kind` calls it.
+      capability: compute capability, (major, minor).
+      sms: streaming multiprocessors.
+      bandwidth: of device memory, bytes per second.
+      memory, l2: sizes in bytes.
+      clock: GHz.
+      sm_shared, block_shared: shared memory of an SM, and of one block at most, bytes.
+      sm_threads: that can be resident on an SM.
+    """
+
+    name: str
+    kind: str
+    capability: tuple[int, int]
+    sms: int
+    bandwidth: int
+    memory: int
+    l2: int
+    clock: float
+    sm_shared: int = 228 * KB
+    block_shared: int = 227 * KB
+    sm_threads: int = 2048
+    sm_registers: int = 65536
+    sm_blocks: int = 32
+
+    platform = "cuda"
+    topology = "1x1x1"
+
+    @property
+    def arch(self) -> str:
+        """As ptxas calls it."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}a"
+
+    @property
+    def target_config(self) -> str:
+        """XLA's description of the chip: a GpuTargetConfigProto as text."""
+        major, minor = self.capability
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              shared_memory_per_block: {48 * KB}
+              shared_memory_per_core: {self.sm_shared}
+              threads_per_core_limit: {self.sm_threads}
+              core_count: {self.sms}
+              fpus_per_core: 128
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+              memory_bandwidth: {self.bandwidth}
+              l2_cache_size: {self.l2}
+              clock_rate_ghz: {self.clock}
+              device_memory_size: {self.memory}
+              shared_memory_per_block_optin: {self.block_shared}
+              registers_per_core_limit: {self.sm_registers}
+              registers_per_block_limit: 65536
+              cuda_compute_capability {{
+                major: {major} minor: {minor} feature_extension: ACCELERATED_FEATURES
+              }}
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 8 }}
+            device_description_str: "{self.kind}"
+        """
+
+    def resident_blocks(self, registers: int, threads: int, shared: int) -> int:
+        """Blocks of a kernel that one SM can hold at once.
+
+        Args:
+          registers: of a thread; a warp gets them in units of 256.
+          threads: of a block.
+          shared: dynamic shared memory of a block, bytes; the driver takes 1 KB more.
+        """
+        warp_registers = -(-registers * 32 // 256) * 256
+        return min(
+            self.sm_blocks,
+            self.sm_threads // threads,
+            self.sm_registers // (warp_registers * -(-threads // 32)),
+            self.sm_shared // (shared + KB),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """One TPU device as jax sees it.
+
+    Attributes:
+      name: ours.
+      topology: the smallest slice that libtpu knows.
+      bandwidth: of the device's memory, bytes per second.
+      vmem: bytes, of one core.
+      cores: of the device.
+    """
+
+    name: str
+    topology: str
+    bandwidth: int
+    vmem: int
+    cores: int = 1
+
+    platform = "tpu"
+
+    @property
+    def arch(self) -> str:
+        """Our name: it has no other."""
+        return self.name
+
+
+Chip = Gpu | Tpu
+
+H100 = Gpu(
+    name="H100",
+    kind="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    sms=132,
+    bandwidth=3_352_320_000_000,
+    memory=84_942_979_072,
+    l2=52_428_800,
+    clock=1.98,
+)
+H200 = dataclasses.replace(
+    H100,
+    name="H200",
+    kind="NVIDIA H200",
+    bandwidth=4_800_000_000_000,
+    memory=150_000_000_000,
+)
+B200 = Gpu(
+    name="B200",
+    kind="NVIDIA B200",
+    capability=(10, 0),
+    sms=148,
+    bandwidth=7_672_320_000_000,
+    memory=191_514_411_008,
+    l2=132_644_864,
+    clock=1.965,
+)
+RTX5090 = Gpu(
+    name="RTX5090",
+    kind="NVIDIA GeForce RTX 5090",
+    capability=(12, 0),
+    sms=170,
+    bandwidth=1_792_000_000_000,
+    memory=33_661_911_040,
+    l2=100_663_296,
+    clock=2.407,
+    sm_shared=100 * KB,
+    block_shared=99 * KB,
+    sm_threads=1536,
+)
+GPUS = (H100, H200, B200, RTX5090)
+
+TPUS = (
+    Tpu("v4", "v4:2x2x1", 614_000_000_000, vmem=16 * KB * KB),
+    Tpu("v5e", "v5e:2x2", 819_000_000_000, vmem=128 * KB * KB),
+    Tpu("v5p", "v5p:2x2x1", 2_765_000_000_000, vmem=64 * KB * KB, cores=2),
+    Tpu("v6e", "v6e:2x2", 1_640_000_000_000, vmem=128 * KB * KB),
+    Tpu("7x", "tpu7x:2x2x1", 3_690_000_000_000, vmem=64 * KB * KB),
+)
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in (*GPUS, *TPUS)}
+
+
+@functools.cache
+def device(chip: Chip) -> Any:
+    """A jax device to compile for; nothing can run on it.
+
+    Raises:
+      RuntimeError: the compiler for it is not installed: see `make aot`.
+    """
+    if isinstance(chip, Gpu) and chip.capability < (9, 0):
+        raise ValueError(
+            f"{chip.name} has compute capability {chip.capability}: compiling Mosaic "
+            "GPU kernels for it aborts the process."
+        )
+    _find_plugins()
+    options = {}
+    if isinstance(chip, Gpu):
+        options = {"topology": "1x1x1", "target_config": chip.target_config}
+    name = "" if isinstance(chip, Gpu) else chip.topology
+    found = topologies.get_topology_desc(name, platform=chip.platform, **options)
+    return found.devices[0]
+
+
+@functools.cache
+def _find_plugins() -> None:
+    """Has jax load the CUDA plugin, which it leaves alone under JAX_PLATFORMS=cpu."""
+    # Without these libtpu asks the cloud where it is, and complains.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    from jax._src import xla_bridge
+
+    jax.devices()
+    log = logging.getLogger("jax._src.xla_bridge")
+    before = log.level
+    log.setLevel(logging.CRITICAL)  # the plugin may be there already: harmless
+    try:
+        xla_bridge.discover_pjrt_plugins()
+    finally:
+        log.setLevel(before)

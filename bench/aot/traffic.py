@@ -1,0 +1,237 @@
+"""Bytes that a Pallas kernel moves between the chip and its memory (HBM).
+
+HLO says which arrays a kernel gets, not how often it reads them. Its jaxpr does:
+
+    Mosaic GPU    Each load, store and copy that names device memory (GMEM), under its
+                  loops and conditions. The kernel's integers (block indices, loop
+                  counters, offsets) are computed for every block and every Pallas
+                  thread, all at once, as NumPy arrays; arrays of the kernel stay
+                  unknown. So `pl.when(last block)`, loops whose length depends on the
+                  block, and remainders are exact, not sampled.
+    Mosaic TPU    Each change of a BlockSpec's index map from one step of the grid to
+                  the next moves a block, of which what lies outside the array is not
+                  counted.
+
+What cannot be counted raises `Uncountable`: a primitive that takes device memory and is
+not known here, or an offset that depends on data. So does a GPU's access outside of its
+array, which neither compiler nor chip would notice.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench.aot.walk import ON_CHIP, UNKNOWN, Memory, Operand, Uncountable, Walk
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """One kernel's memory.
+
+    Attributes:
+      name: the kernel's.
+      operands: its arrays, inputs before outputs.
+      blocks: thread blocks of a GPU, grid steps of a TPU.
+      threads: CUDA threads of a block; 0 for a TPU.
+      scratch: bytes on the chip: shared memory of a GPU's block, VMEM of a TPU's core.
+    """
+
+    name: str
+    operands: tuple[Operand, ...]
+    blocks: int
+    threads: int
+    scratch: int
+
+    @property
+    def loaded(self) -> int:
+        """Bytes, counting what is loaded twice twice."""
+        return sum(operand.loaded for operand in self.operands)
+
+    @property
+    def stored(self) -> int:
+        """Bytes, counting what is stored twice twice."""
+        return sum(operand.stored for operand in self.operands)
+
+    @property
+    def distinct(self) -> int:
+        """Bytes, where caches hold all that is accessed again."""
+        return sum(
+            operand.distinct_loaded + operand.distinct_stored
+            for operand in self.operands
+        )
+
+
+def kernels(function: Callable[..., Any], *args: Any) -> list[Traffic]:
+    """The traffic of each kernel that `function` launches.
+
+    Args:
+      function: traced, not run. What stands in an outer loop counts once.
+      args: arrays or `jax.ShapeDtypeStruct`s, or None.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return [_KERNELS[eqn.primitive.name](eqn) for eqn in _launches(jaxpr)]
+
+
+def _launches(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _KERNELS:
+            yield eqn
+        else:
+            for inner in _inner_jaxprs(eqn):
+                yield from _launches(inner)
+
+
+def _inner_jaxprs(eqn: Any) -> Iterator[Any]:
+    for value in eqn.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, "jaxpr", part)  # a ClosedJaxpr
+            if hasattr(part, "eqns"):
+                yield part
+
+
+def _place(i: int, inputs: int) -> str:
+    return f"in {i}" if i < inputs else f"out {i - inputs}"
+
+
+# --- Mosaic GPU -----------------------------------------------------------------------
+
+
+def _gpu_kernel(eqn: Any) -> Traffic:
+    (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
+    names = (*(mesh.grid_names or ()), *(mesh.cluster_names or ()))
+    sizes = (*(mesh.grid or ()), *(mesh.cluster or ()))
+    blocks = math.prod(sizes)
+    if mesh.num_threads is not None:
+        names, sizes = (*names, mesh.thread_name), (*sizes, mesh.num_threads)
+    lanes = np.indices(sizes).reshape(len(sizes), math.prod(sizes))
+    memories = [
+        Memory(_place(i, len(eqn.invars)), ref.aval)
+        for i, ref in enumerate(jaxpr.invars)
+    ]
+    Walk(dict(zip(names, lanes, strict=True)), lanes.shape[1]).run(jaxpr, memories)
+    return Traffic(
+        name=eqn.params["name"],
+        operands=tuple(memory.operand() for memory in memories),
+        blocks=blocks,
+        threads=128 * (mesh.num_threads or 1),
+        scratch=_shared_memory(jaxpr, eqn.params["compiler_params"]),
+    )
+
+
+def _shared_memory(jaxpr: Any, params: Any) -> int:
+    """Bytes of the scratch that is alive at once; 1 KB is the unit Mosaic gives it in.
+
+    Barriers are a few bytes on top, which that rounding covers in practice.
+    """
+    found = 0
+    for eqn in jaxpr.eqns:
+        here = max((_shared_memory(j, params) for j in _inner_jaxprs(eqn)), default=0)
+        if eqn.primitive.name == "run_scoped":
+            here += sum(_shared_bytes(v.aval) for v in eqn.params["jaxpr"].invars)
+        elif eqn.primitive.name.startswith("reduce_"):
+            here = -(-getattr(params, "reduction_scratch_bytes", 0) // 1024) * 1024
+        found = max(found, here)
+    return found
+
+
+def _shared_bytes(aval: Any) -> int:
+    if str(aval.memory_space) != "smem" or not isinstance(aval.dtype, np.dtype):
+        return 0  # a barrier
+    nbytes = math.prod(aval.shape) * aval.dtype.itemsize
+    return -(-nbytes // 1024) * 1024
+
+
+# --- Mosaic TPU -----------------------------------------------------------------------
+
+
+def _tpu_kernel(eqn: Any) -> Traffic:
+    mapping = eqn.params["grid_mapping"]
+    grid = tuple(mapping.grid)
+    steps = math.prod(grid)
+    # In the order in which the grid is walked: the last axis first.
+    lanes = list(np.indices(grid).reshape(len(grid), steps))
+    refs = eqn.params["jaxpr"].invars[mapping.num_index_operands :]
+    memories = []
+    for i, block in enumerate(mapping.block_mappings):
+        memory = Memory(_place(i, mapping.num_inputs), block.array_aval)
+        memories.append(memory)
+        if not _in_hbm(refs[i].aval):
+            kind = "load" if i < mapping.num_inputs else "store"
+            _move_blocks(memory, block, kind, lanes, steps)
+    if any(_in_hbm(ref.aval) for ref in refs):  # the kernel itself copies
+        args = [
+            memory if _in_hbm(ref.aval) else ON_CHIP
+            for ref, memory in itertools.zip_longest(refs, memories)
+        ]
+        indices = [ON_CHIP] * mapping.num_index_operands
+        walk = Walk(dict(enumerate(lanes)), steps)
+        walk.run(eqn.params["jaxpr"], [*indices, *args])
+    return Traffic(
+        name=_tpu_name(eqn.params),
+        operands=tuple(memory.operand() for memory in memories),
+        blocks=steps,
+        threads=0,
+        scratch=_vmem(mapping, refs),
+    )
+
+
+def _tpu_name(params: Any) -> str:
+    info = params.get("name_and_src_info")
+    return str(params.get("name") or getattr(info, "name", ""))
+
+
+def _in_hbm(ref: Any) -> bool:
+    return str(ref.memory_space).lower() in ("any", "hbm")
+
+
+def _move_blocks(
+    memory: Memory, block: Any, kind: str, lanes: Sequence[Any], steps: int
+) -> None:
+    """Counts a block at the first step, and wherever another one follows."""
+    jaxpr = block.index_map_jaxpr
+    args = [*lanes, *[UNKNOWN] * (len(jaxpr.in_avals) - len(lanes))]
+    indices = Walk({}, steps).run(jaxpr, args)
+    if any(index is UNKNOWN for index in indices):
+        raise Uncountable("an index map depends on data")
+    first, sizes = [], []
+    for index, axis in zip(indices, block.block_shape, strict=True):
+        size = getattr(axis, "block_size", axis if isinstance(axis, int) else 1)
+        first.append(index if type(axis).__name__ == "Element" else index * size)
+        sizes.append(size)
+    starts = np.stack([np.broadcast_to(start, steps) for start in first], axis=1)
+    moves = np.ones(steps, bool)
+    moves[1:] = (starts[1:] != starts[:-1]).any(axis=1)
+    memory.access_inside(kind, starts[moves], np.array(sizes))
+
+
+def _vmem(mapping: Any, refs: Sequence[Any]) -> int:
+    """Bytes of the blocks, each twice (one is copied while one is worked on), and of
+    the scratch."""
+    found = 0
+    blocks = [*mapping.block_mappings, *[None] * len(refs)]
+    for ref, block in zip(refs, blocks, strict=False):
+        if _in_hbm(ref.aval) or not isinstance(ref.aval.dtype, np.dtype):
+            continue  # not on the chip, or a semaphore
+        mode = getattr(block, "pipeline_mode", None)
+        buffers = 1 if block is None else getattr(mode, "buffer_count", None) or 2
+        found += buffers * _tiled_bytes(ref.aval.shape, ref.aval.dtype)
+    return found
+
+
+def _tiled_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Bytes of an array in the TPU's tiles of 8 (16 of 16 bits) by 128."""
+    *lead, rows, columns = (1, 1, *shape)
+    packed = 8 * max(1, 4 // dtype.itemsize)
+    rows, columns = -(-rows // packed) * packed, -(-columns // 128) * 128
+    return math.prod(lead) * rows * columns * dtype.itemsize
+
+
+_KERNELS: dict[str, Callable[[Any], Traffic]] = {
+    "mpmd_map": _gpu_kernel,
+    "pallas_call": _tpu_kernel,
+}
