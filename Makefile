@@ -14,12 +14,14 @@ BENCH_ARGS ?=
 
 VENV := .venv
 VENV_OLDEST := .venv-oldest
+VENV_AOT := .venv-aot
 BIN := $(VENV)/bin
 
 # One stamp per set of extras: another set is installed on top, once.
 comma := ,
 STAMP := $(VENV)/.stamp-$(if $(EXTRAS),$(subst $(comma),-,$(EXTRAS)),auto)
 STAMP_OLDEST := $(VENV_OLDEST)/.stamp
+STAMP_AOT := $(VENV_AOT)/.stamp
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -28,10 +30,10 @@ export PIP_NO_INPUT := 1
 # xdist already fills the cores.
 CAPPED := NPROC=2 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 ON_CPU := $(CAPPED) JAX_PLATFORMS=cpu
-NO_DEVICE := not gpu and not tpu
+NO_DEVICE := not gpu and not tpu and not aot
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-gpu test-tpu test-oldest lint format bench \
+.PHONY: help setup test test-slow test-gpu test-tpu test-oldest aot lint format bench \
 	wheel clean distclean
 
 help: ## list the verbs
@@ -57,6 +59,10 @@ test-tpu: $(STAMP) ## the tests of the TPU in this machine; fails where there is
 test-oldest: $(STAMP_OLDEST) ## the suite with the oldest jax and flax of pyproject.toml
 	$(ON_CPU) $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "$(NO_DEVICE) and not slow" $(PYTEST_ARGS)
 
+# One process: the tests keep their own, one for each compiler.
+aot: $(STAMP_AOT) ## compile every kernel for chips that are not here, and check registers, spills and bytes
+	JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(VENV_AOT)/bin/python -m pytest -m aot tests/test_aot.py $(PYTEST_ARGS)
+
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -78,7 +84,7 @@ clean: ## remove builds and caches
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the environments
-	rm -rf $(VENV) $(VENV_OLDEST)
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_AOT)
 
 $(STAMP): pyproject.toml
 	@$(call make_venv,$(VENV))
@@ -93,6 +99,12 @@ $(STAMP_OLDEST): pyproject.toml
 	@floors=$$($(VENV_OLDEST)/bin/python -c '$(floors_program)'); \
 	echo "installing into $(VENV_OLDEST): fusednorm[test] with $$floors"; \
 	$(call install,$(VENV_OLDEST),-e ".[test]" $$floors)
+	@touch $@
+
+$(STAMP_AOT): pyproject.toml
+	@$(call make_venv,$(VENV_AOT))
+	@echo "installing into $(VENV_AOT): fusednorm[aot]"; \
+	$(call install,$(VENV_AOT),-e ".[aot]")
 	@touch $@
 
 # $(call install,ENVIRONMENT,ARGUMENTS). No build isolation: once all is there, this

@@ -14,4 +14,6 @@ and a chart.
     training.py   the models' training, before and after `fuse`
     suite.py      the pytest-benchmark items that run all this
     report.py     tables, JSON, chart
+    provenance.py the commit that figures come from
+    aot/          the kernels compiled for chips that are not here: `make aot`
 """

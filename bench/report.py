@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.contest import PASSES, Quantiles, Result, Settings
+from bench.provenance import commit, output
 from bench.training import Tracing, Training
 
 _STYLE: dict[str, Any] = {
@@ -229,7 +229,7 @@ def as_record(report: Report) -> dict[str, Any]:
     derived = ("ratio", "rate", "share", "copy_rate")
     return {
         "date": now.isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "device": {
             "name": device_name(),
             "platform": jax.default_backend(),
@@ -275,31 +275,8 @@ def device_name() -> str:
 def _driver() -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found and found.splitlines()[0]
-
-
-def _commit() -> str | None:
-    """The commit that is checked out, with a + if files differ from it."""
-    commit = _output("git", "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return commit + ("+" if _output("git", "status", "--porcelain") else "")
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            command,
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _title(record: dict[str, Any]) -> str:

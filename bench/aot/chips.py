@@ -25,18 +25,20 @@ class Gpu:
       name: ours.
       kind: as jax's `device_kind` calls it.
       capability: compute capability, (major, minor).
-      sms: streaming multiprocessors.
+      core_count: streaming multiprocessors (SMs).
       bandwidth: of device memory, bytes per second.
       memory, l2: sizes in bytes.
       clock: GHz.
       sm_shared, block_shared: shared memory of an SM, and of one block at most, bytes.
-      sm_threads: that can be resident on an SM.
+      sm_threads, sm_registers, sm_blocks: that can be resident on an SM.
+
+    It has the attributes of a jax device that our `plan` asks for.
     """
 
     name: str
     kind: str
     capability: tuple[int, int]
-    sms: int
+    core_count: int
     bandwidth: int
     memory: int
     l2: int
@@ -49,6 +51,11 @@ class Gpu:
 
     platform = "cuda"
     topology = "1x1x1"
+
+    @property
+    def compute_capability(self) -> str:
+        """As a jax device has it."""
+        return "{}.{}".format(*self.capability)
 
     @property
     def arch(self) -> str:
@@ -67,7 +74,7 @@ class Gpu:
               shared_memory_per_block: {48 * KB}
               shared_memory_per_core: {self.sm_shared}
               threads_per_core_limit: {self.sm_threads}
-              core_count: {self.sms}
+              core_count: {self.core_count}
               fpus_per_core: 128
               block_dim_limit_x: 2147483647
               block_dim_limit_y: 65535
@@ -137,7 +144,7 @@ H100 = Gpu(
     name="H100",
     kind="NVIDIA H100 80GB HBM3",
     capability=(9, 0),
-    sms=132,
+    core_count=132,
     bandwidth=3_352_320_000_000,
     memory=84_942_979_072,
     l2=52_428_800,
@@ -154,7 +161,7 @@ B200 = Gpu(
     name="B200",
     kind="NVIDIA B200",
     capability=(10, 0),
-    sms=148,
+    core_count=148,
     bandwidth=7_672_320_000_000,
     memory=191_514_411_008,
     l2=132_644_864,
@@ -164,7 +171,7 @@ RTX5090 = Gpu(
     name="RTX5090",
     kind="NVIDIA GeForce RTX 5090",
     capability=(12, 0),
-    sms=170,
+    core_count=170,
     bandwidth=1_792_000_000_000,
     memory=33_661_911_040,
     l2=100_663_296,
@@ -209,8 +216,10 @@ def device(chip: Chip) -> Any:
 @functools.cache
 def _find_plugins() -> None:
     """Has jax load the CUDA plugin, which it leaves alone under JAX_PLATFORMS=cpu."""
-    # Without these libtpu asks the cloud where it is, and complains.
+    # Without these libtpu asks the cloud where it is, and complains, and lets one
+    # process alone use it.
     for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",

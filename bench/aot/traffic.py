@@ -124,25 +124,27 @@ def _gpu_kernel(eqn: Any) -> Traffic:
 
 
 def _shared_memory(jaxpr: Any, params: Any) -> int:
-    """Bytes of the scratch that is alive at once; 1 KB is the unit Mosaic gives it in.
-
-    Barriers are a few bytes on top, which that rounding covers in practice.
-    """
+    """Bytes of the scratch that is alive at once: what Mosaic launches it with."""
     found = 0
     for eqn in jaxpr.eqns:
         here = max((_shared_memory(j, params) for j in _inner_jaxprs(eqn)), default=0)
         if eqn.primitive.name == "run_scoped":
             here += sum(_shared_bytes(v.aval) for v in eqn.params["jaxpr"].invars)
         elif eqn.primitive.name.startswith("reduce_"):
-            here = -(-getattr(params, "reduction_scratch_bytes", 0) // 1024) * 1024
+            here = _whole_kilobytes(getattr(params, "reduction_scratch_bytes", 0))
         found = max(found, here)
     return found
 
 
 def _shared_bytes(aval: Any) -> int:
-    if str(aval.memory_space) != "smem" or not isinstance(aval.dtype, np.dtype):
-        return 0  # a barrier
-    nbytes = math.prod(aval.shape) * aval.dtype.itemsize
+    if str(aval.memory_space) != "smem":
+        return 0
+    if not isinstance(aval.dtype, np.dtype):
+        return 8 * math.prod(aval.shape)  # barriers
+    return _whole_kilobytes(math.prod(aval.shape) * aval.dtype.itemsize)
+
+
+def _whole_kilobytes(nbytes: int) -> int:
     return -(-nbytes // 1024) * 1024
 
 

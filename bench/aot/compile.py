@@ -1,0 +1,139 @@
+"""A function compiled for a chip that is not here."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from bench.aot.chips import Chip, Gpu, device
+
+# Has Mosaic print ptxas' report of each kernel that it compiles.
+_PRINT = "MOSAIC_GPU_DUMP_PTXAS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Registers:
+    """ptxas' report of one Mosaic GPU kernel.
+
+    Attributes:
+      kernel: its name.
+      arch: "sm_90a".
+      registers: of a thread.
+      spilled: bytes that a thread stores to and loads from its stack for want of them.
+      stack: bytes of a thread's stack.
+    """
+
+    kernel: str
+    arch: str
+    registers: int
+    spilled: int
+    stack: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What became of a function.
+
+    Attributes:
+      chip: that it is for.
+      hlo: the optimized module as text.
+      registers: of each different Mosaic GPU kernel in it.
+    """
+
+    chip: Chip
+    hlo: str
+    registers: tuple[Registers, ...]
+
+
+def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compiled:
+    """Compiles `function` for one device.
+
+    Args:
+      chip: the device's kind.
+      function: traced with `args`.
+      args: pytrees of arrays or `jax.ShapeDtypeStruct`s, of which shape and dtype
+        matter.
+
+    Raises:
+      RuntimeError: the chip's compiler is not installed; or it is a GPU of another
+        architecture than one that this process has compiled for: Mosaic keeps what it
+        compiled by its source alone, and would take the other one's.
+    """
+    if isinstance(chip, Gpu) and (others := _archs - {chip.arch}):
+        raise RuntimeError(
+            f"This process has compiled for {others.pop()}: compile for {chip.arch} "
+            "in another one."
+        )
+    sharding = jax.sharding.SingleDeviceSharding(device(chip))
+    avals = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
+    )
+    lowered = jax.jit(function).lower(*avals)
+    if isinstance(chip, Gpu):
+        _archs.add(chip.arch)
+    with _ptxas_reports() as read:
+        hlo = lowered.compile().as_text() or ""
+        reports = list(parse_ptxas(read()))
+    hashes = dict.fromkeys(re.findall(r'kernel_hash ?= ?"((?:[^"\\]|\\.)*)"', hlo))
+    # A kernel that was compiled before is not compiled again.
+    new = [key for key in hashes if key not in _reports]
+    if len(new) != len(reports):
+        raise RuntimeError(f"ptxas reports {len(reports)} of {len(new)} new kernels")
+    _reports.update(zip(new, reports, strict=True))
+    return Compiled(chip, hlo, tuple(_reports[key] for key in hashes))
+
+
+# What this process has compiled for, and the reports by the kernels' hashes.
+_archs: set[str] = set()
+_reports: dict[str, Registers] = {}
+
+
+@contextlib.contextmanager
+def _ptxas_reports() -> Iterator[Callable[[], str]]:
+    """Catches what this process, C++ included, writes to its standard output."""
+    before = os.environ.get(_PRINT)
+    os.environ[_PRINT] = "1"
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with tempfile.TemporaryFile() as caught:
+            os.dup2(caught.fileno(), 1)
+
+            def read() -> str:
+                caught.seek(0)
+                return caught.read().decode(errors="replace")
+
+            yield read
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        if before is None:
+            del os.environ[_PRINT]
+        else:
+            os.environ[_PRINT] = before
+
+
+_REPORT = re.compile(
+    r"Compiling entry function '(?P<kernel>[^']*)' for '(?P<arch>[^']*)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def parse_ptxas(text: str) -> Iterator[Registers]:
+    """The reports in what ptxas printed."""
+    for report in _REPORT.finditer(text):
+        yield Registers(
+            kernel=report["kernel"].removesuffix("_mosaic_gpu_kernel"),
+            arch=report["arch"],
+            registers=int(report["registers"]),
+            spilled=int(report["stores"]) + int(report["loads"]),
+            stack=int(report["stack"]),
+        )

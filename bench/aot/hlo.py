@@ -1,0 +1,219 @@
+"""Compiled HLO: which kernels run, and the bytes of their operands and results.
+
+What XLA fused is one kernel, which reads each operand and writes each result once: a
+lower bound of what it moves. How often our own kernels read is counted in traffic.py.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+# Custom calls that are Pallas kernels.
+OURS = ("mosaic_gpu_v2", "tpu_custom_call")
+
+# Names of something that exists, or that moves nothing.
+_FREE = {
+    "add-dependency",
+    "after-all",
+    "bitcast",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+}
+
+_BITS = re.compile(r"[a-z]+(\d+)")
+_ARRAY = re.compile(
+    r"(?P<dtype>pred|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]"
+    r"(?:\{(?P<order>[\d,]*)(?::(?P<tiles>[^}]*))?\})?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One instruction that runs on the device.
+
+    Attributes:
+      name, opcode: the instruction's.
+      target: of a custom call, else "".
+      nbytes: of operands and results in device memory (HBM).
+      times: how often it runs, in a loop.
+      loop: whether it is in one.
+    """
+
+    name: str
+    opcode: str
+    target: str
+    nbytes: int
+    times: int = 1
+    loop: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a Pallas kernel."""
+        return self.target in OURS
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+def kernels(hlo: str) -> list[Kernel]:
+    """What the module runs, loops and calls included."""
+    computations = dict(_computations(hlo))
+    return list(_run(computations, computations["ENTRY"], times=1, loop=False))
+
+
+def total(found: list[Kernel]) -> int:
+    """Bytes of all of them."""
+    return sum(kernel.nbytes * kernel.times for kernel in found)
+
+
+def surroundings(hlo: str) -> list[Kernel]:
+    """What runs beside our own kernels."""
+    return [kernel for kernel in kernels(hlo) if not kernel.ours]
+
+
+def _run(
+    computations: dict[str, list[_Instruction]],
+    body: list[_Instruction],
+    times: int,
+    loop: bool,
+) -> Iterator[Kernel]:
+    types = {instruction.name: instruction.type for instruction in body}
+    for one in body:
+        if one.opcode in _FREE or one.opcode.endswith("-done"):
+            continue
+        if one.opcode == "while":
+            count = re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', one.rest)
+            trips = times * int(count[1] if count else 1)
+            inner = computations[_called(one, "body")]
+            yield from _run(computations, inner, trips, loop=True)
+        elif one.opcode == "call":
+            inner = computations[_called(one, "to_apply")]
+            yield from _run(computations, inner, times, loop)
+        else:
+            target = re.search(r'custom_call_target="([^"]*)"', one.rest)
+            yield Kernel(
+                name=one.name,
+                opcode=one.opcode,
+                target=target[1] if target else "",
+                nbytes=_moved(one, types),
+                times=times,
+                loop=loop,
+            )
+
+
+def _called(instruction: _Instruction, role: str) -> str:
+    found = re.search(rf"\b{role}=%?([\w.\-]+)", instruction.rest)
+    assert found, instruction
+    return found[1]
+
+
+def _moved(one: _Instruction, types: dict[str, str]) -> int:
+    operands = [hbm_bytes(types[name]) for name in one.operands if name in types]
+    result = hbm_bytes(one.type)
+    match one.opcode:
+        case "dynamic-update-slice":  # in place: what is put in, read and written
+            return 2 * operands[1]
+        case "slice" | "dynamic-slice" | "gather":
+            return 2 * result
+        case "copy-start":  # (target, source, context)
+            return hbm_bytes(_parts(one.type)[0]) + hbm_bytes(_parts(one.type)[1])
+        case "slice-start":  # ((source), target, context): reads what it writes
+            _, target, *_ = _parts(one.type)
+            return hbm_bytes(target) + hbm_bytes(re.sub(r"S\(\d+\)", "", target))
+        case "custom-call" if "__cublas" in one.rest:
+            result = hbm_bytes(_parts(one.type)[0])  # without its workspace
+    return sum(operands) + result
+
+
+# --- types ----------------------------------------------------------------------------
+
+
+def hbm_bytes(type_: str) -> int:
+    """Bytes of the arrays of a type, without those on the chip.
+
+    A TPU keeps arrays in tiles, such as T(8,128): the bytes are those of whole tiles.
+    """
+    return sum(_array_bytes(array) for array in _ARRAY.finditer(type_))
+
+
+def _array_bytes(array: re.Match[str]) -> int:
+    tiles = array["tiles"] or ""
+    if re.search(r"S\([1-9]\d*\)", tiles):
+        return 0  # on the chip, or a context
+    bits = _BITS.match(array["dtype"])
+    itemsize = int(bits[1]) / 8 if bits else 1
+    shape = [int(size) for size in array["shape"].split(",") if size]
+    # Sizes from the one that varies slowest to the one that varies fastest.
+    order = [int(axis) for axis in (array["order"] or "").split(",") if axis]
+    sizes = [shape[axis] for axis in reversed(order)] if order else shape
+    if tile := re.match(r"T\(([\d,]+)\)", tiles):
+        lengths = [int(length) for length in tile[1].split(",")]
+        for i, length in enumerate(reversed(lengths), start=1):
+            if i <= len(sizes):
+                sizes[-i] = -(-sizes[-i] // length) * length
+    elements = 1
+    for size in sizes:
+        elements *= size
+    return int(elements * itemsize)
+
+
+def _parts(type_: str) -> list[str]:
+    """The members of a tuple's type."""
+    parts, depth, start = [], 0, 1
+    for i, letter in enumerate(type_):
+        if letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+            parts.append(type_[start:i].strip())
+            start = i + 1
+    return parts or [type_]
+
+
+# --- text -----------------------------------------------------------------------------
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, list[_Instruction]]]:
+    """Name and instructions of each; the entry's name is ENTRY."""
+    name, body = "", list[_Instruction]()
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            name, body = "ENTRY" if head[1] else head[2], []
+        elif line.startswith("}"):
+            yield name, body
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
+            body.append(_instruction(found[1], line[found.end() :]))
+
+
+def _instruction(name: str, text: str) -> _Instruction:
+    """TYPE OPCODE(OPERANDS), REST"""
+    end = _close(text) if text.startswith("(") else text.index(" ")
+    type_, text = text[:end], text[end:].lstrip()
+    opcode = text[: text.index("(")]
+    text = text[len(opcode) :]
+    end = _close(text)
+    operands = re.findall(r"%([\w.\-]+)", text[:end])
+    return _Instruction(name, type_, opcode, tuple(operands), text[end:])
+
+
+def _close(text: str) -> int:
+    """Where the bracket that opens the text has closed."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"unbalanced: {text[:80]}")

@@ -1,0 +1,159 @@
+"""Layers and a model as a user compiles them: ours, and flax's as XLA compiles them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
+from flax import nnx
+from jax import lax
+
+import fusednorm
+from bench.aot import hlo
+from bench.aot.chips import Chip
+from bench.aot.compile import compile_for
+from bench.cases import Case
+
+Pass = Literal["forward", "forward+backward"]
+PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """What a compiled function runs.
+
+    Attributes:
+      kernels: how many, counting loops' as often as they run.
+      ours: how many of these are Pallas kernels.
+      nbytes: of device memory, where each kernel reads and writes its arrays once.
+    """
+
+    kernels: int
+    ours: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, text: str) -> "Whole":
+        """That of an HLO module."""
+        found = hlo.kernels(text)
+        return cls(
+            kernels=sum(kernel.times for kernel in found),
+            ours=sum(kernel.times for kernel in found if kernel.ours),
+            nbytes=hlo.total(found),
+        )
+
+
+def layer(
+    chip: Chip, case: Case, tensor_bytes: float, which: Pass, fused: bool
+) -> Whole:
+    """The norm layer of a benchmark case.
+
+    Args:
+      chip: compiled for.
+      case: its norm alone is taken.
+      tensor_bytes: of x.
+      which: what is compiled.
+      fused: whether by our layer, or flax's.
+    """
+    shape, dtype = case.shape(tensor_bytes), jnp.dtype(case.dtype)
+    norm = case.norm(shape[-1], dtype=dtype, rngs=nnx.Rngs(0))
+    function, params = pure(norm, fused=fused)
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    if which == "forward":
+        return Whole.of(compile_for(chip, function, params, x).hlo)
+    both = forward_backward(function)
+    return Whole.of(compile_for(chip, both, params, x, x).hlo)
+
+
+def pure(model: nnx.Module, *, fused: bool) -> tuple[Callable[..., Any], Any]:
+    """A function of parameters and inputs, and the parameters."""
+    if fused:
+        fusednorm.fuse(model)
+    graph, params = nnx.split(model)
+
+    def apply(params: Any, *inputs: Any) -> Any:
+        return nnx.merge(graph, params)(*inputs)
+
+    return apply, params
+
+
+def forward_backward(function: Callable[..., Any]) -> Callable[..., Any]:
+    """y and all gradients of `function`, from its arguments and dy.
+
+    What a model runs between forward and backward keeps XLA from sharing their reads of
+    x; here a barrier does.
+    """
+
+    def both(*args: Any) -> Any:
+        *inputs, dy = args
+        y, vjp = jax.vjp(function, *inputs)
+        y, dy = lax.optimization_barrier((y, dy))
+        return y, vjp(dy)
+
+    return both
+
+
+# --- a model --------------------------------------------------------------------------
+
+
+class Layer(nnx.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, features: int, heads: int, dtype: Any, rngs: nnx.Rngs):
+        kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.norm_1 = nnx.LayerNorm(features, **kind)
+        self.attention = nnx.MultiHeadAttention(
+            heads, features, decode=False, deterministic=True, **kind
+        )
+        self.norm_2 = nnx.RMSNorm(features, **kind)
+        self.up = nnx.Linear(features, 4 * features, **kind)
+        self.down = nnx.Linear(4 * features, features, **kind)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, tokens, features) -> the same."""
+        x = x + self.attention(self.norm_1(x))
+        return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
+
+
+class Transformer(nnx.Module):
+    """Layers of two norms each, and a norm at the end."""
+
+    def __init__(
+        self,
+        layers: int = 4,
+        features: int = 1024,
+        heads: int = 16,
+        vocabulary: int = 8192,
+        dtype: Any = jnp.bfloat16,
+    ):
+        rngs = nnx.Rngs(0)
+        kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.embed = nnx.Embed(vocabulary, features, **kind)
+        self.layers = nnx.List(
+            [Layer(features, heads, dtype, rngs) for _ in range(layers)]
+        )
+        self.norm = nnx.LayerNorm(features, **kind)
+        self.head = nnx.Linear(features, vocabulary, **kind)
+        self.norms = 2 * layers + 1
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """(batch, tokens) int -> (batch, tokens, vocabulary)."""
+        x = self.embed(tokens)
+        for one in self.layers:
+            x = one(x)
+        return self.head(self.norm(x))
+
+
+def training_step(chip: Chip, batch: int, tokens: int, *, fused: bool) -> Whole:
+    """One step of the transformer's training: its loss and all gradients."""
+    function, params = pure(nnx.eval_shape(Transformer), fused=fused)
+    data = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+
+    def loss(params: Any, data: Any, labels: Any) -> jax.Array:
+        logits = function(params, data)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    step = jax.value_and_grad(loss)
+    return Whole.of(compile_for(chip, step, params, data, data).hlo)
