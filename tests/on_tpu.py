@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax.numpy as jnp
 from jax import lax
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm.kernels import tpu
@@ -22,12 +23,18 @@ def store_bits(ref: Any, here: Any, bits: Any) -> None:
 
 @contextlib.contextmanager
 def mode() -> Iterator[None]:
+    """Interprets; raises if what ran in it had a race."""
     params = pltpu.InterpretParams(detect_races=True)
-    with (
-        pltpu.force_tpu_interpret_mode(params),
-        mock.patch.object(rowwise, "_store_bits", store_bits),
-    ):
-        yield
+    try:
+        with (
+            pltpu.force_tpu_interpret_mode(params),
+            mock.patch.object(rowwise, "_store_bits", store_bits),
+        ):
+            yield
+        races = interpret_pallas_call.races
+        assert races is None or not races.races_found, "the interpreter saw a race"
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()  # or a failure breaks the next test
 
 
 def plan(call: Call, device: Any) -> Kernel | Fallback:

@@ -296,8 +296,7 @@ def _round_up(size: int, multiple: int) -> int:
 # --- float16 --------------------------------------------------------------------------
 # Mosaic knows no float16 on any TPU: it refuses a float16 operand, and has no vectors
 # of it. So a float16 operand enters as its bits, and is converted here by integer
-# arithmetic. XLA fuses the bitcast into the kernel's own fetch where x has two axes;
-# with more it is a pass over HBM.
+# arithmetic. XLA folds the bitcast into what made the operand, or else passes over it.
 #
 #     float16: sign 1 bit, exponent 5 (bias 15), mantissa 10
 #     float32: sign 1 bit, exponent 8 (bias 127), mantissa 23
@@ -386,31 +385,28 @@ def forward(
       mask: None.
     """
     norm = call.norm
-    result = functools.partial(_result, x)
-    view = blocks.examples, blocks.slabs, blocks.rows
-    statistic = result((*view[:2], 1, view[2]), jnp.float32)
-    mean, var = call.statistics and norm.center, call.statistics
-    y, mean, var = _pallas_call(
+    view = blocks.examples, blocks.slabs, blocks.rows, blocks.features
+    row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
+    statistic = _result(x, row_of_statistics, jnp.float32) if call.statistics else None
+    y, *statistics = _pallas_call(
         functools.partial(
             _forward_kernel, center=norm.center, epsilon=norm.epsilon, blocks=blocks
         ),
         name="rowwise_forward",
         blocks=blocks,
         operands=[
-            (x.reshape(*view, blocks.features), blocks.of_rows),
+            (x.reshape(view), blocks.of_rows),
             (_row(scale), blocks.of_param),
             (_row(bias), blocks.of_param),
         ],
         results=[
-            (result((*view, blocks.features), norm.dtype), blocks.of_rows),
-            (statistic if mean else None, blocks.of_statistic),
-            (statistic if var else None, blocks.of_statistic),
+            (_result(x, view, norm.dtype), blocks.of_rows),
+            (statistic if norm.center else None, blocks.of_statistic),
+            (statistic, blocks.of_statistic),
         ],
     )
-    outside = _statistic_shape(call)
-    return [y.reshape(x.shape)] + [
-        s.reshape(outside) for s in (mean, var) if s is not None
-    ]
+    shapes = [x.shape, *[_statistic_shape(call)] * 2]
+    return _present([y, *statistics], shapes)
 
 
 def backward(
@@ -437,18 +433,16 @@ def backward(
       dx in x's shape and dtype; dscale and dbias float32 of shape (features,), behind
       the leading axes of x that `call.own_params` counts.
     """
+    if not any(call.wanted):
+        return []
     dx, dscale, dbias = call.wanted
     reads_x = dx or dscale
-    result = functools.partial(_result, x)
-    view = blocks.examples, blocks.slabs, blocks.rows
-    array = (*view, blocks.features)
-    param = result((blocks.examples, 1, blocks.features), jnp.float32)
+    view = blocks.examples, blocks.slabs, blocks.rows, blocks.features
+    row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
+    param = _result(x, (blocks.examples, 1, blocks.features), jnp.float32)
     total = pltpu.VMEM((SUBLANES, blocks.features), jnp.float32)
-
-    def statistic(value: jax.Array | None) -> jax.Array | None:
-        missing = value is None or not reads_x
-        return None if missing else value.reshape(*view[:2], 1, view[2])
-
+    if mean is not None:
+        mean = mean.reshape(row_of_statistics)
     results = _pallas_call(
         functools.partial(
             _backward_kernel,
@@ -459,26 +453,29 @@ def backward(
         name="rowwise_backward",
         blocks=blocks,
         operands=[
-            (dy.reshape(array), blocks.of_rows),
-            (x.reshape(array) if reads_x else None, blocks.of_rows),
+            (dy.reshape(view), blocks.of_rows),
+            (x.reshape(view) if reads_x else None, blocks.of_rows),
             (_row(scale) if dx else None, blocks.of_param),
-            (statistic(mean), blocks.of_statistic),
-            (statistic(var), blocks.of_statistic),
+            (mean if reads_x else None, blocks.of_statistic),
+            (var.reshape(row_of_statistics) if reads_x else None, blocks.of_statistic),
         ],
         results=[
-            (result(array, x.dtype) if dx else None, blocks.of_rows),
+            (_result(x, view, x.dtype) if dx else None, blocks.of_rows),
             (param if dscale else None, blocks.of_param_gradient),
             (param if dbias else None, blocks.of_param_gradient),
         ],
         scratch=[total if dscale else None, total if dbias else None],
     )
     params = (*x.shape[: call.own_params], blocks.features)
-    shapes = [x.shape, params, params]
-    return [
-        value.reshape(shape)
-        for value, shape in zip(results, shapes, strict=True)
-        if value is not None
-    ]
+    return _present(results, [x.shape, params, params])
+
+
+def _present(
+    arrays: Sequence[jax.Array | None], shapes: Sequence[tuple[int, ...]]
+) -> list[jax.Array]:
+    """Those that are not None, each in its shape."""
+    pairs = zip(arrays, shapes, strict=True)
+    return [array.reshape(shape) for array, shape in pairs if array is not None]
 
 
 def _pallas_call(
@@ -486,45 +483,20 @@ def _pallas_call(
     *,
     name: str,
     blocks: Blocks,
-    operands: list[tuple[jax.Array | None, pl.BlockSpec]],
-    results: list[tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
+    operands: Sequence[tuple[jax.Array | None, pl.BlockSpec]],
+    results: Sequence[tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
     scratch: Sequence[Any] = (),
-) -> list[jax.Array | None]:
+) -> tuple[jax.Array | None, ...]:
     """Runs a kernel over operands, results and scratch; None stays None, as its ref."""
-    arrays = [_bits(array) for array, _ in operands]
-    is_bits = [array is not None and array.dtype == jnp.int16 for array in arrays]
-    copies = [
-        pltpu.VMEM([n for n in spec.block_shape if n is not None], jnp.int16)
-        if bits
-        else None
-        for bits, (_, spec) in zip(is_bits, operands, strict=True)
-    ]
-
-    def run(ins: list[Any], outs: list[Any], kept: Any, copies: list[Any]) -> None:
-        # XLA fuses a bitcast into the fetch only of what is read as a whole.
-        for ref, copy in zip(ins, copies, strict=True):
-            if copy is not None:
-                copy[...] = ref[...]
-        ins = [ref if c is None else c for ref, c in zip(ins, copies, strict=True)]
-        kernel(*ins, *outs, *kept)
-
-    (found,) = pl.pallas_call(
-        run,
+    return pl.pallas_call(
+        kernel,
         name=name,
         grid=blocks.grid,
-        in_specs=[[None if array is None else spec for array, spec in operands]],
-        out_shape=[[shape for shape, _ in results]],
-        out_specs=[[None if shape is None else spec for shape, spec in results]],
-        scratch_shapes=[list(scratch), copies],
-        compiler_params=pltpu.CompilerParams(
-            allow_input_fusion=[
-                bits
-                for bits, array in zip(is_bits, arrays, strict=True)
-                if array is not None
-            ],
-        ),
-    )(arrays)
-    return found
+        in_specs=tuple(None if array is None else spec for array, spec in operands),
+        out_shape=tuple(shape for shape, _ in results),
+        out_specs=tuple(None if shape is None else spec for shape, spec in results),
+        scratch_shapes=tuple(scratch),
+    )(*[_bits(array) for array, _ in operands])
 
 
 def _row(param: jax.Array | None) -> jax.Array | None:
@@ -556,7 +528,8 @@ def plan(call: Call, view: Geometry, device: Any) -> Kernel | Fallback:
     blocks = choose_blocks(call, view)
     if isinstance(blocks, Fallback):
         return blocks
-    launch = {"forward": forward, "backward": backward}[call.op]
+    launch: Callable[..., list[jax.Array]]
+    launch = forward if call.op == "forward" else backward
     return Kernel(
         backend="mosaic_tpu",
         name=f"rowwise {call.op}",

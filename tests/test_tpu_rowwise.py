@@ -1,0 +1,462 @@
+"""The TPU's rowwise kernels, run by Pallas' interpreter, and lowered for a TPU.
+
+Every test but those of plans names the backend, so that a fallback raises; every
+interpreted launch is checked for races (tests/on_tpu.py), and what a block has beyond
+the array is NaN there.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import fusednorm
+from fusednorm.kernels import norm as op
+from fusednorm.kernels import tpu
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+from fusednorm.kernels.tpu import rowwise
+from fusednorm.reference import Norm
+from tests import interpreters
+from tests.helpers import Case, assert_close
+from tests.test_suite import check, norm_of
+
+FLOATS = ("float32", "bfloat16", "float16")
+MIXES = [  # of x, of scale and bias, of y
+    ("float32", "float32", "float32"),
+    ("bfloat16", "float32", "bfloat16"),
+    ("bfloat16", "bfloat16", "float32"),
+    ("float16", "float32", "float16"),
+    ("float32", "float16", "bfloat16"),
+]
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    with interpreters.interpreted("mosaic_tpu"), fusednorm.use_backend("mosaic_tpu"):
+        yield
+
+
+def run(case: Case, mix: tuple[str, str, str] = MIXES[0], seed: int = 0) -> None:
+    """y and all gradients against float64, one kernel each."""
+    x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
+    x, scale, bias, dy = case.data(seed, x_dtype, param_dtype)
+    dy = dy.astype(dtype)
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)
+    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+
+
+# --- values and gradients -------------------------------------------------------------
+
+
+ROWS, FEATURES = (1, 37, 2, 199), (7, 64, 127, 128, 192, 760, 1128)
+RAGGED = list(itertools.product(ROWS, FEATURES))[
+    ::2
+]  # each with each, or its neighbour
+
+
+@pytest.mark.parametrize(
+    ("number", "shape"),
+    list(enumerate(RAGGED)),
+    ids=["x".join(map(str, shape)) for shape in RAGGED],
+)
+def test_ragged_shapes(kernels: None, number: int, shape: tuple[int, int]) -> None:
+    kind = "layer_norm" if number % 3 else "rms_norm"
+    run(Case(kind, shape), MIXES[number % len(MIXES)])
+
+
+@pytest.mark.parametrize("rows", [1, 37])
+def test_one_feature(kernels: None, rows: int) -> None:
+    """x_hat is 0 for a row of one element, so only bias and dbias are not."""
+    case = Case("layer_norm", (rows, 1))
+    x, scale, bias, dy = case.data(1, "float32", "float32")
+    y, vjp = jax.vjp(case.run, *map(jnp.asarray, (x, scale, bias)))
+    dx, dscale, dbias = vjp(jnp.asarray(dy, "float32"))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, y.shape))
+    np.testing.assert_array_equal(dx, 0)
+    np.testing.assert_array_equal(dscale, 0)
+    np.testing.assert_allclose(dbias, dy.sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm", (2, 3, 50, 768)),  # a slab each, for 50 rows fill no tiles
+        Case("layer_norm", (3, 5, 760)),  # joined
+        Case("layer_norm", (7, 5, 6), (("reduction_axes", (1, 2)),), params=False),
+        Case("rms_norm", (4, 3, 9), (("reduction_axes", (1, 2)),), params=False),
+        Case("layer_norm", (1, 9, 1, 300)),
+        Case("group_norm", (9, 24), (("num_groups", 3),), params=False),
+        Case("layer_norm", (2, 33), params=False),
+        Case("layer_norm", (300,)),
+    ],
+    ids=str,
+)
+def test_shapes_that_become_rows(kernels: None, case: Case) -> None:
+    run(case)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
+    kernels: None, kind: str
+) -> None:
+    """Here a block has fewer rows than a statistic's tile of 128 lanes."""
+    case = Case(kind, (150, 8200))
+    x, _, _, dy = case.data(2, "float32", "float32")
+    call = Call(
+        "backward",
+        norm_of(case),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        dy=jax.ShapeDtypeStruct(dy.shape, jnp.dtype("float32")),
+    )
+    kernel = tpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    assert int(kernel.block.split()[0]) < rowwise.LANES
+    run(case)
+
+
+@pytest.mark.parametrize("ratio", [10, 1000, 5000])
+def test_a_large_mean_is_right(kernels: None, ratio: int) -> None:
+    case = Case("layer_norm", (5, 768))
+    _, scale, bias, dy = case.data(3, "float32", "float32")
+    x = np.random.default_rng(3).normal(0.5 * ratio, 0.5, case.shape).astype("float32")
+    dy = dy.astype("float32")
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.7, 1e4])
+def test_a_constant_row_gives_the_bias(kernels: None, value: float) -> None:
+    case = Case("layer_norm", (4, 760))
+    x, scale, bias, dy = case.data(4, "float32", "float32")
+    x[2] = value
+    dy = dy.astype("float32")
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+
+
+def test_a_constant_row_of_any_size_has_a_variance(kernels: None) -> None:
+    """Of 0 or above, and no NaN: sum(x^2) / n - mean^2 would be anything."""
+    x = np.full((3, 760), [[1e18], [-1e15], [3e8]], "float32")
+    y, mean, var = op.normalize_with_moments(Norm((1,), (1,)), jnp.asarray(x))
+    np.testing.assert_allclose(mean, x[:, :1], rtol=1e-6)
+    assert (np.asarray(var) >= 0).all()
+    assert (np.asarray(var) <= (1e-6 * x[:, :1]) ** 2).all()
+    assert np.isfinite(np.asarray(y)).all()
+
+
+@pytest.mark.parametrize(
+    "case", [Case("layer_norm", (300, 96)), Case("rms_norm", (2, 40))]
+)
+def test_mean_and_variance(kernels: None, case: Case) -> None:
+    x, scale, bias, dy = case.data(5, "float32", "float32")
+    truth = case.truth(x, scale, bias, dy)
+    _, mean, var = op.normalize_with_moments(norm_of(case), jnp.asarray(x))
+    assert_close(var, truth.var, truth.bounds["var"])
+    if case.kind == "layer_norm":
+        assert_close(mean, truth.mean, truth.bounds["mean"])
+    else:
+        assert mean is None
+
+
+# --- what is wanted -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids="argnums {}".format
+)
+def test_gradients_of_some(kernels: None, wanted: tuple[int, ...]) -> None:
+    case = Case("layer_norm", (37, 192))
+    x, scale, bias, dy = case.data(6, jnp.dtype("bfloat16"), "float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
+    for number, gradient in zip(wanted, gradients, strict=True):
+        name = ("dx", "dscale", "dbias")[number]
+        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+
+
+@pytest.mark.parametrize("given", ["scale", "bias"])
+def test_one_parameter(kernels: None, given: str) -> None:
+    case = Case("layer_norm", (5, 40))
+    x, scale, bias, dy = case.data(7, "float32", "float32")
+    scale, bias = (scale, None) if given == "scale" else (None, bias)
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    param = {"scale": scale, "bias": bias}[given]
+    y, vjp = jax.vjp(
+        lambda x, param: fusednorm.layer_norm(x, **{given: param}),
+        jnp.asarray(x),
+        jnp.asarray(param),
+    )
+    dx, dparam = vjp(jnp.asarray(dy))
+    assert_close(y, truth.y, truth.bounds["y"])
+    assert_close(dx, truth.dx, truth.bounds["dx"])
+    assert_close(dparam, getattr(truth, f"d{given}"), truth.bounds[f"d{given}"])
+
+
+@pytest.mark.parametrize("rows", [(5,), (3, 50)], ids=str)
+def test_each_example_has_its_own_gradients(
+    kernels: None, rows: tuple[int, ...]
+) -> None:
+    case = Case("layer_norm", (*rows, 768))
+    three = [case.data(seed, "float32", "float32") for seed in (8, 9, 10)]
+    x, dy = (
+        jnp.stack([jnp.asarray(data[i], "float32") for data in three]) for i in (0, 3)
+    )
+    scale, bias = map(jnp.asarray, three[0][1:3])
+
+    def loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+        return jnp.vdot(dy, case.run(x, scale, bias))
+
+    each = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None, 0))
+    gradients = jax.jit(each)(x, scale, bias, dy)
+    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+    for example in range(3):
+        truth = case.truth(x[example], scale, bias, dy[example])
+        for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
+            assert_close(gradient[example], getattr(truth, name), truth.bounds[name])
+
+
+def test_scan_and_remat(kernels: None) -> None:
+    """The transforms that models wrap layers in."""
+    x = jnp.asarray(np.random.default_rng(11).normal(0.5, 2, (4, 24)), "float32")
+    scale = jnp.linspace(0.5, 1.5, 24)
+
+    def loss(x: Any, scale: Any) -> Any:
+        step = jax.checkpoint(
+            lambda h, _: (jnp.sin(fusednorm.rms_norm(h, scale)), None)
+        )
+        return jnp.sum(jnp.cos(jax.lax.scan(step, x, None, length=2)[0]))
+
+    ours = jax.jit(jax.grad(loss, (0, 1)))(x, scale)
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(jax.grad(loss, (0, 1)))(x, scale)
+    for gradient, right in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(gradient, right, rtol=1e-5, atol=1e-5)
+
+
+# --- rows keep to themselves ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_and_inf_stay_in_their_row(kernels: None, poison: float) -> None:
+    case = Case("layer_norm", (37, 96))
+    x, scale, bias, dy = case.data(12, "float32", "float32")
+    bad = x.copy()
+    bad[36, 7] = poison
+    results = []
+    for given in (x, bad):
+        y, vjp = jax.vjp(
+            lambda x: op.normalize_with_moments(norm_of(case), x, scale, bias),
+            jnp.asarray(given),
+        )
+        zeros = [jnp.zeros_like(statistic) for statistic in y[1:]]
+        results.append([*y, *vjp((jnp.asarray(dy, "float32"), *zeros))])
+    for clean, poisoned in zip(*results, strict=True):
+        np.testing.assert_array_equal(clean[:36], poisoned[:36])
+        assert not np.isfinite(np.asarray(poisoned[36])).all()
+
+
+@pytest.mark.parametrize(("features", "mix"), [(64, MIXES[0]), (1128, MIXES[1])])
+def test_a_row_does_not_depend_on_the_others(
+    kernels: None, features: int, mix: tuple[str, str, str]
+) -> None:
+    """Bitwise, whatever the number of rows and the row's place among them."""
+    case = Case("layer_norm", (150, features))
+    x, scale, bias, dy = case.data(13, jnp.dtype(mix[0]), mix[1])
+    spec = norm_of(case)
+
+    def all_of(rows: slice) -> list[np.ndarray]:
+        y, vjp = jax.vjp(
+            lambda x: op.normalize_with_moments(spec, x, scale, bias),
+            jnp.asarray(x[rows]),
+        )
+        zeros = [jnp.zeros_like(statistic) for statistic in y[1:]]
+        cotangents = (jnp.asarray(dy[rows], y[0].dtype), *zeros)
+        return [np.asarray(a) for a in (*y, *vjp(cotangents))]
+
+    whole = all_of(np.s_[:])
+    for rows in (np.s_[5:6], np.s_[21:150]):
+        for part, expected in zip(all_of(rows), whole, strict=True):
+            np.testing.assert_array_equal(part, expected[rows])
+
+
+# --- float16 --------------------------------------------------------------------------
+
+EVERY_FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16)
+
+
+def test_every_float16_is_read_right() -> None:
+    found = rowwise._from_float16(EVERY_FLOAT16.view(np.int16).astype(np.int32))
+    np.testing.assert_array_equal(found, EVERY_FLOAT16.astype(np.float32))
+    zeros = EVERY_FLOAT16 == 0
+    np.testing.assert_array_equal(
+        np.signbit(found)[zeros], np.signbit(EVERY_FLOAT16)[zeros]
+    )
+
+
+def test_float16_is_rounded_to_nearest_even() -> None:
+    exact = EVERY_FLOAT16[np.isfinite(EVERY_FLOAT16)].astype(np.float32)
+    between = (np.sort(exact)[1:] + np.sort(exact)[:-1]) / 2
+    values = [exact, between, 65504 + np.arange(40, dtype=np.float32)]
+    values += [np.nextafter(between, s * np.float32(np.inf)) for s in (-1, 1)]
+    values += [np.float32([np.inf, -np.inf, 1e-30, -1e-30, 1e38])]
+    rng = np.random.default_rng(14)
+    values += [
+        (rng.normal(size=10**5) * 10.0 ** rng.uniform(-9, 6, 10**5)).astype("f4")
+    ]
+    value = np.concatenate(values)
+    found = np.asarray(rowwise._to_float16(value)).astype(np.int16)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(found, value.astype(np.float16).view(np.int16))
+    nan = np.asarray(rowwise._to_float16(np.float32([np.nan]))).astype(np.int16)
+    assert np.isnan(nan.view(np.float16)).all()
+
+
+# --- plans ----------------------------------------------------------------------------
+
+
+def calls(shape: tuple[int, ...], dtype: str, y_dtype: str = "") -> list[Call]:
+    """A LayerNorm's forward, as in training, and its backward."""
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    y = jax.ShapeDtypeStruct(shape, jnp.dtype(y_dtype or dtype))
+    param = jax.ShapeDtypeStruct(shape[-1:], jnp.dtype("float32"))
+    last = (len(shape) - 1,)
+    norm = Norm(last, last, dtype=y.dtype)
+    return [
+        Call("forward", norm, x, param, param, statistics=True),
+        Call("backward", norm, x, param, dy=y),
+    ]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "features", [1, 7, 64, 127, 128, 192, 256, 760, 1128, 4096, 8200, 12288, 16384]
+)
+def test_what_must_run_runs(features: int, dtype: str) -> None:
+    for rows in (1, 2, 37, 199, 4097, 2**22):
+        for y_dtype in FLOATS:
+            for call in calls((rows, features), dtype, y_dtype):
+                kernel = tpu.plan(call, None)
+                assert isinstance(kernel, Kernel), kernel
+                assert kernel.name == f"rowwise {call.op}"
+                block_rows = int(kernel.block.split()[0])
+                assert block_rows & (block_rows - 1) == 0
+
+
+def test_the_block_depends_on_features_and_dtypes_alone() -> None:
+    blocks = {
+        tuple(tpu.plan(call, None).block for call in calls(shape, "bfloat16"))
+        for shape in ((1, 760), (4097, 760), (3, 5, 760), (2, 3, 51, 760))
+    }
+    assert len(blocks) == 1
+
+
+def test_bytes_moved() -> None:
+    forward, backward = (tpu.plan(c, None) for c in calls((37, 64), "bfloat16"))
+    x, param, statistic = 37 * 64 * 2, 64 * 4, 37 * 4
+    assert forward.bytes_moved == 2 * x + 2 * param + 2 * statistic
+    assert backward.bytes_moved == 3 * x + (1 + 2) * param + 2 * statistic
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (calls((0, 64), "float32")[0], "x is empty"),
+        (calls((3, 0), "float32")[1], "x is empty"),
+        (calls((3, 2**20), "float32")[1], "features"),
+        (
+            Call(
+                "forward",
+                Norm((1,), (2,)),
+                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
+            ),
+            "channelwise",
+        ),
+        (
+            Call(
+                "forward",
+                Norm((), (1,), num_groups=3),
+                jax.ShapeDtypeStruct((4, 24), jnp.dtype("float32")),
+                jax.ShapeDtypeStruct((24,), jnp.dtype("float32")),
+            ),
+            "scale differs from row to row",
+        ),
+        (  # a bias that the backward is not given: (B, T, C) is no row of T * C here
+            Call(
+                "backward",
+                Norm((1, 2), (2,)),
+                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                dy=jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                wanted=(True, False, True),
+            ),
+            "channelwise",
+        ),
+    ],
+    ids=["no rows", "no features", "long", "channelwise", "groups", "bias alone"],
+)
+def test_what_falls_back(call: Call, reason: str) -> None:
+    answer = tpu.plan(call, None)
+    assert isinstance(answer, Fallback)
+    assert reason in answer.reason
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=str)
+def test_empty_arrays_take_the_reference(shape: tuple[int, int]) -> None:
+    with interpreters.interpreted("mosaic_tpu"):
+        x = jnp.zeros(shape)
+        y, vjp = jax.vjp(fusednorm.layer_norm, x)
+        assert y.shape == vjp(y)[0].shape == shape
+        assert not interpreters.runs
+
+
+# --- lowered for a TPU ----------------------------------------------------------------
+
+
+def lowered(function: Any, *args: Any) -> str:
+    """What is handed to a TPU's compiler, on a machine without one."""
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+@pytest.mark.parametrize("shape", [(37, 64), (2, 3, 50, 768), (5, 8200)], ids=str)
+def test_forward_and_backward_are_one_kernel_each(
+    shape: tuple[int, ...], mix: tuple[str, str, str]
+) -> None:
+    case = Case("layer_norm", shape)
+    x, scale, bias, dy = case.data(0, jnp.dtype(mix[0]), jnp.dtype(mix[1]))
+    dy = dy.astype(mix[2])
+
+    def step(*args: Any) -> Any:
+        y, vjp = jax.vjp(functools.partial(case.run, dtype=jnp.dtype(mix[2])), *args)
+        return y, vjp(jnp.asarray(dy))
+
+    with fusednorm.use_backend("mosaic_tpu"):
+        text = lowered(step, x, scale, bias)
+    assert text.count("tpu_custom_call") == 2
+
+
+def test_a_shard_map_runs_kernels_on_each_part() -> None:
+    """With check_vma, by which the psum of dscale and dbias is found."""
+    mesh = Mesh(np.array(jax.devices()[:4]), "data")
+    case = Case("layer_norm", (8, 64))
+    x, scale, bias, _ = case.data(15, "float32", "float32")
+
+    def loss(x: Any, scale: Any, bias: Any) -> Any:
+        part = jax.shard_map(
+            case.run, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data")
+        )
+        return jnp.sum(jnp.sin(part(x, scale, bias)))
+
+    with fusednorm.use_backend("mosaic_tpu"):
+        text = lowered(jax.grad(loss, (0, 1, 2)), x, scale, bias)
+    assert text.count("tpu_custom_call") == 2
+    assert text.count("stablehlo.all_reduce") == 2
