@@ -68,6 +68,15 @@ class Norm:
         """Dtype of the arithmetic and the statistics: `dtype`, float32 at least."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
+    def statistic_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the mean and the variance of an x of `shape`."""
+        reduced = [
+            1 if axis in self.reduction_axes else n for axis, n in enumerate(shape)
+        ]
+        if self.num_groups is not None:
+            reduced[-1] = self.num_groups
+        return tuple(reduced)
+
     def behind(self, new_axes: int) -> "Norm":
         """The same normalization of an array with `new_axes` more leading axes."""
         return dataclasses.replace(

@@ -1,0 +1,702 @@
+"""LayerNorm and RMSNorm over contiguous rows, on Pallas Mosaic GPU.
+
+    forward   y = (x - mean) * rstd * scale + bias
+    backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dy * scale
+              dscale = sum(dy * x_hat),  dbias = sum(dy)            over rows
+
+Each is one kernel that reads x (and dy) once: a row lies in registers from its first
+sum to its last store. How many threads share a row depends on its length:
+
+    8 to 32 lanes of a warp     several rows a warp; no barrier anywhere
+    a warpgroup                 4 warps; their sums meet in shared memory
+    several warpgroups          ... of one block
+    several blocks              a cluster; their sums meet in device memory
+
+A row is a list of *chunks*, each `lanes * vector` columns wide. There are no masked
+loads in Mosaic GPU: a ragged row ends in a chunk that overlaps the one before it, and
+the columns that come twice are left out of the sums.
+Ragged rows are treated alike: the last tile overlaps the one before it, within one
+block, so that no two blocks write the same element.
+
+What a row's result is made of (lanes, chunks, the order of every sum) follows from the
+features and dtypes alone, never from the number of rows: results are bitwise the same
+in any batch.
+
+Sources: layer normalization, Ba et al. 2016 (arXiv:1607.06450); RMS normalization,
+Zhang and Sennrich 2019 (arXiv:1910.07467); the corrected two-pass variance, Chan, Golub
+and LeVeque 1983.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+
+WARPS = 4  # in a warpgroup, which is one thread to Pallas
+LANES = 32  # in a warp
+
+# 65536 features on a cluster of 8 blocks is what the backward's registers hold.
+MAX_FEATURES = 65536
+
+
+# --- how the work is cut --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Columns of one row that its lanes load together, `vector` a lane.
+
+    Attributes:
+      start: first column, counted from the first of the part, or of the row if `tail`.
+      vector: consecutive columns of a lane, one load.
+      seen: so many of its first columns lie in the chunk before too.
+      tail: whether it is beyond the parts, at the end of the row.
+    """
+
+    start: int
+    vector: int
+    seen: int = 0
+    tail: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How rows of one length and dtype are cut. No function of their number.
+
+    Attributes:
+      features: length of a row.
+      lanes: threads of a warpgroup that share a row: 2 to 32 of a warp, or all 128.
+      warpgroups: of a block that share a row, side by side.
+      cluster: blocks that share a row, side by side.
+      rows: rows that a warpgroup works on at once.
+      width: columns of a part, of which a row has warpgroups * cluster.
+      chunks: of one part, and of the row's tail.
+    """
+
+    features: int
+    lanes: int
+    warpgroups: int
+    cluster: int
+    rows: int
+    width: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def parts(self) -> int:
+        """Warpgroups that share a row."""
+        return self.warpgroups * self.cluster
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some columns are loaded twice."""
+        return any(chunk.seen or chunk.tail for chunk in self.chunks)
+
+    def __str__(self) -> str:
+        rows = f"{self.rows} rows" if self.rows > 1 else "1 row"
+        if self.parts == 1:
+            return f"{rows}, {self.lanes} lanes each"
+        blocks = f" on each of {self.cluster} blocks" if self.cluster > 1 else ""
+        return f"{rows}, {self.warpgroups} warpgroups{blocks}"
+
+
+def configure(
+    features: int, itemsize: int, *, per_lane: int, fill: bool = False
+) -> Config:
+    """Cuts rows of `features`.
+
+    Args:
+      features: at least 2.
+      itemsize: bytes of the widest of the arrays that are loaded and stored.
+      per_lane: columns that a lane should hold.
+      fill: whether it should hold columns of several rows, if they are short.
+    """
+    # 16 bytes is the widest load; all rows must start at a multiple of it.
+    vector = math.gcd(features, 16 // itemsize)
+    # 8 lanes of 16 bytes fill a line of 128. Fewer would ask for many lines at once.
+    threads = max(8, pl.next_power_of_2(pl.cdiv(features, per_lane)))
+    if threads > LANES:
+        threads = max(threads, WARPS * LANES)
+    lanes = min(threads, WARPS * LANES)
+    while lanes * vector > features:  # a chunk must fit
+        lanes, vector = (lanes // 2, vector) if lanes > 2 else (lanes, vector // 2)
+
+    # Two blocks of 4 warpgroups fit on a multiprocessor: one loads while the other one
+    # computes and stores.
+    parts = threads // (WARPS * LANES) or 1
+    warpgroups = min(parts, 4)
+    cluster = parts // warpgroups
+    width = features if parts == 1 else features // parts // lanes * lanes
+    chunks = _chunks(0, width, lanes, vector)
+    if rest := features - parts * width:
+        tail = _chunks(parts * width, rest, lanes, vector)
+        chunks += [dataclasses.replace(chunk, tail=True) for chunk in tail]
+    rows = WARPS * LANES // lanes
+    if fill:
+        rows *= _power_of_2_below(max(per_lane * lanes // features, 1))
+    return Config(features, lanes, warpgroups, cluster, rows, width, tuple(chunks))
+
+
+def _chunks(start: int, width: int, lanes: int, vector: int) -> list[Chunk]:
+    """Chunks that cover columns [start, start + width); the last may begin earlier."""
+    whole, rest = divmod(width, lanes * vector)
+    chunks = [Chunk(start + i * lanes * vector, vector) for i in range(whole)]
+    if rest:
+        vector = pl.next_power_of_2(pl.cdiv(rest, lanes))
+        wide = lanes * vector
+        chunks.append(Chunk(start + width - wide, vector, seen=wide - rest))
+    return chunks
+
+
+# --- what is in registers -------------------------------------------------------------
+
+
+def _layout(lanes: int, vector: int, rows: int) -> Any:
+    """Lays (rows, lanes * vector) over a warpgroup: rows over warps, then over lanes.
+
+    With fewer rows than there is room for, warps and lanes hold the same row: how the
+    columns of a row lie on its lanes, and so the order of its sums, stays.
+    """
+    # The tiles cut (rows, columns) into (warps, 1, rows in a warp, lanes, vector). What
+    # would have size 1 must not be cut.
+    if lanes == WARPS * LANES:  # (warps, lanes, vector)
+        tiles: list[tuple[int, ...]] = [(1, lanes * vector), (LANES * vector,)]
+        warp_dims: list[Any] = [-3]
+        lane_dims: list[Any] = [-2]
+    else:
+        rows = min(rows, WARPS * LANES // lanes)
+        warps = min(rows, WARPS)
+        in_warp = rows // warps
+        tiles = [(rows, lanes * vector)]
+        warp_dims, lane_dims = [-3], [-2]
+        if in_warp > 1:
+            tiles.append((in_warp, lanes * vector))
+            warp_dims, lane_dims = [-5], [-3, -2]
+        if warps == 1:
+            warp_dims = []
+        if warps < WARPS:
+            warp_dims.insert(0, plgpu.Replicated(WARPS // warps))
+        if lanes * in_warp < LANES:
+            lane_dims.insert(0, plgpu.Replicated(LANES // (lanes * in_warp)))
+    return plgpu.Layout.TILED(
+        plgpu.Tiling((*tiles, (vector,))),
+        warp_dims=tuple(warp_dims),
+        lane_dims=tuple(lane_dims),
+        vector_dim=-1,
+    )
+
+
+def _load(ref: Any, *at: Any, layout: Any) -> jax.Array:
+    """ref[at] in float32."""
+    value = plgpu.load(ref.at[at], layout=layout, optimized=False)
+    return value.astype(jnp.float32)
+
+
+def _store(ref: Any, *at: Any, value: jax.Array) -> None:
+    """ref[at] = value, in the dtype of ref."""
+    value = value.astype(ref.dtype)
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref.at[at], value, optimized=False)
+    else:  # jax 0.11
+        ref[at] = value
+
+
+def _down(row: jax.Array, like: jax.Array) -> jax.Array:
+    """(columns,) on every row of `like`."""
+    return lax.broadcast_in_dim(row, like.shape, (1,))
+
+
+def _across(column: jax.Array, like: jax.Array) -> jax.Array:
+    """(rows,) on every column of `like`."""
+    return lax.broadcast_in_dim(column, like.shape, (0,))
+
+
+class Part:
+    """One warpgroup's share of the rows of a tile, inside a kernel.
+
+    Attributes:
+      config: how rows are cut.
+      rows: rows of the tile.
+      index: which part of the row this is; a Python 0 where there is one.
+    """
+
+    def __init__(self, config: Config, rows: int, barrier: Any = None):
+        self.config = config
+        self.rows = rows
+        self.index: Any = 0
+        if config.parts > 1:
+            block = lax.axis_index("cluster") if config.cluster > 1 else 0
+            self.index = block * config.warpgroups + lax.axis_index("warpgroup")
+        self._barrier = barrier
+
+    def layout(self, chunk: Chunk) -> Any:
+        """Of (rows, columns of the chunk)."""
+        return _layout(self.config.lanes, chunk.vector, self.rows)
+
+    def columns(self, chunk: Chunk) -> pl.Slice:
+        """Where the chunk lies in its row."""
+        first = 0 if chunk.tail else self.index * self.config.width
+        return pl.ds(first + chunk.start, self.config.lanes * chunk.vector)
+
+    def load(self, ref: Any, row: Any) -> list[jax.Array]:
+        """Rows [row, row + rows) of ref, chunk by chunk."""
+        at = pl.ds(row, self.rows)
+        return [
+            _load(ref, at, self.columns(chunk), layout=self.layout(chunk))
+            for chunk in self.config.chunks
+        ]
+
+    def store(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
+        """Rows [row, row + rows) of one chunk."""
+        at = (pl.ds(row, self.rows), self.columns(chunk))
+        self.owned(chunk, lambda: _store(ref, *at, value=value))
+
+    def owned(self, chunk: Chunk, do: Callable[[], None]) -> None:
+        """Lets one part only write the row's tail, which all have."""
+        if chunk.tail and self.config.parts > 1:
+            pl.when(self.index == self.config.parts - 1)(do)
+        else:
+            do()
+
+    def load_param(self, ref: Any, chunk: Chunk) -> jax.Array:
+        """Scale or bias of a chunk: (columns,)."""
+        layout = self.layout(chunk).reduce(0)
+        return _load(ref, self.columns(chunk), layout=layout)
+
+    def load_statistic(self, ref: Any, row: Any) -> jax.Array:
+        """(rows,)"""
+        layout = self.layout(self.config.chunks[0]).reduce(1)
+        return _load(ref, pl.ds(row, self.rows), layout=layout)
+
+    def store_statistic(self, ref: Any, row: Any, value: jax.Array) -> None:
+        """(rows,), by one of the parts."""
+
+        def store() -> None:
+            _store(ref, pl.ds(row, self.rows), value=value)
+
+        store() if self.config.parts == 1 else pl.when(self.index == 0)(store)
+
+    def zeros(self, chunk: Chunk) -> jax.Array:
+        """(rows, columns of the chunk)."""
+        shape = (self.rows, self.config.lanes * chunk.vector)
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), self.layout(chunk))
+
+    def rows_from(self, first: Any, chunk: Chunk, value: jax.Array) -> jax.Array:
+        """Zeros for the rows before the first-th; all rows where that is None."""
+        if first is None:
+            return value
+        row = plgpu.broadcasted_iota(
+            jnp.int32, value.shape, 0, layout=self.layout(chunk)
+        )
+        return jnp.where(row >= first, value, 0.0)
+
+    def store_partial(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
+        """The sum over rows of (rows, columns), as one row of ref."""
+        columns = self.columns(chunk)
+        if self.rows == 1:
+            self.store(ref, row, chunk, value)
+        else:
+            total = jnp.sum(value, axis=0)
+            self.owned(chunk, lambda: _store(ref, row, columns, value=total))
+
+    def sums(
+        self, *terms: Sequence[jax.Array], place: Callable[[int, int], Any]
+    ) -> list[jax.Array]:
+        """Sums over whole rows, (rows,) for each of the terms.
+
+        Args:
+          terms: values (rows, columns) of each chunk.
+          place: where sum i of part j lies, if parts must meet: a reference and an
+            index into it. Memory that is written once, between two barriers.
+        """
+        own = [self._sum(values) for values in terms]
+        parts = self.config.parts
+        if parts == 1:
+            return own
+        for i, value in enumerate(own):
+            ref, *at = place(i, self.index)
+            _store(ref, *at, value=value)
+        plgpu.barrier_arrive(self._barrier)
+        plgpu.barrier_wait(self._barrier)
+        layout = self.layout(self.config.chunks[0]).reduce(1)
+        totals = []
+        for i in range(len(own)):
+            each = []
+            for j in range(parts):
+                ref, *at = place(i, j)
+                each.append(_load(ref, *at, layout=layout))
+            totals.append(functools.reduce(jnp.add, each))
+        return totals
+
+    def _sum(self, values: Sequence[jax.Array]) -> jax.Array:
+        """Over the columns of this part, each of them once: (rows,)."""
+        whole: dict[int, jax.Array] = {}  # by vector: chunks that lie alike on lanes
+        for chunk, value in zip(self.config.chunks, values, strict=True):
+            value = self._once(chunk, value)
+            before = whole.get(chunk.vector)
+            whole[chunk.vector] = value if before is None else before + value
+        return functools.reduce(jnp.add, [jnp.sum(v, axis=1) for v in whole.values()])
+
+    def _once(self, chunk: Chunk, value: jax.Array) -> jax.Array:
+        """Zeros for columns that another chunk or another part counts."""
+        if chunk.seen or chunk.tail:
+            column = plgpu.broadcasted_iota(
+                jnp.int32, value.shape, 1, layout=self.layout(chunk)
+            )
+            first: Any = chunk.seen
+            if chunk.tail:  # the last part's
+                last = self.index == self.config.parts - 1
+                first = jnp.where(last, chunk.seen, value.shape[1])
+            value = jnp.where(column >= first, value, 0.0)
+        return value
+
+
+# --- the kernels ----------------------------------------------------------------------
+
+
+def forward(
+    config: Config,
+    call: Call,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mask: None = None,
+) -> list[jax.Array]:
+    """y, and with `call.statistics` mean (if centred) and var: one read of x.
+
+    Bytes: x and y, once each; scale and bias once a tile, from the caches; 4 bytes a
+    statistic. For a cluster 384 bytes a row more.
+
+    The mean is corrected by the mean of what it leaves over, so that it is right to the
+    last bit but one wherever it lies: x_hat keeps its digits at mean/std of 5000.
+
+    Blocks are many and small, one tile each, rather than few and persistent: the next
+    tile's loads are those of the next block, of which 4 to 16 are on a multiprocessor.
+    With 32 columns a lane those are at least 32 KB in flight, where bandwidth times
+    latency is 18 KB (H100: 3.35 TB/s * 700 ns / 132) to 25 KB (H200), and an uneven
+    tail of the grid costs one small block.
+    """
+    norm, features = call.norm, config.features
+    rows = x.size // features
+    tile = min(config.rows, _power_of_2_below(rows))
+    blocks = rows // tile
+
+    inputs = _present(x=x.reshape(rows, features), scale=scale, bias=bias)
+    outputs = {"y": jax.ShapeDtypeStruct((rows, features), norm.dtype)}
+    if call.statistics:
+        statistic = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        outputs |= {"mean": statistic} if norm.center else {}
+        outputs |= {"var": statistic}
+
+    def body(ref: dict[str, Any], part: Part, place: Any) -> None:
+        block = lax.axis_index("block")
+
+        def step(i: Any, _: None) -> None:
+            row = jnp.minimum((block + i) * tile, rows - tile)
+            centred = part.load(ref["x"], row)  # [(tile, columns)] over the chunks
+            if norm.center:
+                (total,) = part.sums(centred, place=place(row, 0))
+                mean = total / features
+                centred = [c - _across(mean, c) for c in centred]
+                left, m2 = part.sums(
+                    centred, [c * c for c in centred], place=place(row, 1)
+                )
+                left = left / features
+                centred = [c - _across(left, c) for c in centred]
+                mean, var = mean + left, m2 / features - left * left
+            else:
+                (m2,) = part.sums([c * c for c in centred], place=place(row, 0))
+                mean, var = None, m2 / features
+            rstd = lax.rsqrt(var + norm.epsilon)  # (tile,)
+
+            for chunk, c in zip(config.chunks, centred, strict=True):
+                y = c * _across(rstd, c)
+                if "scale" in ref:
+                    y = y * _down(part.load_param(ref["scale"], chunk), y)
+                if "bias" in ref:
+                    y = y + _down(part.load_param(ref["bias"], chunk), y)
+                part.store(ref["y"], row, chunk, y)
+            for name, statistic in (("mean", mean), ("var", var)):
+                if name in ref and statistic is not None:
+                    part.store_statistic(ref[name], row, statistic)
+
+        # The last block takes the ragged rows too, in a tile that overlaps its own.
+        if rows % tile == 0:
+            step(0, None)
+        else:
+            lax.fori_loop(0, jnp.where(block == blocks - 1, 2, 1), step, None)
+
+    results = _launch(
+        "fusednorm_rowwise_forward",
+        body,
+        config,
+        tile=tile,
+        grid={"block": blocks},
+        inputs=inputs,
+        outputs=outputs,
+        sums=3,
+    )
+    shapes = {"y": x.shape}
+    statistic_shape = norm.statistic_shape(x.shape)
+    return [r.reshape(shapes.get(name, statistic_shape)) for name, r in results.items()]
+
+
+def backward(
+    config: Config,
+    call: Call,
+    processors: int,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+    mask: None = None,
+) -> list[jax.Array]:
+    """Those of dx, dscale and dbias that `call.wanted` names: one read of x and dy.
+
+    Bytes: x, dy and dx, once each; 4 bytes a statistic; for dscale and dbias each 8 *
+    features a block, of which there are `_resident` a multiprocessor. For a cluster 512
+    bytes a row more.
+
+    A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
+    of its rows in registers. The sum over blocks is one more small kernel of XLA's, in
+    a fixed order. No atomics.
+    """
+    norm, features = call.norm, config.features
+    examples = math.prod(x.shape[: call.own_params])
+    rows = x.size // features // examples  # that share a dscale and dbias
+    tile = min(config.rows, _power_of_2_below(rows))
+    tiles = rows // tile
+    blocks = _blocks(config, tiles, processors)
+    want = dict(zip(("dx", "dscale", "dbias"), call.wanted, strict=True))
+
+    inputs = _present(
+        dy=dy.reshape(-1, features),
+        x=x.reshape(-1, features),
+        scale=scale,
+        mean=None if mean is None else mean.reshape(-1),
+        var=var.reshape(-1),
+    )
+    partials = jax.ShapeDtypeStruct((examples * blocks, features), jnp.float32)
+    outputs = {"dx": jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)}
+    outputs |= {"dscale": partials, "dbias": partials}
+    outputs = {name: out for name, out in outputs.items() if want[name]}
+
+    def body(ref: dict[str, Any], part: Part, place: Any) -> None:
+        example, block = lax.axis_index("example"), lax.axis_index("block")
+        scales = [
+            part.load_param(ref["scale"], chunk) if "scale" in ref else None
+            for chunk in config.chunks
+        ]
+
+        def step(i: Any, sums: dict[str, list[jax.Array]]) -> dict[str, Any]:
+            after = jnp.minimum(block + i * blocks, tiles) * tile  # rows seen before it
+            first = jnp.minimum(after, rows - tile)
+            row = example * rows + first
+            dys, xs = part.load(ref["dy"], row), part.load(ref["x"], row)
+            rstd = lax.rsqrt(part.load_statistic(ref["var"], row) + norm.epsilon)
+            if norm.center:
+                mean = part.load_statistic(ref["mean"], row)
+                xs = [c - _across(mean, c) for c in xs]
+            x_hats = [c * _across(rstd, c) for c in xs]  # [(tile, columns)]
+
+            if want["dx"]:
+                ws = [
+                    dy if scale is None else dy * _down(scale, dy)
+                    for dy, scale in zip(dys, scales, strict=True)
+                ]
+                terms = [[w * x_hat for w, x_hat in zip(ws, x_hats, strict=True)]]
+                terms += [ws] if norm.center else []
+                # Two places in turn: a part may still read the last but one.
+                means = [
+                    total / features
+                    for total in part.sums(*terms, place=place(row, 2 * (i % 2)))
+                ]
+                for chunk, w, x_hat in zip(config.chunks, ws, x_hats, strict=True):
+                    inner = w - x_hat * _across(means[0], w)
+                    if norm.center:
+                        inner = inner - _across(means[1], w)
+                    part.store(ref["dx"], row, chunk, inner * _across(rstd, w))
+
+            # A ragged tile overlaps rows that were added before.
+            fresh = None if rows % tile == 0 else after - first
+            more = {
+                "dscale": [dy * x for dy, x in zip(dys, x_hats, strict=True)],
+                "dbias": dys,
+            }
+            return {
+                name: [
+                    total + part.rows_from(fresh, chunk, term)
+                    for chunk, total, term in zip(
+                        config.chunks, totals, more[name], strict=True
+                    )
+                ]
+                for name, totals in sums.items()
+            }
+
+        zeros = [part.zeros(chunk) for chunk in config.chunks]
+        sums = {name: zeros for name in ("dscale", "dbias") if want[name]}
+        # Tiles block, block + blocks, ...; the ragged one goes with the last whole one,
+        # which it overlaps.
+        count = (tiles - block + blocks - 1) // blocks
+        if rows % tile:
+            count = count + (block == (tiles - 1) % blocks)
+        sums = lax.fori_loop(0, count, step, sums)
+        for name, totals in sums.items():
+            for chunk, total in zip(config.chunks, totals, strict=True):
+                part.store_partial(ref[name], example * blocks + block, chunk, total)
+
+    results = _launch(
+        "fusednorm_rowwise_backward",
+        body,
+        config,
+        tile=tile,
+        grid={"example": examples, "block": blocks},
+        inputs=inputs,
+        outputs=outputs,
+        sums=4,
+    )
+    shape = (*x.shape[: call.own_params], features)
+    return [
+        r.reshape(x.shape)
+        if name == "dx"
+        else r.reshape(examples, blocks, features).sum(1).reshape(shape)
+        for name, r in results.items()
+    ]
+
+
+def _present(**operands: jax.Array | None) -> dict[str, jax.Array]:
+    return {name: value for name, value in operands.items() if value is not None}
+
+
+def _power_of_2_below(n: int) -> int:
+    """The largest power of two that is at most n."""
+    return 1 << (n.bit_length() - 1)
+
+
+def _blocks(config: Config, tiles: int, processors: int) -> int:
+    """Blocks of a persistent grid.
+
+    512 threads a multiprocessor, of 128 registers each. Fewer where that would leave a
+    block less than 32 rows, whose partial sums would be over a tenth of what it moves;
+    but no multiprocessor goes without work.
+    """
+    resident = max(4 // config.warpgroups, 1)
+    wanted = min(processors * resident, max(tiles * config.rows // 32, processors))
+    return max(min(wanted // config.cluster, tiles), 1)
+
+
+def _launch(
+    name: str,
+    body: Callable[..., None],
+    config: Config,
+    *,
+    tile: int,
+    grid: dict[str, int],
+    inputs: dict[str, jax.Array],
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    sums: int,
+) -> dict[str, jax.Array]:
+    """Runs body(references by name, part, place) on every part of every block.
+
+    place(row, first) is where a row's parts leave their sums number `first` and on, as
+    `Part.sums` wants it.
+    """
+    scratch: dict[str, Any] = {}
+    mesh: dict[str, Any] = {}
+    outputs = dict(outputs)
+    if config.warpgroups > 1:
+        mesh |= {"num_threads": config.warpgroups, "thread_name": "warpgroup"}
+    if config.cluster > 1:
+        mesh |= {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
+        scratch["barrier"] = plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=config.warpgroups
+        )
+        # A line of 128 bytes for each sum of each row: none is written twice, so that
+        # no first-level cache can hold an old one.
+        rows = inputs["x"].shape[0]
+        outputs["sums"] = jax.ShapeDtypeStruct((rows, sums, 32), jnp.float32)
+    elif config.parts > 1:
+        scratch["barrier"] = plgpu.Barrier(num_arrivals=config.warpgroups)
+        scratch["sums"] = plgpu.SMEM((sums, config.warpgroups), jnp.float32)
+
+    def kernel(*refs: Any, barrier: Any = None, **more: Any) -> None:
+        ref = dict(zip([*inputs, *outputs], refs, strict=True)) | more
+
+        def place(row: Any, first: Any) -> Callable[[int, Any], Any]:
+            at = (row,) if config.cluster > 1 else ()
+            return lambda i, part: (ref["sums"], *at, first + i, pl.ds(part, 1))
+
+        body(ref, Part(config, tile, barrier), place)
+
+    kernel.__name__ = name
+    run = plgpu.kernel(
+        kernel,
+        out_type=list(outputs.values()),
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        compiler_params=plgpu.CompilerParams(
+            # For sums over the warps of a warpgroup.
+            reduction_scratch_bytes=6144,
+            # No memory is read after it was written, but for `sums`, behind a barrier.
+            unsafe_no_auto_barriers=True,
+        ),
+        **mesh,
+    )
+    results = dict(zip(outputs, run(*inputs.values()), strict=True))
+    results.pop("sums", None)
+    return results
+
+
+# --- which calls they take ------------------------------------------------------------
+
+
+def plan(call: Call, processors: int) -> Kernel | Fallback:
+    """Chooses the kernel for one rowwise call.
+
+    Args:
+      call: one of geometry x[N, 1, G, K].
+      processors: multiprocessors of the GPU.
+    """
+    view = call.geometry
+    assert view is not None
+    features = view.k
+    rows = view.n * view.g
+    has_params = call.scale is not None or call.bias is not None
+    has_params |= call.op == "backward" and any(call.wanted[1:])
+    if call.x.size == 0:
+        return Fallback("x is empty")
+    if view.g > 1 and has_params:
+        return Fallback("groups of channels with nothing else reduced")
+    if features == 1:
+        return Fallback("rows of one feature")
+    if features > MAX_FEATURES:
+        return Fallback(f"{features} features; kernels take at most {MAX_FEATURES}")
+    statistics = 4 * rows * (1 + call.norm.center)
+    x_size = call.x.dtype.itemsize
+    if call.op == "forward":
+        y_size = call.norm.dtype.itemsize
+        config = configure(features, max(x_size, y_size), per_lane=32, fill=True)
+        launch = functools.partial(forward, config, call)
+        moved = call.x.size * (x_size + y_size) + statistics * call.statistics
+    else:
+        assert call.dy is not None
+        # 4 columns at most a load: Mosaic adds up rows over warps no wider than that.
+        config = configure(features, 4, per_lane=16)
+        launch = functools.partial(backward, config, call, processors)
+        moved = call.x.size * (x_size * (1 + call.wanted[0]) + call.dy.dtype.itemsize)
+        moved += statistics
+    for param in (call.scale, call.bias):
+        moved += 0 if param is None else param.size * param.dtype.itemsize
+    return Kernel(
+        "mosaic_gpu", f"rowwise {call.op}", launch, block=str(config), bytes_moved=moved
+    )
