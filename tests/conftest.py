@@ -1,6 +1,12 @@
 """What every test runs under: 8 virtual CPU devices, and the backends of the suite."""
 
+import os
 from collections.abc import Iterator
+
+# Size of XLA's pool of threads on a CPU, read when jax makes its devices. The
+# interpreters hold one for each warpgroup of a block and each block of a cluster, up to
+# 8 in these tests; on two cores they would wait for each other for ever.
+os.environ["NPROC"] = str(max(16, os.cpu_count() or 1))
 
 import jax
 import pytest

@@ -1,7 +1,7 @@
 """The kernels on a CPU: Pallas' interpreters, behind `jax.pure_callback`.
 
-tests/on_gpu.py and tests/on_tpu.py are what `dispatch.KERNELS` names for the CPU while a
-test runs the kernels there. The plan is the real one; only the launch is interpreted.
+tests/on_gpu.py and tests/on_tpu.py are what `dispatch.KERNELS` names for the CPU while
+a test runs the kernels there. The plan is the real one; only the launch is interpreted.
 """
 
 import collections

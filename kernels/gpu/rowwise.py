@@ -411,7 +411,9 @@ def forward(
                 )
                 left = left / features
                 centred = [c - _across(left, c) for c in centred]
-                mean, var = mean + left, m2 / features - left * left
+                # Rounding can make it negative: a constant row of 1e18 leaves 1e11.
+                var = jnp.maximum(m2 / features - left * left, 0.0)
+                mean = mean + left
             else:
                 (m2,) = part.sums([c * c for c in centred], place=place(row, 0))
                 mean, var = None, m2 / features
@@ -473,9 +475,7 @@ def backward(
     norm, features = call.norm, config.features
     examples = math.prod(x.shape[: call.own_params])
     rows = x.size // features // examples  # that share a dscale and dbias
-    tile = min(config.rows, _power_of_2_below(rows))
-    tiles = rows // tile
-    blocks = _blocks(config, tiles, processors)
+    tile, tiles, blocks = _grid(config, rows, processors)
     want = dict(zip(("dx", "dscale", "dbias"), call.wanted, strict=True))
 
     inputs = _present(
@@ -582,16 +582,18 @@ def _power_of_2_below(n: int) -> int:
     return 1 << (n.bit_length() - 1)
 
 
-def _blocks(config: Config, tiles: int, processors: int) -> int:
-    """Blocks of a persistent grid.
+def _grid(config: Config, rows: int, processors: int) -> tuple[int, int, int]:
+    """Rows of a tile, whole tiles, and blocks of a persistent grid over them.
 
     512 threads a multiprocessor, of 128 registers each. Fewer where that would leave a
     block less than 32 rows, whose partial sums would be over a tenth of what it moves;
     but no multiprocessor goes without work.
     """
-    resident = max(4 // config.warpgroups, 1)
-    wanted = min(processors * resident, max(tiles * config.rows // 32, processors))
-    return max(min(wanted // config.cluster, tiles), 1)
+    tile = min(config.rows, _power_of_2_below(rows))
+    tiles = rows // tile
+    resident = processors * 4 // config.warpgroups
+    blocks = min(resident, max(rows // 32, processors)) // config.cluster
+    return tile, tiles, max(min(blocks, tiles), 1)
 
 
 def _launch(
@@ -676,7 +678,9 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
     if call.x.size == 0:
         return Fallback("x is empty")
     if view.g > 1 and has_params:
-        return Fallback("groups of channels with nothing else reduced")
+        return Fallback(
+            "scale differs from row to row (groups of channels, nothing else reduced)"
+        )
     if features == 1:
         return Fallback("rows of one feature")
     if features > MAX_FEATURES:
@@ -693,8 +697,12 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         # 4 columns at most a load: Mosaic adds up rows over warps no wider than that.
         config = configure(features, 4, per_lane=16)
         launch = functools.partial(backward, config, call, processors)
+        examples = math.prod(call.x.shape[: call.own_params])
+        blocks = examples * _grid(config, rows // examples, processors)[2]
         moved = call.x.size * (x_size * (1 + call.wanted[0]) + call.dy.dtype.itemsize)
-        moved += statistics
+        # Partial sums are written and read, the sum is written.
+        sums = sum(call.wanted[1:]) * (2 * blocks + examples)
+        moved += statistics + 4 * features * sums
     for param in (call.scale, call.bias):
         moved += 0 if param is None else param.size * param.dtype.itemsize
     return Kernel(

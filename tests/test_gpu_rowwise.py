@@ -1,0 +1,320 @@
+"""What the rowwise kernels of NVIDIA GPUs have for themselves.
+
+How rows are cut, what falls back, what is lowered, and (marked gpu) all of it on a real
+one. Values and gradients in the interpreter are in test_rowwise.py.
+"""
+
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import fusednorm
+from fusednorm.kernels import dispatch, gpu
+from fusednorm.kernels import norm as op
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+from fusednorm.kernels.gpu import rowwise
+from fusednorm.reference import Norm
+from tests import interpreters
+from tests.helpers import Case
+from tests.test_dispatch import COUNTED
+from tests.test_rowwise import MIXES
+from tests.test_suite import check, norm_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+FEATURES = (64, 128, 192, 256, 760, 1128, 4096, 8200, 12288, 65536)
+ROWS = (1, 2, 37, 4097)
+
+
+def calls(shape: tuple[int, ...], dtype: str, y_dtype: str = "") -> list[Call]:
+    """A LayerNorm's forward, as in training, and its backward."""
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    y = jax.ShapeDtypeStruct(shape, jnp.dtype(y_dtype or dtype))
+    param = jax.ShapeDtypeStruct(shape[-1:], jnp.dtype("float32"))
+    last = (len(shape) - 1,)
+    norm = Norm(last, last, dtype=y.dtype)
+    return [
+        Call("forward", norm, x, param, param, statistics=True),
+        Call("backward", norm, x, param, dy=y),
+    ]
+
+
+# --- how rows are cut -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("per_lane", [16, 32])
+@pytest.mark.parametrize("features", [2, 3, 7, 96, 127, 760, 5120, 8209, 12288, 65535])
+def test_each_column_counts_once(features: int, per_lane: int, itemsize: int) -> None:
+    """And every load is aligned, and inside its row."""
+    config = rowwise.configure(features, itemsize, per_lane=per_lane)
+    counted = np.zeros(features, int)
+    for part in range(config.parts):
+        for chunk in config.chunks:
+            start = chunk.start + (0 if chunk.tail else part * config.width)
+            end = start + config.lanes * chunk.vector
+            assert 0 <= start < end <= features
+            assert start % chunk.vector == features % chunk.vector == 0
+            assert chunk.vector * itemsize <= 16
+            if not chunk.tail or part == config.parts - 1:
+                counted[start + chunk.seen : end] += 1
+    np.testing.assert_array_equal(counted, 1)
+
+
+def test_lanes_grow_with_the_row() -> None:
+    cut = {
+        features: (config.lanes, config.warpgroups, config.cluster, config.rows)
+        for features in (64, 256, 1024, 2048, 4096, 16384, 65536)
+        for config in [rowwise.configure(features, 2, per_lane=32, fill=True)]
+    }
+    assert cut == {
+        64: (8, 1, 1, 64),
+        256: (8, 1, 1, 16),
+        1024: (32, 1, 1, 4),
+        2048: (128, 1, 1, 2),
+        4096: (128, 1, 1, 1),
+        16384: (128, 4, 1, 1),
+        65536: (128, 4, 4, 1),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_cut_depends_on_features_and_dtypes_alone(
+    features: int, dtype: str
+) -> None:
+    """Not on the number of rows: so a row's sums have one order in any batch."""
+    for y_dtype in DTYPES:
+        blocks = set()
+        for rows in ROWS:
+            for call in calls((rows, features), dtype, y_dtype):
+                kernel = gpu.plan(call, None)
+                assert isinstance(kernel, Kernel), kernel
+                assert kernel.name == f"rowwise {call.op}"
+                assert isinstance(kernel.launch, functools.partial)
+                config = kernel.launch.args[0]
+                assert isinstance(config, rowwise.Config)
+                blocks.add((call.op, config))
+        assert len(blocks) == 2
+
+
+def test_bytes_moved() -> None:
+    forward, backward = (gpu.plan(c, None) for c in calls((37, 64), "bfloat16"))
+    x, param, statistic = 37 * 64 * 2, 64 * 4, 37 * 4
+    assert isinstance(forward, Kernel)
+    assert isinstance(backward, Kernel)
+    assert forward.bytes_moved == 2 * x + 2 * param + 2 * statistic
+    # 37 rows are 2 tiles of 16 and a ragged one: 2 blocks. Each writes its share of
+    # dscale and dbias, which are read once more and added up.
+    assert backward.bytes_moved == 3 * x + param + 2 * statistic + 2 * param * (
+        2 + 2 + 1
+    )
+
+
+@pytest.mark.parametrize("lanes", [2, 8, 32, 128])
+def test_columns_lie_alike_whatever_the_number_of_rows(lanes: int) -> None:
+    """With fewer rows the lanes repeat them, and a row's lanes stay neighbours."""
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        layout = rowwise._layout(lanes, 4, rows).kwargs
+        assert layout["lane_dims"][-1] == -2
+        assert layout["vector_dim"] == -1
+        *_, first, vector = rowwise._layout(lanes, 4, rows).args[0].tiles
+        assert vector == (4,)
+        assert first[-1] == 4 * min(lanes, 32)
+
+
+# --- what falls back ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (calls((0, 64), "float32")[0], "x is empty"),
+        (calls((3, 0), "float32")[1], "x is empty"),
+        (calls((3, 65537), "float32")[1], "65537 features"),
+        (calls((3, 1), "float32")[0], "one feature"),
+        (
+            Call(
+                "forward",
+                Norm((1,), (2,)),
+                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
+            ),
+            "channelwise",
+        ),
+        (
+            Call(
+                "forward",
+                Norm((), (1,), num_groups=3),
+                jax.ShapeDtypeStruct((4, 24), jnp.dtype("float32")),
+                jax.ShapeDtypeStruct((24,), jnp.dtype("float32")),
+            ),
+            "scale",
+        ),
+    ],
+    ids=["no rows", "no features", "long", "one", "channelwise", "groups"],
+)
+def test_what_falls_back(call: Call, reason: str) -> None:
+    answer = gpu.plan(call, None)
+    assert isinstance(answer, Fallback)
+    assert reason in answer.reason
+
+
+def test_an_older_gpu_falls_back() -> None:
+    """A Mosaic compile for one would end the process."""
+    call = calls((3, 64), "float32")[0]
+    for capability, taken in (("8.0", False), ("8.9", False), ("9.0", True)):
+        device = types.SimpleNamespace(compute_capability=capability, core_count=108)
+        answer = gpu.plan(call, device)
+        assert isinstance(answer, Kernel) is taken
+        if isinstance(answer, Fallback):
+            assert capability in answer.reason
+
+
+# --- lowered for a GPU ----------------------------------------------------------------
+
+
+def lowered(function: Any, *args: Any) -> str:
+    """What is handed to a GPU's compiler, on a machine without one."""
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+@pytest.mark.parametrize("shape", [(37, 64), (5, 3, 760), (5, 8200)], ids=str)
+def test_forward_and_backward_are_one_kernel_each(
+    shape: tuple[int, ...], mix: tuple[str, str, str]
+) -> None:
+    case = Case("layer_norm", shape)
+    x, scale, bias, dy = case.data(0, jnp.dtype(mix[0]), jnp.dtype(mix[1]))
+    dy = dy.astype(mix[2])
+
+    def step(*args: Any) -> Any:
+        y, vjp = jax.vjp(functools.partial(case.run, dtype=jnp.dtype(mix[2])), *args)
+        return y, vjp(jnp.asarray(dy))
+
+    with fusednorm.use_backend("mosaic_gpu"):
+        text = lowered(step, x, scale, bias)
+    assert text.count("mosaic_gpu_v2") == 2
+
+
+def test_a_shard_map_runs_kernels_on_each_part() -> None:
+    """With check_vma, by which the psum of dscale and dbias is found."""
+    mesh = Mesh(np.array(jax.devices()[:4]), "data")
+    case = Case("layer_norm", (8, 64))
+    x, scale, bias, _ = case.data(15, "float32", "float32")
+
+    def loss(x: Any, scale: Any, bias: Any) -> Any:
+        part = jax.shard_map(
+            case.run, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data")
+        )
+        return jnp.sum(jnp.sin(part(x, scale, bias)))
+
+    with fusednorm.use_backend("mosaic_gpu"):
+        text = lowered(jax.grad(loss, (0, 1, 2)), x, scale, bias)
+    assert text.count("mosaic_gpu_v2") == 2
+    assert text.count("stablehlo.all_reduce") == 2
+
+
+# --- rows so long that several warpgroups and blocks share them -----------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [5120, 8192, 8209, 12288, 16384])
+def test_long_rows(features: int) -> None:
+    with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
+        case = Case("layer_norm", (3, features))
+        x, scale, bias, dy = case.data(1, jnp.dtype("bfloat16"), "float32")
+        dy = dy.astype("float32")
+        check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+        assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+
+
+# --- on a real one --------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+@pytest.mark.parametrize("features", [2, 7, 127, 5120, *FEATURES])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_gpu_values_and_gradients(
+    kind: str, features: int, mix: tuple[str, str, str]
+) -> None:
+    x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
+    # float64 NumPy takes a second for every 16 million elements.
+    for rows in [n for n in (1, 2, 37, 199, 4097) if n * features < 2**22]:
+        case = Case(kind, (rows, features))
+        x, scale, bias, dy = case.data(0, x_dtype, param_dtype)
+        dy = dy.astype(dtype)
+        with fusednorm.use_backend("mosaic_gpu"):
+            check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", [64, 760, 4096, 12288, 65536])
+def test_gpu_results_are_bitwise_the_same(features: int) -> None:
+    """Those of a row in any batch and place; all of them from run to run."""
+    case = Case("layer_norm", (401, features))
+    x, scale, bias, dy = case.data(2, jnp.dtype("bfloat16"), "float32")
+    spec = norm_of(case)
+
+    def all_of(rows: slice) -> list[np.ndarray]:
+        with fusednorm.use_backend("mosaic_gpu"):
+            y, vjp = jax.vjp(
+                lambda *args: op.normalize_with_moments(spec, *args),
+                *map(jnp.asarray, (x[rows], scale, bias)),
+            )
+            zeros = [jnp.zeros_like(statistic) for statistic in y[1:]]
+            cotangents = (jnp.asarray(dy[rows], y[0].dtype), *zeros)
+            return [np.asarray(a) for a in (*y, *vjp(cotangents))]
+
+    whole = all_of(np.s_[:])
+    for _ in range(3):
+        for again, first in zip(all_of(np.s_[:]), whole, strict=True):
+            np.testing.assert_array_equal(again, first)
+    for some in (np.s_[200:201], np.s_[133:], np.s_[1:38]):
+        for part, expected in zip(all_of(some)[:4], whole[:4], strict=True):
+            np.testing.assert_array_equal(part, expected[some])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", COUNTED)
+def test_gpu_transformations(name: str) -> None:
+    function, _, _ = COUNTED[name]
+    rng = np.random.default_rng(15)
+    x, dy = (jnp.asarray(rng.normal(0.3, 2, (4, 5, 24)), "float32") for _ in range(2))
+    params = jnp.linspace(0.5, 1.5, 24), jnp.linspace(-1.0, 1.0, 24)
+    with fusednorm.use_backend("mosaic_gpu"):
+        result = jax.jit(function)(x, *params, dy)
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(function)(x, *params, dy)
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.gpu
+def test_gpu_offsets_beyond_31_bits() -> None:
+    """The last rows of 2.2 billion elements."""
+    rows, features = 2**19 + 1, 4100
+    x = (
+        jnp.zeros((rows, features), "bfloat16")
+        .at[-3:]
+        .set(np.random.default_rng(3).normal(5, 2, (3, features)).astype(jnp.bfloat16))
+    )
+    with fusednorm.use_backend("mosaic_gpu"):
+        y = jax.jit(lambda x: fusednorm.layer_norm(x)[-3:])(x)
+        expected = jax.jit(fusednorm.layer_norm)(x[-3:])
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_the_plan_is_that_of_the_platform() -> None:
+    call = calls((37, 64), "bfloat16")[0]
+    answer = dispatch.plan(call, dispatch.Target(("cuda",)))
+    assert isinstance(answer, Kernel)
+    assert answer.backend == "mosaic_gpu"

@@ -1,0 +1,313 @@
+"""The rowwise kernels of both chips, run by Pallas' interpreters.
+
+Every test names the backend, so that a fallback raises, and the interpreters look for
+races. What only one of the chips has is tested in test_gpu_rowwise.py and
+test_tpu_rowwise.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fusednorm
+from fusednorm.kernels import norm as op
+from tests import interpreters
+from tests.helpers import EPS32, Case, assert_close
+from tests.test_dispatch import COUNTED
+from tests.test_suite import check, check_any, norm_of
+
+MIXES = [  # of x, of scale and bias, of y
+    ("float32", "float32", "float32"),
+    ("bfloat16", "float32", "bfloat16"),
+    ("bfloat16", "bfloat16", "float32"),
+    ("float16", "float32", "float16"),
+    ("float32", "float16", "bfloat16"),
+]
+
+
+@pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels of one chip, which take every call or raise."""
+    backend = request.param
+    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
+        yield backend
+
+
+def run(case: Case, mix: tuple[str, str, str] = MIXES[0], seed: int = 0) -> None:
+    """y and all gradients against float64, one kernel each."""
+    x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
+    x, scale, bias, dy = case.data(seed, x_dtype, param_dtype)
+    dy = dy.astype(dtype)
+    interpreters.runs.clear()
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)
+    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+
+
+# --- values and gradients -------------------------------------------------------------
+
+# Rows around every tile; each length in one of the mixes.
+SHAPES = [
+    (37, 7),
+    (2, 64),
+    (199, 64),
+    (5, 127),
+    (1, 128),
+    (37, 192),
+    (3, 760),
+    (7, 1128),
+    (2, 4096),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=lambda n: f"{SHAPES[n]}")
+def test_values_and_gradients(kernels: str, number: int) -> None:
+    kind = "rms_norm" if number % 3 == 1 else "layer_norm"
+    run(Case(kind, SHAPES[number]), MIXES[number % len(MIXES)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 2, 37, 199, 4097])
+@pytest.mark.parametrize("features", [7, 64, 127, 128, 192, 760, 1128, 4096, 8200])
+def test_every_shape(kernels: str, features: int, rows: int) -> None:
+    """4097 rows where they stay under 5 seconds: of 64 to 192 features."""
+    if rows == 4097 and not 64 <= features <= 192:
+        rows = 67
+    for kind, mix in zip(("layer_norm", "rms_norm"), MIXES[:2], strict=True):
+        run(Case(kind, (rows, features)), mix)
+
+
+@st.composite
+def rows_of_any_length(draw: st.DrawFn) -> Case:
+    shape = (draw(st.integers(1, 70)), draw(st.integers(2, 700)))
+    kind = draw(st.sampled_from(["layer_norm", "rms_norm"]))
+    return Case(kind, shape, params=draw(st.booleans()))
+
+
+FLOATS = [jnp.dtype(name) for name in ("float32", "bfloat16", "float16")]
+
+
+@pytest.mark.slow
+@hypothesis.settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    case=rows_of_any_length(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3)
+)
+def test_any_shape_and_dtypes(kernels: str, case: Case, dtypes: tuple) -> None:
+    check_any(case, *dtypes)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm", (2, 2, 3, 760)),
+        Case("layer_norm", (7, 5, 6), (("reduction_axes", (1, 2)),), params=False),
+        Case("layer_norm", (1, 9, 1, 300)),
+        Case("group_norm", (9, 24), (("num_groups", 3),), params=False),
+        Case("layer_norm", (2, 33), params=False),
+        Case("layer_norm", (300,)),
+    ],
+    ids=str,
+)
+def test_shapes_that_become_rows(kernels: str, case: Case) -> None:
+    run(case)
+
+
+@pytest.mark.parametrize("ratio", [10, 1000, 5000])
+def test_a_large_mean_is_right(kernels: str, ratio: int) -> None:
+    """y within 16 roundings, with nothing more for the mean: it is corrected on chip.
+
+    The gradients start from the mean as it was saved, in float32.
+    """
+    case = Case("layer_norm", (5, 768))
+    _, scale, bias, dy = case.data(3, "float32", "float32")
+    x = np.random.default_rng(3).normal(0.5 * ratio, 0.5, case.shape).astype("float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    check(case, truth, x, scale, bias, dy)
+    x_hat = (x - truth.mean) / np.sqrt(truth.var + case.epsilon)
+    strict = 16 * EPS32 * (np.abs(x_hat * scale) + np.abs(bias))
+    assert_close(case.run(*map(jnp.asarray, (x, scale, bias))), truth.y, strict)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.7, 1e4])
+def test_a_constant_row_gives_the_bias(kernels: str, value: float) -> None:
+    case = Case("layer_norm", (4, 760))
+    x, scale, bias, dy = case.data(4, "float32", "float32")
+    x[2] = value
+    dy = dy.astype("float32")
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+
+
+def test_a_constant_row_of_any_size_has_a_variance(kernels: str) -> None:
+    """Of 0 or above, and no NaN."""
+    case = Case("layer_norm", (3, 760), params=False)
+    x = np.full(case.shape, [[1e18], [-1e15], [3e8]], "float32")
+    y, mean, var = op.normalize_with_moments(norm_of(case), jnp.asarray(x))
+    np.testing.assert_allclose(mean, x[:, :1], rtol=1e-6)
+    assert (np.asarray(var) >= 0).all()
+    assert (np.asarray(var) <= (1e-6 * x[:, :1]) ** 2).all()
+    assert np.isfinite(np.asarray(y)).all()
+
+
+@pytest.mark.parametrize(
+    "case", [Case("layer_norm", (70, 96)), Case("rms_norm", (2, 40))], ids=str
+)
+def test_mean_and_variance(kernels: str, case: Case) -> None:
+    x, scale, bias, dy = case.data(5, "float32", "float32")
+    truth = case.truth(x, scale, bias, dy)
+    _, mean, var = op.normalize_with_moments(norm_of(case), jnp.asarray(x))
+    assert_close(var, truth.var, truth.bounds["var"])
+    if case.kind == "layer_norm":
+        assert_close(mean, truth.mean, truth.bounds["mean"])
+    else:
+        assert mean is None
+
+
+# --- what is wanted -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids="argnums {}".format
+)
+def test_gradients_of_some(kernels: str, wanted: tuple[int, ...]) -> None:
+    case = Case("layer_norm", (37, 192))
+    x, scale, bias, dy = case.data(6, jnp.dtype("bfloat16"), "float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
+    for number, gradient in zip(wanted, gradients, strict=True):
+        name = ("dx", "dscale", "dbias")[number]
+        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+
+
+@pytest.mark.parametrize("given", ["scale", "bias"])
+def test_one_parameter(kernels: str, given: str) -> None:
+    case = Case("layer_norm", (5, 40))
+    x, scale, bias, dy = case.data(7, "float32", "float32")
+    scale, bias = (scale, None) if given == "scale" else (None, bias)
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    param = {"scale": scale, "bias": bias}[given]
+    y, vjp = jax.vjp(
+        lambda x, param: fusednorm.layer_norm(x, **{given: param}),
+        jnp.asarray(x),
+        jnp.asarray(param),
+    )
+    dx, dparam = vjp(jnp.asarray(dy))
+    assert_close(y, truth.y, truth.bounds["y"])
+    assert_close(dx, truth.dx, truth.bounds["dx"])
+    assert_close(dparam, getattr(truth, f"d{given}"), truth.bounds[f"d{given}"])
+
+
+@pytest.mark.parametrize("shape", [(3, 760), (2, 19, 64)], ids=str)
+def test_each_example_has_its_own_gradients(kernels: str, shape: tuple) -> None:
+    case = Case("layer_norm", shape)
+    three = [case.data(seed, "float32", "float32") for seed in (8, 9, 10)]
+    x, dy = (
+        jnp.stack([jnp.asarray(data[i], "float32") for data in three]) for i in (0, 3)
+    )
+    scale, bias = map(jnp.asarray, three[0][1:3])
+
+    def loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+        return jnp.vdot(dy, case.run(x, scale, bias))
+
+    each = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None, 0))
+    gradients = jax.jit(each)(x, scale, bias, dy)
+    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+    for example in range(3):
+        truth = case.truth(x[example], scale, bias, dy[example])
+        for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
+            assert_close(gradient[example], getattr(truth, name), truth.bounds[name])
+
+
+# --- under the transformations --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: str) -> None:
+    function, forward, backward = COUNTED[name]
+    rng = np.random.default_rng(15)
+    x, dy = (jnp.asarray(rng.normal(0.3, 2, (2, 5, 24)), "float32") for _ in range(2))
+    params = jnp.linspace(0.5, 1.5, 24), jnp.linspace(-1.0, 1.0, 24)
+    result = jax.block_until_ready(jax.jit(function)(x, *params, dy))
+    expected_runs = {"rowwise forward": forward, "rowwise backward": backward}
+    assert interpreters.runs == {op: n for op, n in expected_runs.items() if n}
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(function)(x, *params, dy)
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+# --- rows keep to themselves ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_and_inf_stay_in_their_row(kernels: str, poison: float) -> None:
+    case = Case("layer_norm", (37, 96))
+    x, scale, bias, dy = case.data(12, "float32", "float32")
+    bad = x.copy()
+    bad[36, 7] = poison
+    results = []
+    for given in (x, bad):
+        y, vjp = jax.vjp(
+            lambda x: op.normalize_with_moments(norm_of(case), x, scale, bias),
+            jnp.asarray(given),
+        )
+        zeros = [jnp.zeros_like(statistic) for statistic in y[1:]]
+        results.append([*y, *vjp((jnp.asarray(dy, "float32"), *zeros))])
+    for clean, poisoned in zip(*results, strict=True):
+        np.testing.assert_array_equal(clean[:36], poisoned[:36])
+        assert not np.isfinite(np.asarray(poisoned[36])).all()
+
+
+@pytest.mark.parametrize(
+    ("features", "mix"), [(64, MIXES[0]), (760, MIXES[1]), (4096, MIXES[2])]
+)
+def test_a_row_does_not_depend_on_the_others(
+    kernels: str, features: int, mix: tuple[str, str, str]
+) -> None:
+    """Bitwise, whatever the number of rows and the row's place among them."""
+    rows = {64: 150, 760: 30, 4096: 5}[features]
+    case = Case("layer_norm", (rows, features))
+    x, scale, bias, dy = case.data(13, jnp.dtype(mix[0]), mix[1])
+    spec = norm_of(case)
+
+    def all_of(rows: slice) -> list[np.ndarray]:
+        y, vjp = jax.vjp(
+            lambda x: op.normalize_with_moments(spec, x, scale, bias),
+            jnp.asarray(x[rows]),
+        )
+        zeros = [jnp.zeros_like(statistic) for statistic in y[1:]]
+        cotangents = (jnp.asarray(dy[rows], y[0].dtype), *zeros)
+        return [np.asarray(a) for a in (*y, *vjp(cotangents))]
+
+    whole = all_of(np.s_[:])
+    # At least a tile of rows: XLA on a CPU adds up a shorter one in another order, as
+    # no GPU does.
+    third = rows // 3
+    for some in (np.s_[third:], np.s_[1 : 1 + 2 * third], np.s_[max(rows - 70, 0) :]):
+        for part, expected in zip(all_of(some), whole, strict=True):
+            np.testing.assert_array_equal(part, expected[some])
+
+
+# --- what falls back ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=str)
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "mosaic_tpu"])
+def test_empty_arrays_take_the_reference(backend: str, shape: tuple) -> None:
+    with interpreters.interpreted(backend):
+        x = jnp.zeros(shape)
+        y, vjp = jax.vjp(fusednorm.layer_norm, x)
+        assert y.shape == vjp(y)[0].shape == shape
+        assert not interpreters.runs
