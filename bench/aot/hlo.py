@@ -6,7 +6,7 @@ lower bound of what it moves. How often our own kernels read is counted in traff
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # Custom calls that are Pallas kernels.
 OURS = ("mosaic_gpu_v2", "tpu_custom_call")
@@ -25,6 +25,7 @@ _FREE = {
     "tuple",
 }
 
+_CHIP = re.compile(r"S\([1-9]\d*\)")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(
     r"(?P<dtype>pred|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]"
@@ -42,6 +43,8 @@ class Kernel:
       nbytes: of operands and results in device memory (HBM).
       times: how often it runs, in a loop.
       loop: whether it is in one.
+      prefetch: whether XLA moves an array onto the chip, or from it, ahead of what
+        works on it there: the bytes are those of the array's only crossing.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Kernel:
     nbytes: int
     times: int = 1
     loop: bool = False
+    prefetch: bool = False
 
     @property
     def ours(self) -> bool:
@@ -78,8 +82,8 @@ def total(found: list[Kernel]) -> int:
 
 
 def surroundings(hlo: str) -> list[Kernel]:
-    """What runs beside our own kernels."""
-    return [kernel for kernel in kernels(hlo) if not kernel.ours]
+    """What runs beside our own kernels, without XLA's prefetches for them."""
+    return [one for one in kernels(hlo) if not (one.ours or one.prefetch)]
 
 
 def _run(
@@ -101,15 +105,32 @@ def _run(
             inner = computations[_called(one, "to_apply")]
             yield from _run(computations, inner, times, loop)
         else:
+            one, where = _unwrapped(computations, one, types)
             target = re.search(r'custom_call_target="([^"]*)"', one.rest)
             yield Kernel(
                 name=one.name,
                 opcode=one.opcode,
                 target=target[1] if target else "",
-                nbytes=_moved(one, types),
+                nbytes=_moved(one, where),
                 times=times,
                 loop=loop,
+                prefetch=one.opcode in ("copy-start", "slice-start")
+                and _on_chip(_parts(one.type)[:2]),
             )
+
+
+def _unwrapped(
+    computations: dict[str, list[_Instruction]],
+    one: _Instruction,
+    types: dict[str, str],
+) -> tuple[_Instruction, dict[str, str]]:
+    """A custom call in a fusion of its own, which gives it slices by their address."""
+    if "kind=kCustom" in one.rest:
+        inside = computations[_called(one, "calls")]
+        for each in inside:
+            if each.opcode == "custom-call":
+                return each, {other.name: other.type for other in inside}
+    return one, types
 
 
 def _called(instruction: _Instruction, role: str) -> str:
@@ -131,6 +152,8 @@ def _moved(one: _Instruction, types: dict[str, str]) -> int:
         case "slice-start":  # ((source), target, context): reads what it writes
             _, target, *_ = _parts(one.type)
             return hbm_bytes(target) + hbm_bytes(re.sub(r"S\(\d+\)", "", target))
+        case _ if one.opcode.endswith("-start"):  # ((operands), result, context)
+            result = hbm_bytes(_parts(one.type)[1])
         case "custom-call" if "__cublas" in one.rest:
             result = hbm_bytes(_parts(one.type)[0])  # without its workspace
     return sum(operands) + result
@@ -147,10 +170,15 @@ def hbm_bytes(type_: str) -> int:
     return sum(_array_bytes(array) for array in _ARRAY.finditer(type_))
 
 
+def _on_chip(types: Sequence[str]) -> bool:
+    """Whether one of the types is of memory on the chip."""
+    return any(_CHIP.search(type_) for type_ in types)
+
+
 def _array_bytes(array: re.Match[str]) -> int:
     tiles = array["tiles"] or ""
-    if re.search(r"S\([1-9]\d*\)", tiles):
-        return 0  # on the chip, or a context
+    if _CHIP.search(tiles):
+        return 0  # or a context
     bits = _BITS.match(array["dtype"])
     itemsize = int(bits[1]) / 8 if bits else 1
     shape = [int(size) for size in array["shape"].split(",") if size]

@@ -1,0 +1,231 @@
+"""What is read from compiled HLO and from ptxas, on texts that hold one thing each."""
+
+import textwrap
+
+import pytest
+
+from bench.aot import hlo
+from bench.aot.chips import H100, RTX5090, Gpu, device
+from bench.aot.compile import parse_ptxas
+
+KB = 1024
+
+
+def entry(*lines: str, before: str = "") -> str:
+    """A module whose entry has these lines."""
+    body = "\n".join(f"  {line}" for line in lines)
+    parts = (
+        "HloModule jit_f, is_scheduled=true",
+        textwrap.dedent(before),
+        "ENTRY %main (a: f32[8]) -> f32[8] {",
+        body,
+        "}",
+    )
+    return "\n".join(parts)
+
+
+def nbytes(*lines: str, before: str = "") -> list[int]:
+    return [kernel.nbytes for kernel in hlo.kernels(entry(*lines, before=before))]
+
+
+# --- arrays ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("type_", "expected"),
+    [
+        ("f32[8,16]{1,0}", 512),
+        ("bf16[8,16]", 256),
+        ("f8e4m3fn[16]{0}", 16),
+        ("pred[3]{0}", 3),
+        ("f32[]", 4),
+        ("(f32[8]{0}, /*index=1*/bf16[8]{0})", 48),
+        ("token[]", 0),
+        # A TPU's tiles are whole: 30011 rows of 760 are 30016 rows of 768.
+        ("bf16[30011,760]{1,0:T(8,128)(2,1)}", 30016 * 768 * 2),
+        ("f32[30011,1]{1,0:T(8,128)}", 30016 * 128 * 4),
+        ("f32[30011,1]{0,1:T(1,128)}", 30080 * 4),
+        ("f32[760]{0:T(1024)}", 1024 * 4),
+        ("bf16[26,197,64]{2,0,1:T(8,128)}", 32 * 197 * 128 * 2),
+        # On the chip.
+        ("f32[760]{0:T(1024)S(1)}", 0),
+        ("(f32[8]{0}, f32[8]{0:S(1)}, u32[]{:S(2)})", 32),
+    ],
+)
+def test_bytes_of_a_type(type_: str, expected: int) -> None:
+    assert hlo.hbm_bytes(type_) == expected
+
+
+# --- instructions ---------------------------------------------------------------------
+
+
+def test_a_fusion_reads_its_operands_and_writes_its_results() -> None:
+    found = hlo.kernels(
+        entry(
+            "%a = f32[1024]{0} parameter(0), sharding={mesh[], [{}]}",
+            "%b = bf16[1024]{0} parameter(1)",
+            "%c = f32[] constant(2)",
+            "%two = (f32[8]{0}, f32[8]{0}) fusion(%a, %b, /*index=2*/%c), kind=kLoop, "
+            'calls=%inner, metadata={op_name="f(%a)"}',
+            "%g = f32[8]{0} get-tuple-element(%two), index=1",
+            "%h = f32[2,4]{1,0} bitcast(%g)",
+            "ROOT %t = (f32[2,4]{1,0}) tuple(%h)",
+            before="""
+            %inner (p: f32[1024]) -> f32[8] {
+              %p = f32[1024]{0} parameter(0)
+              ROOT %r = f32[8]{0} add(%p, %p)
+            }
+            """,
+        )
+    )
+    assert [(k.name, k.opcode, k.nbytes, k.ours) for k in found] == [
+        ("two", "fusion", 4096 + 2048 + 4 + 64, False)
+    ]
+
+
+def test_our_kernels_and_what_stands_around_them() -> None:
+    text = entry(
+        "%x = bf16[8,128]{1,0} parameter(0)",
+        "%c = f32[8,128]{1,0} convert(%x)",
+        "%k = f32[8,128]{1,0} custom-call(%c), custom_call_target="
+        '"mosaic_gpu_v2", backend_config={module = "ML\\"{(%x"}',
+        '%o = f32[8,128]{1,0} custom-call(%k), custom_call_target="another"',
+        "ROOT %y = f32[8,128]{0,1} copy(%o)",
+    )
+    assert [k.ours for k in hlo.kernels(text)] == [False, True, False, False]
+    around = [(k.opcode, k.nbytes) for k in hlo.surroundings(text)]
+    assert around == [
+        ("convert", 2048 + 4096),
+        ("custom-call", 2 * 4096),
+        ("copy", 2 * 4096),
+    ]
+    assert hlo.total(hlo.kernels(text)) == 6144 + 3 * 8192
+
+
+def test_loops_and_calls_are_entered() -> None:
+    text = entry(
+        "%x = f32[256]{0} parameter(0)",
+        "%l = (s32[], f32[256]{0}) while(%x), condition=%cond, body=%body, "
+        'backend_config={"known_trip_count":{"n":"5"},"known_init_step":{}}',
+        "ROOT %c = f32[256]{0} call(%x), to_apply=%once",
+        before="""
+        %once (p: f32[256]) -> f32[256] {
+          %p = f32[256]{0} parameter(0)
+          ROOT %q = f32[256]{0} negate(%p)
+        }
+        %body (t: (s32[], f32[256])) -> (s32[], f32[256]) {
+          %t = (s32[], f32[256]{0}) parameter(0)
+          %h = f32[256]{0} get-tuple-element(%t), index=1
+          %k = f32[256]{0} custom-call(%h), custom_call_target="mosaic_gpu_v2"
+        }
+        """,
+    )
+    found = hlo.kernels(text)
+    assert [(k.name, k.times, k.loop) for k in found] == [
+        ("k", 5, True),
+        ("q", 1, False),
+    ]
+    assert hlo.total(found) == 6 * 2 * KB
+
+
+def test_a_custom_call_on_slices_is_seen_in_its_fusion() -> None:
+    (found,) = hlo.kernels(
+        entry(
+            "%x = f32[4,256]{1,0} parameter(0)",
+            "%f = f32[256]{0} fusion(%x), kind=kCustom, calls=%wrapped",
+            before="""
+            %wrapped (p: f32[4,256]) -> f32[256] {
+              %p = f32[4,256]{1,0} parameter(0)
+              %s = f32[256]{0} slice(%p), slice={[2:3], [0:256]}
+              ROOT %k = f32[256]{0} custom-call(%s), custom_call_target="mosaic_gpu_v2"
+            }
+            """,
+        )
+    )
+    assert found.ours
+    assert found.nbytes == 2 * KB
+
+
+def test_what_touches_part_of_its_operands() -> None:
+    assert nbytes(
+        "%x = f32[4,256]{1,0} parameter(0)",
+        "%u = f32[1,256]{1,0} slice(%x), slice={[0:1], [0:256]}",
+        "%i = s32[] parameter(1)",
+        "%d = f32[4,256]{1,0} dynamic-update-slice(%x, %u, %i, %i)",
+        "%g = (f32[256]{0}, s8[4194304]{0}) custom-call(%u), "
+        'custom_call_target="__cublas$gemm"',
+    ) == [2 * KB, 2 * KB, 2 * KB]
+
+
+def test_asynchronous_operations_count_once() -> None:
+    found = hlo.kernels(
+        entry(
+            "%x = f32[256]{0:T(256)} parameter(0)",
+            "%s = (f32[256]{0:T(256)S(1)}, f32[256]{0:T(256)}, u32[]{:S(2)}) "
+            "copy-start(%x)",
+            "%d = f32[256]{0:T(256)S(1)} copy-done(%s)",
+            "%p = ((f32[256]{0:T(256)}), f32[64]{0:T(64)S(1)}, s32[]{:S(2)}) "
+            "slice-start(%x), slice={[0:64]}",
+            "%f = ((f32[256]{0}, s32[]), f32[256]{0}, u32[]) fusion-start(%x)",
+            "%e = f32[256]{0} fusion-done(%f)",
+            "%c = (f32[256]{0}, f32[256]{0}, u32[]) copy-start(%x)",
+        )
+    )
+    assert [(k.name, k.nbytes, k.prefetch) for k in found] == [
+        ("s", KB, True),
+        ("p", 256, True),
+        ("f", 2 * KB, False),
+        ("c", 2 * KB, False),
+    ]
+
+
+# --- ptxas and the chips --------------------------------------------------------------
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'rows_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for rows_mosaic_gpu_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 2 barriers
+ptxas info    : Compile time = 20.537 ms
+something else
+ptxas info    : Compiling entry function 'other_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for other_mosaic_gpu_kernel
+    136 bytes stack frame, 128 bytes spill stores, 64 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 136 bytes cumulative stack size
+"""
+
+
+def test_ptxas_reports() -> None:
+    rows, other = parse_ptxas(PTXAS)
+    assert (rows.kernel, rows.arch) == ("rows", "sm_90a")
+    assert (rows.registers, rows.spilled, rows.stack) == (40, 0, 0)
+    assert (other.kernel, other.registers) == ("other", 255)
+    assert (other.spilled, other.stack) == (192, 136)
+
+
+@pytest.mark.parametrize(
+    ("chip", "registers", "threads", "shared", "expected"),
+    [
+        (H100, 32, 128, 0, 16),  # threads
+        (RTX5090, 32, 128, 0, 12),
+        (H100, 32, 32, 0, 32),  # blocks
+        (H100, 64, 128, 0, 8),  # registers
+        (H100, 33, 128, 0, 12),  # given in units of 8
+        (H100, 255, 512, 0, 0),
+        (H100, 32, 128, 75 * KB, 3),  # shared memory: 76 KB with the driver's
+        (H100, 32, 128, 75 * KB + 512, 2),
+        (RTX5090, 32, 128, 99 * KB, 1),
+    ],
+)
+def test_resident_blocks(
+    chip: Gpu, registers: int, threads: int, shared: int, expected: int
+) -> None:
+    assert chip.resident_blocks(registers, threads, shared) == expected
+
+
+def test_ampere_is_refused() -> None:
+    """Compiling for it would end this process."""
+    ampere = Gpu("A100", "NVIDIA A100", (8, 0), 108, 1, 1, 1, 1.4)
+    with pytest.raises(ValueError, match="8"):
+        device(ampere)
