@@ -42,8 +42,9 @@ class Choice:
             return f"{head}\n  reference: {self.plan.reason}"
         kernel = self.plan
         return (
-            f"{head}\n  {kernel.backend}: {kernel.name}, {kernel.block}, "
+            f"{head}\n  {kernel.backend}: {kernel.name}, {kernel.block} a block, "
             f"{kernel.bytes_moved:,} bytes moved"
+            + (f"\n  {kernel.why}" if kernel.why else "")
         )
 
 

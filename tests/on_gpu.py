@@ -1,18 +1,38 @@
 """The GPU's kernels, interpreted; see tests/interpreters.py."""
 
-import functools
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels import gpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+from fusednorm.kernels.gpu import rowwise
 from tests.interpreters import interpret
 
-MODE = functools.partial(
-    plgpu.force_gpu_interpret_mode, plgpu.InterpretGPUParams(detect_races=True)
-)
+
+def load_by_warps(ref: Any, at: Any, layout: Any) -> Any:
+    """What the interpreter knows of rowwise._load_by_warps: the same by value."""
+    value = rowwise._load(ref, at, None)
+    return value.reshape(rowwise.WARPS, -1)
+
+
+def store_by_warps(ref: Any, at: Any, value: Any) -> None:
+    rowwise._store(ref, at, value.reshape(-1))
+
+
+@contextlib.contextmanager
+def mode() -> Iterator[None]:
+    """Interprets; a race raises."""
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        mock.patch.object(rowwise, "_load_by_warps", load_by_warps),
+        mock.patch.object(rowwise, "_store_by_warps", store_by_warps),
+    ):
+        yield
 
 
 def plan(call: Call, device: Any) -> Kernel | Fallback:
-    return interpret(gpu.plan, MODE, call)
+    return interpret(gpu.plan, mode, call)

@@ -85,7 +85,8 @@ def test_it_shows_the_kernel(kernels: None) -> None:
         str(explanation)
         == """\
 forward   bfloat16[5, 4, 3, 12]  N=60 S=1 G=1 K=12
-  mosaic_gpu: stand-in forward, all rows, 2,880 bytes moved"""
+  mosaic_gpu: stand-in forward, all rows a block, 2,880 bytes moved
+  it stands in for one"""
     )
 
 

@@ -7,16 +7,15 @@
 Each is one kernel that reads x (and dy) once: a row lies in registers from its first
 sum to its last store. How many threads share a row depends on its length:
 
-    8 to 32 lanes of a warp     several rows a warp; no barrier anywhere
-    a warpgroup                 4 warps; their sums meet in shared memory
-    several warpgroups          ... of one block
-    several blocks              a cluster; their sums meet in device memory
+    short   8 to 32 lanes of a warp; its sums are shuffles, there is no barrier
+    long    1 to 4 warpgroups of a block; their warps' sums meet in shared memory
+    longer  the blocks of a cluster too; their sums meet in device memory
 
 A row is a list of *chunks*, each `lanes * vector` columns wide. There are no masked
 loads in Mosaic GPU: a ragged row ends in a chunk that overlaps the one before it, and
-the columns that come twice are left out of the sums.
-Ragged rows are treated alike: the last tile overlaps the one before it, within one
-block, so that no two blocks write the same element.
+the columns that come twice are left out of the sums. Ragged rows are treated alike: the
+last tile overlaps the one before it, within one block, so that no two blocks write the
+same element.
 
 What a row's result is made of (lanes, chunks, the order of every sum) follows from the
 features and dtypes alone, never from the number of rows: results are bitwise the same
@@ -74,7 +73,7 @@ class Config:
 
     Attributes:
       features: length of a row.
-      lanes: threads of a warpgroup that share a row: 2 to 32 of a warp, or all 128.
+      lanes: of a warpgroup that share a row: 2 to 32, all of one warp, or 128.
       warpgroups: of a block that share a row, side by side.
       cluster: blocks that share a row, side by side.
       rows: rows that a warpgroup works on at once.
@@ -91,25 +90,33 @@ class Config:
     chunks: tuple[Chunk, ...]
 
     @property
+    def long(self) -> bool:
+        """Whether a row takes whole warpgroups."""
+        return self.lanes == WARPS * LANES
+
+    @property
     def parts(self) -> int:
         """Warpgroups that share a row."""
         return self.warpgroups * self.cluster
 
-    @property
-    def ragged(self) -> bool:
-        """Whether some columns are loaded twice."""
-        return any(chunk.seen or chunk.tail for chunk in self.chunks)
-
     def __str__(self) -> str:
-        rows = f"{self.rows} rows" if self.rows > 1 else "1 row"
-        if self.parts == 1:
-            return f"{rows}, {self.lanes} lanes each"
-        blocks = f" on each of {self.cluster} blocks" if self.cluster > 1 else ""
-        return f"{rows}, {self.warpgroups} warpgroups{blocks}"
+        if not self.long:
+            return f"{self.rows} rows of {self.features} features"
+        whole = "1 row" if self.cluster == 1 else f"1 of {self.cluster} parts of a row"
+        return f"{whole} of {self.features} features"
+
+    @property
+    def why(self) -> str:
+        """What the row's length led to."""
+        if not self.long:
+            return f"{self.lanes} lanes hold a row, whose sums need no barrier"
+        threads = f"{self.parts} warpgroup{'s' if self.parts > 1 else ''}"
+        where = "device" if self.cluster > 1 else "shared"
+        return f"{threads} hold a row, whose sums meet in {where} memory"
 
 
 def configure(
-    features: int, itemsize: int, *, per_lane: int, fill: bool = False
+    features: int, itemsize: int, *, per_lane: int, in_warp: int, fill: bool = False
 ) -> Config:
     """Cuts rows of `features`.
 
@@ -117,14 +124,15 @@ def configure(
       features: at least 2.
       itemsize: bytes of the widest of the arrays that are loaded and stored.
       per_lane: columns that a lane should hold.
-      fill: whether it should hold columns of several rows, if they are short.
+      in_warp: the longest row that one warp should hold.
+      fill: whether a lane should hold columns of several rows, if they are short.
     """
     # 16 bytes is the widest load; all rows must start at a multiple of it.
     vector = math.gcd(features, 16 // itemsize)
     # 8 lanes of 16 bytes fill a line of 128. Fewer would ask for many lines at once.
     threads = max(8, pl.next_power_of_2(pl.cdiv(features, per_lane)))
     if threads > LANES:
-        threads = max(threads, WARPS * LANES)
+        threads = LANES if features <= in_warp else max(threads, WARPS * LANES)
     lanes = min(threads, WARPS * LANES)
     while lanes * vector > features:  # a chunk must fit
         lanes, vector = (lanes // 2, vector) if lanes > 2 else (lanes, vector // 2)
@@ -140,7 +148,7 @@ def configure(
         tail = _chunks(parts * width, rest, lanes, vector)
         chunks += [dataclasses.replace(chunk, tail=True) for chunk in tail]
     rows = WARPS * LANES // lanes
-    if fill:
+    if fill and rows > 1:
         rows *= _power_of_2_below(max(per_lane * lanes // features, 1))
     return Config(features, lanes, warpgroups, cluster, rows, width, tuple(chunks))
 
@@ -165,27 +173,23 @@ def _layout(lanes: int, vector: int, rows: int) -> Any:
     With fewer rows than there is room for, warps and lanes hold the same row: how the
     columns of a row lie on its lanes, and so the order of its sums, stays.
     """
-    # The tiles cut (rows, columns) into (warps, 1, rows in a warp, lanes, vector). What
-    # would have size 1 must not be cut.
-    if lanes == WARPS * LANES:  # (warps, lanes, vector)
-        tiles: list[tuple[int, ...]] = [(1, lanes * vector), (LANES * vector,)]
-        warp_dims: list[Any] = [-3]
-        lane_dims: list[Any] = [-2]
-    else:
-        rows = min(rows, WARPS * LANES // lanes)
-        warps = min(rows, WARPS)
-        in_warp = rows // warps
-        tiles = [(rows, lanes * vector)]
-        warp_dims, lane_dims = [-3], [-2]
-        if in_warp > 1:
-            tiles.append((in_warp, lanes * vector))
-            warp_dims, lane_dims = [-5], [-3, -2]
-        if warps == 1:
-            warp_dims = []
-        if warps < WARPS:
-            warp_dims.insert(0, plgpu.Replicated(WARPS // warps))
-        if lanes * in_warp < LANES:
-            lane_dims.insert(0, plgpu.Replicated(LANES // (lanes * in_warp)))
+    rows = min(rows, WARPS * LANES // lanes)
+    warps = min(rows, WARPS)
+    in_warp = rows // warps
+    # The tiles cut (rows, columns) into (warps, 1, rows in a warp, lanes, vector),
+    # without the second and third where a warp has one row.
+    tiles = [(rows, lanes * vector)]
+    warp_dims: list[Any] = [-3]
+    lane_dims: list[Any] = [-2]
+    if in_warp > 1:
+        tiles.append((in_warp, lanes * vector))
+        warp_dims, lane_dims = [-5], [-3, -2]
+    if warps == 1:
+        warp_dims = []
+    if warps < WARPS:
+        warp_dims.insert(0, plgpu.Replicated(WARPS // warps))
+    if lanes * in_warp < LANES:
+        lane_dims.insert(0, plgpu.Replicated(LANES // (lanes * in_warp)))
     return plgpu.Layout.TILED(
         plgpu.Tiling((*tiles, (vector,))),
         warp_dims=tuple(warp_dims),
@@ -194,13 +198,13 @@ def _layout(lanes: int, vector: int, rows: int) -> Any:
     )
 
 
-def _load(ref: Any, *at: Any, layout: Any) -> jax.Array:
+def _load(ref: Any, at: Any, layout: Any) -> jax.Array:
     """ref[at] in float32."""
     value = plgpu.load(ref.at[at], layout=layout, optimized=False)
     return value.astype(jnp.float32)
 
 
-def _store(ref: Any, *at: Any, value: jax.Array) -> None:
+def _store(ref: Any, at: Any, value: jax.Array) -> None:
     """ref[at] = value, in the dtype of ref."""
     value = value.astype(ref.dtype)
     if hasattr(plgpu, "store"):
@@ -209,154 +213,214 @@ def _store(ref: Any, *at: Any, value: jax.Array) -> None:
         ref[at] = value
 
 
-def _down(row: jax.Array, like: jax.Array) -> jax.Array:
-    """(columns,) on every row of `like`."""
-    return lax.broadcast_in_dim(row, like.shape, (1,))
+# The interpreter cannot reshape a reference: there, tests put functions in the place of
+# these two that reshape the value.
 
 
-def _across(column: jax.Array, like: jax.Array) -> jax.Array:
-    """(rows,) on every column of `like`."""
-    return lax.broadcast_in_dim(column, like.shape, (0,))
+def _load_by_warps(ref: Any, at: Any, layout: Any) -> jax.Array:
+    """ref[at], (4 * columns,) in memory, as (4, columns) in float32: a line a warp."""
+    (size,) = ref.at[at].shape
+    return _load(ref.at[at].reshape(WARPS, size // WARPS), ..., layout)
+
+
+def _store_by_warps(ref: Any, at: Any, value: jax.Array) -> None:
+    """ref[at] = value, (4, columns), which is (4 * columns,) in memory."""
+    _store(ref.at[at].reshape(value.shape), ..., value)
 
 
 class Part:
-    """One warpgroup's share of the rows of a tile, inside a kernel.
+    """One warpgroup's share of a tile, inside a kernel: what it loads, adds and stores.
+
+    A chunk is (rows, columns) of a tile of short rows, and a statistic (rows,). Of a
+    long row a chunk is (4, columns), one line a warp, and a statistic ().
 
     Attributes:
       config: how rows are cut.
       rows: rows of the tile.
-      index: which part of the row this is; a Python 0 where there is one.
+      index: which part of a row this is; a Python 0 where there is one.
     """
 
-    def __init__(self, config: Config, rows: int, barrier: Any = None):
+    def __init__(self, config: Config, rows: int, sums: Any, barriers: Sequence[Any]):
         self.config = config
         self.rows = rows
         self.index: Any = 0
+        self._block: Any = 0
+        self._warpgroup: Any = 0
+        if config.cluster > 1:
+            self._block = lax.axis_index("cluster")
+        if config.warpgroups > 1:
+            self._warpgroup = lax.axis_index("warpgroup")
         if config.parts > 1:
-            block = lax.axis_index("cluster") if config.cluster > 1 else 0
-            self.index = block * config.warpgroups + lax.axis_index("warpgroup")
-        self._barrier = barrier
+            self.index = self._block * config.warpgroups + self._warpgroup
+        self._sums = sums
+        self._barriers = barriers
 
-    def layout(self, chunk: Chunk) -> Any:
-        """Of (rows, columns of the chunk)."""
-        return _layout(self.config.lanes, chunk.vector, self.rows)
+    # Where a chunk lies.
 
-    def columns(self, chunk: Chunk) -> pl.Slice:
-        """Where the chunk lies in its row."""
+    def _columns(self, chunk: Chunk) -> pl.Slice:
         first = 0 if chunk.tail else self.index * self.config.width
         return pl.ds(first + chunk.start, self.config.lanes * chunk.vector)
 
-    def load(self, ref: Any, row: Any) -> list[jax.Array]:
-        """Rows [row, row + rows) of ref, chunk by chunk."""
-        at = pl.ds(row, self.rows)
-        return [
-            _load(ref, at, self.columns(chunk), layout=self.layout(chunk))
-            for chunk in self.config.chunks
-        ]
+    def _layout(self, chunk: Chunk) -> Any:
+        if self.config.long:
+            return _layout(LANES, chunk.vector, WARPS)
+        return _layout(self.config.lanes, chunk.vector, self.rows)
 
-    def store(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
-        """Rows [row, row + rows) of one chunk."""
-        at = (pl.ds(row, self.rows), self.columns(chunk))
-        self.owned(chunk, lambda: _store(ref, *at, value=value))
+    def _shape(self, chunk: Chunk) -> tuple[int, int]:
+        if self.config.long:
+            return WARPS, LANES * chunk.vector
+        return self.rows, self.config.lanes * chunk.vector
 
-    def owned(self, chunk: Chunk, do: Callable[[], None]) -> None:
-        """Lets one part only write the row's tail, which all have."""
+    def _owned(self, chunk: Chunk, do: Callable[[], None]) -> None:
+        """All parts have the row's tail, and one of them writes it."""
         if chunk.tail and self.config.parts > 1:
             pl.when(self.index == self.config.parts - 1)(do)
         else:
             do()
 
+    # Chunks.
+
+    def load(self, ref: Any, row: Any) -> list[jax.Array]:
+        """Row `row` and those after it, chunk by chunk."""
+        if self.config.long:
+            return [
+                _load_by_warps(ref, (row, self._columns(chunk)), self._layout(chunk))
+                for chunk in self.config.chunks
+            ]
+        rows = pl.ds(row, self.rows)
+        return [
+            _load(ref, (rows, self._columns(chunk)), self._layout(chunk))
+            for chunk in self.config.chunks
+        ]
+
+    def store(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
+        """One chunk of row `row` and those after it."""
+        columns = self._columns(chunk)
+        if self.config.long:
+            self._owned(chunk, lambda: _store_by_warps(ref, (row, columns), value))
+        else:
+            rows = pl.ds(row, self.rows)
+            self._owned(chunk, lambda: _store(ref, (rows, columns), value))
+
     def load_param(self, ref: Any, chunk: Chunk) -> jax.Array:
-        """Scale or bias of a chunk: (columns,)."""
-        layout = self.layout(chunk).reduce(0)
-        return _load(ref, self.columns(chunk), layout=layout)
+        """Scale or bias, alike on all rows of the chunk."""
+        columns = self._columns(chunk)
+        if self.config.long:
+            return _load_by_warps(ref, (columns,), self._layout(chunk))
+        row = _load(ref, (columns,), self._layout(chunk).reduce(0))
+        return lax.broadcast_in_dim(row, self._shape(chunk), (1,))
+
+    def store_total(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
+        """The sum over the tile's rows, as one chunk of row `row`."""
+        if self.config.long:
+            self.store(ref, row, chunk, value)
+        else:
+            at = (row, self._columns(chunk))
+            if self.rows == 1:
+                _store(ref, (pl.ds(row, 1), at[1]), value)
+            else:
+                _store(ref, at, jnp.sum(value, axis=0))
+
+    def zeros(self, chunk: Chunk) -> jax.Array:
+        zeros = jnp.zeros(self._shape(chunk), jnp.float32)
+        return plgpu.layout_cast(zeros, self._layout(chunk))
+
+    def rows_from(self, first: Any, chunk: Chunk, value: jax.Array) -> jax.Array:
+        """Zeros for the rows of the tile before the first-th."""
+        row = self._index(chunk, 0)
+        return jnp.where(row >= first, value, 0.0)
+
+    def _index(self, chunk: Chunk, axis: int) -> jax.Array:
+        return plgpu.broadcasted_iota(
+            jnp.int32, self._shape(chunk), axis, layout=self._layout(chunk)
+        )
+
+    # Statistics.
+
+    def across(self, statistic: jax.Array, like: jax.Array) -> jax.Array:
+        """A statistic on every column of `like`."""
+        return lax.broadcast_in_dim(statistic, like.shape, range(statistic.ndim))
 
     def load_statistic(self, ref: Any, row: Any) -> jax.Array:
-        """(rows,)"""
-        layout = self.layout(self.config.chunks[0]).reduce(1)
-        return _load(ref, pl.ds(row, self.rows), layout=layout)
+        """That of row `row`, or of this and those after it."""
+        if self.config.long:
+            return ref[row]
+        layout = self._layout(self.config.chunks[0]).reduce(1)
+        return _load(ref, (pl.ds(row, self.rows),), layout)
 
     def store_statistic(self, ref: Any, row: Any, value: jax.Array) -> None:
-        """(rows,), by one of the parts."""
-
         def store() -> None:
-            _store(ref, pl.ds(row, self.rows), value=value)
+            if self.config.long:
+                ref[row] = value
+            else:
+                _store(ref, (pl.ds(row, self.rows),), value)
 
         store() if self.config.parts == 1 else pl.when(self.index == 0)(store)
 
-    def zeros(self, chunk: Chunk) -> jax.Array:
-        """(rows, columns of the chunk)."""
-        shape = (self.rows, self.config.lanes * chunk.vector)
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), self.layout(chunk))
-
-    def rows_from(self, first: Any, chunk: Chunk, value: jax.Array) -> jax.Array:
-        """Zeros for the rows before the first-th; all rows where that is None."""
-        if first is None:
-            return value
-        row = plgpu.broadcasted_iota(
-            jnp.int32, value.shape, 0, layout=self.layout(chunk)
-        )
-        return jnp.where(row >= first, value, 0.0)
-
-    def store_partial(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
-        """The sum over rows of (rows, columns), as one row of ref."""
-        columns = self.columns(chunk)
-        if self.rows == 1:
-            self.store(ref, row, chunk, value)
-        else:
-            total = jnp.sum(value, axis=0)
-            self.owned(chunk, lambda: _store(ref, row, columns, value=total))
-
     def sums(
-        self, *terms: Sequence[jax.Array], place: Callable[[int, int], Any]
+        self, *terms: Sequence[jax.Array], row: Any, place: Any
     ) -> list[jax.Array]:
-        """Sums over whole rows, (rows,) for each of the terms.
+        """Sums of chunks over whole rows: one statistic for each of the terms.
 
         Args:
-          terms: values (rows, columns) of each chunk.
-          place: where sum i of part j lies, if parts must meet: a reference and an
-            index into it. Memory that is written once, between two barriers.
+          terms: values of each chunk.
+          row: the row in hand.
+          place: where the sums of a long row's warps meet: `place` and so many after it
+            as there are terms. Another one than that of the call before.
         """
         own = [self._sum(values) for values in terms]
-        parts = self.config.parts
-        if parts == 1:
+        if not self.config.long:
             return own
-        for i, value in enumerate(own):
-            ref, *at = place(i, self.index)
-            _store(ref, *at, value=value)
-        plgpu.barrier_arrive(self._barrier)
-        plgpu.barrier_wait(self._barrier)
-        layout = self.layout(self.config.chunks[0]).reduce(1)
-        totals = []
-        for i in range(len(own)):
-            each = []
-            for j in range(parts):
-                ref, *at = place(i, j)
-                each.append(_load(ref, *at, layout=layout))
-            totals.append(functools.reduce(jnp.add, each))
+        in_block, in_cluster = self._sums
+        for i, warps in enumerate(own):  # (4,)
+            _store(in_block, (place + i, pl.ds(self._warpgroup * WARPS, WARPS)), warps)
+        self._meet(0)
+        count = self.config.warpgroups * WARPS
+        totals = [_total(in_block, (place + i,), count) for i in range(len(own))]
+        if self.config.cluster > 1:
+
+            @pl.when(self._warpgroup == 0)
+            def _() -> None:
+                for i, total in enumerate(totals):
+                    in_cluster[row, place + i, self._block] = total
+
+            self._meet(1)
+            count = self.config.cluster
+            totals = [
+                _total(in_cluster, (row, place + i), count) for i in range(len(own))
+            ]
         return totals
 
+    def _meet(self, which: int) -> None:
+        plgpu.barrier_arrive(self._barriers[which])
+        plgpu.barrier_wait(self._barriers[which])
+
     def _sum(self, values: Sequence[jax.Array]) -> jax.Array:
-        """Over the columns of this part, each of them once: (rows,)."""
-        whole: dict[int, jax.Array] = {}  # by vector: chunks that lie alike on lanes
+        """Over the columns of this part, each of them once: (rows,) or (4,)."""
+        alike: dict[int, jax.Array] = {}  # by vector: what lies alike on the lanes
         for chunk, value in zip(self.config.chunks, values, strict=True):
             value = self._once(chunk, value)
-            before = whole.get(chunk.vector)
-            whole[chunk.vector] = value if before is None else before + value
-        return functools.reduce(jnp.add, [jnp.sum(v, axis=1) for v in whole.values()])
+            before = alike.get(chunk.vector)
+            alike[chunk.vector] = value if before is None else before + value
+        return functools.reduce(jnp.add, [jnp.sum(v, axis=1) for v in alike.values()])
 
     def _once(self, chunk: Chunk, value: jax.Array) -> jax.Array:
         """Zeros for columns that another chunk or another part counts."""
-        if chunk.seen or chunk.tail:
-            column = plgpu.broadcasted_iota(
-                jnp.int32, value.shape, 1, layout=self.layout(chunk)
-            )
-            first: Any = chunk.seen
-            if chunk.tail:  # the last part's
-                last = self.index == self.config.parts - 1
-                first = jnp.where(last, chunk.seen, value.shape[1])
-            value = jnp.where(column >= first, value, 0.0)
-        return value
+        if not chunk.seen and not chunk.tail:
+            return value
+        first: Any = chunk.seen
+        if chunk.tail:  # the last part's
+            last = self.index == self.config.parts - 1
+            first = jnp.where(last, first, self.config.lanes * chunk.vector)
+        column = self._index(chunk, 1)
+        if self.config.long:
+            column = column + self._index(chunk, 0) * (LANES * chunk.vector)
+        return jnp.where(column >= first, value, 0.0)
+
+
+def _total(ref: Any, at: tuple[Any, ...], count: int) -> jax.Array:
+    """ref[at, 0] + ... + ref[at, count - 1], in this order."""
+    return functools.reduce(jnp.add, [ref[*at, i] for i in range(count)])
 
 
 # --- the kernels ----------------------------------------------------------------------
@@ -396,35 +460,34 @@ def forward(
         outputs |= {"mean": statistic} if norm.center else {}
         outputs |= {"var": statistic}
 
-    def body(ref: dict[str, Any], part: Part, place: Any) -> None:
+    def body(ref: dict[str, Any], part: Part) -> None:
         block = lax.axis_index("block")
 
         def step(i: Any, _: None) -> None:
             row = jnp.minimum((block + i) * tile, rows - tile)
-            centred = part.load(ref["x"], row)  # [(tile, columns)] over the chunks
+            centred = part.load(ref["x"], row)  # chunks
             if norm.center:
-                (total,) = part.sums(centred, place=place(row, 0))
+                (total,) = part.sums(centred, row=row, place=0)
                 mean = total / features
-                centred = [c - _across(mean, c) for c in centred]
-                left, m2 = part.sums(
-                    centred, [c * c for c in centred], place=place(row, 1)
-                )
+                centred = [c - part.across(mean, c) for c in centred]
+                squares = [c * c for c in centred]
+                left, m2 = part.sums(centred, squares, row=row, place=1)
                 left = left / features
-                centred = [c - _across(left, c) for c in centred]
+                centred = [c - part.across(left, c) for c in centred]
+                mean = mean + left
                 # Rounding can make it negative: a constant row of 1e18 leaves 1e11.
                 var = jnp.maximum(m2 / features - left * left, 0.0)
-                mean = mean + left
             else:
-                (m2,) = part.sums([c * c for c in centred], place=place(row, 0))
+                (m2,) = part.sums([c * c for c in centred], row=row, place=0)
                 mean, var = None, m2 / features
-            rstd = lax.rsqrt(var + norm.epsilon)  # (tile,)
+            rstd = lax.rsqrt(var + norm.epsilon)
 
             for chunk, c in zip(config.chunks, centred, strict=True):
-                y = c * _across(rstd, c)
+                y = c * part.across(rstd, c)
                 if "scale" in ref:
-                    y = y * _down(part.load_param(ref["scale"], chunk), y)
+                    y = y * part.load_param(ref["scale"], chunk)
                 if "bias" in ref:
-                    y = y + _down(part.load_param(ref["bias"], chunk), y)
+                    y = y + part.load_param(ref["bias"], chunk)
                 part.store(ref["y"], row, chunk, y)
             for name, statistic in (("mean", mean), ("var", var)):
                 if name in ref and statistic is not None:
@@ -444,7 +507,7 @@ def forward(
         grid={"block": blocks},
         inputs=inputs,
         outputs=outputs,
-        sums=3,
+        places=3,
     )
     shapes = {"y": x.shape}
     statistic_shape = norm.statistic_shape(x.shape)
@@ -490,14 +553,14 @@ def backward(
     outputs |= {"dscale": partials, "dbias": partials}
     outputs = {name: out for name, out in outputs.items() if want[name]}
 
-    def body(ref: dict[str, Any], part: Part, place: Any) -> None:
+    def body(ref: dict[str, Any], part: Part) -> None:
         example, block = lax.axis_index("example"), lax.axis_index("block")
-        scales = [
-            part.load_param(ref["scale"], chunk) if "scale" in ref else None
+        scales: list[Any] = [
+            part.load_param(ref["scale"], chunk) if "scale" in ref else 1.0
             for chunk in config.chunks
         ]
 
-        def step(i: Any, sums: dict[str, list[jax.Array]]) -> dict[str, Any]:
+        def step(i: Any, totals: Any) -> Any:
             after = jnp.minimum(block + i * blocks, tiles) * tile  # rows seen before it
             first = jnp.minimum(after, rows - tile)
             row = example * rows + first
@@ -505,54 +568,47 @@ def backward(
             rstd = lax.rsqrt(part.load_statistic(ref["var"], row) + norm.epsilon)
             if norm.center:
                 mean = part.load_statistic(ref["mean"], row)
-                xs = [c - _across(mean, c) for c in xs]
-            x_hats = [c * _across(rstd, c) for c in xs]  # [(tile, columns)]
+                xs = [x - part.across(mean, x) for x in xs]
+            x_hats = [x * part.across(rstd, x) for x in xs]
 
             if want["dx"]:
-                ws = [
-                    dy if scale is None else dy * _down(scale, dy)
-                    for dy, scale in zip(dys, scales, strict=True)
-                ]
+                ws = [dy * scale for dy, scale in zip(dys, scales, strict=True)]
                 terms = [[w * x_hat for w, x_hat in zip(ws, x_hats, strict=True)]]
-                terms += [ws] if norm.center else []
-                # Two places in turn: a part may still read the last but one.
-                means = [
-                    total / features
-                    for total in part.sums(*terms, place=place(row, 2 * (i % 2)))
-                ]
+                if norm.center:
+                    terms.append(ws)
+                # Two places in turn: a warp may still read the sums of the row before.
+                sums = part.sums(*terms, row=row, place=2 * (i % 2))
+                c1, *c2 = [total / features for total in sums]
                 for chunk, w, x_hat in zip(config.chunks, ws, x_hats, strict=True):
-                    inner = w - x_hat * _across(means[0], w)
+                    inner = w - x_hat * part.across(c1, w)
                     if norm.center:
-                        inner = inner - _across(means[1], w)
-                    part.store(ref["dx"], row, chunk, inner * _across(rstd, w))
+                        inner = inner - part.across(c2[0], w)
+                    part.store(ref["dx"], row, chunk, inner * part.across(rstd, w))
 
-            # A ragged tile overlaps rows that were added before.
-            fresh = None if rows % tile == 0 else after - first
-            more = {
-                "dscale": [dy * x for dy, x in zip(dys, x_hats, strict=True)],
-                "dbias": dys,
-            }
+            more = {"dbias": dys}
+            more["dscale"] = [dy * x for dy, x in zip(dys, x_hats, strict=True)]
+            if rows % tile:  # the ragged tile has rows that were added before
+                for name, added in more.items():
+                    more[name] = [
+                        part.rows_from(after - first, chunk, term)
+                        for chunk, term in zip(config.chunks, added, strict=True)
+                    ]
             return {
-                name: [
-                    total + part.rows_from(fresh, chunk, term)
-                    for chunk, total, term in zip(
-                        config.chunks, totals, more[name], strict=True
-                    )
-                ]
-                for name, totals in sums.items()
+                name: [a + b for a, b in zip(total, more[name], strict=True)]
+                for name, total in totals.items()
             }
 
         zeros = [part.zeros(chunk) for chunk in config.chunks]
-        sums = {name: zeros for name in ("dscale", "dbias") if want[name]}
+        totals = {name: zeros for name in ("dscale", "dbias") if want[name]}
         # Tiles block, block + blocks, ...; the ragged one goes with the last whole one,
         # which it overlaps.
         count = (tiles - block + blocks - 1) // blocks
         if rows % tile:
             count = count + (block == (tiles - 1) % blocks)
-        sums = lax.fori_loop(0, count, step, sums)
-        for name, totals in sums.items():
-            for chunk, total in zip(config.chunks, totals, strict=True):
-                part.store_partial(ref[name], example * blocks + block, chunk, total)
+        totals = lax.fori_loop(0, count, step, totals)
+        for name, total in totals.items():
+            for chunk, value in zip(config.chunks, total, strict=True):
+                part.store_total(ref[name], example * blocks + block, chunk, value)
 
     results = _launch(
         "fusednorm_rowwise_backward",
@@ -562,7 +618,7 @@ def backward(
         grid={"example": examples, "block": blocks},
         inputs=inputs,
         outputs=outputs,
-        sums=4,
+        places=4,
     )
     shape = (*x.shape[: call.own_params], features)
     return [
@@ -598,46 +654,44 @@ def _grid(config: Config, rows: int, processors: int) -> tuple[int, int, int]:
 
 def _launch(
     name: str,
-    body: Callable[..., None],
+    body: Callable[[dict[str, Any], Part], None],
     config: Config,
     *,
     tile: int,
     grid: dict[str, int],
     inputs: dict[str, jax.Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
-    sums: int,
+    places: int,
 ) -> dict[str, jax.Array]:
-    """Runs body(references by name, part, place) on every part of every block.
+    """Runs body(references by name, part) on every part of every block.
 
-    place(row, first) is where a row's parts leave their sums number `first` and on, as
-    `Part.sums` wants it.
+    Args:
+      places: in which sums of a long row meet.
     """
     scratch: dict[str, Any] = {}
     mesh: dict[str, Any] = {}
     outputs = dict(outputs)
     if config.warpgroups > 1:
         mesh |= {"num_threads": config.warpgroups, "thread_name": "warpgroup"}
+    if config.long:
+        scratch["sums"] = plgpu.SMEM((places, config.warpgroups * WARPS), jnp.float32)
+        scratch["in_block"] = plgpu.Barrier(num_arrivals=config.warpgroups)
     if config.cluster > 1:
         mesh |= {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
-        scratch["barrier"] = plgpu.ClusterBarrier(
+        scratch["in_cluster"] = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=config.warpgroups
         )
         # A line of 128 bytes for each sum of each row: none is written twice, so that
         # no first-level cache can hold an old one.
         rows = inputs["x"].shape[0]
-        outputs["sums"] = jax.ShapeDtypeStruct((rows, sums, 32), jnp.float32)
-    elif config.parts > 1:
-        scratch["barrier"] = plgpu.Barrier(num_arrivals=config.warpgroups)
-        scratch["sums"] = plgpu.SMEM((sums, config.warpgroups), jnp.float32)
+        outputs["sums"] = jax.ShapeDtypeStruct((rows, places, 32), jnp.float32)
 
-    def kernel(*refs: Any, barrier: Any = None, **more: Any) -> None:
-        ref = dict(zip([*inputs, *outputs], refs, strict=True)) | more
-
-        def place(row: Any, first: Any) -> Callable[[int, Any], Any]:
-            at = (row,) if config.cluster > 1 else ()
-            return lambda i, part: (ref["sums"], *at, first + i, pl.ds(part, 1))
-
-        body(ref, Part(config, tile, barrier), place)
+    def kernel(
+        *refs: Any, sums: Any = None, in_block: Any = None, in_cluster: Any = None
+    ) -> None:
+        ref = dict(zip([*inputs, *outputs], refs, strict=True))
+        part = Part(config, tile, (sums, ref.get("sums")), (in_block, in_cluster))
+        body(ref, part)
 
     kernel.__name__ = name
     run = plgpu.kernel(
@@ -647,9 +701,11 @@ def _launch(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         compiler_params=plgpu.CompilerParams(
-            # For sums over the warps of a warpgroup.
-            reduction_scratch_bytes=6144,
-            # No memory is read after it was written, but for `sums`, behind a barrier.
+            # For sums over the warps of a warpgroup: those of dscale and dbias over
+            # short rows. Mosaic gives all warpgroups of a block the same scratch, so
+            # that sums of long rows must go another way.
+            reduction_scratch_bytes=0 if config.long else 2048,
+            # What is read after it was written, `sums`, lies behind a barrier.
             unsafe_no_auto_barriers=True,
         ),
         **mesh,
@@ -689,13 +745,15 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
     x_size = call.x.dtype.itemsize
     if call.op == "forward":
         y_size = call.norm.dtype.itemsize
-        config = configure(features, max(x_size, y_size), per_lane=32, fill=True)
+        config = configure(
+            features, max(x_size, y_size), per_lane=32, in_warp=2048, fill=True
+        )
         launch = functools.partial(forward, config, call)
         moved = call.x.size * (x_size + y_size) + statistics * call.statistics
     else:
         assert call.dy is not None
         # 4 columns at most a load: Mosaic adds up rows over warps no wider than that.
-        config = configure(features, 4, per_lane=16)
+        config = configure(features, 4, per_lane=16, in_warp=512)
         launch = functools.partial(backward, config, call, processors)
         examples = math.prod(call.x.shape[: call.own_params])
         blocks = examples * _grid(config, rows // examples, processors)[2]
@@ -706,5 +764,10 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
     for param in (call.scale, call.bias):
         moved += 0 if param is None else param.size * param.dtype.itemsize
     return Kernel(
-        "mosaic_gpu", f"rowwise {call.op}", launch, block=str(config), bytes_moved=moved
+        backend="mosaic_gpu",
+        name=f"rowwise {call.op}",
+        launch=launch,
+        block=str(config),
+        why=config.why,
+        bytes_moved=moved,
     )
