@@ -504,7 +504,7 @@ def forward(
         body,
         config,
         tile=tile,
-        grid={"block": blocks},
+        blocks=blocks,
         inputs=inputs,
         outputs=outputs,
         places=3,
@@ -554,7 +554,9 @@ def backward(
     outputs = {name: out for name, out in outputs.items() if want[name]}
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        example, block = lax.axis_index("example"), lax.axis_index("block")
+        # One axis: the second one of a grid would end at 65535.
+        program = lax.axis_index("block")
+        example, block = lax.div(program, blocks), lax.rem(program, blocks)
         scales: list[Any] = [
             part.load_param(ref["scale"], chunk) if "scale" in ref else 1.0
             for chunk in config.chunks
@@ -608,14 +610,14 @@ def backward(
         totals = lax.fori_loop(0, count, step, totals)
         for name, total in totals.items():
             for chunk, value in zip(config.chunks, total, strict=True):
-                part.store_total(ref[name], example * blocks + block, chunk, value)
+                part.store_total(ref[name], program, chunk, value)
 
     results = _launch(
         "fusednorm_rowwise_backward",
         body,
         config,
         tile=tile,
-        grid={"example": examples, "block": blocks},
+        blocks=examples * blocks,
         inputs=inputs,
         outputs=outputs,
         places=4,
@@ -658,7 +660,7 @@ def _launch(
     config: Config,
     *,
     tile: int,
-    grid: dict[str, int],
+    blocks: int,
     inputs: dict[str, jax.Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
     places: int,
@@ -698,8 +700,8 @@ def _launch(
         kernel,
         out_type=list(outputs.values()),
         scratch_types=scratch,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid=(blocks,),
+        grid_names=("block",),
         compiler_params=plgpu.CompilerParams(
             # For sums over the warps of a warpgroup: those of dscale and dbias over
             # short rows. Mosaic gives all warpgroups of a block the same scratch, so
