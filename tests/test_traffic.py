@@ -282,6 +282,23 @@ def test_refs_of_refs() -> None:
     assert moved(y) == (0, 0, 8 * 256, 4 * 256)
 
 
+def test_reshaped_refs() -> None:
+    def kernel(x: Any, y: Any) -> None:
+        row = lax.axis_index("block")
+        whole = x.at[row, pl.ds(0, 128)].reshape(2, 64)
+        y.at[row, pl.ds(128, 128)].reshape(2, 64)[...] = load(whole, 2, 64)
+
+    x, y = on_gpu(kernel).operands
+    assert moved(x) == (4 * 256, 4 * 256, 0, 0)
+    assert moved(y) == (0, 0, 4 * 256, 4 * 256)
+
+    def part(x: Any, y: Any) -> None:
+        y[0, pl.ds(0, 64)] = load(x.at[0].reshape(4, 64).at[1], 64)
+
+    with pytest.raises(Uncountable, match="part of reshaped"):
+        on_gpu(part)
+
+
 def test_access_outside_is_refused() -> None:
     def kernel(x: Any, y: Any) -> None:
         rows = pl.ds(lax.axis_index("block") * 20, 8)  # the last: 60 to 68 of 64

@@ -349,9 +349,17 @@ def _spans(memory: Memory, transforms: Sequence[Any]) -> list[Span]:
     """What the transforms of a ref leave of its array."""
     spans: list[Span] = [(0, size) for size in memory.shape]
     kept = list(range(len(spans)))  # axes that no integer has indexed yet
+    reshaped: tuple[int, ...] | None = None
     for transform in transforms:
+        if type(transform).__name__ == "ReshapeTransform":
+            reshaped = tuple(transform.shape)
+            continue
         if not hasattr(transform, "indices"):
             raise Uncountable(f"{type(transform).__name__} of device memory")
+        if reshaped is not None:
+            if not _is_whole(transform.indices, reshaped):
+                raise Uncountable("a part of reshaped device memory")
+            continue
         left = []
         for axis, index in zip(kept, transform.indices, strict=True):
             start, _ = spans[axis]
@@ -364,6 +372,13 @@ def _spans(memory: Memory, transforms: Sequence[Any]) -> list[Span]:
                 spans[axis] = (start + _offset(index), 1)
         kept = left
     return spans
+
+
+def _is_whole(indices: Sequence[Any], shape: Sequence[int]) -> bool:
+    return all(
+        hasattr(index, "start") and (index.start, index.size) == (0, size)
+        for index, size in zip(indices, shape, strict=True)
+    )
 
 
 def _offset(index: Any) -> Number:
