@@ -35,4 +35,6 @@ def mode() -> Iterator[None]:
 
 
 def plan(call: Call, device: Any) -> Kernel | Fallback:
-    return interpret(gpu.plan, mode, call)
+    # Two multiprocessors, so that a persistent block has more than one tile.
+    with mock.patch.object(gpu, "PROCESSORS", 2):
+        return interpret(gpu.plan, mode, call)

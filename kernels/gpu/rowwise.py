@@ -135,7 +135,10 @@ def configure(
         threads = LANES if features <= in_warp else max(threads, WARPS * LANES)
     lanes = min(threads, WARPS * LANES)
     while lanes * vector > features:  # a chunk must fit
-        lanes, vector = (lanes // 2, vector) if lanes > 2 else (lanes, vector // 2)
+        if 2 < lanes <= LANES:
+            lanes //= 2
+        else:
+            vector //= 2
 
     # Two blocks of 4 warpgroups fit on a multiprocessor: one loads while the other one
     # computes and stores.
@@ -528,8 +531,8 @@ def backward(
     """Those of dx, dscale and dbias that `call.wanted` names: one read of x and dy.
 
     Bytes: x, dy and dx, once each; 4 bytes a statistic; for dscale and dbias each 8 *
-    features a block, of which there are `_resident` a multiprocessor. For a cluster 512
-    bytes a row more.
+    features a block, of which there are as many as are resident (`_grid`). For a
+    cluster 512 bytes a row more.
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
     of its rows in registers. The sum over blocks is one more small kernel of XLA's, in
@@ -754,8 +757,10 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         moved = call.x.size * (x_size + y_size) + statistics * call.statistics
     else:
         assert call.dy is not None
-        # 4 columns at most a load: Mosaic adds up rows over warps no wider than that.
-        config = configure(features, 4, per_lane=16, in_warp=512)
+        itemsize = max(x_size, call.dy.dtype.itemsize)
+        if features <= 512:
+            itemsize = 4  # Mosaic adds up rows over warps by 4 columns a lane at most
+        config = configure(features, itemsize, per_lane=16, in_warp=512)
         launch = functools.partial(backward, config, call, processors)
         examples = math.prod(call.x.shape[: call.own_params])
         blocks = examples * _grid(config, rows // examples, processors)[2]
