@@ -146,9 +146,10 @@ def configure(
     warpgroups = min(parts, 4)
     cluster = parts // warpgroups
     width = features if parts == 1 else features // parts // lanes * lanes
-    chunks = _chunks(0, width, lanes, vector)
+    spare = width // 16
+    chunks = _chunks(0, width, lanes, vector, spare)
     if rest := features - parts * width:
-        tail = _chunks(parts * width, rest, lanes, vector)
+        tail = _chunks(parts * width, rest, lanes, vector, spare)
         chunks += [dataclasses.replace(chunk, tail=True) for chunk in tail]
     rows = WARPS * LANES // lanes
     if fill and rows > 1:
@@ -156,14 +157,27 @@ def configure(
     return Config(features, lanes, warpgroups, cluster, rows, width, tuple(chunks))
 
 
-def _chunks(start: int, width: int, lanes: int, vector: int) -> list[Chunk]:
-    """Chunks that cover columns [start, start + width); the last may begin earlier."""
-    whole, rest = divmod(width, lanes * vector)
-    chunks = [Chunk(start + i * lanes * vector, vector) for i in range(whole)]
-    if rest:
-        vector = pl.next_power_of_2(pl.cdiv(rest, lanes))
-        wide = lanes * vector
-        chunks.append(Chunk(start + width - wide, vector, seen=wide - rest))
+def _chunks(start: int, width: int, lanes: int, vector: int, spare: int) -> list[Chunk]:
+    """Covers columns [start, start + width).
+
+    What `lanes * vector` leaves over is one narrower chunk that begins earlier, if it
+    sees no more than `spare` columns twice; else narrower chunks side by side, each of
+    which costs another sum over lanes.
+    """
+    chunks = []
+    end = start + width
+    while start < end:
+        rest = end - start
+        if rest >= lanes * vector:
+            chunks.append(Chunk(start, vector))
+            start += lanes * vector
+            continue
+        covering = pl.next_power_of_2(pl.cdiv(rest, lanes))
+        seen = lanes * covering - rest
+        if covering == 1 or seen <= spare:
+            chunks.append(Chunk(start - seen, covering, seen))
+            break
+        vector = covering // 2
     return chunks
 
 
