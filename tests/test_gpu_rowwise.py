@@ -25,7 +25,7 @@ from tests import interpreters
 from tests.helpers import Case
 from tests.test_dispatch import COUNTED
 from tests.test_rowwise import MIXES
-from tests.test_suite import check, norm_of
+from tests.test_suite import check, flax_function, norm_of, rms_errors
 
 DTYPES = ("float32", "bfloat16", "float16")
 FEATURES = (64, 128, 192, 256, 760, 1128, 4096, 8200, 12288, 65536)
@@ -285,6 +285,21 @@ def test_gpu_results_are_bitwise_the_same(features: int) -> None:
     for some in (np.s_[200:201], np.s_[133:], np.s_[1:38]):
         for part, expected in zip(all_of(some)[:4], whole[:4], strict=True):
             np.testing.assert_array_equal(part, expected[some])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(100003, 64), (16384, 768), (4096, 5120)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_gpu_never_less_accurate_than_flax(shape: tuple[int, int], mean: float) -> None:
+    case = Case("layer_norm", shape)
+    x, scale, bias, dy = case.data(4, "float32", "float32")
+    x = (x + mean).astype("float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    with fusednorm.use_backend("mosaic_gpu"):
+        ours = rms_errors(case.run, truth, x, scale, bias, dy)
+    theirs = rms_errors(flax_function(case), truth, x, scale, bias, dy)
+    assert (ours <= 1.05 * theirs).all(), ours / theirs
 
 
 @pytest.mark.gpu
