@@ -77,6 +77,11 @@ MANY_PARTIALS = {
     (RTX5090, "4097x1128"): "4097 rows on 170 SMs: 11 %",
 }
 
+# Where rows that are a multiple of a cache line are loaded and stored in overlapping
+# chunks nevertheless: how much comes twice, from the cache. deepseek_v3: 7168 features
+# on 4 warpgroups are 1792 each, 1.75 times what 128 lanes cover with 16 bytes.
+OVERLAPS = {("deepseek_v3", "backward"): 0.15}
+
 # TODO(kernels/tpu): XLA copies x and y here, and our layer moves 2 to 4 times flax's
 # bytes, alone and between two matrix products (v5e, compiled). A plan that knows the
 # layout that XLA will choose, or leaves such shapes to the reference, empties this.
@@ -169,8 +174,9 @@ def test_each_element_crosses_the_pins_once(found: Measurement) -> None:
 
 @each_cell
 def test_what_is_read_again_is_the_ends_of_ragged_rows(found: Measurement) -> None:
-    aligned = found.shape[-1] % 64 == 0
-    assert found.again <= (0.001 if aligned else 1) * found.ideal
+    ragged = found.shape[-1] % 64 != 0
+    limit = 1 if ragged else OVERLAPS.get((found.case, found.op), 0.001)
+    assert found.again <= limit * found.ideal
 
 
 @each_cell
