@@ -77,11 +77,6 @@ MANY_PARTIALS = {
     (RTX5090, "4097x1128"): "4097 rows on 170 SMs: 11 %",
 }
 
-# Where rows that are a multiple of a cache line are loaded and stored in overlapping
-# chunks nevertheless: how much comes twice, from the cache. deepseek_v3: 7168 features
-# on 4 warpgroups are 1792 each, 1.75 times what 128 lanes cover with 16 bytes.
-OVERLAPS = {("deepseek_v3", "backward"): 0.15}
-
 # TODO(kernels/tpu): XLA copies x and y here, and our layer moves 2 to 4 times flax's
 # bytes, alone and between two matrix products (v5e, compiled). A plan that knows the
 # layout that XLA will choose, or leaves such shapes to the reference, empties this.
@@ -174,9 +169,8 @@ def test_each_element_crosses_the_pins_once(found: Measurement) -> None:
 
 @each_cell
 def test_what_is_read_again_is_the_ends_of_ragged_rows(found: Measurement) -> None:
-    ragged = found.shape[-1] % 64 != 0
-    limit = 1 if ragged else OVERLAPS.get((found.case, found.op), 0.001)
-    assert found.again <= limit * found.ideal
+    aligned = found.shape[-1] % 64 == 0
+    assert found.again <= (0.001 if aligned else 1) * found.ideal
 
 
 @each_cell
@@ -209,11 +203,11 @@ def test_nothing_stands_around_a_forward(cell: Cell, found: Measurement) -> None
 
 @each_cell
 def test_a_sum_alone_stands_around_a_backward(cell: Cell, found: Measurement) -> None:
-    """One for dscale, one for dbias: nothing of the size of x, no copy, no convert."""
+    """That of dscale and dbias: nothing of the size of x, no copy, no convert."""
     if found.op != "backward":
         return
     if isinstance(cell[0], Gpu):
-        assert len(found.around) <= 2
+        assert len(found.around) <= 1
         assert {opcode for opcode, _ in found.around} <= {"fusion", "reduce"}
     else:
         assert bool(large(found)) == copied(cell)
@@ -231,7 +225,7 @@ def test_layer_moves_less_than_flax(
     ours: Whole = begun[case.name, which, True].result()
     assert flax.ours == 0
     assert ours.ours == (1 if which == "forward" else 2)
-    assert ours.kernels <= (1 if which == "forward" else 4)
+    assert ours.kernels <= (1 if which == "forward" else 3)
     # 5 tensors against 8 to 10. In the forward it is 2 against 3, or against 2 where
     # XLA makes one kernel of it too: llama3_1b.
     assert ours.nbytes <= (1 if which == "forward" else 0.7) * flax.nbytes
