@@ -71,15 +71,25 @@ def test_values_and_gradients(kernels: str, number: int) -> None:
     run(Case(kind, SHAPES[number]), MIXES[number % len(MIXES)])
 
 
+# The interpreters take 20 ms or more for each tile of each warpgroup. Over 5 seconds,
+# and left to a GPU, are: 4097 rows of more than 64 features, 199 of 4096, 37 of 8200.
+MOST_FEATURES = {1: 8200, 2: 8200, 37: 4096, 199: 1128, 4097: 64}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 2, 37, 199, 4097])
-@pytest.mark.parametrize("features", [7, 64, 127, 128, 192, 760, 1128, 4096, 8200])
+@pytest.mark.parametrize(
+    ("features", "rows"),
+    [
+        (features, rows)
+        for features in (7, 64, 127, 128, 192, 760, 1128, 4096, 8200)
+        for rows, most in MOST_FEATURES.items()
+        if features <= most
+    ],
+)
 def test_every_shape(kernels: str, features: int, rows: int) -> None:
-    """4097 rows where they stay under 5 seconds: of 64 to 192 features."""
-    if rows == 4097 and not 64 <= features <= 192:
-        rows = 67
-    for kind, mix in zip(("layer_norm", "rms_norm"), MIXES[:2], strict=True):
-        run(Case(kind, (rows, features)), mix)
+    number = features + rows  # a mix, and a kind, for each
+    kind = "rms_norm" if number % 2 else "layer_norm"
+    run(Case(kind, (rows, features)), MIXES[number % len(MIXES)])
 
 
 @st.composite
@@ -94,7 +104,7 @@ FLOATS = [jnp.dtype(name) for name in ("float32", "bfloat16", "float16")]
 
 @pytest.mark.slow
 @hypothesis.settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
