@@ -240,6 +240,18 @@ def test_long_rows(features: int) -> None:
         assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
 
 
+@pytest.mark.parametrize(("features", "fences"), [(4096, 0), (8200, 2)])
+def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> None:
+    """One before their barrier, one after it; the interpreter would do without."""
+    call = calls((3, features), "bfloat16")[1]
+    kernel = gpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    statistic = jax.ShapeDtypeStruct((3, 1), jnp.dtype("float32"))
+    operands = (call.dy, call.x, call.scale, statistic, statistic)
+    jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(*operands)
+    assert str(jaxpr).count("inline_mgpu[") == fences
+
+
 # --- on a real one --------------------------------------------------------------------
 
 

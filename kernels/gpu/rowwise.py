@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
@@ -245,6 +246,16 @@ def _store_by_warps(ref: Any, at: Any, value: jax.Array) -> None:
     _store(ref.at[at].reshape(value.shape), ..., value)
 
 
+@plgpu.inline_mgpu()
+def _fence(_: Any) -> None:
+    """Orders device memory for other multiprocessors.
+
+    A barrier of a cluster orders shared memory alone: its arrive is a release for the
+    own block.
+    """
+    mosaic.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+
+
 class Part:
     """One warpgroup's share of a tile, inside a kernel: what it loads, adds and stores.
 
@@ -400,8 +411,10 @@ class Part:
             def _() -> None:
                 for i, total in enumerate(totals):
                     in_cluster[row, place + i, self._block] = total
+                _fence()
 
             self._meet(1)
+            _fence()
             count = self.config.cluster
             totals = [
                 _total(in_cluster, (row, place + i), count) for i in range(len(own))
