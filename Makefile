@@ -26,10 +26,9 @@ STAMP_AOT := $(VENV_AOT)/.stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-# Two XLA threads per test process (NPROC is XLA's own variable) and one BLAS thread:
-# xdist already fills the cores.
-CAPPED := NPROC=2 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-ON_CPU := $(CAPPED) JAX_PLATFORMS=cpu
+# One BLAS thread per test process: xdist already fills the cores. How many threads XLA
+# has is tests/conftest.py's to say.
+ON_CPU := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=cpu
 NO_DEVICE := not gpu and not tpu and not aot
 
 .DEFAULT_GOAL := help
