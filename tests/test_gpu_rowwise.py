@@ -258,7 +258,7 @@ def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-@pytest.mark.parametrize("features", [2, 7, 127, 5120, *FEATURES])
+@pytest.mark.parametrize("features", [3, 7, 127, 5120, *FEATURES])
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_gpu_values_and_gradients(
     kind: str, features: int, mix: tuple[str, str, str]
