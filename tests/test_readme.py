@@ -2,8 +2,13 @@
 
 import pathlib
 import re
+import textwrap
 
+import jax
 import pytest
+
+from fusednorm.kernels import dispatch
+from fusednorm.kernels.explain import explain_jaxpr
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -17,13 +22,15 @@ def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
         exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out
     assert "1 replaced, 0 left" in printed
-    indented = [
-        line[4:]
-        for line in text.splitlines()
-        if re.match(r"    (forward|backward|  reference:) ", line)
-    ]
-    assert len(indented) == 4
-    assert printed.endswith("\n".join(indented) + "\n")
+    on_cpu, on_gpu = re.findall(
+        r"^    forward  .*?(?=\n\n)", text, re.DOTALL | re.MULTILINE
+    )
+    assert printed.endswith(textwrap.dedent(on_cpu) + "\n")
+    # What the second explain would print on a GPU.
+    gradient = jax.make_jaxpr(names["nnx"].grad(names["loss"]))
+    jaxpr = gradient(names["model"], names["x"])
+    explanation = explain_jaxpr(jaxpr, dispatch.Target(("cuda",)))
+    assert str(explanation) == textwrap.dedent(on_gpu)
 
 
 def test_no_placeholder_is_left() -> None:
