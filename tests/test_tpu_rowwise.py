@@ -1,4 +1,6 @@
-"""The TPU's rowwise kernels, run by Pallas' interpreter, and lowered for a TPU.
+"""What the rowwise kernels of TPUs have for themselves.
+
+What both chips' kernels do is tested in test_rowwise.py.
 
 Every test but those of plans names the backend, so that a fallback raises; every
 interpreted launch is checked for races (tests/on_tpu.py), and what a block has beyond
@@ -18,38 +20,22 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
-from fusednorm.kernels import norm as op
 from fusednorm.kernels import tpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.tpu import rowwise
 from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import Case, assert_close
-from tests.test_suite import check, norm_of
+from tests.test_rowwise import MIXES, run
+from tests.test_suite import norm_of
 
 FLOATS = ("float32", "bfloat16", "float16")
-MIXES = [  # of x, of scale and bias, of y
-    ("float32", "float32", "float32"),
-    ("bfloat16", "float32", "bfloat16"),
-    ("bfloat16", "bfloat16", "float32"),
-    ("float16", "float32", "float16"),
-    ("float32", "float16", "bfloat16"),
-]
 
 
 @pytest.fixture
 def kernels() -> Iterator[None]:
     with interpreters.interpreted("mosaic_tpu"), fusednorm.use_backend("mosaic_tpu"):
         yield
-
-
-def run(case: Case, mix: tuple[str, str, str] = MIXES[0], seed: int = 0) -> None:
-    """y and all gradients against float64, one kernel each."""
-    x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
-    x, scale, bias, dy = case.data(seed, x_dtype, param_dtype)
-    dy = dy.astype(dtype)
-    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)
-    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
 
 
 # --- values and gradients -------------------------------------------------------------
@@ -121,83 +107,7 @@ def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
     run(case)
 
 
-@pytest.mark.parametrize("ratio", [10, 1000, 5000])
-def test_a_large_mean_is_right(kernels: None, ratio: int) -> None:
-    case = Case("layer_norm", (5, 768))
-    _, scale, bias, dy = case.data(3, "float32", "float32")
-    x = np.random.default_rng(3).normal(0.5 * ratio, 0.5, case.shape).astype("float32")
-    dy = dy.astype("float32")
-    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
-
-
-@pytest.mark.parametrize("value", [0.0, -3.7, 1e4])
-def test_a_constant_row_gives_the_bias(kernels: None, value: float) -> None:
-    case = Case("layer_norm", (4, 760))
-    x, scale, bias, dy = case.data(4, "float32", "float32")
-    x[2] = value
-    dy = dy.astype("float32")
-    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
-
-
-def test_a_constant_row_of_any_size_has_a_variance(kernels: None) -> None:
-    """Of 0 or above, and no NaN: sum(x^2) / n - mean^2 would be anything."""
-    x = np.full((3, 760), [[1e18], [-1e15], [3e8]], "float32")
-    y, mean, var = op.normalize_with_moments(Norm((1,), (1,)), jnp.asarray(x))
-    np.testing.assert_allclose(mean, x[:, :1], rtol=1e-6)
-    assert (np.asarray(var) >= 0).all()
-    assert (np.asarray(var) <= (1e-6 * x[:, :1]) ** 2).all()
-    assert np.isfinite(np.asarray(y)).all()
-
-
-@pytest.mark.parametrize(
-    "case", [Case("layer_norm", (300, 96)), Case("rms_norm", (2, 40))]
-)
-def test_mean_and_variance(kernels: None, case: Case) -> None:
-    x, scale, bias, dy = case.data(5, "float32", "float32")
-    truth = case.truth(x, scale, bias, dy)
-    _, mean, var = op.normalize_with_moments(norm_of(case), jnp.asarray(x))
-    assert_close(var, truth.var, truth.bounds["var"])
-    if case.kind == "layer_norm":
-        assert_close(mean, truth.mean, truth.bounds["mean"])
-    else:
-        assert mean is None
-
-
 # --- what is wanted -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids="argnums {}".format
-)
-def test_gradients_of_some(kernels: None, wanted: tuple[int, ...]) -> None:
-    case = Case("layer_norm", (37, 192))
-    x, scale, bias, dy = case.data(6, jnp.dtype("bfloat16"), "float32")
-    dy = dy.astype("float32")
-    truth = case.truth(x, scale, bias, dy)
-    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
-    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
-    for number, gradient in zip(wanted, gradients, strict=True):
-        name = ("dx", "dscale", "dbias")[number]
-        assert_close(gradient, getattr(truth, name), truth.bounds[name])
-
-
-@pytest.mark.parametrize("given", ["scale", "bias"])
-def test_one_parameter(kernels: None, given: str) -> None:
-    case = Case("layer_norm", (5, 40))
-    x, scale, bias, dy = case.data(7, "float32", "float32")
-    scale, bias = (scale, None) if given == "scale" else (None, bias)
-    dy = dy.astype("float32")
-    truth = case.truth(x, scale, bias, dy)
-    param = {"scale": scale, "bias": bias}[given]
-    y, vjp = jax.vjp(
-        lambda x, param: fusednorm.layer_norm(x, **{given: param}),
-        jnp.asarray(x),
-        jnp.asarray(param),
-    )
-    dx, dparam = vjp(jnp.asarray(dy))
-    assert_close(y, truth.y, truth.bounds["y"])
-    assert_close(dx, truth.dx, truth.bounds["dx"])
-    assert_close(dparam, getattr(truth, f"d{given}"), truth.bounds[f"d{given}"])
 
 
 @pytest.mark.parametrize("rows", [(5,), (3, 50)], ids=str)
@@ -221,70 +131,6 @@ def test_each_example_has_its_own_gradients(
         truth = case.truth(x[example], scale, bias, dy[example])
         for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
             assert_close(gradient[example], getattr(truth, name), truth.bounds[name])
-
-
-def test_scan_and_remat(kernels: None) -> None:
-    """The transforms that models wrap layers in."""
-    x = jnp.asarray(np.random.default_rng(11).normal(0.5, 2, (4, 24)), "float32")
-    scale = jnp.linspace(0.5, 1.5, 24)
-
-    def loss(x: Any, scale: Any) -> Any:
-        step = jax.checkpoint(
-            lambda h, _: (jnp.sin(fusednorm.rms_norm(h, scale)), None)
-        )
-        return jnp.sum(jnp.cos(jax.lax.scan(step, x, None, length=2)[0]))
-
-    ours = jax.jit(jax.grad(loss, (0, 1)))(x, scale)
-    with fusednorm.use_backend("reference"):
-        expected = jax.jit(jax.grad(loss, (0, 1)))(x, scale)
-    for gradient, right in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(gradient, right, rtol=1e-5, atol=1e-5)
-
-
-# --- rows keep to themselves ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_nan_and_inf_stay_in_their_row(kernels: None, poison: float) -> None:
-    case = Case("layer_norm", (37, 96))
-    x, scale, bias, dy = case.data(12, "float32", "float32")
-    bad = x.copy()
-    bad[36, 7] = poison
-    results = []
-    for given in (x, bad):
-        y, vjp = jax.vjp(
-            lambda x: op.normalize_with_moments(norm_of(case), x, scale, bias),
-            jnp.asarray(given),
-        )
-        zeros = [jnp.zeros_like(statistic) for statistic in y[1:]]
-        results.append([*y, *vjp((jnp.asarray(dy, "float32"), *zeros))])
-    for clean, poisoned in zip(*results, strict=True):
-        np.testing.assert_array_equal(clean[:36], poisoned[:36])
-        assert not np.isfinite(np.asarray(poisoned[36])).all()
-
-
-@pytest.mark.parametrize(("features", "mix"), [(64, MIXES[0]), (1128, MIXES[1])])
-def test_a_row_does_not_depend_on_the_others(
-    kernels: None, features: int, mix: tuple[str, str, str]
-) -> None:
-    """Bitwise, whatever the number of rows and the row's place among them."""
-    case = Case("layer_norm", (150, features))
-    x, scale, bias, dy = case.data(13, jnp.dtype(mix[0]), mix[1])
-    spec = norm_of(case)
-
-    def all_of(rows: slice) -> list[np.ndarray]:
-        y, vjp = jax.vjp(
-            lambda x: op.normalize_with_moments(spec, x, scale, bias),
-            jnp.asarray(x[rows]),
-        )
-        zeros = [jnp.zeros_like(statistic) for statistic in y[1:]]
-        cotangents = (jnp.asarray(dy[rows], y[0].dtype), *zeros)
-        return [np.asarray(a) for a in (*y, *vjp(cotangents))]
-
-    whole = all_of(np.s_[:])
-    for rows in (np.s_[5:6], np.s_[21:150]):
-        for part, expected in zip(all_of(rows), whole, strict=True):
-            np.testing.assert_array_equal(part, expected[rows])
 
 
 # --- float16 --------------------------------------------------------------------------
@@ -406,15 +252,6 @@ def test_what_falls_back(call: Call, reason: str) -> None:
     answer = tpu.plan(call, None)
     assert isinstance(answer, Fallback)
     assert reason in answer.reason
-
-
-@pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=str)
-def test_empty_arrays_take_the_reference(shape: tuple[int, int]) -> None:
-    with interpreters.interpreted("mosaic_tpu"):
-        x = jnp.zeros(shape)
-        y, vjp = jax.vjp(fusednorm.layer_norm, x)
-        assert y.shape == vjp(y)[0].shape == shape
-        assert not interpreters.runs
 
 
 # --- lowered for a TPU ----------------------------------------------------------------
