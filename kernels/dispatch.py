@@ -61,8 +61,13 @@ class Call:
     @property
     def geometry(self) -> Geometry | None:
         """The view x[N, S, G, K], or None where a transpose would be needed."""
-        has_params = self.scale is not None or self.bias is not None
-        return geometry(self.norm, self.x.shape, has_params=has_params)
+        return geometry(self.norm, self.x.shape, has_params=self.has_params)
+
+    @property
+    def has_params(self) -> bool:
+        """Whether there is a scale or a bias, or a gradient for one is wanted."""
+        given = self.scale is not None or self.bias is not None
+        return given or (self.op == "backward" and any(self.wanted[1:]))
 
 
 @dataclasses.dataclass(frozen=True)

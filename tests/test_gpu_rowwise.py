@@ -162,8 +162,18 @@ def test_columns_lie_alike_whatever_the_number_of_rows(lanes: int) -> None:
             ),
             "scale",
         ),
+        (  # a bias that the backward is not given: (B, T, C) is no row of T * C here
+            Call(
+                "backward",
+                Norm((1, 2), (2,)),
+                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                dy=jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                wanted=(True, False, True),
+            ),
+            "channelwise",
+        ),
     ],
-    ids=["no rows", "no features", "long", "one", "channelwise", "groups"],
+    ids=["no rows", "no features", "long", "one", "channelwise", "groups", "bias"],
 )
 def test_what_falls_back(call: Call, reason: str) -> None:
     answer = gpu.plan(call, None)

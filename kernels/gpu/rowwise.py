@@ -776,11 +776,9 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
     assert view is not None
     features = view.k
     rows = view.n * view.g
-    has_params = call.scale is not None or call.bias is not None
-    has_params |= call.op == "backward" and any(call.wanted[1:])
     if call.x.size == 0:
         return Fallback("x is empty")
-    if view.g > 1 and has_params:
+    if view.g > 1 and call.has_params:
         return Fallback(
             "scale differs from row to row (groups of channels, nothing else reduced)"
         )

@@ -3,7 +3,6 @@
 from typing import Any
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.geometry import geometry
 from fusednorm.kernels.tpu import rowwise
 
 
@@ -16,17 +15,10 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
     """
     if 0 in call.x.shape:
         return Fallback("x is empty")
-    # A parameter's gradient has its axes, even where the call has not got it.
-    has_params = (
-        call.scale is not None
-        or call.bias is not None
-        or (call.op == "backward" and any(call.wanted[1:]))
-    )
-    view = geometry(call.norm, call.x.shape, has_params=has_params)
-    if view is None:
-        return Fallback("reduced axes and feature axes need a transpose")
+    view = call.geometry
+    assert view is not None
     if view.family == "channelwise":
         return Fallback("no channelwise kernel for TPUs yet")
-    if view.g > 1 and has_params:
+    if view.g > 1 and call.has_params:
         return Fallback("no kernel for TPUs yet whose scale differs from row to row")
     return rowwise.plan(call, view, device)

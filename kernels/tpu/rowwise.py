@@ -424,7 +424,7 @@ def forward(
             (statistic, blocks.of_statistic),
         ],
     )
-    shapes = [x.shape, *[_statistic_shape(call)] * 2]
+    shapes = [x.shape, *[norm.statistic_shape(x.shape)] * 2]
     return _present([y, *statistics], shapes)
 
 
@@ -527,16 +527,6 @@ def _result(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
     )
-
-
-def _statistic_shape(call: Call) -> tuple[int, ...]:
-    """What the reference gives a statistic: size 1 along reduced axes."""
-    shape = list(call.x.shape)
-    for axis in call.norm.reduction_axes:
-        shape[axis] = 1
-    if call.norm.num_groups is not None:
-        shape[-1] = call.norm.num_groups
-    return tuple(shape)
 
 
 # --- the plan -------------------------------------------------------------------------
