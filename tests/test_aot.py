@@ -82,7 +82,6 @@ MANY_PARTIALS = {
 # layout that XLA will choose, or leaves such shapes to the reference, empties this.
 COPIED = {
     "alphafold_pair_64": "64 features leave half of the lanes empty: XLA has 384 there",
-    "vit_b_16": "197 rows do not fill tiles of 8, but 264 images do: XLA has these",
 }
 
 

@@ -7,6 +7,7 @@ interpreted launch is checked for races (tests/on_tpu.py), and what a block has 
 the array is NaN there.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -81,6 +82,9 @@ def test_one_feature(kernels: None, rows: int) -> None:
         Case("group_norm", (9, 24), (("num_groups", 3),), params=False),
         Case("layer_norm", (2, 33), params=False),
         Case("layer_norm", (300,)),
+        Case("layer_norm", (16, 5, 40)),  # 16 fill sublanes, 5 do not: transposed
+        Case("layer_norm", (3, 8, 2, 5, 200)),
+        Case("layer_norm", (16, 1, 5, 40), (("reduction_axes", (1, 3)),), params=False),
     ],
     ids=str,
 )
@@ -110,7 +114,7 @@ def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
 # --- what is wanted -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [(5,), (3, 50)], ids=str)
+@pytest.mark.parametrize("rows", [(5,), (3, 50), (8, 3)], ids=str)
 def test_each_example_has_its_own_gradients(
     kernels: None, rows: tuple[int, ...]
 ) -> None:
@@ -252,6 +256,19 @@ def test_what_falls_back(call: Call, reason: str) -> None:
     answer = tpu.plan(call, None)
     assert isinstance(answer, Fallback)
     assert reason in answer.reason
+
+
+def test_axes_come_in_the_order_of_memory() -> None:
+    def order(shape: tuple[int, ...], own_params: int = 0) -> Any:
+        call = dataclasses.replace(calls(shape, "float32")[1], own_params=own_params)
+        return rowwise._order_of_axes(call)
+
+    assert order((264, 197, 768)) == (1, 0, 2)
+    assert order((16, 3, 8, 5, 64)) == (0, 1, 3, 2, 4)
+    assert order((64, 197, 768), own_params=1) is None  # examples stay in front
+    assert order((2, 64, 197, 768), own_params=1) == (0, 2, 1, 3)
+    for as_it_is in ((264, 200, 768), (263, 197, 768), (264, 1, 768), (197, 768)):
+        assert order(as_it_is) is None
 
 
 # --- lowered for a TPU ----------------------------------------------------------------
