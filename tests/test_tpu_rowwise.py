@@ -221,6 +221,7 @@ def test_bytes_moved() -> None:
         (calls((0, 64), "float32")[0], "x is empty"),
         (calls((3, 0), "float32")[1], "x is empty"),
         (calls((3, 2**20), "float32")[1], "features"),
+        (calls((3, 2**15), "bfloat16")[1], "features"),  # what registers spill counts
         (
             Call(
                 "forward",
@@ -250,7 +251,15 @@ def test_bytes_moved() -> None:
             "channelwise",
         ),
     ],
-    ids=["no rows", "no features", "long", "channelwise", "groups", "bias alone"],
+    ids=[
+        "no rows",
+        "no features",
+        "long",
+        "spills",
+        "channelwise",
+        "groups",
+        "bias alone",
+    ],
 )
 def test_what_falls_back(call: Call, reason: str) -> None:
     answer = tpu.plan(call, None)
