@@ -256,6 +256,8 @@ def _refusal(call: Call) -> str | None:
         return "scale or bias differ along an axis mapped by vmap"
     if not all(isinstance(size, int) for size in call.x.shape):
         return f"symbolic shape {call.x.shape}"
+    if 0 in call.x.shape:
+        return "x is empty"
     if call.geometry is None:
         return (
             f"reduction axes {call.norm.reduction_axes} and feature axes "

@@ -5,6 +5,7 @@ races. What only one of the chips has is tested in test_gpu_rowwise.py and
 test_tpu_rowwise.py.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import fusednorm
+from fusednorm.kernels import dispatch
 from fusednorm.kernels import norm as op
+from fusednorm.kernels.dispatch import Call, Fallback, Target
+from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import EPS32, Case, assert_close
 from tests.test_dispatch import COUNTED
@@ -47,6 +53,40 @@ def run(case: Case, mix: tuple[str, str, str] = MIXES[0], seed: int = 0) -> None
     interpreters.runs.clear()
     check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)
     assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+
+
+def run_each_example(shape: tuple[int, ...]) -> None:
+    """dx, dscale and dbias of three examples, each its own, one kernel each way."""
+    case = Case("layer_norm", shape)
+    three = [case.data(seed, "float32", "float32") for seed in (8, 9, 10)]
+    x, dy = (
+        jnp.stack([jnp.asarray(data[i], "float32") for data in three]) for i in (0, 3)
+    )
+    scale, bias = map(jnp.asarray, three[0][1:3])
+
+    def loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+        return jnp.vdot(dy, case.run(x, scale, bias))
+
+    each = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None, 0))
+    gradients = jax.jit(each)(x, scale, bias, dy)
+    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+    for example in range(3):
+        truth = case.truth(x[example], scale, bias, dy[example])
+        for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
+            assert_close(gradient[example], getattr(truth, name), truth.bounds[name])
+
+
+def calls(shape: tuple[int, ...], dtype: str, y_dtype: str = "") -> list[Call]:
+    """A LayerNorm's forward, as in training, and its backward."""
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    y = jax.ShapeDtypeStruct(shape, jnp.dtype(y_dtype or dtype))
+    param = jax.ShapeDtypeStruct(shape[-1:], jnp.dtype("float32"))
+    last = (len(shape) - 1,)
+    norm = Norm(last, last, dtype=y.dtype)
+    return [
+        Call("forward", norm, x, param, param, statistics=True),
+        Call("backward", norm, x, param, dy=y),
+    ]
 
 
 # --- values and gradients -------------------------------------------------------------
@@ -243,23 +283,7 @@ def test_one_parameter(kernels: str, given: str) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 760), (2, 19, 64)], ids=str)
 def test_each_example_has_its_own_gradients(kernels: str, shape: tuple) -> None:
-    case = Case("layer_norm", shape)
-    three = [case.data(seed, "float32", "float32") for seed in (8, 9, 10)]
-    x, dy = (
-        jnp.stack([jnp.asarray(data[i], "float32") for data in three]) for i in (0, 3)
-    )
-    scale, bias = map(jnp.asarray, three[0][1:3])
-
-    def loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
-        return jnp.vdot(dy, case.run(x, scale, bias))
-
-    each = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None, 0))
-    gradients = jax.jit(each)(x, scale, bias, dy)
-    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
-    for example in range(3):
-        truth = case.truth(x[example], scale, bias, dy[example])
-        for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
-            assert_close(gradient[example], getattr(truth, name), truth.bounds[name])
+    run_each_example(shape)
 
 
 # --- under the transformations --------------------------------------------------------
@@ -336,6 +360,49 @@ def test_a_row_does_not_depend_on_the_others(
 # --- what falls back ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (calls((0, 64), "float32")[0], "x is empty"),
+        (calls((3, 0), "float32")[1], "x is empty"),
+        (
+            Call(
+                "forward",
+                Norm((1,), (2,)),
+                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
+            ),
+            "channelwise",
+        ),
+        (
+            Call(
+                "forward",
+                Norm((), (1,), num_groups=3),
+                jax.ShapeDtypeStruct((4, 24), jnp.dtype("float32")),
+                jax.ShapeDtypeStruct((24,), jnp.dtype("float32")),
+            ),
+            "scale differs from row to row",
+        ),
+        (  # a bias that the backward is not given: (B, T, C) is no row of T * C here
+            Call(
+                "backward",
+                Norm((1, 2), (2,)),
+                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                dy=jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+                wanted=(True, False, True),
+            ),
+            "channelwise",
+        ),
+    ],
+    ids=["no rows", "no features", "channelwise", "groups", "bias alone"],
+)
+def test_what_falls_back(platform: str, call: Call, reason: str) -> None:
+    answer = dispatch.plan(call, Target((platform,)))
+    assert isinstance(answer, Fallback)
+    assert reason in answer.reason
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=str)
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "mosaic_tpu"])
 def test_empty_arrays_take_the_reference(backend: str, shape: tuple) -> None:
@@ -344,3 +411,52 @@ def test_empty_arrays_take_the_reference(backend: str, shape: tuple) -> None:
         y, vjp = jax.vjp(fusednorm.layer_norm, x)
         assert y.shape == vjp(y)[0].shape == shape
         assert not interpreters.runs
+
+
+# --- lowered for a chip ---------------------------------------------------------------
+
+CALLED = {"cuda": "mosaic_gpu_v2", "tpu": "tpu_custom_call"}  # by its kernels' name
+
+
+def lowered(platform: str, function: Any, *args: Any) -> str:
+    """What is handed to a chip's compiler, on a machine without one."""
+    with fusednorm.use_backend(dispatch.KERNELS[platform][0]):
+        traced = jax.jit(function).trace(*args)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+@pytest.mark.parametrize(
+    "shape", [(37, 64), (5, 3, 760), (2, 3, 50, 768), (5, 8200)], ids=str
+)
+@pytest.mark.parametrize("platform", CALLED)
+def test_forward_and_backward_are_one_kernel_each(
+    platform: str, shape: tuple[int, ...], mix: tuple[str, str, str]
+) -> None:
+    case = Case("layer_norm", shape)
+    x, scale, bias, dy = case.data(0, jnp.dtype(mix[0]), jnp.dtype(mix[1]))
+    dy = dy.astype(mix[2])
+
+    def step(*args: Any) -> Any:
+        y, vjp = jax.vjp(functools.partial(case.run, dtype=jnp.dtype(mix[2])), *args)
+        return y, vjp(jnp.asarray(dy))
+
+    assert lowered(platform, step, x, scale, bias).count(CALLED[platform]) == 2
+
+
+@pytest.mark.parametrize("platform", CALLED)
+def test_a_shard_map_runs_kernels_on_each_part(platform: str) -> None:
+    """With check_vma, by which the psum of dscale and dbias is found."""
+    mesh = Mesh(np.array(jax.devices()[:4]), "data")
+    case = Case("layer_norm", (8, 64))
+    x, scale, bias, _ = case.data(15, "float32", "float32")
+
+    def loss(x: Any, scale: Any, bias: Any) -> Any:
+        part = jax.shard_map(
+            case.run, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data")
+        )
+        return jnp.sum(jnp.sin(part(x, scale, bias)))
+
+    text = lowered(platform, jax.grad(loss, (0, 1, 2)), x, scale, bias)
+    assert text.count(CALLED[platform]) == 2
+    assert text.count("stablehlo.all_reduce") == 2

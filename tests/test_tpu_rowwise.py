@@ -8,7 +8,6 @@ the array is NaN there.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -17,17 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import fusednorm
 from fusednorm.kernels import tpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.tpu import rowwise
-from fusednorm.reference import Norm
 from tests import interpreters
-from tests.helpers import Case, assert_close
-from tests.test_rowwise import MIXES, run
+from tests.helpers import Case
+from tests.test_rowwise import MIXES, calls, run, run_each_example
 from tests.test_suite import norm_of
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -43,9 +39,8 @@ def kernels() -> Iterator[None]:
 
 
 ROWS, FEATURES = (1, 37, 2, 199), (7, 64, 127, 128, 192, 760, 1128)
-RAGGED = list(itertools.product(ROWS, FEATURES))[
-    ::2
-]  # each with each, or its neighbour
+# Each with each, or its neighbour.
+RAGGED = list(itertools.product(ROWS, FEATURES))[::2]
 
 
 @pytest.mark.parametrize(
@@ -118,23 +113,7 @@ def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
 def test_each_example_has_its_own_gradients(
     kernels: None, rows: tuple[int, ...]
 ) -> None:
-    case = Case("layer_norm", (*rows, 768))
-    three = [case.data(seed, "float32", "float32") for seed in (8, 9, 10)]
-    x, dy = (
-        jnp.stack([jnp.asarray(data[i], "float32") for data in three]) for i in (0, 3)
-    )
-    scale, bias = map(jnp.asarray, three[0][1:3])
-
-    def loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
-        return jnp.vdot(dy, case.run(x, scale, bias))
-
-    each = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None, 0))
-    gradients = jax.jit(each)(x, scale, bias, dy)
-    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
-    for example in range(3):
-        truth = case.truth(x[example], scale, bias, dy[example])
-        for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
-            assert_close(gradient[example], getattr(truth, name), truth.bounds[name])
+    run_each_example((*rows, 768))
 
 
 # --- float16 --------------------------------------------------------------------------
@@ -172,19 +151,6 @@ def test_float16_is_rounded_to_nearest_even() -> None:
 # --- plans ----------------------------------------------------------------------------
 
 
-def calls(shape: tuple[int, ...], dtype: str, y_dtype: str = "") -> list[Call]:
-    """A LayerNorm's forward, as in training, and its backward."""
-    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    y = jax.ShapeDtypeStruct(shape, jnp.dtype(y_dtype or dtype))
-    param = jax.ShapeDtypeStruct(shape[-1:], jnp.dtype("float32"))
-    last = (len(shape) - 1,)
-    norm = Norm(last, last, dtype=y.dtype)
-    return [
-        Call("forward", norm, x, param, param, statistics=True),
-        Call("backward", norm, x, param, dy=y),
-    ]
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     "features", [1, 7, 64, 127, 128, 192, 256, 760, 1128, 4096, 8200, 12288, 16384]
@@ -218,48 +184,10 @@ def test_bytes_moved() -> None:
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (calls((0, 64), "float32")[0], "x is empty"),
-        (calls((3, 0), "float32")[1], "x is empty"),
         (calls((3, 2**20), "float32")[1], "features"),
         (calls((3, 2**15), "bfloat16")[1], "features"),  # what registers spill counts
-        (
-            Call(
-                "forward",
-                Norm((1,), (2,)),
-                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
-                jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
-            ),
-            "channelwise",
-        ),
-        (
-            Call(
-                "forward",
-                Norm((), (1,), num_groups=3),
-                jax.ShapeDtypeStruct((4, 24), jnp.dtype("float32")),
-                jax.ShapeDtypeStruct((24,), jnp.dtype("float32")),
-            ),
-            "scale differs from row to row",
-        ),
-        (  # a bias that the backward is not given: (B, T, C) is no row of T * C here
-            Call(
-                "backward",
-                Norm((1, 2), (2,)),
-                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
-                dy=jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
-                wanted=(True, False, True),
-            ),
-            "channelwise",
-        ),
     ],
-    ids=[
-        "no rows",
-        "no features",
-        "long",
-        "spills",
-        "channelwise",
-        "groups",
-        "bias alone",
-    ],
+    ids=["long", "spills"],
 )
 def test_what_falls_back(call: Call, reason: str) -> None:
     answer = tpu.plan(call, None)
@@ -278,48 +206,3 @@ def test_axes_come_in_the_order_of_memory() -> None:
     assert order((2, 64, 197, 768), own_params=1) == (0, 2, 1, 3)
     for as_it_is in ((264, 200, 768), (263, 197, 768), (264, 1, 768), (197, 768)):
         assert order(as_it_is) is None
-
-
-# --- lowered for a TPU ----------------------------------------------------------------
-
-
-def lowered(function: Any, *args: Any) -> str:
-    """What is handed to a TPU's compiler, on a machine without one."""
-    traced = jax.jit(function).trace(*args)
-    return traced.lower(lowering_platforms=("tpu",)).as_text()
-
-
-@pytest.mark.parametrize("mix", MIXES, ids="-".join)
-@pytest.mark.parametrize("shape", [(37, 64), (2, 3, 50, 768), (5, 8200)], ids=str)
-def test_forward_and_backward_are_one_kernel_each(
-    shape: tuple[int, ...], mix: tuple[str, str, str]
-) -> None:
-    case = Case("layer_norm", shape)
-    x, scale, bias, dy = case.data(0, jnp.dtype(mix[0]), jnp.dtype(mix[1]))
-    dy = dy.astype(mix[2])
-
-    def step(*args: Any) -> Any:
-        y, vjp = jax.vjp(functools.partial(case.run, dtype=jnp.dtype(mix[2])), *args)
-        return y, vjp(jnp.asarray(dy))
-
-    with fusednorm.use_backend("mosaic_tpu"):
-        text = lowered(step, x, scale, bias)
-    assert text.count("tpu_custom_call") == 2
-
-
-def test_a_shard_map_runs_kernels_on_each_part() -> None:
-    """With check_vma, by which the psum of dscale and dbias is found."""
-    mesh = Mesh(np.array(jax.devices()[:4]), "data")
-    case = Case("layer_norm", (8, 64))
-    x, scale, bias, _ = case.data(15, "float32", "float32")
-
-    def loss(x: Any, scale: Any, bias: Any) -> Any:
-        part = jax.shard_map(
-            case.run, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data")
-        )
-        return jnp.sum(jnp.sin(part(x, scale, bias)))
-
-    with fusednorm.use_backend("mosaic_tpu"):
-        text = lowered(jax.grad(loss, (0, 1, 2)), x, scale, bias)
-    assert text.count("tpu_custom_call") == 2
-    assert text.count("stablehlo.all_reduce") == 2

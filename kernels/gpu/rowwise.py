@@ -776,8 +776,6 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
     assert view is not None
     features = view.k
     rows = view.n * view.g
-    if call.x.size == 0:
-        return Fallback("x is empty")
     if view.g > 1 and call.has_params:
         return Fallback(
             "scale differs from row to row (groups of channels, nothing else reduced)"
