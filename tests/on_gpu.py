@@ -1,26 +1,37 @@
 """The GPU's kernels, interpreted; see tests/interpreters.py."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels import gpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.gpu import rowwise
+from fusednorm.kernels.gpu import memory
 from tests.interpreters import interpret
 
 
-def load_by_warps(ref: Any, at: Any, layout: Any) -> Any:
-    """What the interpreter knows of rowwise._load_by_warps: the same by value."""
-    value = rowwise._load(ref, at, None)
-    return value.reshape(rowwise.WARPS, -1)
+def load_as(ref: Any, at: Any, shape: Sequence[int], layout: Any) -> Any:
+    """What the interpreter knows of memory.load_as: the same by value."""
+    return plgpu.load(ref.at[at], optimized=False).reshape(shape)
 
 
-def store_by_warps(ref: Any, at: Any, value: Any) -> None:
-    rowwise._store(ref, at, value.reshape(-1))
+def store_as(ref: Any, at: Any, value: Any) -> None:
+    memory.store(ref, at, value.reshape(ref.at[at].shape))
+
+
+def load_flat(ref: Any, place: int, columns: Any, layout: Any) -> Any:
+    value = plgpu.load(ref.at[place], optimized=False).reshape(-1)
+    return value[columns.start : columns.start + columns.size].astype(jnp.float32)
+
+
+def store_flat(ref: Any, place: int, columns: Any, value: Any) -> None:
+    flat = plgpu.load(ref.at[place], optimized=False).reshape(-1)
+    flat = flat.at[columns.start : columns.start + columns.size].set(value)
+    memory.store(ref, place, flat.reshape(ref.shape[1:]))
 
 
 @contextlib.contextmanager
@@ -30,8 +41,10 @@ def mode() -> Iterator[None]:
     params = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
     with (
         plgpu.force_gpu_interpret_mode(params),
-        mock.patch.object(rowwise, "_load_by_warps", load_by_warps),
-        mock.patch.object(rowwise, "_store_by_warps", store_by_warps),
+        mock.patch.object(memory, "load_as", load_as),
+        mock.patch.object(memory, "store_as", store_as),
+        mock.patch.object(memory, "load_flat", load_flat),
+        mock.patch.object(memory, "store_flat", store_flat),
     ):
         yield
 

@@ -36,36 +36,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-
-WARPS = 4  # in a warpgroup, which is one thread to Pallas
-LANES = 32  # in a warp
+from fusednorm.kernels.gpu import memory
+from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 
 # 65536 features on a cluster of 8 blocks is what the backward's registers hold.
 MAX_FEATURES = 65536
 
 
 # --- how the work is cut --------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Columns of one row that its lanes load together, `vector` a lane.
-
-    Attributes:
-      start: first column, counted from the first of the part, or of the row if `tail`.
-      vector: consecutive columns of a lane, one load.
-      seen: so many of its first columns lie in the chunk before too.
-      tail: whether it is beyond the parts, at the end of the row.
-    """
-
-    start: int
-    vector: int
-    seen: int = 0
-    tail: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,38 +129,14 @@ def configure(
     cluster = parts // warpgroups
     width = features if parts == 1 else features // parts // lanes * lanes
     spare = width // 16
-    chunks = _chunks(0, width, lanes, vector, spare)
+    chunks = memory.cut(0, width, lanes, vector, spare)
     if rest := features - parts * width:
-        tail = _chunks(parts * width, rest, lanes, vector, spare)
+        tail = memory.cut(parts * width, rest, lanes, vector, spare)
         chunks += [dataclasses.replace(chunk, tail=True) for chunk in tail]
     rows = WARPS * LANES // lanes
     if fill and rows > 1:
-        rows *= _power_of_2_below(max(per_lane * lanes // features, 1))
+        rows *= memory.power_of_2_below(max(per_lane * lanes // features, 1))
     return Config(features, lanes, warpgroups, cluster, rows, width, tuple(chunks))
-
-
-def _chunks(start: int, width: int, lanes: int, vector: int, spare: int) -> list[Chunk]:
-    """Covers columns [start, start + width).
-
-    What `lanes * vector` leaves over is one narrower chunk that begins earlier, if it
-    sees no more than `spare` columns twice; else narrower chunks side by side, each of
-    which costs another sum over lanes.
-    """
-    chunks = []
-    end = start + width
-    while start < end:
-        rest = end - start
-        if rest >= lanes * vector:
-            chunks.append(Chunk(start, vector))
-            start += lanes * vector
-            continue
-        covering = pl.next_power_of_2(pl.cdiv(rest, lanes))
-        seen = lanes * covering - rest
-        if covering == 1 or seen <= spare:
-            chunks.append(Chunk(start - seen, covering, seen))
-            break
-        vector = covering // 2
-    return chunks
 
 
 # --- what is in registers -------------------------------------------------------------
@@ -214,46 +171,6 @@ def _layout(lanes: int, vector: int, rows: int) -> Any:
         lane_dims=tuple(lane_dims),
         vector_dim=-1,
     )
-
-
-def _load(ref: Any, at: Any, layout: Any) -> jax.Array:
-    """ref[at] in float32."""
-    value = plgpu.load(ref.at[at], layout=layout, optimized=False)
-    return value.astype(jnp.float32)
-
-
-def _store(ref: Any, at: Any, value: jax.Array) -> None:
-    """ref[at] = value, in the dtype of ref."""
-    value = value.astype(ref.dtype)
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref.at[at], value, optimized=False)
-    else:  # jax 0.11
-        ref[at] = value
-
-
-# The interpreter cannot reshape a reference: there, tests put functions in the place of
-# these two that reshape the value.
-
-
-def _load_by_warps(ref: Any, at: Any, layout: Any) -> jax.Array:
-    """ref[at], (4 * columns,) in memory, as (4, columns) in float32: a line a warp."""
-    (size,) = ref.at[at].shape
-    return _load(ref.at[at].reshape(WARPS, size // WARPS), ..., layout)
-
-
-def _store_by_warps(ref: Any, at: Any, value: jax.Array) -> None:
-    """ref[at] = value, (4, columns), which is (4 * columns,) in memory."""
-    _store(ref.at[at].reshape(value.shape), ..., value)
-
-
-@plgpu.inline_mgpu()
-def _fence(_: Any) -> None:
-    """Orders device memory for other multiprocessors.
-
-    A barrier of a cluster orders shared memory alone: its arrive is a release for the
-    own block.
-    """
-    mosaic.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
 
 
 class Part:
@@ -312,12 +229,17 @@ class Part:
         """Row `row` and those after it, chunk by chunk."""
         if self.config.long:
             return [
-                _load_by_warps(ref, (row, self._columns(chunk)), self._layout(chunk))
+                memory.load_as(
+                    ref,
+                    (row, self._columns(chunk)),
+                    self._shape(chunk),
+                    self._layout(chunk),
+                ).astype(jnp.float32)
                 for chunk in self.config.chunks
             ]
         rows = pl.ds(row, self.rows)
         return [
-            _load(ref, (rows, self._columns(chunk)), self._layout(chunk))
+            memory.load(ref, (rows, self._columns(chunk)), self._layout(chunk))
             for chunk in self.config.chunks
         ]
 
@@ -325,17 +247,18 @@ class Part:
         """One chunk of row `row` and those after it."""
         columns = self._columns(chunk)
         if self.config.long:
-            self._owned(chunk, lambda: _store_by_warps(ref, (row, columns), value))
+            self._owned(chunk, lambda: memory.store_as(ref, (row, columns), value))
         else:
             rows = pl.ds(row, self.rows)
-            self._owned(chunk, lambda: _store(ref, (rows, columns), value))
+            self._owned(chunk, lambda: memory.store(ref, (rows, columns), value))
 
     def load_param(self, ref: Any, chunk: Chunk) -> jax.Array:
         """Scale or bias, alike on all rows of the chunk."""
         columns = self._columns(chunk)
         if self.config.long:
-            return _load_by_warps(ref, (columns,), self._layout(chunk))
-        row = _load(ref, (columns,), self._layout(chunk).reduce(0))
+            shape, layout = self._shape(chunk), self._layout(chunk)
+            return memory.load_as(ref, (columns,), shape, layout).astype(jnp.float32)
+        row = memory.load(ref, (columns,), self._layout(chunk).reduce(0))
         return lax.broadcast_in_dim(row, self._shape(chunk), (1,))
 
     def store_total(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
@@ -345,9 +268,9 @@ class Part:
         else:
             at = (row, self._columns(chunk))
             if self.rows == 1:
-                _store(ref, (pl.ds(row, 1), at[1]), value)
+                memory.store(ref, (pl.ds(row, 1), at[1]), value)
             else:
-                _store(ref, at, jnp.sum(value, axis=0))
+                memory.store(ref, at, jnp.sum(value, axis=0))
 
     def zeros(self, chunk: Chunk) -> jax.Array:
         zeros = jnp.zeros(self._shape(chunk), jnp.float32)
@@ -374,16 +297,16 @@ class Part:
         if self.config.long:
             return ref[row]
         layout = self._layout(self.config.chunks[0]).reduce(1)
-        return _load(ref, (pl.ds(row, self.rows),), layout)
+        return memory.load(ref, (pl.ds(row, self.rows),), layout)
 
     def store_statistic(self, ref: Any, row: Any, value: jax.Array) -> None:
-        def store() -> None:
+        def write() -> None:
             if self.config.long:
                 ref[row] = value
             else:
-                _store(ref, (pl.ds(row, self.rows),), value)
+                memory.store(ref, (pl.ds(row, self.rows),), value)
 
-        store() if self.config.parts == 1 else pl.when(self.index == 0)(store)
+        write() if self.config.parts == 1 else pl.when(self.index == 0)(write)
 
     def sums(
         self, *terms: Sequence[jax.Array], row: Any, place: Any
@@ -401,7 +324,9 @@ class Part:
             return own
         in_block, in_cluster = self._sums
         for i, warps in enumerate(own):  # (4,)
-            _store(in_block, (place + i, pl.ds(self._warpgroup * WARPS, WARPS)), warps)
+            memory.store(
+                in_block, (place + i, pl.ds(self._warpgroup * WARPS, WARPS)), warps
+            )
         self._meet(0)
         count = self.config.warpgroups * WARPS
         totals = [_total(in_block, (place + i,), count) for i in range(len(own))]
@@ -411,10 +336,10 @@ class Part:
             def _() -> None:
                 for i, total in enumerate(totals):
                     in_cluster[row, place + i, self._block] = total
-                _fence()
+                memory.fence()
 
             self._meet(1)
-            _fence()
+            memory.fence()
             count = self.config.cluster
             totals = [
                 _total(in_cluster, (row, place + i), count) for i in range(len(own))
@@ -481,10 +406,10 @@ def forward(
     """
     norm, features = call.norm, config.features
     rows = x.size // features
-    tile = min(config.rows, _power_of_2_below(rows))
+    tile = min(config.rows, memory.power_of_2_below(rows))
     blocks = rows // tile
 
-    inputs = _present(x=x.reshape(rows, features), scale=scale, bias=bias)
+    inputs = memory.present(x=x.reshape(rows, features), scale=scale, bias=bias)
     outputs = {"y": jax.ShapeDtypeStruct((rows, features), norm.dtype)}
     if call.statistics:
         statistic = jax.ShapeDtypeStruct((rows,), jnp.float32)
@@ -573,7 +498,7 @@ def backward(
     tile, tiles, blocks = _grid(config, rows, processors)
     want = dict(zip(("dx", "dscale", "dbias"), call.wanted, strict=True))
 
-    inputs = _present(
+    inputs = memory.present(
         dy=dy.reshape(-1, features),
         x=x.reshape(-1, features),
         scale=scale,
@@ -659,30 +584,8 @@ def backward(
     if summed:
         each = [results[n].reshape(examples, blocks, features) for n in summed]
         shape = (*x.shape[: call.own_params], features)
-        found += [total.reshape(shape) for total in _sum_over_blocks(*each)]
+        found += [total.reshape(shape) for total in memory.sum_over_blocks(*each)]
     return found
-
-
-def _sum_over_blocks(*partials: jax.Array) -> Sequence[jax.Array]:
-    """(examples, blocks, features) -> (examples, features), all in one kernel.
-
-    XLA would make a kernel of each `jnp.sum`.
-    """
-
-    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-
-    zeros = tuple(jnp.zeros((), p.dtype) for p in partials)
-    return lax.reduce(partials, zeros, add, (1,))
-
-
-def _present(**operands: jax.Array | None) -> dict[str, jax.Array]:
-    return {name: value for name, value in operands.items() if value is not None}
-
-
-def _power_of_2_below(n: int) -> int:
-    """The largest power of two that is at most n."""
-    return 1 << (n.bit_length() - 1)
 
 
 def _grid(config: Config, rows: int, processors: int) -> tuple[int, int, int]:
@@ -692,7 +595,7 @@ def _grid(config: Config, rows: int, processors: int) -> tuple[int, int, int]:
     block less than 32 rows, whose partial sums would be over a tenth of what it moves;
     but no multiprocessor goes without work.
     """
-    tile = min(config.rows, _power_of_2_below(rows))
+    tile = min(config.rows, memory.power_of_2_below(rows))
     tiles = rows // tile
     resident = processors * 4 // config.warpgroups
     blocks = min(resident, max(rows // 32, processors)) // config.cluster

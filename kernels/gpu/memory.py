@@ -1,0 +1,140 @@
+"""What the kernels of NVIDIA GPUs share: chunks of columns, and access to memory."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mosaic
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPS = 4  # in a warpgroup, which is one thread to Pallas
+LANES = 32  # in a warp
+
+
+# --- columns -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Columns of one row that its lanes load together, `vector` a lane.
+
+    Attributes:
+      start: first column, counted from the first of the part, or of the row if `tail`.
+      vector: consecutive columns of a lane, one load.
+      seen: so many of its first columns lie in the chunk before too.
+      tail: whether it is beyond the parts, at the end of the row.
+    """
+
+    start: int
+    vector: int
+    seen: int = 0
+    tail: bool = False
+
+
+def cut(start: int, width: int, lanes: int, vector: int, spare: int) -> list[Chunk]:
+    """Covers columns [start, start + width).
+
+    What `lanes * vector` leaves over is one narrower chunk that begins earlier, if it
+    sees no more than `spare` columns twice; else narrower chunks side by side, each of
+    which costs another sum over lanes.
+    """
+    chunks = []
+    end = start + width
+    while start < end:
+        rest = end - start
+        if rest >= lanes * vector:
+            chunks.append(Chunk(start, vector))
+            start += lanes * vector
+            continue
+        covering = pl.next_power_of_2(pl.cdiv(rest, lanes))
+        seen = lanes * covering - rest
+        if covering == 1 or seen <= spare:
+            chunks.append(Chunk(start - seen, covering, seen))
+            break
+        vector = covering // 2
+    return chunks
+
+
+# --- memory --------------------------------------------------------------------------
+
+
+def load(ref: Any, at: Any, layout: Any) -> jax.Array:
+    """ref[at] in float32."""
+    value = plgpu.load(ref.at[at], layout=layout, optimized=False)
+    return value.astype(jnp.float32)
+
+
+def store(ref: Any, at: Any, value: jax.Array) -> None:
+    """ref[at] = value, in the dtype of ref."""
+    value = value.astype(ref.dtype)
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref.at[at], value, optimized=False)
+    else:  # jax 0.11
+        ref[at] = value
+
+
+# The interpreter cannot reshape a reference: there, tests put functions in the place of
+# the next four that reshape the value.
+
+
+def load_as(ref: Any, at: Any, shape: Sequence[int], layout: Any) -> jax.Array:
+    """ref[at] in its own dtype, in another shape of the same order."""
+    return plgpu.load(ref.at[at].reshape(*shape), layout=layout, optimized=False)
+
+
+def store_as(ref: Any, at: Any, value: jax.Array) -> None:
+    """ref[at] = value, which has another shape of the same order."""
+    store(ref.at[at].reshape(value.shape), ..., value)
+
+
+def load_flat(ref: Any, place: int, columns: Any, layout: Any) -> jax.Array:
+    """ref[place], (groups, channels of a group), as if it had one axis: its columns."""
+    places, *shape = ref.shape
+    flat = ref.reshape(places, math.prod(shape))
+    return load(flat, (place, columns), layout)
+
+
+def store_flat(ref: Any, place: int, columns: Any, value: jax.Array) -> None:
+    """What `load_flat` reads."""
+    places, *shape = ref.shape
+    store(ref.reshape(places, math.prod(shape)), (place, columns), value)
+
+
+@plgpu.inline_mgpu()
+def fence(_: Any) -> None:
+    """Orders device memory for other multiprocessors.
+
+    A barrier of a cluster orders shared memory alone: its arrive is a release for the
+    own block.
+    """
+    mosaic.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+
+
+# --- the rest ------------------------------------------------------------------------
+
+
+def present(**operands: jax.Array | None) -> dict[str, jax.Array]:
+    return {name: value for name, value in operands.items() if value is not None}
+
+
+def power_of_2_below(n: int) -> int:
+    """The largest power of two that is at most n."""
+    return 1 << (n.bit_length() - 1)
+
+
+def sum_over_blocks(*partials: jax.Array) -> Sequence[jax.Array]:
+    """(examples, blocks, features) -> (examples, features), all in one kernel.
+
+    XLA would make a kernel of each `jnp.sum`.
+    """
+
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    zeros = tuple(jnp.zeros((), p.dtype) for p in partials)
+    return lax.reduce(partials, zeros, add, (1,))
