@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels import gpu
@@ -23,17 +22,6 @@ def store_as(ref: Any, at: Any, value: Any) -> None:
     memory.store(ref, at, value.reshape(ref.at[at].shape))
 
 
-def load_flat(ref: Any, place: int, columns: Any, layout: Any) -> Any:
-    value = plgpu.load(ref.at[place], optimized=False).reshape(-1)
-    return value[columns.start : columns.start + columns.size].astype(jnp.float32)
-
-
-def store_flat(ref: Any, place: int, columns: Any, value: Any) -> None:
-    flat = plgpu.load(ref.at[place], optimized=False).reshape(-1)
-    flat = flat.at[columns.start : columns.start + columns.size].set(value)
-    memory.store(ref, place, flat.reshape(ref.shape[1:]))
-
-
 @contextlib.contextmanager
 def mode() -> Iterator[None]:
     """Interprets; a race raises."""
@@ -43,8 +31,6 @@ def mode() -> Iterator[None]:
         plgpu.force_gpu_interpret_mode(params),
         mock.patch.object(memory, "load_as", load_as),
         mock.patch.object(memory, "store_as", store_as),
-        mock.patch.object(memory, "load_flat", load_flat),
-        mock.patch.object(memory, "store_flat", store_flat),
     ):
         yield
 

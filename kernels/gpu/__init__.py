@@ -3,10 +3,14 @@
 from typing import Any
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.gpu import rowwise
+from fusednorm.kernels.gpu import channelwise, rowwise
 
 # Where the code is compiled for a GPU that is elsewhere: those of an H100.
 PROCESSORS = 132
+
+# Bytes of shared memory of a block, and from compute capability 12.0 on (NVIDIA's "CUDA
+# C++ Programming Guide", section "Compute Capabilities").
+SHARED, SMALLER_SHARED = 227 * 1024, 99 * 1024
 
 
 def plan(call: Call, device: Any) -> Kernel | Fallback:
@@ -16,7 +20,7 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
       call: one whose geometry and dtypes the kernels take; `dispatch` has looked.
       device: the GPU, or None where the code is compiled for one that is elsewhere.
     """
-    processors = PROCESSORS
+    processors, shared = PROCESSORS, SHARED
     if device is not None:
         # Mosaic GPU would end the process: LLVM cannot select `elect.sync`.
         if float(device.compute_capability) < 9.0:
@@ -25,7 +29,9 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
                 "or newer"
             )
         processors = device.core_count
+        if float(device.compute_capability) >= 12.0:
+            shared = SMALLER_SHARED
     assert call.geometry is not None
     if call.geometry.family == "rowwise":
         return rowwise.plan(call, processors)
-    return Fallback("no channelwise kernel for NVIDIA GPUs yet")
+    return channelwise.plan(call, shared)

@@ -1,7 +1,6 @@
 """What the kernels of NVIDIA GPUs share: chunks of columns, and access to memory."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ def store(ref: Any, at: Any, value: jax.Array) -> None:
 
 
 # The interpreter cannot reshape a reference: there, tests put functions in the place of
-# the next four that reshape the value.
+# the next two that reshape the value.
 
 
 def load_as(ref: Any, at: Any, shape: Sequence[int], layout: Any) -> jax.Array:
@@ -90,19 +89,6 @@ def load_as(ref: Any, at: Any, shape: Sequence[int], layout: Any) -> jax.Array:
 def store_as(ref: Any, at: Any, value: jax.Array) -> None:
     """ref[at] = value, which has another shape of the same order."""
     store(ref.at[at].reshape(value.shape), ..., value)
-
-
-def load_flat(ref: Any, place: int, columns: Any, layout: Any) -> jax.Array:
-    """ref[place], (groups, channels of a group), as if it had one axis: its columns."""
-    places, *shape = ref.shape
-    flat = ref.reshape(places, math.prod(shape))
-    return load(flat, (place, columns), layout)
-
-
-def store_flat(ref: Any, place: int, columns: Any, value: jax.Array) -> None:
-    """What `load_flat` reads."""
-    places, *shape = ref.shape
-    store(ref.reshape(places, math.prod(shape)), (place, columns), value)
 
 
 @plgpu.inline_mgpu()

@@ -202,6 +202,11 @@ class Part:
 
     # Where a chunk lies.
 
+    @property
+    def layouts(self) -> list[Any]:
+        """Of the chunks."""
+        return [self._layout(chunk) for chunk in self.config.chunks]
+
     def _columns(self, chunk: Chunk) -> pl.Slice:
         first = 0 if chunk.tail else self.index * self.config.width
         return pl.ds(first + chunk.start, self.config.lanes * chunk.vector)
