@@ -77,18 +77,6 @@ MANY_PARTIALS = {
     (RTX5090, "4097x1128"): "4097 rows on 170 SMs: 11 %",
 }
 
-# TODO(kernels/tpu): XLA copies x and y here, and our layer moves 2 to 4 times flax's
-# bytes, alone and between two matrix products (v5e, compiled). A plan that knows the
-# layout that XLA will choose, or leaves such shapes to the reference, empties this.
-COPIED = {
-    "alphafold_pair_64": "64 features leave half of the lanes empty: XLA has 384 there",
-}
-
-
-def copied(cell: Cell) -> bool:
-    chip, work = cell
-    return not isinstance(chip, Gpu) and work.name in COPIED
-
 
 def name(value: Any) -> str | None:
     match value:
@@ -177,7 +165,7 @@ def test_partial_sums_are_few(cell: Cell, found: Measurement) -> None:
     chip, work = cell
     if found.op == "backward" and (chip, work.name) in MANY_PARTIALS:
         assert found.partials <= 3 * found.ideal
-    elif not copied(cell):
+    else:
         assert found.partials <= 0.1 * found.ideal
 
 
@@ -197,7 +185,7 @@ def test_nothing_stands_around_a_forward(cell: Cell, found: Measurement) -> None
     if isinstance(cell[0], Gpu):
         assert found.around == ()
     else:
-        assert bool(large(found)) == copied(cell)
+        assert large(found) == []
 
 
 @each_cell
@@ -209,7 +197,7 @@ def test_a_sum_alone_stands_around_a_backward(cell: Cell, found: Measurement) ->
         assert len(found.around) <= 1
         assert {opcode for opcode, _ in found.around} <= {"fusion", "reduce"}
     else:
-        assert bool(large(found)) == copied(cell)
+        assert large(found) == []
 
 
 # --- layers ---------------------------------------------------------------------------

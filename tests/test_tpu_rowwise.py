@@ -7,7 +7,6 @@ interpreted launch is checked for races (tests/on_tpu.py), and what a block has 
 the array is NaN there.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 import fusednorm
+from fusednorm.kernels import norm as op
 from fusednorm.kernels import tpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.tpu import rowwise
+from fusednorm.kernels.tpu.blocks import (
+    LANES,
+    AcrossLanes,
+    DownSublanes,
+    order_of_axes,
+)
+from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import Case
 from tests.test_rowwise import MIXES, calls, run, run_each_example
@@ -102,8 +110,100 @@ def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
     )
     kernel = tpu.plan(call, None)
     assert isinstance(kernel, Kernel)
-    assert int(kernel.block.split()[0]) < rowwise.LANES
+    assert int(kernel.block.split()[0]) < LANES
     run(case)
+
+
+# --- features down the sublanes -------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_rows_along_the_lanes(kernels: None, number: int) -> None:
+    """Their sizes and numbers of features, around tiles, blocks and chunks."""
+    shape = [
+        (5, 384, 64),
+        (2, 197, 64),  # 59 lanes of the last chunk are garbage
+        (129, 3, 64),  # rows are the first axis
+        (2, 130, 2, 24),
+        (300, 7),  # one feature of 8 is garbage
+        (125, 100),
+        (250, 192),  # 128 and 64
+        (125, 600),  # more than registers hold
+        (9300, 16),  # several chunks
+    ][number]
+    case = Case("layer_norm" if number % 3 else "rms_norm", shape)
+    assert all(down(call) for call in calls(shape, MIXES[number % len(MIXES)][0]))
+    run(case, MIXES[number % len(MIXES)])
+
+
+@pytest.mark.parametrize("shape", [(7, 150, 24), (1500, 24)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_blocks_of_slabs_and_of_rows(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, dtype: str, shape: tuple[int, ...]
+) -> None:
+    """Several of each, the last of which have less than the others."""
+    monkeypatch.setattr(rowwise, "MOST_ROWS", 120)
+    monkeypatch.setattr(rowwise, "CHUNK", 2 * 24 * LANES)
+    for call in calls(shape, dtype):
+        assert int(tpu.plan(call, None).block.split()[0]) == 512
+    run(Case("layer_norm", shape), (dtype, "float32", dtype))
+
+
+@pytest.mark.parametrize("features", [1, 5, 8, 24, 64, 96, 100, 127, 130, 192, 300])
+def test_both_ways_sum_in_the_same_order(features: int) -> None:
+    rng = np.random.default_rng(18)
+    x = np.full((16, 384), np.nan, "float32")
+    x[:, :features] = rng.normal(0.3, 2, (16, features))
+    lying = AcrossLanes(1, 1, 16, features, 16, 16)
+    standing = DownSublanes(1, 1, 16, features, 1, LANES, LANES)
+    columns = np.full((standing.sublanes, LANES), np.nan, "float32")
+    columns[:, :16] = x[:, : standing.sublanes].T
+
+    def sums(way: Any, chunk: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        def kernel(chunk_ref: Any, sums_ref: Any) -> None:
+            sums_ref[...] = way.sum_features(chunk_ref[...])
+
+        result = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return np.asarray(pl.pallas_call(kernel, result, interpret=True)(chunk))
+
+    found = sums(lying, x[:, : lying.lanes], (16, 1))[:, 0]
+    np.testing.assert_allclose(found, x[:, :features].sum(1), rtol=1e-4, atol=1e-4)
+    others = sums(standing, columns, (1, LANES))[0, :16]
+    np.testing.assert_array_equal(found, others)
+
+
+@pytest.mark.parametrize("features", [24, 64, 192])
+def test_a_row_is_the_same_whichever_way_it_lies(kernels: None, features: int) -> None:
+    """Where products are exact: XLA on a CPU rounds some sums with a product once."""
+    rng = np.random.default_rng(19)
+    sizes = 10.0 ** rng.uniform(-3, 0, (200, features))
+    x = jnp.asarray(rng.normal(size=(200, features)) * sizes, "bfloat16")
+    scale = jnp.asarray(rng.normal(size=features), "float32")
+    norm = Norm((1,), (1,), center=False, epsilon=0.0, dtype=jnp.dtype("float32"))
+    rows = {True: 200, False: 9}
+    for is_down, count in rows.items():
+        assert down(calls((count, features), "bfloat16")[0]) == is_down
+    whole, some = (
+        op.normalize_with_moments(norm, x[:count], scale) for count in rows.values()
+    )
+    np.testing.assert_array_equal(whole[0][:9], some[0])
+    np.testing.assert_array_equal(whole[2][:9], some[2])
+
+
+def test_nan_in_a_row_along_the_lanes_stays_in_it(kernels: None) -> None:
+    case = Case("layer_norm", (2, 150, 24))
+    x, scale, bias, dy = case.data(20, "float32", "float32")
+    bad = x.copy()
+    bad[1, 149, 7] = np.nan
+    results = []
+    for given in (x, bad):
+        y, vjp = jax.vjp(lambda x: case.run(x, scale, bias), jnp.asarray(given))
+        results.append([np.array(y), np.array(*vjp(jnp.asarray(dy, "float32")))])
+    for clean, poisoned in zip(*results, strict=True):
+        assert np.isfinite(clean).all()
+        assert np.isnan(poisoned[1, 149]).all()
+        poisoned[1, 149] = clean[1, 149]
+        np.testing.assert_array_equal(clean, poisoned)
 
 
 # --- what is wanted -------------------------------------------------------------------
@@ -114,6 +214,10 @@ def test_each_example_has_its_own_gradients(
     kernels: None, rows: tuple[int, ...]
 ) -> None:
     run_each_example((*rows, 768))
+
+
+def test_each_example_has_its_own_gradients_down_the_sublanes(kernels: None) -> None:
+    run_each_example((2, 150, 24))
 
 
 # --- float16 --------------------------------------------------------------------------
@@ -163,7 +267,10 @@ def test_what_must_run_runs(features: int, dtype: str) -> None:
                 assert isinstance(kernel, Kernel), kernel
                 assert kernel.name == f"rowwise {call.op}"
                 block_rows = int(kernel.block.split()[0])
-                assert block_rows & (block_rows - 1) == 0
+                if down(call):
+                    assert block_rows % LANES == 0
+                else:
+                    assert block_rows & (block_rows - 1) == 0
 
 
 def test_the_block_depends_on_features_and_dtypes_alone() -> None:
@@ -195,14 +302,63 @@ def test_what_falls_back(call: Call, reason: str) -> None:
     assert reason in answer.reason
 
 
-def test_axes_come_in_the_order_of_memory() -> None:
-    def order(shape: tuple[int, ...], own_params: int = 0) -> Any:
-        call = dataclasses.replace(calls(shape, "float32")[1], own_params=own_params)
-        return rowwise._order_of_axes(call)
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((264, 197, 768), (1, 0, 2)),  # 264 fill sublanes, 197 leave 3 empty
+        ((263, 197, 768), (1, 0, 2)),  # 1 of 264 empty, against 3 of 200
+        ((264, 200, 768), (0, 1, 2)),  # the last of two that fill them
+        ((16, 3, 8, 5, 64), (0, 1, 3, 2, 4)),
+        ((264, 1, 768), (0, 1, 2)),
+        ((197, 768), (0, 1)),
+        ((3255, 384, 64), (0, 2, 1)),  # 64 leave half of the lanes empty
+        ((128, 197, 12, 64), (1, 2, 3, 0)),
+        ((4097, 64), (1, 0)),
+        ((4096, 1128), (1, 0)),
+        ((4097, 1128), (0, 1)),  # 127 of 4224 empty, against 24 of 1152
+        ((3255, 384, 128), (0, 1, 2)),
+        ((64,), (0,)),
+        ((3255, 200, 100), (1, 2, 0)),  # XLA: (2, 1, 0), which no kernel takes
+    ],
+    ids=str,
+)
+def test_axes_come_in_the_order_of_memory(
+    shape: tuple[int, ...], order: tuple[int, ...]
+) -> None:
+    assert order_of_axes(shape, itemsize=4, first=0) == order
 
-    assert order((264, 197, 768)) == (1, 0, 2)
-    assert order((16, 3, 8, 5, 64)) == (0, 1, 3, 2, 4)
-    assert order((64, 197, 768), own_params=1) is None  # examples stay in front
-    assert order((2, 64, 197, 768), own_params=1) == (0, 2, 1, 3)
-    for as_it_is in ((264, 200, 768), (263, 197, 768), (264, 1, 768), (197, 768)):
-        assert order(as_it_is) is None
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((64, 197, 768), (0, 1, 2)),  # alone: (1, 0, 2)
+        ((2, 64, 197, 768), (0, 2, 1, 3)),
+        ((128, 5, 64), (0, 1, 2)),  # alone: (1, 2, 0)
+        ((3, 130, 64), (0, 2, 1)),
+        ((3, 64), (0, 1)),
+    ],
+    ids=str,
+)
+def test_examples_stay_in_front(shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    assert order_of_axes(shape, itemsize=4, first=1) == order
+
+
+def down(call: Call) -> bool:
+    """Whether its features lie down the sublanes."""
+    answer = tpu.plan(call, None)
+    assert isinstance(answer, Kernel)
+    return "down the sublanes" in answer.why
+
+
+def test_features_lie_one_way_or_the_other() -> None:
+    for shape in ((4097, 64), (3255, 384, 64), (384, 192), (4096, 2880), (37, 7)):
+        assert all(down(call) for call in calls(shape, "bfloat16"))
+    for shape in ((37, 64), (4097, 128), (4097, 1128), (300,), (4096, 768)):
+        assert not any(down(call) for call in calls(shape, "bfloat16"))
+
+
+def test_long_rows_never_lie_down_the_sublanes() -> None:
+    """128 rows of them are more than VMEM holds; so XLA copies them."""
+    for dtype in FLOATS:
+        for shape in ((4096, 8200), (2**22, 12345)):
+            assert not any(down(call) for call in calls(shape, dtype))

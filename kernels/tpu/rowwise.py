@@ -8,11 +8,12 @@
 One row's mean and variance are taken over its own features; RMSNorm leaves out mean
 and c2. For the sources of the formulas see reference/norm.py.
 
-The array is seen as x[examples, slabs, rows, features]. A grid step has a block of rows
-in VMEM, whole rows; Pallas fetches the next block and writes back the last one
-meanwhile. So HBM sees each element once: the forward reads x and writes y, the backward
-reads x and dy and writes dx. Statistics add 4 bytes a row each, parameters and their
-gradients once their own size.
+The array is seen as x[examples, slabs, rows, features], or with features before rows
+where XLA has it so in memory: blocks.py has both, and what a kernel asks of either. A
+grid step has a block of rows in VMEM, whole rows; Pallas fetches the next block and
+writes back the last one meanwhile. So HBM sees each element once: the forward reads x
+and writes y, the backward reads x and dy and writes dx. Statistics add 4 bytes a row
+each, parameters and their gradients once their own size.
 
 Inside a block a loop takes a chunk of rows at a time, as many as the registers hold.
 Chunks beyond the last row are left out; garbage in a chunk's own last rows stays in
@@ -23,26 +24,34 @@ order, depends on features and dtypes alone.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
-
-LANES = 128  # of a vector register
-SUBLANES = 8
+from fusednorm.kernels.tpu.blocks import (
+    LANES,
+    SUBLANES,
+    AcrossLanes,
+    Blocks,
+    DownSublanes,
+    order_of_axes,
+    power_of_two,
+    round_up,
+)
 
 # Blocks of all operands together, two of each: one in use, one in flight. At 0.8 to
 # 3.7 TB/s a step takes from 5 us down to 1 us, against about 0.35 us of its own cost.
 BLOCKS_BYTES = 8 * 2**20
 
-MOST_ROWS = 4096  # of a block; a MiB of 128 bfloat16 features
+# Of a block; a MiB of 128 bfloat16 features. Down the sublanes, where 64 features fill
+# their registers, as many elements.
+MOST_ROWS = 4096
 
 # VMEM for a kernel without asking for more: all that a v4 has, and what XLA keeps free
 # on all others. Rows that do not fit take the reference.
@@ -70,39 +79,42 @@ SLAB_BYTES = 64 * 2**10
 
 
 def _forward_kernel(
-    x_ref: Any,  # [block_rows, features]
-    scale_ref: Any,  # [1, features], or None
-    bias_ref: Any,  # [1, features], or None
-    y_ref: Any,  # [block_rows, features]
-    mean_ref: Any,  # [1, max(block_rows, LANES)] float32, or None
+    x_ref: Any,  # a block: [block_rows, lanes], or [block_slabs, sublanes, block_rows]
+    scale_ref: Any,  # [1, lanes], or None
+    bias_ref: Any,  # [1, lanes], or None
+    y_ref: Any,  # a block
+    mean_ref: Any,  # float32, of a block's rows, or None
     var_ref: Any,  # likewise
+    scale_kept: Any,  # [sublanes, LANES] float32, or None
+    bias_kept: Any,  # likewise
     *,
     center: bool,
     epsilon: float,
-    blocks: "Blocks",
+    blocks: Blocks,
 ) -> None:
     """y, and mean and variance of each row."""
     per_feature = 1 / blocks.features
+    _keep_params([(scale_ref, scale_kept), (bias_ref, bias_kept)], blocks)
 
     def chunk(index: Any) -> None:
-        here = blocks.rows_of(index)
-        x = _load(x_ref, here)  # [chunk_rows, features]
+        here = blocks.place(index)
+        x = _load(x_ref, here)  # [chunk_rows, lanes], or [sublanes, chunk_rows]
         with jax.named_scope("statistics"):
             if center:
                 # The mean, and the mean of what it leaves: a float32 sum of large
                 # numbers is off by several roundings, and that of the rest by none.
-                mean = jnp.sum(x, -1, keepdims=True) * per_feature
+                mean = blocks.sum_features(x) * per_feature
                 x = x - mean
-                shift = jnp.sum(x, -1, keepdims=True) * per_feature
+                shift = blocks.sum_features(x) * per_feature
                 mean = mean + shift
                 x = x - shift
-            var = jnp.sum(x * x, -1, keepdims=True) * per_feature  # [chunk_rows, 1]
+            var = blocks.sum_features(x * x) * per_feature  # one a row
         with jax.named_scope("normalize"):
             y = x * lax.rsqrt(var + epsilon)
             if scale_ref is not None:
-                y = y * _load(scale_ref)
+                y = y * _param(scale_ref, scale_kept, blocks)
             if bias_ref is not None:
-                y = y + _load(bias_ref)
+                y = y + _param(bias_ref, bias_kept, blocks)
         _store(y_ref, here, y)
         if mean_ref is not None:
             blocks.put_statistic(mean_ref, index, mean)
@@ -116,20 +128,21 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    dy_ref: Any,  # [block_rows, features]
-    x_ref: Any,  # [block_rows, features], or None where dbias alone is wanted
-    scale_ref: Any,  # [1, features], or None
-    mean_ref: Any,  # [1, max(block_rows, LANES)] float32, or None
+    dy_ref: Any,  # a block: [block_rows, lanes], or [block_slabs, sublanes, block_rows]
+    x_ref: Any,  # a block, or None where dbias alone is wanted
+    scale_ref: Any,  # [1, lanes], or None
+    mean_ref: Any,  # float32, of a block's rows, or None
     var_ref: Any,  # likewise
-    dx_ref: Any,  # [block_rows, features], or None
-    dscale_ref: Any,  # [1, features] float32, or None
+    dx_ref: Any,  # a block, or None
+    dscale_ref: Any,  # [1, lanes] float32, or None
     dbias_ref: Any,  # likewise
-    dscale_sum: Any,  # [SUBLANES, features] float32, or None: kept from step to step
-    dbias_sum: Any,  # likewise
+    scale_kept: Any,  # [sublanes, LANES] float32, or None
+    dscale_sum: Any,  # [SUBLANES, lanes] or [sublanes, LANES] float32, or None: kept
+    dbias_sum: Any,  # likewise                                     from step to step
     *,
     center: bool,
     epsilon: float,
-    blocks: "Blocks",
+    blocks: Blocks,
 ) -> None:
     """Those of dx, dscale and dbias that are wanted."""
     per_feature = 1 / blocks.features
@@ -139,15 +152,17 @@ def _backward_kernel(
         if total is not None
     ]
 
-    @pl.when(blocks.is_first_step())
+    _keep_params([(scale_ref, scale_kept)], blocks)
+
+    @pl.when(_is_first_step())
     def _() -> None:
         for total, _ in sums:
             total[...] = jnp.zeros_like(total)
 
     def chunk(index: Any) -> None:
-        here = blocks.rows_of(index)
-        dy = _load(dy_ref, here)  # [chunk_rows, features]
-        inside = blocks.is_inside(index)  # [chunk_rows, 1]
+        here = blocks.place(index)
+        dy = _load(dy_ref, here)  # [chunk_rows, lanes], or [sublanes, chunk_rows]
+        inside = blocks.is_inside(index)  # one a row
         if x_ref is not None:
             x_hat = _load(x_ref, here)
             if mean_ref is not None:
@@ -155,166 +170,54 @@ def _backward_kernel(
             rstd = lax.rsqrt(blocks.get_statistic(var_ref, index) + epsilon)
             x_hat = x_hat * rstd
         if dx_ref is not None:
-            wdy = dy if scale_ref is None else dy * _load(scale_ref)
-            c1 = jnp.sum(wdy * x_hat, -1, keepdims=True) * per_feature
+            wdy = dy
+            if scale_ref is not None:
+                wdy = dy * _param(scale_ref, scale_kept, blocks)
+            c1 = blocks.sum_features(wdy * x_hat) * per_feature
             dx = wdy - x_hat * c1
             if center:
-                dx = dx - jnp.sum(wdy, -1, keepdims=True) * per_feature
+                dx = dx - blocks.sum_features(wdy) * per_feature
             _store(dx_ref, here, dx * rstd)
         if dscale_sum is not None:
-            dscale_sum[...] += _sum_rows(jnp.where(inside, dy * x_hat, 0))
+            dscale_sum[...] += blocks.sum_rows(jnp.where(inside, dy * x_hat, 0))
         if dbias_sum is not None:
-            dbias_sum[...] += _sum_rows(jnp.where(inside, dy, 0))
+            dbias_sum[...] += blocks.sum_rows(jnp.where(inside, dy, 0))
 
     blocks.for_each_chunk(chunk)
 
-    @pl.when(blocks.is_last_step())
+    @pl.when(_is_last_step(blocks))
     def _() -> None:
         for total, result in sums:
-            result[...] = jnp.sum(total[...], 0, keepdims=True)
+            blocks.finish_sum(total, result)
 
 
-def _sum_rows(value: jax.Array) -> jax.Array:
-    """[chunk_rows, features] -> [SUBLANES, features]: adds whole registers alone."""
-    rows, features = value.shape
-    return jnp.sum(value.reshape(rows // SUBLANES, SUBLANES, features), 0)
+# --- both -----------------------------------------------------------------------------
 
 
-# --- blocks and chunks ----------------------------------------------------------------
+def _keep_params(pairs: Sequence[tuple[Any, Any]], blocks: Blocks) -> None:
+    """Puts scale and bias into scratch, where there is any for them."""
+    kept = [(ref, scratch) for ref, scratch in pairs if scratch is not None]
+    if kept:
+
+        @pl.when(_is_first_step())
+        def _() -> None:
+            for ref, scratch in kept:
+                blocks.keep_param(scratch, _load(ref))
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How the view x[examples, slabs, rows, features] is cut.
-
-    Attributes:
-      examples: parts of the array with a dscale and dbias of their own.
-      slabs: parts of an example.
-      rows: rows of a slab.
-      features: length of a row.
-      block_rows: rows in VMEM at a time; a power of two.
-      chunk_rows: rows in registers at a time; a power of two.
-    """
-
-    examples: int
-    slabs: int
-    rows: int
-    features: int
-    block_rows: int
-    chunk_rows: int
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.examples, self.slabs, pl.cdiv(self.rows, self.block_rows)
-
-    @property
-    def of_rows(self) -> pl.BlockSpec:
-        """For x, y, dy and dx."""
-        return pl.BlockSpec(
-            (None, None, self.block_rows, self.features),
-            lambda example, slab, block: (example, slab, block, 0),
-        )
-
-    @property
-    def of_param(self) -> pl.BlockSpec:
-        """For scale and bias [1, features], fetched once.
-
-        As [features], Pallas would ask which TPU it compiles for, and stop where there
-        is none: `jax.export` on another machine.
-        """
-        return pl.BlockSpec((1, self.features), lambda example, slab, block: (0, 0))
-
-    @property
-    def of_param_gradient(self) -> pl.BlockSpec:
-        """For dscale and dbias [examples, 1, features]."""
-        return pl.BlockSpec(
-            (None, 1, self.features), lambda example, slab, block: (example, 0, 0)
-        )
-
-    # A statistic is [examples, slabs, 1, rows], its rows along the lanes: 4 bytes a
-    # row. As [rows, 1], the shape it has outside, a block of it fills 128 lanes with
-    # one number: 512 bytes a row, as much as 256 features in bfloat16.
-
-    @property
-    def of_statistic(self) -> pl.BlockSpec:
-        lanes = max(self.block_rows, LANES)  # serves one block, or several in turn
-        blocks = lanes // self.block_rows
-        return pl.BlockSpec(
-            (None, None, 1, lanes),
-            lambda example, slab, block: (example, slab, 0, lax.div(block, blocks)),
-        )
-
-    def put_statistic(self, ref: Any, index: Any, column: jax.Array) -> None:
-        """Puts [chunk_rows, 1] into its lanes of [1, lanes]."""
-        for rows, tile, mine, diagonal in self._tiles_of(index):
-            spread = jnp.where(diagonal, column[rows], 0)  # [tile_rows, LANES]
-            row = jnp.sum(spread, 0, keepdims=True)  # [1, LANES]
-            ref[:, tile] = jnp.where(mine, row, ref[:, tile])
-
-    def get_statistic(self, ref: Any, index: Any) -> jax.Array:
-        """Reads back [chunk_rows, 1]."""
-        columns = [
-            jnp.sum(jnp.where(diagonal, ref[:, tile], 0), 1, keepdims=True)
-            for _, tile, _, diagonal in self._tiles_of(index)
-        ]
-        return columns[0] if len(columns) == 1 else jnp.concatenate(columns, 0)
-
-    def _tiles_of(self, index: Any) -> Iterator[tuple[slice, Any, Any, jax.Array]]:
-        """Where a chunk's statistics are, tile by tile of LANES.
-
-        Yields:
-          rows: those of the chunk that have their statistic in this tile.
-          tile: the lanes of the tile.
-          mine: bool [1, LANES], which of them these rows have.
-          diagonal: bool [tile_rows, LANES], which lane each row has.
-        """
-        tile_rows = min(self.chunk_rows, LANES)
-        for start in range(0, self.chunk_rows, tile_rows):
-            row = pl.program_id(2) * self.block_rows + index * self.chunk_rows + start
-            row = lax.rem(row, max(self.block_rows, LANES))
-            first = lax.rem(row, LANES)
-            tile = pl.ds(pl.multiple_of(row - first, LANES), LANES)
-            shape = tile_rows, LANES
-            own = lax.broadcasted_iota(jnp.int32, shape, 1) - first
-            diagonal = own == lax.broadcasted_iota(jnp.int32, shape, 0)
-            mine = (own[:1] >= 0) & (own[:1] < tile_rows)
-            yield slice(start, start + tile_rows), tile, mine, diagonal
-
-    def for_each_chunk(self, chunk: Callable[[Any], None]) -> None:
-        """Calls chunk(index) for the chunks of this block that have rows."""
-        left = self.rows - pl.program_id(2) * self.block_rows
-        rows = jnp.minimum(left, self.block_rows)
-        chunks = lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
-        lax.fori_loop(0, chunks, lambda index, _: chunk(index), None)
-
-    def rows_of(self, index: Any) -> Any:
-        """The rows of a chunk, in a block."""
-        return pl.ds(
-            pl.multiple_of(index * self.chunk_rows, self.chunk_rows), self.chunk_rows
-        )
-
-    def is_inside(self, index: Any) -> jax.Array:
-        """bool [chunk_rows, 1]: whether the array has this row."""
-        first = pl.program_id(2) * self.block_rows + index * self.chunk_rows
-        row = lax.broadcasted_iota(jnp.int32, (self.chunk_rows, 1), 0)
-        return first + row < self.rows
-
-    def is_first_step(self) -> jax.Array:
-        """Of those of one example."""
-        return (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
-
-    def is_last_step(self) -> jax.Array:
-        _, slabs, blocks = self.grid
-        return (pl.program_id(1) == slabs - 1) & (pl.program_id(2) == blocks - 1)
+def _param(ref: Any, kept: Any, blocks: Blocks) -> jax.Array:
+    """Scale or bias, that broadcasts to a chunk."""
+    return blocks.for_chunk(_load(ref) if kept is None else kept[...])
 
 
-def _power_of_two(most: int) -> int:
-    """The largest power of two up to `most`."""
-    return 1 << (most.bit_length() - 1)
+def _is_first_step() -> jax.Array:
+    """Of those of one example."""
+    return (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+def _is_last_step(blocks: Blocks) -> jax.Array:
+    _, slabs, last = blocks.grid
+    return (pl.program_id(1) == slabs - 1) & (pl.program_id(2) == last - 1)
 
 
 # --- float16 --------------------------------------------------------------------------
@@ -409,7 +312,7 @@ def forward(
       mask: None.
     """
     norm = call.norm
-    view = blocks.examples, blocks.slabs, blocks.rows, blocks.features
+    view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
     statistic = _result(x, row_of_statistics, jnp.float32) if call.statistics else None
     y, *statistics = _pallas_call(
@@ -428,6 +331,7 @@ def forward(
             (statistic if norm.center else None, blocks.of_statistic),
             (statistic, blocks.of_statistic),
         ],
+        scratch=[blocks.kept_param if p is not None else None for p in (scale, bias)],
     )
     shapes = [x.shape, *[norm.statistic_shape(x.shape)] * 2]
     return _present([y, *statistics], shapes)
@@ -461,10 +365,10 @@ def backward(
         return []
     dx, dscale, dbias = call.wanted
     reads_x = dx or dscale
-    view = blocks.examples, blocks.slabs, blocks.rows, blocks.features
+    view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
     param = _result(x, (blocks.examples, 1, blocks.features), jnp.float32)
-    total = pltpu.VMEM((SUBLANES, blocks.features), jnp.float32)
+    total = blocks.kept_sum
     if mean is not None:
         mean = mean.reshape(row_of_statistics)
     results = _pallas_call(
@@ -488,7 +392,11 @@ def backward(
             (param if dscale else None, blocks.of_param_gradient),
             (param if dbias else None, blocks.of_param_gradient),
         ],
-        scratch=[total if dscale else None, total if dbias else None],
+        scratch=[
+            blocks.kept_param if dx and scale is not None else None,
+            total if dscale else None,
+            total if dbias else None,
+        ],
     )
     params = (*x.shape[: call.own_params], blocks.features)
     return _present(results, [x.shape, params, params])
@@ -539,53 +447,36 @@ def _result(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeS
 
 def plan(call: Call, view: Geometry, device: Any) -> Kernel | Fallback:
     """Chooses blocks for a call whose view has S = 1 and one set of parameters."""
-    order = _order_of_axes(call)
-    if order is not None:
-        call = _transposed(call, order)
-    blocks = choose_blocks(call, view)
+    own, natural = call.own_params, tuple(range(call.x.ndim))
+    order = natural
+    if call.norm.reduction_axes == natural[-1:]:  # no groups, nor several axes
+        order = order_of_axes(call.x.shape, call.x.dtype.itemsize, own)
+    down = None
+    if order[-1] != natural[-1]:
+        down = down_sublanes(_transposed(call, order))
+        order = order if down else natural
+    call = _transposed(call, order)
+    blocks = down or across_lanes(call, view)
     if isinstance(blocks, Fallback):
         return blocks
     launch: Callable[..., list[jax.Array]]
     launch = forward if call.op == "forward" else backward
     launch = functools.partial(launch, call, blocks)
-    if order is not None:
+    if order != natural:
         launch = functools.partial(_launch_transposed, launch, order)
     return Kernel(
         backend="mosaic_tpu",
         name=f"rowwise {call.op}",
         launch=launch,
-        block=f"{blocks.block_rows} rows of {blocks.features} features",
-        why=f"rows lie contiguous; {blocks.chunk_rows} at a time in registers",
+        block=str(blocks),
+        why=f"{'features down the sublanes' if down else 'rows lie contiguous'}; "
+        f"{blocks.chunk_rows} rows at a time in registers",
         bytes_moved=bytes_moved(call, blocks),
     )
 
 
-def _order_of_axes(call: Call) -> tuple[int, ...] | None:
-    """The order of x's axes in memory, as XLA will have it; None for their own.
-
-    XLA gives the sublanes to an axis that fills them: of (264, 197, 768) to the first.
-    A kernel that asks for the axes in their own order has x and y copied: 2.0 times
-    the bytes of flax's forward, compiled for a v5e. In that order the transposes cost
-    nothing, and to a row it is all the same.
-    """
-    leading = call.x.shape[:-1]
-    if call.norm.reduction_axes != (len(leading),):
-        return None  # groups, or several axes: not worth it
-    if len(leading) < 2 or leading[-1] == 1:
-        return None
-    fills = [
-        axis
-        for axis in range(call.own_params, len(leading))
-        if leading[axis] % SUBLANES == 0
-    ]
-    if not fills or fills[-1] == len(leading) - 1:
-        return None
-    others = [axis for axis in range(len(leading)) if axis != fills[-1]]
-    return (*others, fills[-1], len(leading))
-
-
 def _transposed(call: Call, order: Sequence[int]) -> Call:
-    """The call for an x, and a dy, with its axes in `order`; the last stays."""
+    """The call for an x, and a dy, with its axes in `order`."""
 
     def transposed(operand: Any) -> Any:
         if operand is None:
@@ -593,7 +484,13 @@ def _transposed(call: Call, order: Sequence[int]) -> Call:
         shape = tuple(operand.shape[axis] for axis in order)
         return jax.ShapeDtypeStruct(shape, operand.dtype)
 
-    return dataclasses.replace(call, x=transposed(call.x), dy=transposed(call.dy))
+    norm = dataclasses.replace(
+        call.norm,
+        reduction_axes=tuple(order.index(axis) for axis in call.norm.reduction_axes),
+        feature_axes=tuple(order.index(axis) for axis in call.norm.feature_axes),
+    )
+    x, dy = transposed(call.x), transposed(call.dy)
+    return dataclasses.replace(call, norm=norm, x=x, dy=dy)
 
 
 def _launch_transposed(
@@ -613,25 +510,21 @@ def _launch_transposed(
     return [transpose(result, back) for result in results]
 
 
-def choose_blocks(call: Call, view: Geometry) -> Blocks | Fallback:
+def across_lanes(call: Call, view: Geometry) -> AcrossLanes | Fallback:
     """Block and chunk follow from features and dtypes; the rest from the shape."""
     features = view.k
-    lanes = _round_up(features, LANES)
+    lanes = round_up(features, LANES)
     streamed = _streamed(call)
     itemsizes = [dtype.itemsize for dtype in streamed]
     least = SUBLANES * 4 // min(itemsizes)  # rows of one register
 
     row_bytes = 2 * lanes * sum(itemsizes)
-    block_rows = _power_of_two(max(BLOCKS_BYTES // row_bytes, 1))
+    block_rows = power_of_two(max(BLOCKS_BYTES // row_bytes, 1))
     block_rows = min(max(block_rows, least), MOST_ROWS)
-    chunk_rows = _power_of_two(max(CHUNK // lanes, 1))
+    chunk_rows = power_of_two(max(CHUNK // lanes, 1))
     chunk_rows = min(max(chunk_rows, least), block_rows)
     sums = 2 * SUBLANES * lanes * 4 if call.op == "backward" else 0
-    spilled = 0
-    if chunk_rows * lanes > CHUNK:
-        copies = SPILLED_16 if jnp.float16 in streamed else SPILLED
-        spilled = copies * chunk_rows * lanes * 4
-    need = block_rows * row_bytes + sums + spilled
+    need = block_rows * row_bytes + sums + _spilled(call, chunk_rows * lanes)
     if need > VMEM_BYTES:
         return Fallback(
             f"{features} features: {block_rows} rows take {need:,} bytes of VMEM, a "
@@ -647,7 +540,58 @@ def choose_blocks(call: Call, view: Geometry) -> Blocks | Fallback:
         slab_bytes = inner * features * call.x.dtype.itemsize
         if inner % (4 * SUBLANES // 2) and slab_bytes >= SLAB_BYTES:
             rows, slabs = inner, rows // inner
-    return Blocks(examples, slabs, rows, features, block_rows, chunk_rows)
+    return AcrossLanes(examples, slabs, rows, features, block_rows, chunk_rows)
+
+
+def down_sublanes(call: Call) -> DownSublanes | None:
+    """The block is as large as features and dtypes allow; None where that is too small.
+
+    Which it is from 2344 features on in float32, from 2984 in bfloat16 (backward), for
+    the least block has 128 rows. XLA then copies x and y for `AcrossLanes`, to twice
+    flax's bytes. The reference would copy nothing, but does not give the bits that this
+    row has in an array of other size, where XLA has features across the lanes.
+
+    Args:
+      call: one with an x of shape (..., features, rows), and a dy.
+    """
+    *leading, features, rows = call.x.shape
+    examples = math.prod(leading[: call.own_params])
+    slabs = math.prod(leading[call.own_params :])
+    sublanes = round_up(features, SUBLANES)
+    tile = sublanes * LANES  # elements of LANES rows
+    tile_bytes = 2 * tile * sum(dtype.itemsize for dtype in _streamed(call))
+    tile_bytes += 2 * 2 * SUBLANES * LANES * 4  # mean and variance, as whole registers
+    most = min(BLOCKS_BYTES // tile_bytes, MOST_ROWS * LANES // tile)
+    most = max(most, 1)
+    kept = 3 * tile * 4  # scale and bias; or scale, dscale and dbias
+    if most * tile_bytes + kept + _spilled(call, tile) > VMEM_BYTES:
+        return None
+
+    # In tiles of LANES rows.
+    tiles, chunk = pl.cdiv(rows, LANES), min(max(CHUNK // tile, 1), most)
+    if tiles <= most:  # a slab's rows all together, in chunks of one size
+        chunks = pl.cdiv(tiles, chunk)
+        chunk = pl.cdiv(tiles, chunks)
+    else:
+        chunks = most // chunk
+    block_rows = chunks * chunk * LANES
+    return DownSublanes(
+        examples=examples,
+        slabs=slabs,
+        rows=rows,
+        features=features,
+        block_slabs=min(max(most * LANES // block_rows, 1), slabs),
+        block_rows=block_rows,
+        chunk_rows=chunk * LANES,
+    )
+
+
+def _spilled(call: Call, chunk: int) -> int:
+    """Bytes of VMEM for what registers do not hold of a chunk of so many elements."""
+    if chunk <= CHUNK:
+        return 0
+    copies = SPILLED_16 if jnp.float16 in _streamed(call) else SPILLED
+    return copies * chunk * 4
 
 
 def _streamed(call: Call) -> list[jnp.dtype]:
