@@ -17,7 +17,7 @@ from jax import lax
 
 import fusednorm
 from bench.aot import hlo
-from bench.aot.chips import B200, H100, RTX5090, TPUS, Chip, Gpu
+from bench.aot.chips import B200, CHIPS, H100, RTX5090, TPUS, Chip, Gpu, Tpu
 from bench.aot.compile import compile_for
 from bench.aot.measure import (
     ROWWISE,
@@ -26,6 +26,7 @@ from bench.aot.measure import (
     Workload,
     measure,
     of_case,
+    orders_of_axes,
     workloads,
 )
 from bench.aot.whole import (
@@ -38,6 +39,7 @@ from bench.aot.whole import (
     training_step,
 )
 from bench.cases import Case
+from fusednorm.kernels.tpu.blocks import order_of_axes
 
 pytestmark = pytest.mark.aot
 
@@ -82,7 +84,7 @@ def name(value: Any) -> str | None:
     match value:
         case (Gpu() as chip, Workload() as work) | (chip, Workload() as work):
             return f"{chip.name}-{work.name}-{work.op}"
-        case Case():
+        case Case() | Gpu() | Tpu():
             return value.name
     return None
 
@@ -96,11 +98,14 @@ def begun(request: pytest.FixtureRequest) -> Iterator[dict[Any, Future[Any]]]:
             params = (getattr(item, "callspec", None) and item.callspec.params) or {}
             if (cell := params.get("cell")) and cell not in begin:
                 begin[cell] = elsewhere.begin(measure, *cell)
+            if "tpu" in params:
+                tpu = params["tpu"]
+                begin[tpu] = elsewhere.begin(orders_of_axes, tpu, ARRAYS)
             if "case" in params:
+                chip, case, which = (params[key] for key in ("chip", "case", "which"))
                 for fused in (True, False):
-                    key = (params["case"].name, params["which"], fused)
-                    begin[key] = elsewhere.begin(
-                        layer, H100, params["case"], 160e6, params["which"], fused
+                    begin[chip, case.name, which, fused] = elsewhere.begin(
+                        layer, chip, case, 160e6, which, fused
                     )
         yield begin
 
@@ -200,22 +205,63 @@ def test_a_sum_alone_stands_around_a_backward(cell: Cell, found: Measurement) ->
         assert large(found) == []
 
 
+# --- how XLA lays arrays out ----------------------------------------------------------
+
+# Features fill the lanes, or one of the other axes fills them better.
+ARRAYS = [
+    jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    for dtype in ("float32", "bfloat16", "float16")
+    for shape in (
+        (3255, 384, 64),
+        (264, 197, 768),
+        (263, 197, 768),
+        (264, 197, 64),
+        (8, 12, 197, 64),
+        (128, 197, 12, 64),
+        (300, 2, 24),
+        (60, 60, 60, 64),
+        (37, 64),
+        (4097, 64),
+        (4097, 192),
+        (4096, 760),
+        (4097, 760),
+        (4096, 2880),
+        (512, 384, 128),
+        (2, 1000),
+        (3, 1, 5),
+    )
+]
+
+
+@pytest.mark.parametrize("tpu", TPUS, ids=name)
+def test_axes_lie_in_memory_as_the_plan_has_them(
+    begun: dict[Any, Future[Any]], tpu: Chip
+) -> None:
+    found = begun[tpu].result()
+    for array, order in zip(ARRAYS, found, strict=True):
+        assert order_of_axes(array.shape, array.dtype.itemsize, 0) == order, array
+
+
 # --- layers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("case", ROWWISE, ids=name)
+@pytest.mark.parametrize("chip", [H100, CHIPS["v5e"]], ids=name)
 def test_layer_moves_less_than_flax(
-    begun: dict[Any, Future[Any]], case: Case, which: str
+    begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str
 ) -> None:
-    flax: Whole = begun[case.name, which, False].result()
-    ours: Whole = begun[case.name, which, True].result()
+    flax: Whole = begun[chip, case.name, which, False].result()
+    ours: Whole = begun[chip, case.name, which, True].result()
     assert flax.ours == 0
     assert ours.ours == (1 if which == "forward" else 2)
-    assert ours.kernels <= (1 if which == "forward" else 3)
-    # 5 tensors against 8 to 10. In the forward it is 2 against 3, or against 2 where
-    # XLA makes one kernel of it too: llama3_1b.
-    assert ours.nbytes <= (1 if which == "forward" else 0.7) * flax.nbytes
+    if isinstance(chip, Gpu):
+        assert ours.kernels <= (1 if which == "forward" else 3)
+        # 5 tensors against 8 to 10. In the forward it is 2 against 3, or against 2
+        # where XLA makes one kernel of it too: llama3_1b.
+        assert ours.nbytes <= (1 if which == "forward" else 0.7) * flax.nbytes
+    else:
+        assert ours.nbytes <= 0.7 * flax.nbytes  # 2 against 3, 5 against 8
 
 
 def test_training_step_of_a_transformer() -> None:

@@ -56,6 +56,22 @@ def test_bytes_of_a_type(type_: str, expected: int) -> None:
     assert hlo.hbm_bytes(type_) == expected
 
 
+@pytest.mark.parametrize(
+    ("type_", "order"),
+    [
+        ("bf16[30,384,64]{1,2,0:T(8,128)(2,1)}", (0, 2, 1)),
+        ("f32[8,16]{1,0}", (0, 1)),
+        ("f32[8]{0:T(256)}", (0,)),
+        ("f32[]", ()),
+    ],
+)
+def test_order_of_axes(type_: str, order: tuple[int, ...]) -> None:
+    found = hlo.order_of_axes(
+        entry(f"%a = {type_} parameter(0)", f"ROOT %b = {type_} add(%a, %a)")
+    )
+    assert found == order
+
+
 # --- instructions ---------------------------------------------------------------------
 
 

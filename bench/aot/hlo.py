@@ -86,6 +86,16 @@ def surroundings(hlo: str) -> list[Kernel]:
     return [one for one in kernels(hlo) if not (one.ours or one.prefetch)]
 
 
+def order_of_axes(hlo: str) -> tuple[int, ...]:
+    """Axes of the module's only argument, from the slowest in memory to the fastest."""
+    entry = dict(_computations(hlo))["ENTRY"]
+    (argument,) = [one for one in entry if one.opcode == "parameter"]
+    array = _ARRAY.match(argument.type)
+    assert array, argument
+    axes = (array["order"] or "").split(",")
+    return tuple(int(axis) for axis in reversed(axes) if axis)
+
+
 def _run(
     computations: dict[str, list[_Instruction]],
     body: list[_Instruction],

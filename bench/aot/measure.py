@@ -209,6 +209,16 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
     )
 
 
+def orders_of_axes(
+    chip: Chip, arrays: Sequence[jax.ShapeDtypeStruct]
+) -> list[tuple[int, ...]]:
+    """How XLA has the axes of each in memory, from the slowest to the fastest."""
+    return [
+        hlo.order_of_axes(compile_for(chip, lambda x: x + x, array).hlo)
+        for array in arrays
+    ]
+
+
 def _sort(workload: Workload, found: Sequence[traffic.Traffic]) -> dict[str, int]:
     """Bytes by what the arrays are, which their sizes and places tell."""
     size = math.prod(workload.shape)
