@@ -436,7 +436,6 @@ def backward(
     ]  # S of x[N, S, G, K]
     channel_axes = [axis for axis in axes if axis in feature_axes]  # K
     count = _count(norm, x, mask)
-    where = None if mask is None else _split(norm, mask)
 
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
     if sparing:
@@ -450,15 +449,14 @@ def backward(
     sum_dy = _sum(dy_view, pixel_axes)
     sum_dy_centred = _sum(dy_view * centred, pixel_axes)
 
-    # dx = rstd * (wdy - c2 - x_hat * c1), with rstd drawn out of x_hat
     weight: Any = 1 if scale is None else _spread(norm, scale, centred, x.ndim)
     c1 = _over(_sum(weight * sum_dy_centred, channel_axes), count) * rstd
-    through_statistics = centred * (rstd * c1)
+    c2 = None
     if norm.center:
         c2 = _over(_sum(weight * sum_dy, channel_axes), count)
-        through_statistics = through_statistics + c2
-    through_statistics = _masked(through_statistics, where)
-    dx = rstd * (weight * dy_view - through_statistics)
+        c2 = _join_statistic(norm, c2)
+    c1 = _join_statistic(norm, c1)
+    dx = input_gradient(norm, dy, x, scale, mean, var, c1, c2, mask)
 
     # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in
     # a tree and (samples,) in a chain, with 1.2 times the error for 32 samples.
@@ -469,4 +467,42 @@ def backward(
     )
     dscale = _sum(sum_dy_centred * rstd, sharing).reshape(params_shape)
     dbias = _sum(sum_dy, sharing).reshape(params_shape)
-    return dx.reshape(x.shape).astype(x.dtype), dscale, dbias
+    return dx, dscale, dbias
+
+
+def input_gradient(
+    norm: Norm,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+    c1: jax.Array,
+    c2: jax.Array | None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """dx = rstd * (w - c2 - x_hat * c1), w = dy * scale: the elementwise end of
+    `backward`.
+
+    Args:
+      norm, dy, x, scale, mean, var, mask: as for `backward`.
+      c1: mean(w * x_hat), a statistic.
+      c2: mean(w), or None without centring.
+
+    Returns:
+      Array of x's shape and dtype.
+    """
+    dtype = norm.compute_dtype
+    rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
+    centred = _split(norm, x.astype(dtype))
+    if mean is not None:
+        centred = centred - _split_statistic(norm, mean)
+    weight: Any = 1 if scale is None else _spread(norm, scale, centred, x.ndim)
+    # with rstd drawn out of x_hat
+    through_statistics = centred * (rstd * _split_statistic(norm, c1))
+    if c2 is not None:
+        through_statistics = through_statistics + _split_statistic(norm, c2)
+    where = None if mask is None else _split(norm, mask)
+    through_statistics = _masked(through_statistics, where)
+    dx = rstd * (weight * _split(norm, dy.astype(dtype)) - through_statistics)
+    return dx.reshape(x.shape).astype(x.dtype)

@@ -45,7 +45,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fusednorm import reference
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
-from fusednorm.kernels.gpu import memory, rowwise
+from fusednorm.kernels.gpu import memory
 from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 from fusednorm.reference import Norm
 
@@ -102,6 +102,12 @@ class Config:
         return self.blocks * self.warpgroups
 
     @property
+    def line_shape(self) -> tuple[int, ...]:
+        """(warps, pixels of a warp), without the latter where it is 1."""
+        in_warp = self.line // self.warps
+        return (self.warps,) if in_warp == 1 else (self.warps, in_warp)
+
+    @property
     def lines(self) -> int:
         """Lines that hold a warpgroup's pixels."""
         return pl.cdiv(pl.cdiv(self.pixels, self.workers), self.line)
@@ -117,13 +123,28 @@ class Config:
         """
         return max(32 // sum(chunk.vector for chunk in self.chunks), 1)
 
+    def of_blocks(self, warpgroups: int) -> "Config":
+        """Cuts what the blocks of a strip found: they are the pixels."""
+        line = min(
+            WARPS * LANES // self.lanes,
+            memory.power_of_2_below(self.blocks // warpgroups),
+        )
+        return dataclasses.replace(
+            self,
+            pixels=self.blocks,
+            line=line,
+            warps=min(WARPS, line),
+            warpgroups=warpgroups,
+            blocks=1,
+        )
+
     def shared(self, kept: int) -> int:
         """Bytes of shared memory of a block.
 
         Args:
           kept: bytes of an element of all arrays that are kept.
         """
-        places = PLACES * self.warpgroups * self.warps * self.pitch
+        places = PLACES * self.warpgroups * WARPS * self.pitch
         groups = 2 * PLACES * self.width * (self.group > 1)
         columns = sum(self.lanes * chunk.vector for chunk in self.chunks)
         pixels = self.warpgroups * self.lines * self.line
@@ -186,12 +207,15 @@ def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | 
     return best[0]
 
 
-def in_two_reads(view: Geometry, itemsize: int) -> tuple[Config, Config] | None:
+def in_two_reads(
+    view: Geometry, itemsize: int, shared: int
+) -> tuple[Config, Config] | None:
     """Cuts a sample whose pixels are read twice, and what its blocks find.
 
     Args:
       view: x[N, S, G, K].
       itemsize: bytes of the widest of the arrays that are loaded.
+      shared: bytes of shared memory that a block may have.
     """
     # 128 bytes of a pixel, or as nearly so many as divides it.
     width = min(
@@ -212,9 +236,9 @@ def in_two_reads(view: Geometry, itemsize: int) -> tuple[Config, Config] | None:
         1,
         resident=True,
     )
-    if max(len(config.chunks), len(last.chunks)) > MAX_CHUNKS:
-        return None
-    return config, last
+    both = (config, last)
+    fit = all(c.shared(0) <= shared and len(c.chunks) <= MAX_CHUNKS for c in both)
+    return both if fit else None
 
 
 def _config(
@@ -317,9 +341,7 @@ def _meet(a: Any, b: Any, layout: Any) -> tuple[Any, Any]:
     if ndim_a == ndim_b or not ndim_a or not ndim_b:
         return a, b
     small, large = (a, b) if ndim_a < ndim_b else (b, a)
-    # Channels are the last axis of a line, groups the first one of a tile.
-    axis = 2 if large.ndim == 3 else 0
-    spread = lax.broadcast_in_dim(small, large.shape, (axis,))
+    spread = lax.broadcast_in_dim(small, large.shape, (large.ndim - 1,))
     spread = plgpu.layout_cast(spread, layout)
     return (spread, b) if ndim_a < ndim_b else (a, spread)
 
@@ -333,33 +355,38 @@ class Part:
     Attributes:
       config: how the sample is cut.
       sample, strip, block: which.
+      warpgroup: which of the block's; a Python 0 where there is one.
       pixels: of the block.
     """
 
     def __init__(
-        self, config: Config, sample: Any, strip: Any, block: Any, scratch: Any
+        self,
+        config: Config,
+        sample: Any,
+        strip: Any,
+        block: Any,
+        warpgroup: Any,
+        scratch: Any,
     ):
         self.config = config
         self.sample, self.strip, self.block = sample, strip, block
+        self.warpgroup = warpgroup
         self.pixels = config.count(block)
-        self._warpgroup: Any = 0
-        if config.warpgroups > 1:
-            self._warpgroup = lax.axis_index("warpgroup")
-        worker = block * config.warpgroups + self._warpgroup
+        worker = block * config.warpgroups + (warpgroup if config.warpgroups > 1 else 0)
         self._first = config.first(worker)
         self._own = config.first(worker + 1) - self._first  # pixels of this warpgroup
         self._scratch = scratch
         self._places = 0
-        in_warp = config.line // config.warps
+        pixels = config.line_shape
         self._shapes = [
-            (config.warps, in_warp, config.lanes * chunk.vector)
-            for chunk in config.chunks
+            (*pixels, config.lanes * chunk.vector) for chunk in config.chunks
         ]
         self._layouts = [
-            _layout(config.lanes, chunk.vector, config.warps, in_warp)
-            for chunk in config.chunks
+            _layout(config.lanes, chunk.vector, *pixels) for chunk in config.chunks
         ]
-        self._channel_layouts = [layout.reduce((0, 1)) for layout in self._layouts]
+        self._channel_layouts = [
+            layout.reduce(tuple(range(len(pixels)))) for layout in self._layouts
+        ]
 
     # Lines.
 
@@ -414,14 +441,14 @@ class Part:
     def keep(self, name: str, line: Any, value: Columns) -> None:
         """Keeps a line as it is, in shared memory; each lane reads what it wrote."""
         for i, array in enumerate(value.arrays):
-            at = (self._warpgroup, line)
+            at = (self.warpgroup, line)
             memory.store(self._scratch[f"{name}_{i}"], at, array)
 
     def kept(self, name: str, line: Any) -> Columns:
         """A line in float32."""
         return Columns(
             [
-                memory.load(self._scratch[f"{name}_{i}"], (self._warpgroup, line), a)
+                memory.load(self._scratch[f"{name}_{i}"], (self.warpgroup, line), a)
                 for i, a in enumerate(self._layouts)
             ],
             self._layouts,
@@ -466,7 +493,10 @@ class Part:
             iota = functools.partial(
                 plgpu.broadcasted_iota, jnp.int32, shape, layout=layout
             )
-            places.append(iota(0) * shape[1] + iota(1))
+            place = iota(0)
+            if len(shape) == 3:
+                place = place * shape[1] + iota(1)
+            places.append(place)
         return Columns(places, self._layouts)
 
     def zeros(self) -> Columns:
@@ -500,6 +530,18 @@ class Part:
             self._layouts,
         )
 
+    def _load_here(self, scratch: Any, *at: Any) -> Columns:
+        """Of what has the channels of this strip alone."""
+        return Columns(
+            [
+                memory.load(scratch, (*at, columns), layout)
+                for columns, layout in zip(
+                    self._columns(0), self._channel_layouts, strict=True
+                )
+            ],
+            self._layouts,
+        )
+
     def store_channels(self, ref: Any, value: Columns, *at: Any) -> None:
         """ref[*at, channels of the strip] = value, by one warpgroup of the block."""
 
@@ -510,10 +552,10 @@ class Part:
 
     def one_warpgroup(self, do: Callable[[], None]) -> None:
         """Has the block's first warpgroup do it."""
-        if self.config.warpgroups == 1:
+        if isinstance(self.warpgroup, int):
             do()
         else:
-            pl.when(self._warpgroup == 0)(do)
+            pl.when(self.warpgroup == 0)(do)
 
     def one_block(self, do: Callable[[], None]) -> None:
         """Has the first of the strip's blocks do it."""
@@ -524,58 +566,64 @@ class Part:
 
     # Sums.
 
-    def totals(self, *terms: Columns) -> list[Columns]:
-        """Sums of lines over all pixels of the block, for each channel.
+    def add_up(self, *terms: Columns) -> list["Sums"]:
+        """Adds lines over all pixels of the block, for each channel.
 
-        In a warp they are shuffles; its warps meet in shared memory, and each reads
-        what all of them found.
+        In a warp by shuffles; what its warps found meets in shared memory.
         """
         sums = self._scratch["sums"]  # (places, warps of the block, channels)
         warps = self.config.warps
+        own = self.warpgroup * warps
         first, self._places = self._places, self._places + len(terms)
         for place, term in enumerate(terms, first):
             for columns, array in zip(self._columns(0), term.arrays, strict=True):
-                rows = pl.ds(self._warpgroup * warps, warps)
-                memory.store(sums, (place, rows, columns), jnp.sum(array, axis=1))
+                at = (place, pl.ds(own, warps), columns)
+                of_warps = jnp.sum(array, axis=1) if array.ndim == 3 else array
+                memory.store(sums, at, of_warps)
         self.meet()
-        return [
-            Columns(
-                [
-                    functools.reduce(
-                        jnp.add,
-                        [
-                            memory.load(sums, (place, warp, columns), layout)
-                            for warp in range(self.config.warpgroups * warps)
-                        ],
-                    )
-                    for columns, layout in zip(
-                        self._columns(0), self._channel_layouts, strict=True
-                    )
-                ],
-                self._layouts,
-            )
-            for place in range(first, self._places)
-        ]
+        begin = 0 if self.config.warpgroups > 1 else own  # one may work for itself
+        count = self.config.warpgroups * warps
+        return [Sums(place, begin, count) for place in range(first, self._places)]
+
+    def total(self, sums: "Sums") -> Columns:
+        """Of all that the block's warps found: for each channel."""
+        found = functools.partial(self._load_here, self._scratch["sums"], sums.place)
+        return lax.fori_loop(
+            1,
+            sums.count,
+            lambda i, total: total + found(sums.first + i),
+            found(sums.first),
+        )
 
     def meet(self) -> None:
         """Waits for all warpgroups of the block."""
         plgpu.barrier_arrive(self._scratch["in_block"])
         plgpu.barrier_wait(self._scratch["in_block"])
 
-    def exchange(self, values: Sequence[Columns]) -> Iterator[list[Columns]]:
-        """The values of each block of the cluster, first to last."""
-        ref = self._scratch["partials"]  # (samples, blocks, values, channels)
+    def exchange(self, values: Sequence[Columns]) -> "Part":
+        """Tells the other blocks of the cluster, and hears from them.
+
+        Returns:
+          What reads "partials", the blocks of this strip as its pixels: each warpgroup
+          all of them.
+        """
         for i, value in enumerate(values):
-            self.store_channels(ref, value, self.sample, self.block, i)
+            at = (self.sample, self.block, i)
+            self.store_channels(self._scratch["partials"], value, *at)
         self.one_warpgroup(memory.fence)
         plgpu.barrier_arrive(self._scratch["in_cluster"])
         plgpu.barrier_wait(self._scratch["in_cluster"])
         memory.fence()
-        for block in range(self.config.blocks):
-            yield [
-                self.load_channels(ref, self.sample, block, i)
-                for i in range(len(values))
-            ]
+        part = Part(
+            self.config.of_blocks(1),
+            self.sample,
+            self.strip,
+            0,
+            self.warpgroup,
+            self._scratch,
+        )
+        part._places = self._places  # those before are in use
+        return part
 
     # Groups.
 
@@ -620,17 +668,22 @@ class Part:
 
         self.meet()
         return [
-            Columns(
-                [
-                    memory.load(scratch, (place, columns), layout)
-                    for columns, layout in zip(
-                        self._columns(0), self._channel_layouts, strict=True
-                    )
-                ],
-                self._layouts,
-            )
-            for place in range(found, found + count)
+            self._load_here(scratch, place) for place in range(found, found + count)
         ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Where in shared memory a warpgroup finds what the warps have added up.
+
+    Attributes:
+      place: which sum.
+      first, count: of the warps.
+    """
+
+    place: int
+    first: Any
+    count: int
 
 
 class EachChannel:
@@ -726,26 +779,27 @@ class Group:
 
 
 def _layout(lanes: int, vector: int, *pixels: int) -> Any:
-    """Lays (warps, pixels of a warp, columns), or columns alone, over a warpgroup.
+    """Lays columns, (warps, columns) or (warps, pixels of a warp, columns) over a
+    warpgroup.
 
     Where there are fewer pixels than warps and lanes have room for, several of them
     hold the same.
     """
+    warps, in_warp = (*pixels, 1, 1)[:2]
     tiles = [(*pixels, lanes * vector)]
     if lanes > 1:
         tiles.append((vector,))
-    warps, in_warp = pixels or (1, 1)
-    minor = -1 if lanes == 1 else -2  # the axis before which the pixels' lie
-    warp_dims = [plgpu.Replicated(WARPS // warps)] if warps < WARPS else []
-    lane_dims = []
+    last = -1 if lanes == 1 else -2  # the axis of lanes, or of the vector
+    warp_dims: list[Any] = [plgpu.Replicated(WARPS // warps)] if warps < WARPS else []
+    if warps > 1:
+        warp_dims.append(last - len(pixels))
+    lane_dims: list[Any] = []
     if lanes * in_warp < LANES:
         lane_dims.append(plgpu.Replicated(LANES // (lanes * in_warp)))
-    if warps > 1:
-        warp_dims.append(minor - 2)
     if in_warp > 1:
-        lane_dims.append(minor - 1)
+        lane_dims.append(last - 1)
     if lanes > 1:
-        lane_dims.append(-2)
+        lane_dims.append(last)
     return plgpu.Layout.TILED(
         plgpu.Tiling(tuple(tiles)),
         warp_dims=tuple(warp_dims),
@@ -779,7 +833,7 @@ def _seen(
 
 
 def _all_seen(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
-    """Of all of a warpgroup's lines, place by place: one read of x, which may be kept."""
+    """Of all of a warpgroup's lines, place by place: one read of x."""
     held = part.config.held
 
     def tile(lines: Sequence[Any]) -> Moments:
@@ -815,20 +869,48 @@ def _merge(a: Moments, b: Moments) -> Moments:
     return n, mean_a + apart * share, m2_a + m2_b + apart * apart * (n_a * share)
 
 
-def _of_block(part: Part, pixels: Any, seen: Moments) -> list[Columns]:
-    """[mean, m2] or [m2] of the block's pixels, channel by channel."""
+def _of_block(
+    part: Part, pixels: Any, seen: Moments, to: Part | None = None
+) -> list[Columns]:
+    """[mean, m2] or [m2] of the block's pixels, channel by channel.
+
+    Args:
+      part: which saw them.
+      pixels: how many they are.
+      seen: what its lanes saw.
+      to: the part whose lines the results are to meet, if another one.
+    """
+    to = to or part
     count, mean, m2 = seen
     if mean is None:
-        return part.totals(m2)
-    (total,) = part.totals(mean * count)
-    common = total / pixels
-    apart = mean - common
-    return [common, *part.totals(m2 + apart * apart * count)]
+        return [to.total(sums) for sums in part.add_up(m2)]
+    (total,) = part.add_up(mean * count)
+    apart = mean - part.total(total) / pixels
+    (squares,) = part.add_up(m2 + apart * apart * count)
+    return [to.total(total) / pixels, to.total(squares)]
 
 
-def _with_mean(values: Sequence[Any]) -> Sequence[Any]:
-    """(mean or None, m2) of [mean, m2] or [m2]."""
-    return values if len(values) == 2 else (None, *values)
+def _of_blocks(
+    part: Part, config: Config, partials: Any, to: Part | None = None
+) -> list[Columns]:
+    """[mean, m2] or [m2] of all blocks' pixels, channel by channel.
+
+    Args:
+      part: the blocks, which are its pixels.
+      config: how the pixels are cut into blocks.
+      partials: (samples, blocks, 2 or 1, channels), what `_of_block` returned on each.
+      to: as for `_of_block`.
+    """
+
+    def line_of(line: int) -> Moments:
+        pixels = part.index(line).map(lambda block: _float(config.count(block)))
+        *mean, m2 = (
+            part.load(partials, line, i).float32() for i in range(partials.shape[2])
+        )
+        return part.once(line, pixels), *(mean or [None]), m2
+
+    seen = functools.reduce(_merge, map(line_of, range(part.config.lines)))
+    return _of_block(part, float(config.pixels), seen, to)
 
 
 def _at_least_1(n: Any) -> Any:
@@ -900,12 +982,8 @@ def forward(
         seen = _all_seen(part, norm.center, ref["x"], keep=True)
         found = _of_block(part, _float(part.pixels), seen)
         if config.blocks > 1:
-            parts = [
-                (float(config.count(block)), *_with_mean(values))
-                for block, values in enumerate(part.exchange(found))
-            ]
-            _, *merged = functools.reduce(_merge, parts)
-            found = [value for value in merged if value is not None]
+            blocks = part.exchange(found)
+            found = _of_blocks(blocks, config, ref["partials"], to=part)
         *mean, rstd = part.by_group(_group_statistics(norm, config, ref), *found)
 
         scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
@@ -980,15 +1058,7 @@ def moments(
     )
 
     def combine(ref: dict[str, Any], part: Part) -> None:
-        def of_blocks(line: int) -> Moments:
-            blocks = part.once(line, part.index(line).map(_pixels_of(config)))
-            values = [
-                part.load(ref["partials"], line, i).float32() for i in range(len(names))
-            ]
-            return (blocks, *_with_mean(values))
-
-        seen = functools.reduce(_merge, map(of_blocks, range(last.lines)))
-        values = _of_block(part, config.pixels, seen)
+        values = _of_blocks(part, config, ref["partials"])
         formula = _group_statistics(
             norm, dataclasses.replace(last, pixels=config.pixels), ref
         )
@@ -1007,9 +1077,282 @@ def moments(
     return mean, found["var"].reshape(shape)
 
 
-def _pixels_of(config: Config) -> Callable[[Any], Any]:
-    """How many pixels a block has, as a function of its number."""
-    return lambda block: config.count(block).astype(jnp.float32)
+# --- backward -------------------------------------------------------------------------
+
+
+def backward(
+    config: Config,
+    call: Call,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+    mask: None = None,
+) -> list[jax.Array]:
+    """Those of dx, dscale and dbias that `call.wanted` names: resident, one read of x
+    and dy.
+
+    Bytes: x, dy and dx, once each; 4 bytes a statistic; for dscale and dbias each 4
+    a channel of each sample, which XLA adds up. For a cluster of b blocks 8 * (b + b *
+    b) bytes a channel of each sample more, almost all of them from the L2 cache.
+    """
+    norm = call.norm
+    inputs = _gradient_inputs(call, dy, x, scale, mean, var)
+    names = _summed(call)
+    outputs: dict[str, Any] = {
+        name: _of_each_sample(call) for name in names if _wants(call, name)
+    }
+    outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
+
+    def body(ref: dict[str, Any], part: Part) -> None:
+        *mean, rstd = part.by_group(_given_statistics(call, ref))
+        seen = _gradients_seen(part, names, ref, mean, keep=True)
+        found = [part.total(sums) for sums in part.add_up(*seen)]
+        if config.blocks > 1:
+            blocks = part.exchange(found)
+            found = _sums_of_blocks(blocks, ref["partials"], to=part)
+        terms = _store_gradients(part, names, ref, rstd, found)
+        c1, *c2 = part.by_group(_inner_products(config, ref), *terms, again=True)
+        scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
+
+        def store_dx(line: Any) -> None:
+            x_hat = part.kept("x", line)
+            if norm.center:
+                x_hat = x_hat - mean[0]
+            x_hat = x_hat * rstd
+            inner = part.kept("dy", line) * scale - x_hat * c1
+            if norm.center:
+                inner = inner - c2[0]
+            part.store(ref["dx"], line, inner * rstd)
+
+        part.each_line(store_dx)
+
+    results = _launch(
+        "fusednorm_channelwise_backward",
+        body,
+        config,
+        inputs=inputs,
+        outputs=outputs,
+        exchanged=len(names),
+        kept={"x": x.dtype, "dy": dy.dtype},
+    )
+    return _wanted(call, results)
+
+
+def backward_in_two_reads(
+    config: Config,
+    last: Config,
+    call: Call,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+    mask: None = None,
+) -> list[jax.Array]:
+    """Those of dx, dscale and dbias that `call.wanted` names: x and dy are read twice.
+
+    Bytes: x and dy for their sums, 8 a channel for each block, written and read; for
+    dx both once more, and dx, in XLA's code.
+    """
+    samples, _, channels = _shape(call)
+    inputs = _gradient_inputs(call, dy, x, scale, mean, var)
+    names = _summed(call)
+    partials = (samples, config.blocks, len(names), channels)
+
+    def body(ref: dict[str, Any], part: Part) -> None:
+        mean = []
+        if call.norm.center:
+            mean.append(part.load_channels(ref["mean"], part.sample))
+        seen = _gradients_seen(part, names, ref, mean, keep=False)
+        for i, sums in enumerate(part.add_up(*seen)):
+            at = (part.sample, part.block, i)
+            part.store_channels(ref["partials"], part.total(sums), *at)
+
+    # Strips are not of whole groups here.
+    of_channels = (
+        {"mean": jnp.repeat(inputs["mean"], call.geometry.k, 1)}
+        if mean is not None
+        else {}
+    )
+    found = _launch(
+        "fusednorm_channelwise_sums",
+        body,
+        config,
+        inputs={"dy": inputs["dy"], "x": inputs["x"], **of_channels},
+        outputs={"partials": jax.ShapeDtypeStruct(partials, jnp.float32)},
+    )
+
+    outputs = {name: _of_each_sample(call) for name in names if _wants(call, name)}
+    if call.wanted[0]:
+        outputs |= _statistics(call, *(("c1", "c2") if call.norm.center else ("c1",)))
+
+    def combine(ref: dict[str, Any], part: Part) -> None:
+        *_, rstd = part.by_group(_given_statistics(call, ref))
+        found = _sums_of_blocks(part, ref["partials"])
+        terms = _store_gradients(part, names, ref, rstd, found)
+        if call.wanted[0]:
+            part.by_group(_inner_products(config, ref), *terms, again=True)
+
+    results = _launch(
+        "fusednorm_channelwise_combine",
+        combine,
+        last,
+        inputs=found | {n: a for n, a in inputs.items() if n not in ("dy", "x")},
+        outputs=outputs,
+    )
+    if call.wanted[0]:
+        shape = call.norm.statistic_shape(x.shape)
+        c1, c2 = (
+            results[name].reshape(shape) if name in results else None
+            for name in ("c1", "c2")
+        )
+        results["dx"] = reference.input_gradient(
+            call.norm, dy, x, scale, mean, var, c1, c2
+        )
+    return _wanted(call, results)
+
+
+def _summed(call: Call) -> tuple[str, ...]:
+    """The sums that the backward takes: for dx both, without centring the first."""
+    both = call.wanted[2] or (call.wanted[0] and call.norm.center)
+    return ("dscale", "dbias") if both else ("dscale",)
+
+
+def _wants(call: Call, name: str) -> bool:
+    return dict(zip(("dx", "dscale", "dbias"), call.wanted, strict=True))[name]
+
+
+def _gradient_inputs(
+    call: Call, dy: jax.Array, x: jax.Array, scale: Any, mean: Any, var: jax.Array
+) -> dict[str, jax.Array]:
+    view = call.geometry
+    assert view is not None
+    return memory.present(
+        dy=dy.reshape(_shape(call)),
+        x=x.reshape(_shape(call)),
+        scale=scale,
+        mean=None if mean is None else mean.reshape(view.n, view.g),
+        var=var.reshape(view.n, view.g),
+    )
+
+
+def _given_statistics(call: Call, ref: dict[str, Any]) -> Callable[..., list[Any]]:
+    """The formula by which groups get mean (if centred) and rstd from the forward."""
+
+    def formula(groups: Any) -> list[Any]:
+        mean = [groups.load(ref["mean"])] if call.norm.center else []
+        return [*mean, _rstd(groups.load(ref["var"]), call.norm.epsilon)]
+
+    return formula
+
+
+def _gradients_seen(
+    part: Part,
+    names: Sequence[str],
+    ref: dict[str, Any],
+    mean: Sequence[Columns],
+    *,
+    keep: bool,
+) -> list[Columns]:
+    """What each lane adds to the sums of these names, place by place in its lines.
+
+    dscale still lacks the factor rstd.
+    """
+    held = part.config.held
+
+    def tile(lines: Sequence[Any]) -> list[Columns]:
+        loaded = [
+            {name: part.load(ref[name], line) for name in ("dy", "x")} for line in lines
+        ]
+        sums = []
+        for line, here in zip(lines, loaded, strict=True):
+            if keep:
+                for name, value in here.items():
+                    part.keep(name, line, value)
+            dy, x = here["dy"].float32(), here["x"].float32()
+            centred = x - mean[0] if mean else x
+            terms = {"dscale": dy * centred, "dbias": dy}
+            sums.append([part.once(line, terms[name]) for name in names])
+        return [_sum(terms) for terms in zip(*sums, strict=True)]
+
+    def step(i: Any, running: Any) -> Any:
+        found = tile([i * held + j for j in range(held)])
+        return [a + b for a, b in zip(running, found, strict=True)]
+
+    whole = part.whole_lines // held
+    seen = lax.fori_loop(0, whole, step, [part.zeros() for _ in names])
+    rest = range(whole * held, part.config.lines)
+    for first in rest[::held]:
+        found = tile(rest[first - rest.start :][:held])
+        seen = [a + b for a, b in zip(seen, found, strict=True)]
+    return seen
+
+
+def _sums_of_blocks(part: Part, partials: Any, to: Part | None = None) -> list[Columns]:
+    """Of what the blocks of a strip found; arguments as for `_of_blocks`."""
+    sums = [
+        _sum(
+            part.once(line, part.load(partials, line, i).float32())
+            for line in range(part.config.lines)
+        )
+        for i in range(partials.shape[2])
+    ]
+    return [(to or part).total(place) for place in part.add_up(*sums)]
+
+
+def _store_gradients(
+    part: Part,
+    names: Sequence[str],
+    ref: dict[str, Any],
+    rstd: Columns,
+    found: Sequence[Columns],
+) -> list[Columns]:
+    """Stores dscale and dbias of the sample where they are wanted.
+
+    Returns:
+      The terms of dx's inner products: both times scale.
+    """
+    scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
+    found = [found[0] * rstd, *found[1:]]
+    for name, value in zip(names, found, strict=True):
+        if name in ref:
+            store = functools.partial(
+                part.store_channels, ref[name], value, part.sample
+            )
+            part.one_block(store)
+    return [value * scale for value in found]
+
+
+def _inner_products(config: Config, ref: dict[str, Any]) -> Callable[..., list[Any]]:
+    """The formula of c1 = mean(w * x_hat) and c2 = mean(w), w = dy * scale.
+
+    It writes them to the references of these names, if there are such.
+    """
+    count = config.pixels * config.group
+
+    def formula(groups: Any, *terms: Columns) -> list[Any]:
+        found = [groups.sum(term) / count for term in terms]
+        for name, value in zip(("c1", "c2"), found, strict=False):
+            if name in ref:
+                groups.store(ref[name], value)
+        return found
+
+    return formula
+
+
+def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
+    """dx in x's shape, and the sums over the samples of each example."""
+    found = [results["dx"].reshape(call.x.shape)] if call.wanted[0] else []
+    names = [name for name in ("dscale", "dbias") if _wants(call, name)]
+    samples, _, channels = _shape(call)
+    lead = call.x.shape[: call.own_params]
+    examples = math.prod(lead)
+    each = [results[n].reshape(examples, samples // examples, channels) for n in names]
+    if samples > examples:
+        each = list(memory.sum_over_blocks(*each)) if each else []
+    return found + [total.reshape(*lead, channels) for total in each]
 
 
 # --- launches -------------------------------------------------------------------------
@@ -1027,6 +1370,12 @@ def _statistics(call: Call, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
     assert view is not None
     shape = jax.ShapeDtypeStruct((view.n, view.g), jnp.float32)
     return dict.fromkeys(names, shape)
+
+
+def _of_each_sample(call: Call) -> jax.ShapeDtypeStruct:
+    """Values of channels."""
+    samples, _, channels = _shape(call)
+    return jax.ShapeDtypeStruct((samples, channels), jnp.float32)
 
 
 def _as_call(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
@@ -1053,19 +1402,18 @@ def _launch(
     """
     scratch: dict[str, Any] = {
         "sums": plgpu.SMEM(
-            (PLACES, config.warpgroups * config.warps, config.pitch), jnp.float32
+            (PLACES, config.warpgroups * WARPS, config.pitch), jnp.float32
         ),
         "in_block": plgpu.Barrier(num_arrivals=config.warpgroups),
     }
     for array, dtype in (kept or {}).items():
         for i, chunk in enumerate(config.chunks):
-            line = (config.warps, config.line // config.warps)
             columns = config.lanes * chunk.vector
-            shape = (config.warpgroups, config.lines, *line, columns)
+            shape = (config.warpgroups, config.lines, *config.line_shape, columns)
             scratch[f"{array}_{i}"] = plgpu.SMEM(shape, dtype)
     mesh: dict[str, Any] = {}
     outputs = dict(outputs)
-    first = next(iter(inputs.values()))
+    first = next(iter(inputs.values()))  # an array of all samples and channels
     samples, channels = first.shape[0], first.shape[-1]
     if config.group > 1:
         scratch["groups"] = plgpu.SMEM((2 * PLACES, config.width), jnp.float32)
@@ -1094,7 +1442,10 @@ def _launch(
         rest, strip = lax.div(program, config.strips), lax.rem(program, config.strips)
         if not config.resident:
             rest, block = lax.div(rest, config.blocks), lax.rem(rest, config.blocks)
-        body(ref, Part(config, rest, strip, block, scratch))
+        warpgroup: Any = 0
+        if config.warpgroups > 1:
+            warpgroup = lax.axis_index("warpgroup")
+        body(ref, Part(config, rest, strip, block, warpgroup, scratch))
 
     kernel.__name__ = name
     run = plgpu.kernel(
@@ -1127,21 +1478,81 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
     """
     view = call.geometry
     assert view is not None
-    x_size, y_size = call.x.dtype.itemsize, call.norm.dtype.itemsize
-    config = resident(view, max(x_size, y_size), x_size, shared)
-    if config is not None:
-        return Kernel(
-            backend="mosaic_gpu",
-            name=f"channelwise {call.op}",
-            launch=functools.partial(forward, config, call),
-            block=str(config),
+    sizes = [call.x.dtype.itemsize]
+    if call.op == "forward":
+        kept, widest = sizes[0], max(sizes[0], call.norm.dtype.itemsize)
+    else:
+        assert call.dy is not None
+        sizes.append(call.dy.dtype.itemsize)
+        kept, widest = sum(sizes), max(sizes)
+    config = resident(view, widest, kept, shared) if call.wanted[0] else None
+    combine = None
+    if config is None:
+        configs = in_two_reads(view, max(sizes), shared)
+        if configs is None:
+            return Fallback(
+                f"{view.features} channels in groups of {view.k} cannot be cut into "
+                f"strips of at most {MAX_CHUNKS} loads"
+            )
+        config, combine = configs
+    launch: Callable[..., Any]
+    if combine is None:
+        launch = functools.partial(
+            forward if call.op == "forward" else backward, config, call
         )
-    configs = in_two_reads(view, x_size)
-    if configs is None:
-        return Fallback(f"no")
+    else:
+        launch = functools.partial(
+            forward_in_two_reads if call.op == "forward" else backward_in_two_reads,
+            config,
+            combine,
+            call,
+        )
     return Kernel(
         backend="mosaic_gpu",
-        name=f"channelwise {call.op}, two reads",
-        launch=functools.partial(forward_in_two_reads, *configs, call),
+        name=f"channelwise {call.op}" + (", two reads" if combine else ""),
+        launch=launch,
         block=str(config),
+        why=_why(config, view, kept),
+        bytes_moved=_bytes_moved(call, config),
     )
+
+
+def _why(config: Config, view: Geometry, kept: int) -> str:
+    """What the sample's size led to."""
+    size = f"{config.width * view.s * kept / KB:.0f} KB"
+    if not config.resident:
+        return (
+            "a group's pixels do not fit the shared memory of 8 blocks: they are read "
+            "twice, and XLA normalizes, with what follows"
+        )
+    if config.blocks == 1:
+        return f"the block keeps its {size} in shared memory: one read"
+    return (
+        f"{config.blocks} blocks of a cluster keep the {size} of {config.width} "
+        "channels in shared memory: one read"
+    )
+
+
+def _bytes_moved(call: Call, config: Config) -> int:
+    """Of device memory: tensors, parameters, statistics and partial sums."""
+    samples, _, channels = _shape(call)
+    size, x_size = call.x.size, call.x.dtype.itemsize
+    view = call.geometry
+    assert view is not None
+    statistics = 4 * samples * view.g * (1 + call.norm.center)
+    reads = 1 if config.resident else 1 + call.wanted[0]
+    params = [p for p in (call.scale, call.bias) if p is not None]
+    moved = sum(param.size * param.dtype.itemsize for param in params)
+    exchanged = 4 * samples * channels * config.blocks * (config.blocks > 1)
+    if call.op == "forward":
+        names = 1 + call.norm.center
+        moved += size * (reads * x_size + call.norm.dtype.itemsize)
+        moved += statistics * call.statistics
+    else:
+        assert call.dy is not None
+        names = len(_summed(call))
+        moved += size * reads * (x_size + call.dy.dtype.itemsize)
+        moved += size * x_size * call.wanted[0] + statistics
+        examples = math.prod(call.x.shape[: call.own_params])
+        moved += 4 * channels * sum(call.wanted[1:]) * (2 * samples + examples)
+    return moved + 2 * names * exchanged
