@@ -32,781 +32,21 @@ Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2
 import dataclasses
 import functools
 import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm import reference
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
-from fusednorm.kernels.gpu import memory
-from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
+from fusednorm.kernels.gpu import memory, strips
+from fusednorm.kernels.gpu.memory import WARPS
+from fusednorm.kernels.gpu.strips import KB, MAX_CHUNKS, PLACES, Columns, Config, Part
 from fusednorm.reference import Norm
-
-SECTOR = 32  # bytes: what the L2 cache fetches at least
-MAX_CLUSTER = 8  # blocks: what every GPU can do
-
-KB = 1024
-PLACES = 4  # values of channels that a block holds in shared memory
-MAX_CHUNKS = 8  # of a strip: each is code of its own
-
-# Elements of a sample: less, and few of its strips have the 32 KB that fill a block.
-SMALL = 2**20
-
-
-# --- how the work is cut --------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How a sample is cut. No function of the number of samples.
-
-    A warpgroup loads a *line* at once: so many pixels that all its lanes have some of
-    the strip's channels.
-
-    Attributes:
-      pixels: of a sample.
-      group: channels of a group.
-      width: channels of a strip: of whole groups, if `grouped`.
-      strips: of a sample.
-      chunks: of the strip's channels.
-      lanes: of a warp that share a pixel.
-      warps: of a warpgroup that have pixels of their own: 4, or fewer.
-      line: pixels of a line.
-      warpgroups: of a block.
-      blocks: that share a strip; those of a cluster, if resident.
-      resident: whether the pixels stay in registers.
-    """
-
-    pixels: int
-    group: int
-    width: int
-    strips: int
-    chunks: tuple[Chunk, ...]
-    lanes: int
-    warps: int
-    line: int
-    warpgroups: int
-    blocks: int
-    resident: bool
-
-    @property
-    def workers(self) -> int:
-        """Warpgroups that share a strip."""
-        return self.blocks * self.warpgroups
-
-    @property
-    def line_shape(self) -> tuple[int, ...]:
-        """(warps, pixels of a warp), without the latter where it is 1."""
-        in_warp = self.line // self.warps
-        return (self.warps,) if in_warp == 1 else (self.warps, in_warp)
-
-    @property
-    def lines(self) -> int:
-        """Lines that hold a warpgroup's pixels."""
-        return pl.cdiv(pl.cdiv(self.pixels, self.workers), self.line)
-
-    @property
-    def held(self) -> int:
-        """Lines that a lane loads before it looks at the first: 32 elements of each
-        array, or 64 to 128 bytes.
-
-        With 512 threads or more on a multiprocessor these are 32 to 64 KB in flight,
-        where bandwidth times latency wants 18 (H100: 3.35 TB/s * 700 ns / 132) to 25 KB
-        (H200).
-        """
-        return max(32 // sum(chunk.vector for chunk in self.chunks), 1)
-
-    def of_blocks(self, warpgroups: int) -> "Config":
-        """Cuts what the blocks of a strip found: they are the pixels."""
-        line = min(
-            WARPS * LANES // self.lanes,
-            memory.power_of_2_below(self.blocks // warpgroups),
-        )
-        return dataclasses.replace(
-            self,
-            pixels=self.blocks,
-            line=line,
-            warps=min(WARPS, line),
-            warpgroups=warpgroups,
-            blocks=1,
-        )
-
-    def shared(self, kept: int) -> int:
-        """Bytes of shared memory of a block.
-
-        Args:
-          kept: bytes of an element of all arrays that are kept.
-        """
-        places = PLACES * self.warpgroups * WARPS * self.pitch
-        groups = 2 * PLACES * self.width * (self.group > 1)
-        columns = sum(self.lanes * chunk.vector for chunk in self.chunks)
-        pixels = self.warpgroups * self.lines * self.line
-        return pixels * columns * kept + 4 * (places + groups) + 4 * KB
-
-    @property
-    def pitch(self) -> int:
-        """Channels of a strip in shared memory, in whole chunks, as Mosaic wants it."""
-        chunk = self.lanes * max(chunk.vector for chunk in self.chunks)
-        return pl.cdiv(self.width, chunk) * chunk
-
-    def first(self, worker: Any) -> Any:
-        """The worker's first pixel; those of the last one end with the sample."""
-        each, more = divmod(self.pixels, self.workers)
-        if not more:
-            return worker * each
-        smaller = min if isinstance(worker, int) else jnp.minimum
-        return worker * each + smaller(worker, more)
-
-    def count(self, block: Any) -> Any:
-        """Pixels of a block."""
-        first = block * self.warpgroups
-        return self.first(first + self.warpgroups) - self.first(first)
-
-    def __str__(self) -> str:
-        pixels = pl.cdiv(self.pixels, self.blocks)
-        of = "" if self.blocks == 1 else f" of {self.pixels}"
-        return f"{self.width} channels of {pixels}{of} pixels"
-
-
-def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | None:
-    """Cuts a sample whose strips stay in the shared memory of a cluster, if they fit.
-
-    Args:
-      view: x[N, S, G, K].
-      itemsize: bytes of the widest of the arrays that are loaded and stored.
-      kept: bytes of an element of all arrays that are kept.
-      shared: bytes that a block may have.
-    """
-    # Pieces of a pixel are at least two sectors, of which the memory's bursts are made;
-    # of a small sample one, for the sake of more blocks. Whole sectors if possible.
-    least = SECTOR if view.s * view.features < SMALL else 2 * SECTOR
-    found = []
-    for width in _multiples(view.k, view.g):
-        strip = width * view.s * kept
-        if strip > MAX_CLUSTER * shared:
-            break
-        # Blocks of 32 KB or less where there can be so many: several fit an SM, and one
-        # loads while another one computes and stores.
-        blocks = min(pl.next_power_of_2(pl.cdiv(strip, 32 * KB)), MAX_CLUSTER)
-        warpgroups = min(pl.next_power_of_2(pl.cdiv(strip // blocks, 16 * KB)), 4)
-        config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
-        if config.shared(kept) <= shared and len(config.chunks) <= MAX_CHUNKS:
-            found.append(config)
-    enough = [c for c in found if c.width * itemsize >= least]
-    aligned = [c for c in enough if c.width * itemsize % SECTOR == 0]
-    best = (aligned or enough or found[-1:])[:1]
-    if not best or best[0].width * itemsize < min(SECTOR, view.features * itemsize):
-        return None
-    return best[0]
-
-
-def in_two_reads(
-    view: Geometry, itemsize: int, shared: int
-) -> tuple[Config, Config] | None:
-    """Cuts a sample whose pixels are read twice, and what its blocks find.
-
-    Args:
-      view: x[N, S, G, K].
-      itemsize: bytes of the widest of the arrays that are loaded.
-      shared: bytes of shared memory that a block may have.
-    """
-    # 128 bytes of a pixel, or as nearly so many as divides it.
-    width = min(
-        _multiples(1, view.features),
-        key=lambda width: (abs(math.log2(width * itemsize / 128)), width),
-    )
-    # Blocks of 512 pixels or more, whose sums are 3 % of what they read or less; no
-    # more than 4 on each of 132 multiprocessors where a sample alone can fill them.
-    strips = view.features // width
-    blocks = max(min(view.s // 512, 4 * 132 // strips), 1)
-    config = _config(view, width, itemsize, 4, blocks, resident=False)
-    groups = [width for width in _multiples(view.k, view.g) if width >= 32]
-    last = _config(
-        dataclasses.replace(view, s=blocks),
-        groups[0] if groups else view.features,
-        4,
-        4 if blocks > 64 else 1,
-        1,
-        resident=True,
-    )
-    both = (config, last)
-    fit = all(c.shared(0) <= shared and len(c.chunks) <= MAX_CHUNKS for c in both)
-    return both if fit else None
-
-
-def _config(
-    view: Geometry,
-    width: int,
-    itemsize: int,
-    warpgroups: int,
-    blocks: int,
-    *,
-    resident: bool,
-) -> Config:
-    """Fewer warpgroups and blocks where there are fewer pixels."""
-    warpgroups = min(warpgroups, view.s)
-    blocks = min(blocks, view.s // warpgroups)
-    vector = math.gcd(width, 16 // itemsize)  # 16 bytes is the widest load
-    lanes = min(LANES, memory.power_of_2_below(width // vector))
-    # No warpgroup has fewer pixels than a line.
-    pixels = memory.power_of_2_below(view.s // (blocks * warpgroups))
-    line = min(WARPS * LANES // lanes, pixels)
-    return Config(
-        pixels=view.s,
-        group=view.k,
-        width=width,
-        strips=view.features // width,
-        chunks=tuple(memory.cut(0, width, lanes, vector, spare=width // 16)),
-        lanes=lanes,
-        warps=min(WARPS, line),
-        line=line,
-        warpgroups=warpgroups,
-        blocks=blocks,
-        resident=resident,
-    )
-
-
-def _multiples(of: int, count: int) -> Iterator[int]:
-    """Widths of strips that cut `count` groups of `of` channels without a rest."""
-    return (of * m for m in range(1, count + 1) if count % m == 0)
-
-
-# --- values of a strip's channels -----------------------------------------------------
-
-
-@jax.tree_util.register_pytree_node_class
-class Columns:
-    """One array for each chunk of a strip. Arithmetic goes chunk by chunk.
-
-    An array is a line's, (warps, pixels, columns), or has one value for each channel,
-    (columns,); that is the same on all pixels where the two meet. Of a tile of groups
-    it is (groups, columns), and meets arrays (groups,).
-    """
-
-    def __init__(self, arrays: Sequence[Any], layouts: Sequence[Any]):
-        self.arrays = tuple(arrays)
-        self.layouts = tuple(layouts)  # of a line's or a tile's chunks
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return self.arrays, self.layouts
-
-    @classmethod
-    def tree_unflatten(cls, layouts: Any, arrays: Any) -> "Columns":
-        return cls(arrays, layouts)
-
-    def map(self, function: Callable[[Any], Any]) -> "Columns":
-        return Columns([function(array) for array in self.arrays], self.layouts)
-
-    def float32(self) -> "Columns":
-        return self.map(lambda array: array.astype(jnp.float32))
-
-    def _with(self, other: Any, operation: Callable[[Any, Any], Any]) -> "Columns":
-        others = (
-            other.arrays if isinstance(other, Columns) else [other] * len(self.arrays)
-        )
-        arrays = [
-            operation(*_meet(a, b, layout))
-            for a, b, layout in zip(self.arrays, others, self.layouts, strict=True)
-        ]
-        return Columns(arrays, self.layouts)
-
-    def __add__(self, other: Any) -> "Columns":
-        return self._with(other, operator.add)
-
-    def __sub__(self, other: Any) -> "Columns":
-        return self._with(other, operator.sub)
-
-    def __mul__(self, other: Any) -> "Columns":
-        return self._with(other, operator.mul)
-
-    def __truediv__(self, other: Any) -> "Columns":
-        return self._with(other, operator.truediv)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __rtruediv__(self, other: Any) -> "Columns":
-        return self._with(other, lambda a, b: b / a)
-
-
-def _meet(a: Any, b: Any, layout: Any) -> tuple[Any, Any]:
-    """Both of the larger one's shape."""
-    ndim_a, ndim_b = jnp.ndim(a), jnp.ndim(b)
-    if ndim_a == ndim_b or not ndim_a or not ndim_b:
-        return a, b
-    small, large = (a, b) if ndim_a < ndim_b else (b, a)
-    spread = lax.broadcast_in_dim(small, large.shape, (large.ndim - 1,))
-    spread = plgpu.layout_cast(spread, layout)
-    return (spread, b) if ndim_a < ndim_b else (a, spread)
-
-
-# --- inside a kernel ------------------------------------------------------------------
-
-
-class Part:
-    """One warpgroup's pixels of one strip of one sample.
-
-    Attributes:
-      config: how the sample is cut.
-      sample, strip, block: which.
-      warpgroup: which of the block's; a Python 0 where there is one.
-      pixels: of the block.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        sample: Any,
-        strip: Any,
-        block: Any,
-        warpgroup: Any,
-        scratch: Any,
-    ):
-        self.config = config
-        self.sample, self.strip, self.block = sample, strip, block
-        self.warpgroup = warpgroup
-        self.pixels = config.count(block)
-        worker = block * config.warpgroups + (warpgroup if config.warpgroups > 1 else 0)
-        self._first = config.first(worker)
-        self._own = config.first(worker + 1) - self._first  # pixels of this warpgroup
-        self._scratch = scratch
-        self._places = 0
-        pixels = config.line_shape
-        self._shapes = [
-            (*pixels, config.lanes * chunk.vector) for chunk in config.chunks
-        ]
-        self._layouts = [
-            _layout(config.lanes, chunk.vector, *pixels) for chunk in config.chunks
-        ]
-        self._channel_layouts = [
-            layout.reduce(tuple(range(len(pixels)))) for layout in self._layouts
-        ]
-
-    # Lines.
-
-    @property
-    def whole_lines(self) -> int:
-        """Those that are whole for every warpgroup."""
-        return self.config.pixels // self.config.workers // self.config.line
-
-    def index(self, line: int) -> Columns:
-        """The pixel's number in the sample."""
-        first = self._first + self._start(line)
-        return self._places_in_line().map(lambda place: first + place)
-
-    def load(self, ref: Any, line: Any, *which: Any) -> Columns:
-        """One line of ref[sample, pixels, *which, channels], in its own dtype."""
-        first = self._first + self._start(line)
-        return Columns(
-            [
-                memory.load_as(
-                    ref,
-                    (self.sample, pl.ds(first, self.config.line), *which, columns),
-                    shape,
-                    layout,
-                )
-                for columns, shape, layout in zip(
-                    self._columns(), self._shapes, self._layouts, strict=True
-                )
-            ],
-            self._layouts,
-        )
-
-    def store(self, ref: Any, line: Any, value: Columns) -> None:
-        """One line."""
-        first = self._first + self._start(line)
-        for columns, array in zip(self._columns(), value.arrays, strict=True):
-            at = (self.sample, pl.ds(first, self.config.line), columns)
-            memory.store_as(ref, at, array)
-
-    def each_line(self, do: Callable[[Any], None]) -> None:
-        """do(line) for all lines: whole ones in a loop, some at once."""
-        held = self.config.held
-        whole = self.whole_lines // held
-
-        def step(i: Any, _: None) -> None:
-            for j in range(held):
-                do(i * held + j)
-
-        lax.fori_loop(0, whole, step, None)
-        for line in range(whole * held, self.config.lines):
-            do(line)
-
-    def keep(self, name: str, line: Any, value: Columns) -> None:
-        """Keeps a line as it is, in shared memory; each lane reads what it wrote."""
-        for i, array in enumerate(value.arrays):
-            at = (self.warpgroup, line)
-            memory.store(self._scratch[f"{name}_{i}"], at, array)
-
-    def kept(self, name: str, line: Any) -> Columns:
-        """A line in float32."""
-        return Columns(
-            [
-                memory.load(self._scratch[f"{name}_{i}"], (self.warpgroup, line), a)
-                for i, a in enumerate(self._layouts)
-            ],
-            self._layouts,
-        )
-
-    def once(self, line: Any, value: Columns) -> Columns:
-        """Zeros for the pixels of a ragged line that the line before it has too."""
-        if self._is_whole(line):
-            return value
-        mask = self._counts(line)
-        return Columns(
-            [
-                jnp.where(here, array, 0.0)
-                for here, array in zip(mask.arrays, value.arrays, strict=True)
-            ],
-            self._layouts,
-        )
-
-    def counted(self, line: Any) -> Any:
-        """1 for pixels of the line that no line before it has, else 0."""
-        if self._is_whole(line):
-            return 1.0
-        return self._counts(line).map(lambda here: jnp.where(here, 1.0, 0.0))
-
-    def _is_whole(self, line: Any) -> bool:
-        """Whether it is, for every warpgroup; of a line in a loop that is known."""
-        return not isinstance(line, int) or line < self.whole_lines
-
-    def _start(self, line: Any) -> Any:
-        if self._is_whole(line):
-            return line * self.config.line
-        return jnp.minimum(line * self.config.line, self._own - self.config.line)
-
-    def _counts(self, line: int) -> Columns:
-        seen = line * self.config.line - self._start(line)
-        return self._places_in_line().map(lambda place: place >= seen)
-
-    def _places_in_line(self) -> Columns:
-        """The pixel's number in its line."""
-        places = []
-        for shape, layout in zip(self._shapes, self._layouts, strict=True):
-            iota = functools.partial(
-                plgpu.broadcasted_iota, jnp.int32, shape, layout=layout
-            )
-            place = iota(0)
-            if len(shape) == 3:
-                place = place * shape[1] + iota(1)
-            places.append(place)
-        return Columns(places, self._layouts)
-
-    def zeros(self) -> Columns:
-        """A line of them."""
-        return Columns(
-            [
-                plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-                for shape, layout in zip(self._shapes, self._layouts, strict=True)
-            ],
-            self._layouts,
-        )
-
-    # Channels.
-
-    def _columns(self, strip: Any = None) -> list[pl.Slice]:
-        strip = self.strip if strip is None else strip
-        return [
-            pl.ds(strip * self.config.width + chunk.start, shape[-1])
-            for chunk, shape in zip(self.config.chunks, self._shapes, strict=True)
-        ]
-
-    def load_channels(self, ref: Any, *at: Any) -> Columns:
-        """ref[*at, channels of the strip] in float32."""
-        return Columns(
-            [
-                memory.load(ref, (*at, columns), layout)
-                for columns, layout in zip(
-                    self._columns(), self._channel_layouts, strict=True
-                )
-            ],
-            self._layouts,
-        )
-
-    def _load_here(self, scratch: Any, *at: Any) -> Columns:
-        """Of what has the channels of this strip alone."""
-        return Columns(
-            [
-                memory.load(scratch, (*at, columns), layout)
-                for columns, layout in zip(
-                    self._columns(0), self._channel_layouts, strict=True
-                )
-            ],
-            self._layouts,
-        )
-
-    def store_channels(self, ref: Any, value: Columns, *at: Any) -> None:
-        """ref[*at, channels of the strip] = value, by one warpgroup of the block."""
-
-        @self.one_warpgroup
-        def _() -> None:
-            for columns, array in zip(self._columns(), value.arrays, strict=True):
-                memory.store(ref, (*at, columns), array)
-
-    def one_warpgroup(self, do: Callable[[], None]) -> None:
-        """Has the block's first warpgroup do it."""
-        if isinstance(self.warpgroup, int):
-            do()
-        else:
-            pl.when(self.warpgroup == 0)(do)
-
-    def one_block(self, do: Callable[[], None]) -> None:
-        """Has the first of the strip's blocks do it."""
-        if self.config.blocks == 1 or not self.config.resident:
-            do()
-        else:
-            pl.when(self.block == 0)(do)
-
-    # Sums.
-
-    def add_up(self, *terms: Columns) -> list["Sums"]:
-        """Adds lines over all pixels of the block, for each channel.
-
-        In a warp by shuffles; what its warps found meets in shared memory.
-        """
-        sums = self._scratch["sums"]  # (places, warps of the block, channels)
-        warps = self.config.warps
-        own = self.warpgroup * warps
-        first, self._places = self._places, self._places + len(terms)
-        for place, term in enumerate(terms, first):
-            for columns, array in zip(self._columns(0), term.arrays, strict=True):
-                at = (place, pl.ds(own, warps), columns)
-                of_warps = jnp.sum(array, axis=1) if array.ndim == 3 else array
-                memory.store(sums, at, of_warps)
-        self.meet()
-        begin = 0 if self.config.warpgroups > 1 else own  # one may work for itself
-        count = self.config.warpgroups * warps
-        return [Sums(place, begin, count) for place in range(first, self._places)]
-
-    def total(self, sums: "Sums") -> Columns:
-        """Of all that the block's warps found: for each channel."""
-        found = functools.partial(self._load_here, self._scratch["sums"], sums.place)
-        return lax.fori_loop(
-            1,
-            sums.count,
-            lambda i, total: total + found(sums.first + i),
-            found(sums.first),
-        )
-
-    def meet(self) -> None:
-        """Waits for all warpgroups of the block."""
-        plgpu.barrier_arrive(self._scratch["in_block"])
-        plgpu.barrier_wait(self._scratch["in_block"])
-
-    def exchange(self, values: Sequence[Columns]) -> "Part":
-        """Tells the other blocks of the cluster, and hears from them.
-
-        Returns:
-          What reads "partials", the blocks of this strip as its pixels: each warpgroup
-          all of them.
-        """
-        for i, value in enumerate(values):
-            at = (self.sample, self.block, i)
-            self.store_channels(self._scratch["partials"], value, *at)
-        self.one_warpgroup(memory.fence)
-        plgpu.barrier_arrive(self._scratch["in_cluster"])
-        plgpu.barrier_wait(self._scratch["in_cluster"])
-        memory.fence()
-        part = Part(
-            self.config.of_blocks(1),
-            self.sample,
-            self.strip,
-            0,
-            self.warpgroup,
-            self._scratch,
-        )
-        part._places = self._places  # those before are in use
-        return part
-
-    # Groups.
-
-    def by_group(
-        self,
-        formula: Callable[..., Sequence[Any]],
-        *terms: Columns,
-        again: bool = False,
-    ) -> list[Columns]:
-        """formula(groups, *terms), spread over the channels of the strip.
-
-        Args:
-          formula: takes values of channels and returns up to two of groups; `groups`
-            is an `EachChannel` or a `Tile`.
-          terms: up to two.
-          again: at a second call, which has scratch of its own.
-        """
-        if self.config.group == 1:
-            return list(formula(EachChannel(self), *terms))
-        scratch = self._scratch["groups"]  # (places, channels of the strip)
-        given = 4 * again
-        found = given + 2
-        count = 0
-
-        @self.one_warpgroup
-        def _() -> None:
-            for place, term in enumerate(terms, given):
-                for columns, array in zip(self._columns(0), term.arrays, strict=True):
-                    memory.store(scratch, (place, columns), array)
-
-        if terms:
-            self.meet()
-
-        @self.one_warpgroup
-        def _() -> None:
-            nonlocal count
-            for number in range(self.config.width // self.config.group):
-                group = Group(self, number)
-                results = formula(group, *group.terms(scratch, given, len(terms)))
-                group.spread(scratch, found, results)
-                count = len(results)
-
-        self.meet()
-        return [
-            self._load_here(scratch, place) for place in range(found, found + count)
-        ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """Where in shared memory a warpgroup finds what the warps have added up.
-
-    Attributes:
-      place: which sum.
-      first, count: of the warps.
-    """
-
-    place: int
-    first: Any
-    count: int
-
-
-class EachChannel:
-    """Groups of one channel: what holds for a group holds for its channel."""
-
-    def __init__(self, part: Part):
-        self._part = part
-
-    def sum(self, term: Columns) -> Columns:
-        """Over the channels of each group."""
-        return term
-
-    def load(self, ref: Any) -> Columns:
-        """Of ref, (samples, groups)."""
-        return self._part.load_channels(ref, self._part.sample)
-
-    def store(self, ref: Any, value: Columns) -> None:
-        """To ref, (samples, groups), by one block."""
-        self._part.one_block(
-            lambda: self._part.store_channels(ref, value, self._part.sample)
-        )
-
-
-class Group:
-    """One group of the strip, whose channels lie on the lanes of each warp."""
-
-    def __init__(self, part: Part, number: int):
-        config = part.config
-        self._part = part
-        self._number = part.strip * (config.width // config.group) + number
-        self._first = number * config.group
-        vector = math.gcd(config.group, 4)
-        self._lanes = min(LANES, memory.power_of_2_below(config.group // vector))
-        self._chunks = memory.cut(
-            0, config.group, self._lanes, vector, spare=config.group // 16
-        )
-        self._layouts = [_layout(self._lanes, chunk.vector) for chunk in self._chunks]
-
-    def _columns(self) -> list[pl.Slice]:
-        return [
-            pl.ds(self._first + chunk.start, self._lanes * chunk.vector)
-            for chunk in self._chunks
-        ]
-
-    def terms(self, scratch: Any, first: int, count: int) -> list[Columns]:
-        """scratch[place, channels of the group] for so many places."""
-        return [
-            Columns(
-                [
-                    memory.load(scratch, (place, columns), layout)
-                    for columns, layout in zip(
-                        self._columns(), self._layouts, strict=True
-                    )
-                ],
-                self._layouts,
-            )
-            for place in range(first, first + count)
-        ]
-
-    def spread(self, scratch: Any, first: int, values: Sequence[jax.Array]) -> None:
-        """scratch[place, channels of the group] = value."""
-        for place, value in enumerate(values, first):
-            for columns, layout in zip(self._columns(), self._layouts, strict=True):
-                spread = lax.broadcast_in_dim(value, (columns.size,), ())
-                spread = plgpu.layout_cast(spread, layout)
-                memory.store(scratch, (place, columns), spread)
-
-    def sum(self, term: Columns) -> jax.Array:
-        """Over the channels of the group."""
-        sums = []
-        for chunk, array, layout in zip(
-            self._chunks, term.arrays, self._layouts, strict=True
-        ):
-            if chunk.seen:
-                column = plgpu.broadcasted_iota(
-                    jnp.int32, array.shape, 0, layout=layout
-                )
-                array = jnp.where(column >= chunk.seen, array, 0.0)
-            sums.append(jnp.sum(array))
-        return _sum(sums)
-
-    def load(self, ref: Any) -> jax.Array:
-        """Of ref, (samples, groups)."""
-        return ref[self._part.sample, self._number]
-
-    def store(self, ref: Any, value: jax.Array) -> None:
-        """To ref, (samples, groups), by one block."""
-
-        def write() -> None:
-            ref[self._part.sample, self._number] = value
-
-        self._part.one_block(write)
-
-
-def _layout(lanes: int, vector: int, *pixels: int) -> Any:
-    """Lays columns, (warps, columns) or (warps, pixels of a warp, columns) over a
-    warpgroup.
-
-    Where there are fewer pixels than warps and lanes have room for, several of them
-    hold the same.
-    """
-    warps, in_warp = (*pixels, 1, 1)[:2]
-    tiles = [(*pixels, lanes * vector)]
-    if lanes > 1:
-        tiles.append((vector,))
-    last = -1 if lanes == 1 else -2  # the axis of lanes, or of the vector
-    warp_dims: list[Any] = [plgpu.Replicated(WARPS // warps)] if warps < WARPS else []
-    if warps > 1:
-        warp_dims.append(last - len(pixels))
-    lane_dims: list[Any] = []
-    if lanes * in_warp < LANES:
-        lane_dims.append(plgpu.Replicated(LANES // (lanes * in_warp)))
-    if in_warp > 1:
-        lane_dims.append(last - 1)
-    if lanes > 1:
-        lane_dims.append(last)
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(tuple(tiles)),
-        warp_dims=tuple(warp_dims),
-        lane_dims=tuple(lane_dims),
-        vector_dim=-1,
-    )
-
 
 # --- moments --------------------------------------------------------------------------
 
@@ -815,26 +55,21 @@ def _layout(lanes: int, vector: int, *pixels: int) -> Any:
 Moments = tuple[Any, Any, Any]
 
 
-def _sum(values: Iterable[Any]) -> Any:
-    return functools.reduce(operator.add, values)
-
-
 def _seen(
     part: Part, center: bool, lines: Sequence[Any], values: Sequence[Columns]
 ) -> Moments:
     """Of some lines, place by place in them: what each lane has seen."""
-    count = _sum(part.counted(line) for line in lines)
+    count = strips.add(part.counted(line) for line in lines)
     if not center:
         squares = [v * v for v in values]
-        return count, None, _sum(map(part.once, lines, squares))
-    mean = _sum(map(part.once, lines, values)) / _at_least_1(count)
+        return count, None, strips.add(map(part.once, lines, squares))
+    mean = strips.add(map(part.once, lines, values)) / _at_least_1(count)
     squares = [(v - mean) * (v - mean) for v in values]
-    return count, mean, _sum(map(part.once, lines, squares))
+    return count, mean, strips.add(map(part.once, lines, squares))
 
 
 def _all_seen(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
     """Of all of a warpgroup's lines, place by place: one read of x."""
-    held = part.config.held
 
     def tile(lines: Sequence[Any]) -> Moments:
         xs = [part.load(x, line) for line in lines]
@@ -843,19 +78,17 @@ def _all_seen(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
                 part.keep("x", line, loaded)
         return _seen(part, center, lines, [loaded.float32() for loaded in xs])
 
-    def step(i: Any, running: Any) -> Any:
-        before = (_float(i * held), *running)
-        return _merge(before, tile([i * held + j for j in range(held)]))[1:]
+    def step(lines: Sequence[Any], seen: Moments) -> Moments:
+        before = _float(lines[0])  # whole lines, each of which counts once
+        return None, *_merge((before, *seen[1:]), tile(lines))[1:]
 
-    whole = part.whole_lines // held
-    seen = lax.fori_loop(
-        0, whole, step, (part.zeros() if center else None, part.zeros())
-    )
-    seen = (float(whole * held), *seen)
-    rest = range(whole * held, part.config.lines)
-    for first in rest[::held]:
-        seen = _merge(seen, tile(rest[first - rest.start :][:held]))
-    return seen
+    def last(lines: Sequence[int], seen: Moments) -> Moments:
+        before = float(lines[0]) if seen[0] is None else seen[0]
+        return _merge((before, *seen[1:]), tile(lines))
+
+    start = (None, part.zeros() if center else None, part.zeros())
+    count, mean, m2 = part.over_lines(step, start, last)
+    return float(part.config.lines) if count is None else count, mean, m2
 
 
 def _merge(a: Moments, b: Moments) -> Moments:
@@ -907,7 +140,7 @@ def _of_blocks(
         *mean, m2 = (
             part.load(partials, line, i).float32() for i in range(partials.shape[2])
         )
-        return part.once(line, pixels), *(mean or [None]), m2
+        return part.once(line, pixels), mean[0] if mean else None, m2
 
     seen = functools.reduce(_merge, map(line_of, range(part.config.lines)))
     return _of_block(part, float(config.pixels), seen, to)
@@ -990,13 +223,14 @@ def forward(
         bias = part.load_channels(ref["bias"]) if "bias" in ref else 0.0
         factor = rstd * scale
 
-        def normalize(line: Any) -> None:
-            y = part.kept("x", line)
-            if norm.center:
-                y = y - mean[0]
-            part.store(ref["y"], line, y * factor + bias)
+        def normalize(lines: Sequence[Any], _: None) -> None:
+            for line in lines:
+                y = part.kept("x", line)
+                if norm.center:
+                    y = y - mean[0]
+                part.store(ref["y"], line, y * factor + bias)
 
-        part.each_line(normalize)
+        part.over_lines(normalize, None)
 
     results = _launch(
         "fusednorm_channelwise_forward",
@@ -1004,7 +238,7 @@ def forward(
         config,
         inputs=inputs,
         outputs=outputs,
-        exchanged=2,
+        exchanged=1 + norm.center,
         kept={"x": x.dtype},
     )
     return _as_call(call, results)
@@ -1116,17 +350,18 @@ def backward(
         c1, *c2 = part.by_group(_inner_products(config, ref), *terms, again=True)
         scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
 
-        def store_dx(line: Any) -> None:
-            x_hat = part.kept("x", line)
-            if norm.center:
-                x_hat = x_hat - mean[0]
-            x_hat = x_hat * rstd
-            inner = part.kept("dy", line) * scale - x_hat * c1
-            if norm.center:
-                inner = inner - c2[0]
-            part.store(ref["dx"], line, inner * rstd)
+        def store_dx(lines: Sequence[Any], _: None) -> None:
+            for line in lines:
+                x_hat = part.kept("x", line)
+                if norm.center:
+                    x_hat = x_hat - mean[0]
+                x_hat = x_hat * rstd
+                inner = part.kept("dy", line) * scale - x_hat * c1
+                if norm.center:
+                    inner = inner - c2[0]
+                part.store(ref["dx"], line, inner * rstd)
 
-        part.each_line(store_dx)
+        part.over_lines(store_dx, None)
 
     results = _launch(
         "fusednorm_channelwise_backward",
@@ -1156,37 +391,69 @@ def backward_in_two_reads(
     Bytes: x and dy for their sums, 8 a channel for each block, written and read; for
     dx both once more, and dx, in XLA's code.
     """
+    results = gradient_sums(config, last, call, dy, x, scale, mean, var)
+    if call.wanted[0]:
+        shape = call.norm.statistic_shape(x.shape)
+        c1, c2 = (results.get(name) for name in ("c1", "c2"))
+        assert c1 is not None
+        results["dx"] = reference.input_gradient(
+            call.norm,
+            dy,
+            x,
+            scale,
+            mean,
+            var,
+            c1.reshape(shape),
+            None if c2 is None else c2.reshape(shape),
+        )
+    return _wanted(call, results)
+
+
+def gradient_sums(
+    config: Config,
+    last: Config,
+    call: Call,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+) -> dict[str, jax.Array]:
+    """One read of x and dy.
+
+    Bytes: x and dy; 8 a channel for each block, written and read.
+
+    Returns:
+      dscale, dbias: if wanted; of each sample, (samples, channels).
+      c1, c2: mean(w * x_hat) and mean(w), if dx is wanted; (samples, groups).
+    """
+    norm, view = call.norm, _view(call)
     samples, _, channels = _shape(call)
     inputs = _gradient_inputs(call, dy, x, scale, mean, var)
     names = _summed(call)
     partials = (samples, config.blocks, len(names), channels)
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        mean = []
-        if call.norm.center:
-            mean.append(part.load_channels(ref["mean"], part.sample))
+        mean = [part.load_channels(ref["mean"], part.sample)] if "mean" in ref else []
         seen = _gradients_seen(part, names, ref, mean, keep=False)
         for i, sums in enumerate(part.add_up(*seen)):
             at = (part.sample, part.block, i)
             part.store_channels(ref["partials"], part.total(sums), *at)
 
-    # Strips are not of whole groups here.
-    of_channels = (
-        {"mean": jnp.repeat(inputs["mean"], call.geometry.k, 1)}
-        if mean is not None
-        else {}
-    )
+    of_channels = inputs.get("mean")
+    if of_channels is not None and view.k > 1:  # strips need not be of whole groups
+        of_channels = jnp.repeat(of_channels, view.k, axis=1)
     found = _launch(
         "fusednorm_channelwise_sums",
         body,
         config,
-        inputs={"dy": inputs["dy"], "x": inputs["x"], **of_channels},
+        inputs=memory.present(dy=inputs["dy"], x=inputs["x"], mean=of_channels),
         outputs={"partials": jax.ShapeDtypeStruct(partials, jnp.float32)},
     )
 
     outputs = {name: _of_each_sample(call) for name in names if _wants(call, name)}
     if call.wanted[0]:
-        outputs |= _statistics(call, *(("c1", "c2") if call.norm.center else ("c1",)))
+        outputs |= _statistics(call, *(("c1", "c2") if norm.center else ("c1",)))
 
     def combine(ref: dict[str, Any], part: Part) -> None:
         *_, rstd = part.by_group(_given_statistics(call, ref))
@@ -1195,23 +462,13 @@ def backward_in_two_reads(
         if call.wanted[0]:
             part.by_group(_inner_products(config, ref), *terms, again=True)
 
-    results = _launch(
+    return _launch(
         "fusednorm_channelwise_combine",
         combine,
         last,
         inputs=found | {n: a for n, a in inputs.items() if n not in ("dy", "x")},
         outputs=outputs,
     )
-    if call.wanted[0]:
-        shape = call.norm.statistic_shape(x.shape)
-        c1, c2 = (
-            results[name].reshape(shape) if name in results else None
-            for name in ("c1", "c2")
-        )
-        results["dx"] = reference.input_gradient(
-            call.norm, dy, x, scale, mean, var, c1, c2
-        )
-    return _wanted(call, results)
 
 
 def _summed(call: Call) -> tuple[str, ...]:
@@ -1227,8 +484,7 @@ def _wants(call: Call, name: str) -> bool:
 def _gradient_inputs(
     call: Call, dy: jax.Array, x: jax.Array, scale: Any, mean: Any, var: jax.Array
 ) -> dict[str, jax.Array]:
-    view = call.geometry
-    assert view is not None
+    view = _view(call)
     return memory.present(
         dy=dy.reshape(_shape(call)),
         x=x.reshape(_shape(call)),
@@ -1260,13 +516,11 @@ def _gradients_seen(
 
     dscale still lacks the factor rstd.
     """
-    held = part.config.held
 
-    def tile(lines: Sequence[Any]) -> list[Columns]:
+    def step(lines: Sequence[Any], seen: list[Columns]) -> list[Columns]:
         loaded = [
             {name: part.load(ref[name], line) for name in ("dy", "x")} for line in lines
         ]
-        sums = []
         for line, here in zip(lines, loaded, strict=True):
             if keep:
                 for name, value in here.items():
@@ -1274,26 +528,19 @@ def _gradients_seen(
             dy, x = here["dy"].float32(), here["x"].float32()
             centred = x - mean[0] if mean else x
             terms = {"dscale": dy * centred, "dbias": dy}
-            sums.append([part.once(line, terms[name]) for name in names])
-        return [_sum(terms) for terms in zip(*sums, strict=True)]
+            seen = [
+                a + part.once(line, terms[name])
+                for name, a in zip(names, seen, strict=True)
+            ]
+        return seen
 
-    def step(i: Any, running: Any) -> Any:
-        found = tile([i * held + j for j in range(held)])
-        return [a + b for a, b in zip(running, found, strict=True)]
-
-    whole = part.whole_lines // held
-    seen = lax.fori_loop(0, whole, step, [part.zeros() for _ in names])
-    rest = range(whole * held, part.config.lines)
-    for first in rest[::held]:
-        found = tile(rest[first - rest.start :][:held])
-        seen = [a + b for a, b in zip(seen, found, strict=True)]
-    return seen
+    return part.over_lines(step, [part.zeros() for _ in names])
 
 
 def _sums_of_blocks(part: Part, partials: Any, to: Part | None = None) -> list[Columns]:
     """Of what the blocks of a strip found; arguments as for `_of_blocks`."""
     sums = [
-        _sum(
+        strips.add(
             part.once(line, part.load(partials, line, i).float32())
             for line in range(part.config.lines)
         )
@@ -1358,16 +605,21 @@ def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
 # --- launches -------------------------------------------------------------------------
 
 
-def _shape(call: Call) -> tuple[int, int, int]:
-    """Of x as the kernels see it: samples, pixels, channels."""
+def _view(call: Call) -> Geometry:
+    """x[N, S, G, K]."""
     view = call.geometry
     assert view is not None
-    return view.n, view.s, view.g * view.k
+    return view
+
+
+def _shape(call: Call) -> tuple[int, int, int]:
+    """Of x as the kernels see it: samples, pixels, channels."""
+    view = _view(call)
+    return view.n, view.s, view.features
 
 
 def _statistics(call: Call, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
-    view = call.geometry
-    assert view is not None
+    view = _view(call)
     shape = jax.ShapeDtypeStruct((view.n, view.g), jnp.float32)
     return dict.fromkeys(names, shape)
 
@@ -1476,60 +728,48 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
       call: one of geometry x[N, S, G, K], S > 1.
       shared: bytes of shared memory that a block may have.
     """
-    view = call.geometry
-    assert view is not None
-    sizes = [call.x.dtype.itemsize]
-    if call.op == "forward":
-        kept, widest = sizes[0], max(sizes[0], call.norm.dtype.itemsize)
+    view = _view(call)
+    arrays = [call.x] if call.dy is None else [call.x, call.dy]
+    sizes = [array.dtype.itemsize for array in arrays]
+    widest = max(*sizes, call.norm.dtype.itemsize) if call.dy is None else max(sizes)
+    if call.wanted[0]:
+        config = strips.resident(view, widest, sum(sizes), shared)
     else:
-        assert call.dy is not None
-        sizes.append(call.dy.dtype.itemsize)
-        kept, widest = sum(sizes), max(sizes)
-    config = resident(view, widest, kept, shared) if call.wanted[0] else None
-    combine = None
-    if config is None:
-        configs = in_two_reads(view, max(sizes), shared)
+        config = None  # nothing of x's size is written: there is no second read
+    if config is not None:
+        launch: Any = forward if call.op == "forward" else backward
+        launch = functools.partial(launch, config, call)
+        size = f"{config.width * view.s * sum(sizes) / KB:.0f} KB"
+        where = "the block" if config.blocks == 1 else f"{config.blocks} blocks"
+        variant = ""
+        why = f"{where} keep{'s' * (config.blocks == 1)} {size} on the chip: one read"
+    else:
+        configs = strips.in_two_reads(view, max(sizes), shared)
         if configs is None:
             return Fallback(
                 f"{view.features} channels in groups of {view.k} cannot be cut into "
-                f"strips of at most {MAX_CHUNKS} loads"
+                f"strips of {strips.SECTOR} bytes or more and {MAX_CHUNKS} loads or "
+                "fewer"
             )
-        config, combine = configs
-    launch: Callable[..., Any]
-    if combine is None:
-        launch = functools.partial(
-            forward if call.op == "forward" else backward, config, call
+        config = configs[0]
+        both = call.op == "forward"
+        launch = forward_in_two_reads if both else backward_in_two_reads
+        launch = functools.partial(launch, *configs, call)
+        variant = ", two reads"
+        why = (
+            f"a group's {view.s} pixels do not fit the shared memory of "
+            f"{strips.MAX_CLUSTER} blocks: two reads, the second one in XLA's code, "
+            "which normalizes with what follows"
         )
-    else:
-        launch = functools.partial(
-            forward_in_two_reads if call.op == "forward" else backward_in_two_reads,
-            config,
-            combine,
-            call,
-        )
+        if not call.wanted[0]:
+            variant, why = ", sums", "sums alone are wanted: one read"
     return Kernel(
         backend="mosaic_gpu",
-        name=f"channelwise {call.op}" + (", two reads" if combine else ""),
+        name=f"channelwise {call.op}" + variant,
         launch=launch,
         block=str(config),
-        why=_why(config, view, kept),
+        why=why,
         bytes_moved=_bytes_moved(call, config),
-    )
-
-
-def _why(config: Config, view: Geometry, kept: int) -> str:
-    """What the sample's size led to."""
-    size = f"{config.width * view.s * kept / KB:.0f} KB"
-    if not config.resident:
-        return (
-            "a group's pixels do not fit the shared memory of 8 blocks: they are read "
-            "twice, and XLA normalizes, with what follows"
-        )
-    if config.blocks == 1:
-        return f"the block keeps its {size} in shared memory: one read"
-    return (
-        f"{config.blocks} blocks of a cluster keep the {size} of {config.width} "
-        "channels in shared memory: one read"
     )
 
 
@@ -1537,22 +777,21 @@ def _bytes_moved(call: Call, config: Config) -> int:
     """Of device memory: tensors, parameters, statistics and partial sums."""
     samples, _, channels = _shape(call)
     size, x_size = call.x.size, call.x.dtype.itemsize
-    view = call.geometry
-    assert view is not None
-    statistics = 4 * samples * view.g * (1 + call.norm.center)
-    reads = 1 if config.resident else 1 + call.wanted[0]
+    reads = 1 if config.resident or not call.wanted[0] else 2
+    statistics = 4 * samples * _view(call).g * (1 + call.norm.center)
     params = [p for p in (call.scale, call.bias) if p is not None]
     moved = sum(param.size * param.dtype.itemsize for param in params)
-    exchanged = 4 * samples * channels * config.blocks * (config.blocks > 1)
-    if call.op == "forward":
-        names = 1 + call.norm.center
+    if call.dy is None:
+        values = 1 + call.norm.center
         moved += size * (reads * x_size + call.norm.dtype.itemsize)
         moved += statistics * call.statistics
     else:
-        assert call.dy is not None
-        names = len(_summed(call))
+        values = len(_summed(call))
         moved += size * reads * (x_size + call.dy.dtype.itemsize)
         moved += size * x_size * call.wanted[0] + statistics
         examples = math.prod(call.x.shape[: call.own_params])
-        moved += 4 * channels * sum(call.wanted[1:]) * (2 * samples + examples)
-    return moved + 2 * names * exchanged
+        rows = samples if samples == examples else 2 * samples + examples
+        moved += 4 * channels * sum(call.wanted[1:]) * rows
+    if config.blocks > 1 or not config.resident:  # written and read
+        moved += 2 * values * 4 * samples * channels * config.blocks
+    return moved
