@@ -120,6 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
+    large = [case.name for case in cases if case.sample_bytes > settings.largest]
+    if large:
+        limit = f"{settings.largest / 1e6:.0f} MB"
+        console.print(f"left out, a sample is above {limit}: {', '.join(large)}")
+        cases = [case for case in cases if case.name not in large]
+        if not models and not cases:
+            return 2
     with _progress(console) as progress:
         run = Run(models, cases, settings, progress)
         items = (["bench_training", "bench_tracing"] if models else []) + (

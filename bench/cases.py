@@ -40,10 +40,14 @@ class Case:
 
         Of one sample at least.
         """
+        return (max(1, round(tensor_bytes / self.sample_bytes)), *self.sample)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of one sample of the block's largest tensor."""
         *pixels, channels = self.sample
         widest = max(channels, self.conv or 0)
-        sample_bytes = math.prod(pixels) * widest * jnp.dtype(self.dtype).itemsize
-        return (max(1, round(tensor_bytes / sample_bytes)), *self.sample)
+        return math.prod(pixels) * widest * jnp.dtype(self.dtype).itemsize
 
     @property
     def layer(self) -> str:
@@ -165,9 +169,17 @@ CASES = (
     Case("sd_unet_32", nnx.GroupNorm, (32, 32, 640), "bfloat16"),
     Case("sd_unet_16", nnx.GroupNorm, (16, 16, 1280), "float32"),
     Case("sd_unet_8", nnx.GroupNorm, (8, 8, 1280), "bfloat16"),
-    # Fast style transfer: first and innermost layers.
+    # The decoder of its VAE, up to the image of 512x512.
+    Case("sd_vae_512", nnx.GroupNorm, (512, 512, 128), "bfloat16"),
+    Case("sd_vae_256", nnx.GroupNorm, (256, 256, 256), "bfloat16"),
+    Case("sd_vae_128", nnx.GroupNorm, (128, 128, 512), "bfloat16"),
+    Case("sd_vae_64", nnx.GroupNorm, (64, 64, 512), "float32"),
+    # I2VGen-XL: a norm over 16 frames of 720x1280, at the first level of its UNet.
+    Case("i2vgen_xl_90", nnx.GroupNorm, (16, 90, 160, 320), "bfloat16"),
+    # Fast style transfer: first and innermost layers. CycleGAN: the first and the last.
     Case("style_256", nnx.InstanceNorm, (256, 256, 32), "float32"),
     Case("style_64", nnx.InstanceNorm, (64, 64, 128), "float32"),
+    Case("cyclegan_256", nnx.InstanceNorm, (256, 256, 64), "bfloat16"),
     # Blocks: XLA fuses a norm's neighbours into it.
     Case(
         "resnet50_conv_bn_relu",
