@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Size of XLA's pool of threads on a CPU, read when jax makes its devices. The
 # interpreters hold one for each warpgroup of a block and each block of a cluster, up to
@@ -22,3 +23,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each implementation that the suite of test_suite.py runs against."""
     with fusednorm.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def begun(request: pytest.FixtureRequest) -> Iterator[dict[Any, Any]]:
+    """What the tests of `make aot` compile, by what they ask for."""
+    from tests import compilers
+
+    with compilers.begin(request.session.items) as begun:
+        yield begun
+
+
+@pytest.fixture
+def found(begun: dict[Any, Any], cell: Any) -> Any:
+    """What the cell's workload is on the cell's chip."""
+    return begun[cell].result()

@@ -1,11 +1,12 @@
-"""The kernels compiled for chips that are not here: `make aot`.
+"""The rowwise kernels compiled for chips that are not here: `make aot`.
 
 What is checked: every rowwise case has a kernel that compiles, spills nothing, fits the
 chip's shared memory, moves each element across the pins once, has no convert, copy or
-pad around it, and moves less than flax's layer as XLA compiles it.
+pad around it, and moves less than flax's layer as XLA compiles it. Those of the
+channelwise kernels are in test_aot_channelwise.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -17,29 +18,20 @@ from jax import lax
 
 import fusednorm
 from bench.aot import hlo
-from bench.aot.chips import B200, CHIPS, H100, RTX5090, TPUS, Chip, Gpu, Tpu
+from bench.aot.chips import B200, CHIPS, H100, RTX5090, TPUS, Chip, Gpu
 from bench.aot.compile import compile_for
-from bench.aot.measure import (
-    ROWWISE,
-    Elsewhere,
-    Measurement,
-    Workload,
-    measure,
-    of_case,
-    orders_of_axes,
-    workloads,
-)
+from bench.aot.measure import ROWWISE, Measurement, of_case, workloads
 from bench.aot.whole import (
     PASSES,
     Transformer,
     Whole,
     forward_backward,
-    layer,
     pure,
     training_step,
 )
 from bench.cases import Case
 from fusednorm.kernels.tpu.blocks import order_of_axes
+from tests.compilers import Cell, name
 
 pytestmark = pytest.mark.aot
 
@@ -49,10 +41,12 @@ RAGGED = [
     workload
     for features in (760, 1128, 8200, 127, 7)
     for rows in (37, 4097)
-    for workload in workloads(f"{rows}x{features}", True, (rows, features), "bfloat16")
+    for workload in workloads(
+        f"{rows}x{features}", nnx.LayerNorm, (rows, features), "bfloat16"
+    )
 ]
 # A row on a cluster of blocks: they meet in device memory.
-WIDE = list(workloads("512x65536", True, (512, 65536), "bfloat16"))
+WIDE = list(workloads("512x65536", nnx.LayerNorm, (512, 65536), "bfloat16"))
 CASES = [workload for case in ROWWISE for workload in of_case(case)]
 FEW = {
     "alphafold_pair_64",
@@ -64,7 +58,6 @@ FEW = {
     "37x127",
 }
 
-Cell = tuple[Chip, Workload]
 CELLS: list[Cell] = [(H100, workload) for workload in CASES + RAGGED + WIDE] + [
     (chip, workload)
     for chip in (B200, RTX5090, *TPUS)
@@ -75,45 +68,9 @@ CELLS: list[Cell] = [(H100, workload) for workload in CASES + RAGGED + WIDE] + [
 # Why a backward's partial sums may be more than 10 % of dy, x and dx.
 FEW_ROWS = "each block has a row or a few: its partial sum is as long as a row"
 MANY_PARTIALS = {
-    **{(chip, work.name): FEW_ROWS for chip, work in CELLS if work.rows == 37},
+    **{(chip, work.name): FEW_ROWS for chip, work in CELLS if work.groups == 37},
     (RTX5090, "4097x1128"): "4097 rows on 170 SMs: 11 %",
 }
-
-
-def name(value: Any) -> str | None:
-    match value:
-        case (Gpu() as chip, Workload() as work) | (chip, Workload() as work):
-            return f"{chip.name}-{work.name}-{work.op}"
-        case Case() | Gpu() | Tpu():
-            return value.name
-    return None
-
-
-@pytest.fixture(scope="session")
-def begun(request: pytest.FixtureRequest) -> Iterator[dict[Any, Future[Any]]]:
-    """What other processes compile meanwhile: all that the chosen tests ask for."""
-    begin: dict[Any, Future[Any]] = {}
-    with Elsewhere() as elsewhere:
-        for item in request.session.items:
-            params = (getattr(item, "callspec", None) and item.callspec.params) or {}
-            if (cell := params.get("cell")) and cell not in begin:
-                begin[cell] = elsewhere.begin(measure, *cell)
-            if "tpu" in params:
-                tpu = params["tpu"]
-                begin[tpu] = elsewhere.begin(orders_of_axes, tpu, ARRAYS)
-            if "case" in params:
-                chip, case, which = (params[key] for key in ("chip", "case", "which"))
-                for fused in (True, False):
-                    begin[chip, case.name, which, fused] = elsewhere.begin(
-                        layer, chip, case, 160e6, which, fused
-                    )
-        yield begin
-
-
-@pytest.fixture
-def found(begun: dict[Any, Future[Any]], cell: Cell) -> Measurement:
-    """What the cell's workload is on the cell's chip."""
-    return begun[cell].result()
 
 
 each_cell = pytest.mark.parametrize("cell", CELLS, ids=name)

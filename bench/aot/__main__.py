@@ -1,4 +1,4 @@
-"""python -m bench.aot: compiles the rowwise cases, and says what came out."""
+"""python -m bench.aot: compiles the cases, and says what came out."""
 
 import argparse
 import dataclasses
@@ -18,12 +18,12 @@ from rich.text import Text
 
 from bench.aot.chips import CHIPS, Chip
 from bench.aot.measure import (
-    ROWWISE,
     TENSOR_BYTES,
     Elsewhere,
     Measurement,
     measure,
     of_case,
+    with_kernels,
 )
 from bench.aot.whole import PASSES, Whole, layer
 from bench.provenance import commit
@@ -51,11 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     chips = [CHIPS[name] for name in options.chips]
-    cases = [
-        case
-        for case in ROWWISE
-        if any(fnmatch.fnmatchcase(case.name, name) for name in options.cases)
-    ]
+    cases = {
+        chip: [
+            case
+            for case in with_kernels(chip)
+            if any(fnmatch.fnmatchcase(case.name, name) for name in options.cases)
+        ]
+        for chip in chips
+    }
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begun = {
             (chip.name, f"{work.name} {work.op}"): elsewhere.begin(measure, chip, work)
             for chip in chips
-            for case in cases
+            for case in cases[chip]
             for work in of_case(case)
         }
         layers = {
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 layer, chip, case, TENSOR_BYTES, which, fused
             )
             for chip in chips
-            for case in cases
+            for case in cases[chip]
             for which in PASSES
             for fused in (True, False)
         }
@@ -120,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.aot",
-        description="Compiles every rowwise case for chips that need not be here, and "
-        "reports registers, spills, shared memory and bytes.",
+        description="Compiles every case for chips that need not be here, where these "
+        "have kernels for it: registers, spills, shared memory and bytes.",
     )
     parser.add_argument(
         "--chips", nargs="+", default=["H100"], choices=[*CHIPS], help="default: H100"
@@ -150,23 +153,25 @@ def _as_record(found: Measurement) -> dict[str, Any]:
 def _kernels_table(chip: Chip, found: Sequence[Measurement]) -> Table:
     table = Table(
         title=f"\n{chip.name} ({chip.arch}): our kernels",
-        caption="regs, spill: of a thread. smem: of a block (TPU: VMEM). blocks: those "
-        "an SM holds at once.\nbytes: of device memory over those of x and y, or x, dy "
-        "and dx. again, stats, partials: in % of these;\nagain: what ragged rows load "
-        "or store twice, from the cache. around: other kernels.",
+        caption="reads: of x (and dy). regs, spill: of a thread. smem: of a block "
+        "(TPU: VMEM). blocks: those an SM holds at once.\nbytes: of device memory over "
+        "those of x and y, or x, dy and dx. again, rest, stats, partials: in % of "
+        "these;\nagain: what ragged rows or lines load or store twice, from the cache. "
+        "rest: what is left to XLA.\naround: other kernels.",
         **_STYLE,
     )
     for name in ("case", "", "op"):
         table.add_column(name)
-    for name in ("regs", "spill", "smem", "threads", "blocks"):
+    for name in ("reads", "regs", "spill", "smem", "threads", "blocks"):
         table.add_column(name, justify="right")
-    for name in ("bytes", "again", "stats", "partials", "around"):
+    for name in ("bytes", "again", "rest", "stats", "partials", "around"):
         table.add_column(name, justify="right")
     for one in found:
         table.add_row(
             one.case,
             _DTYPES[one.dtype],
             _OPS[one.op],
+            "2" if one.rest else "1",
             _or_dash(one.registers),
             _or_dash(one.spilled),
             f"{one.scratch / 1024:.0f}K",
@@ -175,7 +180,7 @@ def _kernels_table(chip: Chip, found: Sequence[Measurement]) -> Table:
             f"{one.ratio:.3f}",
             *(
                 f"{100 * part / one.ideal:.1f}"
-                for part in (one.again, one.statistics, one.partials)
+                for part in (one.again, one.rest, one.statistics, one.partials)
             ),
             str(len(one.around)),
         )

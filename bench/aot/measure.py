@@ -29,43 +29,51 @@ TENSOR_BYTES = 160e6  # of x, as in the benchmarks on a chip: more than a cache 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One call of a rowwise norm.
+    """One call of a norm.
 
     Attributes:
       name: the benchmark case's, or the shape.
       op: the forward alone, the forward in training, or the backward.
-      center: LayerNorm with a bias, else RMSNorm without.
-      shape: of x; the last axis is normalized.
+      layer: the flax class.
+      norm: what it does; with a bias if it centres.
+      shape: of x.
       dtype: of x, y, dy and dx; parameters are float32.
     """
 
     name: str
     op: Op
-    center: bool
+    layer: Any
+    norm: Norm
     shape: tuple[int, ...]
     dtype: str
 
     @property
-    def rows(self) -> int:
-        return math.prod(self.shape[:-1])
+    def statistic(self) -> jax.ShapeDtypeStruct:
+        """The variance."""
+        shape = self.norm.statistic_shape(self.shape)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype("float32"))
+
+    @property
+    def groups(self) -> int:
+        """What has a mean and a variance of its own: rows, groups, channels."""
+        return self.statistic.size
 
     @property
     def call(self) -> Call:
         """What `plan` is asked."""
-        features = self.shape[-1]
-        last = (len(self.shape) - 1,)
         x = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
-        param = jax.ShapeDtypeStruct((features,), jnp.dtype("float32"))
+        param = jax.ShapeDtypeStruct(self.shape[-1:], jnp.dtype("float32"))
         backward = self.op == "backward"
+        center = self.norm.center
         return Call(
             op="backward" if backward else "forward",
-            norm=Norm(last, last, center=self.center, dtype=x.dtype),
+            norm=self.norm,
             x=x,
             scale=param,
-            bias=param if self.center and not backward else None,
+            bias=param if center and not backward else None,
             dy=x if backward else None,
             statistics=self.op == "forward+statistics",
-            wanted=(True, True, self.center),
+            wanted=(True, True, center),
         )
 
     @property
@@ -77,9 +85,8 @@ class Workload:
         call = self.call
         if call.op == "forward":
             return call.x, call.scale, call.bias, None
-        statistic = jax.ShapeDtypeStruct((*self.shape[:-1], 1), jnp.dtype("float32"))
-        mean = statistic if self.center else None
-        return call.dy, call.x, call.scale, mean, statistic, None
+        mean = self.statistic if self.norm.center else None
+        return call.dy, call.x, call.scale, mean, self.statistic, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +95,7 @@ class Measurement:
 
     Attributes:
       case, op, norm, shape, dtype, chip: the workload's, and the chip's name.
+      plan: the plan's name.
       kernels: names of its kernels.
       block: what one block works on, in the plan's words.
       registers, spilled: of a thread: count, bytes. None for a TPU.
@@ -98,10 +106,13 @@ class Measurement:
       ideal: bytes of x and y, or of dy, x and dx.
       tensors: bytes of these that the kernels access, each element once.
       again: bytes of these that they access once more: of ragged rows' overlaps.
-      statistics: bytes of mean and variance.
+      rest: bytes of XLA's kernels that access such tensors: what the plan leaves to it.
+      statistics: bytes of mean and variance; of BatchNorm and InstanceNorm also of
+        parameters and their gradients, which have the same shapes.
       params: bytes of scale, bias and their gradients, each block's reads.
       partials: bytes of intermediate results, written and read.
-      around: other operations beside the kernels, and the bytes of each.
+      around: other operations beside the kernels, in the order in which they run, and
+        the bytes of each.
     """
 
     case: str
@@ -110,6 +121,7 @@ class Measurement:
     shape: tuple[int, ...]
     dtype: str
     chip: str
+    plan: str
     kernels: tuple[str, ...]
     block: str
     registers: int | None
@@ -122,6 +134,7 @@ class Measurement:
     ideal: int
     tensors: int
     again: int
+    rest: int
     statistics: int
     params: int
     partials: int
@@ -130,7 +143,7 @@ class Measurement:
     @property
     def total(self) -> int:
         """Bytes that cross the pins if caches hold all that is read again."""
-        return self.tensors + self.statistics + self.partials
+        return self.tensors + self.rest + self.statistics + self.partials
 
     @property
     def ratio(self) -> float:
@@ -138,20 +151,64 @@ class Measurement:
         return self.total / self.ideal
 
 
+def norm_of(
+    layer: Any,
+    shape: Sequence[int],
+    dtype: str,
+    *,
+    reduction_axes: tuple[int, ...] | None = None,
+    num_groups: int = 32,
+) -> Norm:
+    """What a flax layer does to an array, with flax's defaults.
+
+    Args:
+      layer: the class.
+      shape: of x.
+      dtype: of x and y.
+      reduction_axes: of a LayerNorm or an RMSNorm, None for the last.
+      num_groups: of a GroupNorm.
+    """
+    *others, last = range(len(shape))
+    reduced = {
+        nnx.BatchNorm: tuple(others),
+        nnx.GroupNorm: tuple(others[1:]),
+        nnx.InstanceNorm: tuple(others[1:]),
+    }
+    return Norm(
+        reduced.get(layer) or reduction_axes or (last,),
+        (last,),
+        num_groups=num_groups if layer is nnx.GroupNorm else None,
+        center=layer is not nnx.RMSNorm,
+        dtype=jnp.dtype(dtype),
+    )
+
+
 def workloads(
-    name: str, center: bool, shape: Sequence[int], dtype: str
+    name: str,
+    layer: Any,
+    shape: Sequence[int],
+    dtype: str,
+    *,
+    ops: Sequence[Op] = OPS,
+    **options: Any,
 ) -> tuple[Workload, ...]:
-    """The three ops of one shape."""
-    return tuple(Workload(name, op, center, tuple(shape), dtype) for op in OPS)
+    """The ops of one shape; `options` are those of `norm_of`."""
+    norm = norm_of(layer, shape, dtype, **options)
+    return tuple(Workload(name, op, layer, norm, tuple(shape), dtype) for op in ops)
 
 
 def of_case(case: Case, tensor_bytes: float = TENSOR_BYTES) -> tuple[Workload, ...]:
     """The three ops of a benchmark case's norm."""
-    center = case.norm is nnx.LayerNorm
-    return workloads(case.name, center, case.shape(tensor_bytes), case.dtype)
+    return workloads(case.name, case.norm, case.shape(tensor_bytes), case.dtype)
 
 
 ROWWISE = [case for case in CASES if case.norm in (nnx.LayerNorm, nnx.RMSNorm)]
+CHANNELWISE = [case for case in CASES if case not in ROWWISE]
+
+
+def with_kernels(chip: Chip) -> list[Case]:
+    """The cases whose norms the chip has kernels for."""
+    return [*CASES] if isinstance(chip, Gpu) else ROWWISE
 
 
 def plan(chip: Chip, call: Call) -> Kernel | Fallback:
@@ -176,7 +233,9 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
     compiled = compile_for(chip, answer.launch, *operands)
     around = hlo.surroundings(compiled.hlo)
     bytes_of = _sort(workload, found)
-    bytes_of["partials"] += sum(one.nbytes for one in around)
+    tensor = bytes_of["ideal"] // (3 if workload.op == "backward" else 2)
+    for one in around:
+        bytes_of["rest" if one.nbytes >= tensor else "partials"] += one.nbytes
     largest = max(found, key=lambda kernel: kernel.threads)
     registers = spilled = threads = resident = None
     scratch = max(kernel.scratch for kernel in found)
@@ -191,10 +250,11 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
     return Measurement(
         case=workload.name,
         op=workload.op,
-        norm="LayerNorm" if workload.center else "RMSNorm",
+        norm=workload.layer.__name__,
         shape=workload.shape,
         dtype=workload.dtype,
         chip=chip.name,
+        plan=answer.name,
         kernels=tuple(kernel.name for kernel in found),
         block=answer.block,
         registers=registers,
@@ -226,7 +286,7 @@ def _sort(workload: Workload, found: Sequence[traffic.Traffic]) -> dict[str, int
     itemsize = jnp.dtype(workload.dtype).itemsize
     tensors = 3 if workload.op == "backward" else 2
     result = dict.fromkeys(
-        ("tensors", "again", "statistics", "params", "partials"), 0
+        ("tensors", "again", "rest", "statistics", "params", "partials"), 0
     ) | {"ideal": tensors * size * itemsize}
     for operand in (operand for kernel in found for operand in kernel.operands):
         moved = operand.loaded + operand.stored
@@ -236,7 +296,7 @@ def _sort(workload: Workload, found: Sequence[traffic.Traffic]) -> dict[str, int
             tensors -= 1
             result["tensors"] += distinct
             result["again"] += moved - distinct
-        elif elements == features:
+        elif elements == features != workload.groups:
             result["params"] += moved
         elif _is_statistic(workload, operand):
             result["statistics"] += distinct
@@ -246,13 +306,15 @@ def _sort(workload: Workload, found: Sequence[traffic.Traffic]) -> dict[str, int
 
 
 def _is_statistic(workload: Workload, operand: Operand) -> bool:
-    """One number a row; on a TPU in whole tiles of up to 1024."""
+    """One number a row or group; on a TPU in whole tiles of up to 1024."""
     elements = math.prod(operand.shape)
+    if elements == workload.groups:
+        return True
     return (
         operand.dtype == jnp.float32
         and workload.op != "forward"
         and operand.shape[-1] != workload.shape[-1]
-        and workload.rows <= elements <= workload.rows + 1024
+        and workload.groups <= elements <= workload.groups + 1024
     )
 
 

@@ -1,0 +1,50 @@
+"""What the tests of `make aot` share: they compile in processes of their own."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from bench.aot.chips import Chip, Gpu, Tpu
+from bench.aot.measure import (
+    TENSOR_BYTES,
+    Elsewhere,
+    Workload,
+    measure,
+    orders_of_axes,
+)
+from bench.aot.whole import layer
+from bench.cases import Case
+
+Cell = tuple[Chip, Workload]
+
+
+def name(value: Any) -> str | None:
+    """Of a parameter in a test's id."""
+    match value:
+        case (Gpu() as chip, Workload() as work) | (chip, Workload() as work):
+            return f"{chip.name}-{work.name}-{work.op}"
+        case Case() | Gpu() | Tpu():
+            return value.name
+    return None
+
+
+@contextlib.contextmanager
+def begin(items: Sequence[Any]) -> Iterator[dict[Any, Future[Any]]]:
+    """What other processes compile meanwhile: all that the chosen tests ask for."""
+    begun: dict[Any, Future[Any]] = {}
+    with Elsewhere() as elsewhere:
+        for item in items:
+            params = (getattr(item, "callspec", None) and item.callspec.params) or {}
+            if (cell := params.get("cell")) and cell not in begun:
+                begun[cell] = elsewhere.begin(measure, *cell)
+            if "tpu" in params:
+                tpu = params["tpu"]
+                begun[tpu] = elsewhere.begin(orders_of_axes, tpu, item.module.ARRAYS)
+            if "case" in params:
+                chip, case, which = (params[key] for key in ("chip", "case", "which"))
+                for fused in (True, False):
+                    begun[chip, case.name, which, fused] = elsewhere.begin(
+                        layer, chip, case, TENSOR_BYTES, which, fused
+                    )
+        yield begun
