@@ -60,7 +60,7 @@ test-oldest: $(STAMP_OLDEST) ## the suite with the oldest jax and flax of pyproj
 
 # One process: the tests keep their own, one for each compiler.
 aot: $(STAMP_AOT) ## compile every kernel for chips that are not here, and check registers, spills and bytes
-	JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(VENV_AOT)/bin/python -m pytest -m aot tests/test_aot.py $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(VENV_AOT)/bin/python -m pytest -m aot tests/test_aot.py tests/test_aot_channelwise.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .
