@@ -153,25 +153,24 @@ def _as_record(found: Measurement) -> dict[str, Any]:
 def _kernels_table(chip: Chip, found: Sequence[Measurement]) -> Table:
     table = Table(
         title=f"\n{chip.name} ({chip.arch}): our kernels",
-        caption="reads: of x (and dy). regs, spill: of a thread. smem: of a block "
+        caption="regs, spill: of a thread. smem: of a block "
         "(TPU: VMEM). blocks: those an SM holds at once.\nbytes: of device memory over "
-        "those of x and y, or x, dy and dx. again, rest, stats, partials: in % of "
+        "those of x and y, or x, dy and dx. again, rest, stats, parts: in % of "
         "these;\nagain: what ragged rows or lines load or store twice, from the cache. "
-        "rest: what is left to XLA.\naround: other kernels.",
+        "rest: what is left to XLA, where x is read twice.\naround: other kernels.",
         **_STYLE,
     )
     for name in ("case", "", "op"):
         table.add_column(name)
-    for name in ("reads", "regs", "spill", "smem", "threads", "blocks"):
+    for name in ("regs", "spill", "smem", "threads", "blocks"):
         table.add_column(name, justify="right")
-    for name in ("bytes", "again", "rest", "stats", "partials", "around"):
+    for name in ("bytes", "again", "rest", "stats", "parts", "around"):
         table.add_column(name, justify="right")
     for one in found:
         table.add_row(
             one.case,
             _DTYPES[one.dtype],
             _OPS[one.op],
-            "2" if one.rest else "1",
             _or_dash(one.registers),
             _or_dash(one.spilled),
             f"{one.scratch / 1024:.0f}K",
