@@ -398,6 +398,8 @@ def test_a_row_does_not_depend_on_the_others(
     ids=["no rows", "no features", "channelwise", "groups", "bias alone"],
 )
 def test_what_falls_back(platform: str, call: Call, reason: str) -> None:
+    if platform == "cuda" and reason == "channelwise":
+        pytest.skip("NVIDIA GPUs have channelwise kernels")
     answer = dispatch.plan(call, Target((platform,)))
     assert isinstance(answer, Fallback)
     assert reason in answer.reason

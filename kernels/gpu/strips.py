@@ -30,6 +30,7 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 KB = 1024
 SECTOR = 32  # bytes: what the L2 cache fetches at least
 MAX_CLUSTER = 8  # blocks: what every GPU can do
+MAX_WARPGROUPS = 4  # of a block: 512 threads, of 128 registers each
 MAX_CHUNKS = 8  # of a strip: each is code of its own
 PLACES = 4  # sums of channels that a block holds in shared memory
 
@@ -160,18 +161,17 @@ def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | 
     """
     # Pieces of a pixel are at least two sectors, of which the memory's bursts are made;
     # of a small sample one, for the sake of more blocks. Whole sectors if possible.
-    small = view.s * view.features < SMALL
-    least = SECTOR if small else 2 * SECTOR
+    least = SECTOR if view.s * view.features < SMALL else 2 * SECTOR
     found = []
     for width in _multiples(view.k, view.g):
         strip = width * view.s * kept
         if strip > MAX_CLUSTER * shared:
             break
         # Blocks of 32 KB or less where there can be so many: several fit an SM, and one
-        # loads while another one computes and stores. Of a small sample of 16 KB.
-        each = 16 * KB if small else 32 * KB
-        blocks = min(pl.next_power_of_2(pl.cdiv(strip, each)), MAX_CLUSTER)
-        warpgroups = min(pl.next_power_of_2(pl.cdiv(strip // blocks, 16 * KB)), 4)
+        # loads while another one computes and stores.
+        blocks = min(pl.next_power_of_2(pl.cdiv(strip, 32 * KB)), MAX_CLUSTER)
+        wanted = pl.next_power_of_2(pl.cdiv(strip // blocks, 16 * KB))
+        warpgroups = min(wanted, MAX_WARPGROUPS)
         config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
         if config.shared(kept) <= shared and len(config.chunks) <= MAX_CHUNKS:
             found.append(config)
@@ -206,7 +206,7 @@ def in_two_reads(
     # more than 4 on each of 132 multiprocessors where a sample alone can fill them.
     strips = view.features // width
     blocks = max(min(view.s // 512, 4 * 132 // strips), 1)
-    config = _config(view, width, itemsize, 4, blocks, resident=False)
+    config = _config(view, width, itemsize, MAX_WARPGROUPS, blocks, resident=False)
     groups = [width for width in _multiples(view.k, view.g) if width >= 32]
     last = _config(
         dataclasses.replace(view, s=blocks),

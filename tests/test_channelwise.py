@@ -1,0 +1,481 @@
+"""The channelwise kernels of NVIDIA GPUs, run by Pallas' interpreter.
+
+Every test names the backend, so that a fallback raises, and the interpreter looks for
+races. What the kernels compile to is in test_aot_channelwise.py.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusednorm
+from fusednorm.kernels import dispatch, gpu
+from fusednorm.kernels import norm as op
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel, Target
+from fusednorm.kernels.geometry import Geometry
+from fusednorm.kernels.gpu import strips
+from tests import interpreters
+from tests.helpers import Case, assert_close
+from tests.test_rowwise import FLOATS, MIXES, lowered
+from tests.test_suite import check, check_any, flax_function, norm_of, rms_errors
+
+VARIANTS = ("resident", "cluster", "two reads")
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """The kernels, which take every call or raise."""
+    backend = "mosaic_gpu"
+    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
+        yield
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(
+    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Each variant takes what would be too small for it."""
+    if request.param == "cluster":  # of 4 blocks at most: the interpreter has threads
+        monkeypatch.setattr(strips, "KB", 8)
+        monkeypatch.setattr(strips, "MAX_CLUSTER", 4)
+        monkeypatch.setattr(strips, "MAX_WARPGROUPS", 1)
+    if request.param == "two reads":
+        monkeypatch.setattr(strips, "resident", lambda *_: None)
+    return request.param
+
+
+def runs(variant: str, forward: int, backward: int) -> dict[str, int]:
+    end = ", two reads" if variant == "two reads" else ""
+    named = {"forward": forward, "backward": backward}
+    return {f"channelwise {op}{end}": n for op, n in named.items() if n}
+
+
+def run(case: Case, variant: str, mix: tuple[str, str, str] = MIXES[0]) -> None:
+    """y and all gradients against float64."""
+    x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
+    x, scale, bias, dy = case.data(0, x_dtype, param_dtype)
+    dy = dy.astype(dtype)
+    interpreters.runs.clear()
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)
+    assert interpreters.runs == runs(variant, 1, 1)
+
+
+# --- values and gradients -------------------------------------------------------------
+
+CASES = [  # one channel a group, several, all; ragged pixels and channels
+    Case("batch_norm", (6, 5, 4, 10)),
+    Case("batch_norm", (41, 33)),
+    Case("batch_norm", (3, 1)),
+    Case("instance_norm", (2, 9, 7, 16)),
+    Case("instance_norm", (2, 5, 7), params=False),
+    Case("group_norm", (3, 7, 5, 24), (("num_groups", 4),)),
+    Case("group_norm", (2, 8, 8, 40), (("num_groups", 4),)),
+    Case("layer_norm", (2, 5, 7, 12), (("reduction_axes", (1, 2, 3)),)),
+    Case("rms_norm", (2, 37, 24), (("reduction_axes", (1, 2)),)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
+def test_values_and_gradients(variant: str, number: int) -> None:
+    run(CASES[number], variant, MIXES[number % len(MIXES)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("batch_norm", (2, 14, 14, 64)),
+        Case("batch_norm", (8, 7, 7, 128)),
+        Case("group_norm", (2, 16, 16, 80), (("num_groups", 8),)),
+        Case("group_norm", (1, 8, 8, 320), (("num_groups", 32),)),
+        Case("instance_norm", (1, 32, 32, 16)),
+        Case("layer_norm", (2, 9, 11, 96), (("reduction_axes", (1, 2, 3)),)),
+    ],
+    ids=str,
+)
+def test_shapes_of_models(variant: str, case: Case) -> None:
+    run(case, variant, MIXES[1])
+
+
+@st.composite
+def pixels_and_channels(draw: st.DrawFn) -> Case:
+    batch, pixels = draw(st.integers(1, 3)), draw(st.integers(2, 70))
+    groups, channels = draw(st.integers(1, 6)), draw(st.integers(1, 24))
+    params = draw(st.booleans())
+    shape = (batch, pixels, groups * channels)
+    kind = draw(st.sampled_from(["group_norm", "instance_norm", "batch_norm"]))
+    options = (("num_groups", groups),) if kind == "group_norm" else ()
+    return Case(kind, shape, options, params=params)
+
+
+@pytest.mark.slow
+@hypothesis.settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    case=pixels_and_channels(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3)
+)
+def test_any_shape_and_dtypes(variant: str, case: Case, dtypes: tuple) -> None:
+    check_any(case, *dtypes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [10, 1000, 5000])
+def test_a_large_mean_is_right(variant: str, ratio: int) -> None:
+    case = Case("group_norm", (2, 70, 16), (("num_groups", 4),))
+    _, scale, bias, dy = case.data(1, "float32", "float32")
+    rng = np.random.default_rng(2)
+    x = (rng.normal(0, 0.5, case.shape) + 0.5 * ratio).astype("float32")
+    dy = dy.astype("float32")
+    check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[8]], ids=str)
+def test_mean_and_variance(variant: str, case: Case) -> None:
+    """What BatchNorm's running statistics are made of."""
+    x, scale, bias, dy = case.data(5, "float32", "float32")
+    truth = case.truth(x, scale, bias, dy)
+    params = [None if p is None else jnp.asarray(p) for p in (scale, bias)]
+    _, mean, var = op.normalize_with_moments(norm_of(case), jnp.asarray(x), *params)
+    assert_close(var, truth.var, truth.bounds["var"])
+    if norm_of(case).center:
+        assert_close(mean, truth.mean, truth.bounds["mean"])
+    else:
+        assert mean is None
+    assert interpreters.runs == runs(variant, 1, 0)
+
+
+def test_running_statistics_follow_flax(kernels: None) -> None:
+    x = jnp.asarray(np.random.default_rng(3).normal(0.5, 2, (4, 6, 5, 24)), "float32")
+    ours = fusednorm.BatchNorm(24, momentum=0.9, rngs=nnx.Rngs(0))
+    theirs = nnx.BatchNorm(24, momentum=0.9, rngs=nnx.Rngs(0))
+    for _ in range(2):
+        np.testing.assert_allclose(ours(x), theirs(x), atol=2e-5)
+    assert interpreters.runs == runs("resident", 2, 0)
+    for name in ("mean", "var"):
+        mine, its = getattr(ours, name)[...], getattr(theirs, name)[...]
+        assert mine.dtype == jnp.float32
+        np.testing.assert_allclose(mine, its, rtol=1e-5)
+
+
+# --- what is wanted -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids="argnums {}".format)
+def test_gradients_of_some(variant: str, wanted: tuple[int, ...]) -> None:
+    case = Case("group_norm", (2, 37, 24), (("num_groups", 4),))
+    x, scale, bias, dy = case.data(6, "float32", "float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
+    for number, gradient in zip(wanted, gradients, strict=True):
+        name = ("dx", "dscale", "dbias")[number]
+        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+    if wanted[0]:  # without dx nothing is read twice
+        assert interpreters.runs["channelwise backward, sums"] == 1
+
+
+@pytest.mark.slow
+def test_each_example_has_its_own_gradients(variant: str) -> None:
+    case = Case("group_norm", (2, 10, 12), (("num_groups", 3),))
+    three = [case.data(seed, "float32", "float32") for seed in (8, 9, 10)]
+    x, dy = (
+        jnp.stack([jnp.asarray(data[i], "float32") for data in three]) for i in (0, 3)
+    )
+    scale, bias = map(jnp.asarray, three[0][1:3])
+
+    def loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+        return jnp.vdot(dy, case.run(x, scale, bias))
+
+    each = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None, 0))
+    gradients = jax.jit(each)(x, scale, bias, dy)
+    assert interpreters.runs == runs(variant, 1, 1)
+    for example in range(3):
+        truth = case.truth(x[example], scale, bias, dy[example])
+        for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
+            assert_close(gradient[example], getattr(truth, name), truth.bounds[name])
+
+
+def _loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+    y = fusednorm.group_norm(x, scale, bias, num_groups=4)
+    return jnp.vdot(dy, jnp.sin(y))
+
+
+def _hvp(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+    gradient = jax.grad(_loss)
+    return jax.jvp(lambda x: gradient(x, scale, bias, dy), (x,), (dy,))
+
+
+@pytest.mark.parametrize(
+    ("function", "forward", "backward"),
+    [
+        (_loss, 1, 0),
+        (jax.value_and_grad(_loss, (0, 1, 2)), 1, 1),
+        (_hvp, 1, 1),
+        (jax.value_and_grad(jax.checkpoint(_loss), (0, 1, 2)), 2, 1),
+    ],
+    ids=["value", "grad", "hvp", "remat"],
+)
+def test_transformations(
+    kernels: None, function: Any, forward: int, backward: int
+) -> None:
+    rng = np.random.default_rng(15)
+    x, dy = (jnp.asarray(rng.normal(0.3, 2, (2, 9, 24)), "float32") for _ in range(2))
+    params = jnp.linspace(0.5, 1.5, 24), jnp.linspace(-1.0, 1.0, 24)
+    result = jax.block_until_ready(jax.jit(function)(x, *params, dy))
+    assert interpreters.runs == runs("resident", forward, backward)
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(function)(x, *params, dy)
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * np.abs(b).max())
+
+
+# --- samples and channels keep to themselves ------------------------------------------
+
+
+def _all_of(case: Case, x: Any, dy: Any, *params: Any) -> list[np.ndarray]:
+    """y, mean, var and dx."""
+    y, vjp = jax.vjp(
+        lambda x: op.normalize_with_moments(norm_of(case), x, *params), jnp.asarray(x)
+    )
+    zeros = [jnp.zeros_like(statistic) for statistic in y[1:]]
+    cotangents = (jnp.asarray(dy, y[0].dtype), *zeros)
+    return [np.asarray(a) for a in (*y, *vjp(cotangents))]
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["group_norm", "batch_norm"])
+def test_nan_stays_in_its_group(variant: str, kind: str, poison: float) -> None:
+    options = (("num_groups", 4),) if kind == "group_norm" else ()
+    case = Case(kind, (3, 19, 24), options)
+    x, scale, bias, dy = case.data(12, "float32", "float32")
+    bad = x.copy()
+    bad[1, 18, 7] = poison  # sample 1, group 1 of 6 channels; or channel 7
+    here = np.s_[1, ..., 6:12] if kind == "group_norm" else np.s_[..., 7:8]
+    clean, poisoned = (_all_of(case, a, dy, scale, bias) for a in (x, bad))
+    for before, after in zip(clean, poisoned, strict=True):
+        assert np.isfinite(before).all()  # or NaN would equal NaN below
+        if before.shape != case.shape:
+            continue
+        touched = np.zeros(case.shape, bool)
+        touched[here] = True
+        np.testing.assert_array_equal(before[~touched], after[~touched])
+        assert not np.isfinite(after[touched]).all()
+
+
+def test_a_sample_does_not_depend_on_the_others(variant: str) -> None:
+    """Bitwise, whatever their number and its place among them."""
+    case = Case("group_norm", (4, 70, 24), (("num_groups", 4),))
+    x, scale, bias, dy = case.data(13, jnp.dtype("bfloat16"), "float32")
+    whole = _all_of(case, x, dy, scale, bias)
+    for some in (np.s_[2:3], np.s_[1:]):
+        for part, expected in zip(
+            _all_of(case, x[some], dy[some], scale, bias), whole, strict=True
+        ):
+            np.testing.assert_array_equal(part, expected[some])
+
+
+# --- plans ----------------------------------------------------------------------------
+
+
+def calls(kind: str, shape: tuple[int, ...], dtype: str = "bfloat16") -> list[Call]:
+    """A norm's forward, as in training, and its backward."""
+    options = (("num_groups", 32),) if kind == "group_norm" else ()
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    norm = dataclasses.replace(norm_of(Case(kind, shape, options)), dtype=x.dtype)
+    param = jax.ShapeDtypeStruct(shape[-1:], jnp.dtype("float32"))
+    return [
+        Call("forward", norm, x, param, param, statistics=True),
+        Call("backward", norm, x, param, dy=x),
+    ]
+
+
+MODELS = [
+    *[
+        ("batch_norm", (n, *stage))
+        for n in (1, 8, 64)
+        for stage in ((56, 56, 256), (28, 28, 512), (14, 14, 1024), (7, 7, 2048))
+    ],
+    *[
+        ("group_norm", (n, *level))
+        for n in (1, 8)
+        for level in ((64, 64, 320), (32, 32, 640), (16, 16, 1280), (8, 8, 1280))
+    ],
+    *[("group_norm", (1, s, s, c)) for s, c in ((512, 128), (256, 256), (128, 512))],
+    ("instance_norm", (2, 256, 256, 64)),
+    ("group_norm", (1, 16, 90, 160, 320)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("kind", "shape"), MODELS)
+def test_models_run_kernels(kind: str, shape: tuple[int, ...], dtype: str) -> None:
+    for call in calls(kind, shape, dtype):
+        answer = dispatch.plan(call, Target(("cuda",)))
+        assert isinstance(answer, Kernel), answer
+        assert answer.name.startswith(f"channelwise {call.op}")
+        units = 2 + (call.op == "backward")
+        reads = units + (units - 1) * ("two reads" in answer.name)
+        size = call.x.size * call.x.dtype.itemsize
+        assert reads * size < answer.bytes_moved < 1.25 * reads * size
+
+
+@pytest.mark.parametrize("shared", [99 * 1024, 227 * 1024])
+@pytest.mark.parametrize("pixels", [2, 3, 49, 196, 4096, 50176])
+@pytest.mark.parametrize(("groups", "group"), [(32, 10), (32, 40), (256, 1), (33, 1)])
+def test_each_pixel_and_channel_counts_once(
+    groups: int, group: int, pixels: int, shared: int
+) -> None:
+    """And every load is inside its worker's pixels, and aligned."""
+    view = Geometry(3, pixels, groups, group)
+    both = [
+        strips.resident(view, 2, 2, shared),
+        *(strips.in_two_reads(view, 2, shared) or ()),
+    ]
+    for config in filter(None, both):
+        assert config.strips * config.width == view.features
+        columns = np.zeros(config.width, int)
+        for chunk in config.chunks:
+            end = chunk.start + config.lanes * chunk.vector
+            assert 0 <= chunk.start < end <= config.width
+            columns[chunk.start : end] += 1
+        assert (columns > 0).all()
+        counts = [config.count(block) for block in range(config.blocks)]
+        assert sum(counts) == config.pixels
+        for worker in range(config.workers):
+            own = config.first(worker + 1) - config.first(worker)
+            assert config.line <= own <= config.lines * config.line
+        assert config.shared(0) <= shared
+
+
+def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
+    for kind, shape in (("group_norm", (64, 64, 320)), ("instance_norm", (9, 9, 24))):
+        cuts = {
+            (call.op, kernel.launch.args[0])  # type: ignore[attr-defined]
+            for n in (1, 2, 37)
+            for call in calls(kind, (n, *shape))
+            if isinstance(kernel := gpu.plan(call, None), Kernel)
+        }
+        assert len(cuts) == 2
+
+
+def test_what_falls_back() -> None:
+    call = calls("batch_norm", (4, 5, 5, 1019))[0]
+    answer = dispatch.plan(call, Target(("cuda",)))
+    assert isinstance(answer, Fallback)
+    assert "1019 channels in groups of 1" in answer.reason
+
+
+def test_why() -> None:
+    call = calls("group_norm", (8, 64, 64, 320))[0]
+    whole, huge = (
+        gpu.plan(c, None) for c in (call, calls("batch_norm", (64, 56, 56, 256))[0])
+    )
+    assert isinstance(whole, Kernel)
+    assert isinstance(huge, Kernel)
+    assert whole.why == "8 blocks keep 640 KB on the chip: one read"
+    assert "200704 pixels do not fit the shared memory of 8 blocks" in huge.why
+
+
+# --- lowered for a GPU ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "launched"), [((2, 64, 64, 64), 2), ((1, 512, 512, 128), 4)]
+)
+def test_launches(shape: tuple[int, ...], launched: int) -> None:
+    """One each way where x stays on the chip, else two."""
+
+    def step(x: Any, scale: Any, bias: Any) -> Any:
+        norm = functools.partial(fusednorm.group_norm, num_groups=32)
+        y, vjp = jax.vjp(norm, x, scale, bias)
+        return y, vjp(y)
+
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    param = jax.ShapeDtypeStruct(shape[-1:], jnp.bfloat16)
+    assert lowered("cuda", step, x, param, param).count("mosaic_gpu_v2") == launched
+
+
+@pytest.mark.parametrize(
+    ("shape", "fences"), [((2, 8, 8, 64), 0), ((2, 64, 64, 64), 2)]
+)
+def test_blocks_of_a_cluster_meet_behind_fences(shape: Any, fences: int) -> None:
+    """One before their barrier, one after it; the interpreter would do without."""
+    call = calls("group_norm", shape)[0]
+    kernel = gpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(
+        call.x, call.scale, call.bias
+    )
+    assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
+
+
+# --- on a real one --------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        Case("batch_norm", (8, 14, 14, 1024)),
+        Case("batch_norm", (16, 56, 56, 64)),
+        Case("group_norm", (2, 64, 64, 320), (("num_groups", 32),)),
+        Case("group_norm", (2, 8, 8, 1280), (("num_groups", 32),)),
+        Case("group_norm", (1, 256, 256, 64), (("num_groups", 32),)),
+        Case("instance_norm", (1, 256, 256, 32)),
+    ],
+    ids=str,
+)
+def test_gpu_values_and_gradients(case: Case, mix: tuple[str, str, str]) -> None:
+    x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
+    x, scale, bias, dy = case.data(0, x_dtype, param_dtype)
+    dy = dy.astype(dtype)
+    with fusednorm.use_backend("mosaic_gpu"):
+        check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pixels", [64, 4096, 65536])
+def test_gpu_results_are_bitwise_the_same(pixels: int) -> None:
+    """Those of a sample in any batch; all of them from run to run."""
+    case = Case("group_norm", (5, pixels, 64), (("num_groups", 32),))
+    x, scale, bias, dy = case.data(2, jnp.dtype("bfloat16"), "float32")
+    with fusednorm.use_backend("mosaic_gpu"):
+        whole = _all_of(case, x, dy, scale, bias)
+        for _ in range(3):
+            for again, first in zip(
+                _all_of(case, x, dy, scale, bias), whole, strict=True
+            ):
+                np.testing.assert_array_equal(again, first)
+        for part, expected in zip(
+            _all_of(case, x[2:], dy[2:], scale, bias), whole, strict=True
+        ):
+            np.testing.assert_array_equal(part, expected[2:])
+
+
+@pytest.mark.gpu
+def test_gpu_never_less_accurate_than_flax() -> None:
+    """RMS error against float64 at most 1.05 times flax's; of a thousand statistics."""
+    case = Case("group_norm", (32, 256, 256), (("num_groups", 32),))
+    x, scale, bias, dy = case.data(17, "float32", "float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    with fusednorm.use_backend("mosaic_gpu"):
+        ours = rms_errors(case.run, truth, x, scale, bias, dy)
+    theirs = rms_errors(flax_function(case), truth, x, scale, bias, dy)
+    assert (ours <= 1.05 * theirs).all(), ours / theirs
