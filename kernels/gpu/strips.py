@@ -34,7 +34,7 @@ MAX_WARPGROUPS = 4  # of a block: 512 threads, of 128 registers each
 MAX_CHUNKS = 8  # of a strip: each is code of its own
 PLACES = 4  # sums of channels that a block holds in shared memory
 
-# Elements of a sample: less, and strips as for a large one would leave SMs without work.
+# Elements of a sample: less, and wide strips would leave multiprocessors without work.
 SMALL = 2**20
 
 
