@@ -124,7 +124,8 @@ def pixels_and_channels(draw: st.DrawFn) -> Case:
 
 @pytest.mark.slow
 @hypothesis.settings(
-    max_examples=15,
+    max_examples=5,
+    derandomize=True,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
