@@ -115,6 +115,12 @@ def _view_axes(norm: Norm, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (*norm.reduction_axes, ndim), (ndim - 1, ndim)
 
 
+def _about(norm: Norm, x: jax.Array, mean: jax.Array | None) -> jax.Array:
+    """The view of x - mean, in `norm.compute_dtype`."""
+    view = _split(norm, x.astype(norm.compute_dtype))
+    return view if mean is None else view - _split_statistic(norm, mean)
+
+
 def _spread(norm: Norm, param: jax.Array, view: jax.Array, ndim: int) -> jax.Array:
     """A scale or bias (..., features), shaped to broadcast against the view.
 
@@ -349,9 +355,7 @@ def tangent(
     axes, _ = _view_axes(norm, x.ndim)
     dtype = norm.compute_dtype
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
-    centred = _split(norm, x.astype(dtype))
-    if mean is not None:
-        centred = centred - _split_statistic(norm, mean)
+    centred = _about(norm, x, mean)
     x_hat = centred * rstd
 
     y_dot = jnp.zeros_like(centred)
@@ -441,9 +445,7 @@ def backward(
     if sparing:
         dy = lax.optimization_barrier(dy)
     dy_view = _split(norm, dy.astype(dtype))
-    centred = _split(norm, x.astype(dtype))
-    if mean is not None:
-        centred = centred - _split_statistic(norm, mean)
+    centred = _about(norm, x, mean)
 
     # Down the pixels first: these two sums per channel serve all that follows.
     sum_dy = _sum(dy_view, pixel_axes)
@@ -494,9 +496,7 @@ def input_gradient(
     """
     dtype = norm.compute_dtype
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
-    centred = _split(norm, x.astype(dtype))
-    if mean is not None:
-        centred = centred - _split_statistic(norm, mean)
+    centred = _about(norm, x, mean)
     weight: Any = 1 if scale is None else _spread(norm, scale, centred, x.ndim)
     # with rstd drawn out of x_hat
     through_statistics = centred * (rstd * _split_statistic(norm, c1))

@@ -26,7 +26,7 @@ from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.gpu import strips
 from tests import interpreters
 from tests.helpers import Case, assert_close
-from tests.test_rowwise import FLOATS, MIXES, lowered
+from tests.test_rowwise import FLOATS, MIXES, lowered, run_each_example
 from tests.test_suite import check, check_any, flax_function, norm_of, rms_errors
 
 pytestmark = pytest.mark.skipif(
@@ -196,22 +196,7 @@ def test_gradients_of_some(variant: str, wanted: tuple[int, ...]) -> None:
 @pytest.mark.slow
 def test_each_example_has_its_own_gradients(variant: str) -> None:
     case = Case("group_norm", (2, 10, 12), (("num_groups", 3),))
-    three = [case.data(seed, "float32", "float32") for seed in (8, 9, 10)]
-    x, dy = (
-        jnp.stack([jnp.asarray(data[i], "float32") for data in three]) for i in (0, 3)
-    )
-    scale, bias = map(jnp.asarray, three[0][1:3])
-
-    def loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
-        return jnp.vdot(dy, case.run(x, scale, bias))
-
-    each = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None, 0))
-    gradients = jax.jit(each)(x, scale, bias, dy)
-    assert interpreters.runs == runs(variant, 1, 1)
-    for example in range(3):
-        truth = case.truth(x[example], scale, bias, dy[example])
-        for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
-            assert_close(gradient[example], getattr(truth, name), truth.bounds[name])
+    run_each_example(case, runs(variant, 1, 1))
 
 
 def _loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:

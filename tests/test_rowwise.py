@@ -55,9 +55,11 @@ def run(case: Case, mix: tuple[str, str, str] = MIXES[0], seed: int = 0) -> None
     assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
 
 
-def run_each_example(shape: tuple[int, ...]) -> None:
-    """dx, dscale and dbias of three examples, each its own, one kernel each way."""
-    case = Case("layer_norm", shape)
+ONE_EACH_WAY = {"rowwise forward": 1, "rowwise backward": 1}
+
+
+def run_each_example(case: Case, runs: dict[str, int] = ONE_EACH_WAY) -> None:
+    """dx, dscale and dbias of three examples, each its own, in so many runs."""
     three = [case.data(seed, "float32", "float32") for seed in (8, 9, 10)]
     x, dy = (
         jnp.stack([jnp.asarray(data[i], "float32") for data in three]) for i in (0, 3)
@@ -69,7 +71,7 @@ def run_each_example(shape: tuple[int, ...]) -> None:
 
     each = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None, 0))
     gradients = jax.jit(each)(x, scale, bias, dy)
-    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+    assert interpreters.runs == runs
     for example in range(3):
         truth = case.truth(x[example], scale, bias, dy[example])
         for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=True):
@@ -283,7 +285,7 @@ def test_one_parameter(kernels: str, given: str) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 760), (2, 19, 64)], ids=str)
 def test_each_example_has_its_own_gradients(kernels: str, shape: tuple) -> None:
-    run_each_example(shape)
+    run_each_example(Case("layer_norm", shape))
 
 
 # --- under the transformations --------------------------------------------------------

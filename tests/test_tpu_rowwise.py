@@ -213,11 +213,11 @@ def test_nan_in_a_row_along_the_lanes_stays_in_it(kernels: None) -> None:
 def test_each_example_has_its_own_gradients(
     kernels: None, rows: tuple[int, ...]
 ) -> None:
-    run_each_example((*rows, 768))
+    run_each_example(Case("layer_norm", (*rows, 768)))
 
 
 def test_each_example_has_its_own_gradients_down_the_sublanes(kernels: None) -> None:
-    run_each_example((2, 150, 24))
+    run_each_example(Case("layer_norm", (2, 150, 24)))
 
 
 # --- float16 --------------------------------------------------------------------------

@@ -29,7 +29,6 @@ Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2
 (arXiv:1502.03167); merging of moments, Chan, Golub and LeVeque 1983, equation 2.1.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -208,8 +207,7 @@ def forward(
     inputs = memory.present(x=view, scale=scale, bias=bias)
     outputs = {"y": jax.ShapeDtypeStruct(view.shape, norm.dtype)}
     if call.statistics:
-        outputs |= _statistics(call, "mean", "var") if norm.center else {}
-        outputs |= _statistics(call, "var")
+        outputs |= _moments(call)
 
     def body(ref: dict[str, Any], part: Part) -> None:
         seen = _all_seen(part, norm.center, ref["x"], keep=True)
@@ -293,18 +291,14 @@ def moments(
 
     def combine(ref: dict[str, Any], part: Part) -> None:
         values = _of_blocks(part, config, ref["partials"])
-        formula = _group_statistics(
-            norm, dataclasses.replace(last, pixels=config.pixels), ref
-        )
-        part.by_group(formula, *values)
+        part.by_group(_group_statistics(norm, config, ref), *values)
 
-    outputs = _statistics(call, *(("mean", "var") if norm.center else ("var",)))
     found = _launch(
         "fusednorm_channelwise_combine",
         combine,
         last,
         inputs=found,
-        outputs=outputs,
+        outputs=_moments(call),
     )
     shape = norm.statistic_shape(x.shape)
     mean = found["mean"].reshape(shape) if norm.center else None
@@ -624,6 +618,11 @@ def _statistics(call: Call, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
     return dict.fromkeys(names, shape)
 
 
+def _moments(call: Call) -> dict[str, jax.ShapeDtypeStruct]:
+    """mean (if centred) and var."""
+    return _statistics(call, *(("mean", "var") if call.norm.center else ("var",)))
+
+
 def _of_each_sample(call: Call) -> jax.ShapeDtypeStruct:
     """Values of channels."""
     samples, _, channels = _shape(call)
@@ -752,8 +751,8 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
                 "fewer"
             )
         config = configs[0]
-        both = call.op == "forward"
-        launch = forward_in_two_reads if both else backward_in_two_reads
+        forwards = call.op == "forward"
+        launch = forward_in_two_reads if forwards else backward_in_two_reads
         launch = functools.partial(launch, *configs, call)
         variant = ", two reads"
         why = (

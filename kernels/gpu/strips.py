@@ -98,18 +98,16 @@ class Config:
         """
         return max(32 // sum(chunk.vector for chunk in self.chunks), 1)
 
-    def of_blocks(self, warpgroups: int) -> "Config":
-        """Cuts what the blocks of a strip found: they are the pixels."""
-        line = min(
-            WARPS * LANES // self.lanes,
-            memory.power_of_2_below(self.blocks // warpgroups),
-        )
+    def of_blocks(self) -> "Config":
+        """Cuts what the blocks of a strip found, which are the pixels of one
+        warpgroup."""
+        line = _line(self.blocks, self.lanes)
         return dataclasses.replace(
             self,
             pixels=self.blocks,
             line=line,
             warps=min(WARPS, line),
-            warpgroups=warpgroups,
+            warpgroups=1,
             blocks=1,
         )
 
@@ -235,9 +233,7 @@ def _config(
     blocks = min(blocks, view.s // warpgroups)
     vector = math.gcd(width, 16 // itemsize)  # 16 bytes is the widest load
     lanes = min(LANES, memory.power_of_2_below(width // vector))
-    # No warpgroup has fewer pixels than a line.
-    pixels = memory.power_of_2_below(view.s // (blocks * warpgroups))
-    line = min(WARPS * LANES // lanes, pixels)
+    line = _line(view.s // (blocks * warpgroups), lanes)
     return Config(
         pixels=view.s,
         group=view.k,
@@ -251,6 +247,11 @@ def _config(
         blocks=blocks,
         resident=resident,
     )
+
+
+def _line(pixels: int, lanes: int) -> int:
+    """Pixels of a line, where a warpgroup has so many pixels or one more."""
+    return min(WARPS * LANES // lanes, memory.power_of_2_below(pixels))
 
 
 def _multiples(of: int, count: int) -> Iterator[int]:
@@ -607,7 +608,7 @@ class Part:
         plgpu.barrier_wait(self._scratch["in_cluster"])
         memory.fence()
         part = Part(
-            self.config.of_blocks(1),
+            self.config.of_blocks(),
             self.sample,
             self.strip,
             0,
