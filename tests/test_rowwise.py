@@ -371,40 +371,46 @@ def test_a_row_does_not_depend_on_the_others(
         (
             Call(
                 "forward",
-                Norm((1,), (2,)),
-                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
-                jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
-            ),
-            "channelwise",
-        ),
-        (
-            Call(
-                "forward",
                 Norm((), (1,), num_groups=3),
                 jax.ShapeDtypeStruct((4, 24), jnp.dtype("float32")),
                 jax.ShapeDtypeStruct((24,), jnp.dtype("float32")),
             ),
             "scale differs from row to row",
         ),
-        (  # a bias that the backward is not given: (B, T, C) is no row of T * C here
-            Call(
-                "backward",
-                Norm((1, 2), (2,)),
-                jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
-                dy=jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
-                wanted=(True, False, True),
-            ),
-            "channelwise",
-        ),
     ],
-    ids=["no rows", "no features", "channelwise", "groups", "bias alone"],
+    ids=["no rows", "no features", "groups"],
 )
 def test_what_falls_back(platform: str, call: Call, reason: str) -> None:
-    if platform == "cuda" and reason == "channelwise":
-        pytest.skip("NVIDIA GPUs have channelwise kernels")
     answer = dispatch.plan(call, Target((platform,)))
     assert isinstance(answer, Fallback)
     assert reason in answer.reason
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(
+            "forward",
+            Norm((1,), (2,)),
+            jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+            jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
+        ),
+        # a bias that the backward is not given: (B, T, C) is no row of T * C here
+        Call(
+            "backward",
+            Norm((1, 2), (2,)),
+            jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+            dy=jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
+            wanted=(True, False, True),
+        ),
+    ],
+    ids=["forward", "bias alone"],
+)
+def test_channelwise_calls_fall_back_on_a_tpu(call: Call) -> None:
+    """On an NVIDIA GPU they have kernels: test_channelwise.py."""
+    answer = dispatch.plan(call, Target(("tpu",)))
+    assert isinstance(answer, Fallback)
+    assert "channelwise" in answer.reason
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=str)
