@@ -9,5 +9,6 @@ It needs jax's CUDA plugin and libtpu beside a CPU jax: `make aot` sets that up.
     compile.py    a function compiled for a chip: its HLO, registers and spills
     traffic.py    bytes that a kernel moves, counted from its jaxpr
     walk.py       the jaxpr's integers, for all blocks at once
+    schedule.py   cycles of a TPU kernel, counted in its compiled schedule
     hlo.py        kernels and bytes of compiled HLO: what stands around ours, and flax's
 """

@@ -5,10 +5,13 @@ section "Compute Capabilities"; Google Cloud's TPU pages. What XLA is told of a 
 (`Gpu.target_config`) is what a process on such a GPU tells it.
 """
 
+import atexit
 import dataclasses
 import functools
 import logging
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -204,6 +207,7 @@ def device(chip: Chip) -> Any:
             f"{chip.name} has compute capability {chip.capability}: compiling Mosaic "
             "GPU kernels for it aborts the process."
         )
+    schedules()
     _find_plugins()
     options = {}
     if isinstance(chip, Gpu):
@@ -211,6 +215,20 @@ def device(chip: Chip) -> Any:
     name = "" if isinstance(chip, Gpu) else chip.topology
     found = topologies.get_topology_desc(name, platform=chip.platform, **options)
     return found.devices[0]
+
+
+@functools.cache
+def schedules() -> Path:
+    """A folder for the schedules of all that this process compiles for TPUs.
+
+    libtpu must be told of it before it is loaded.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="schedules-")
+    atexit.register(folder.cleanup)
+    told = os.environ.get("LIBTPU_INIT_ARGS", "")
+    flags = f"--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{told} {flags}".strip()
+    return Path(folder.name)
 
 
 @functools.cache

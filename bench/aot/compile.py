@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bench.aot.chips import Chip, Gpu, device
+from bench.aot.chips import Chip, Gpu, Tpu, device, schedules
 
 # Has Mosaic print ptxas' report of each kernel that it compiles.
 _PRINT = "MOSAIC_GPU_DUMP_PTXAS"
@@ -44,11 +44,14 @@ class Compiled:
       chip: that it is for.
       hlo: the optimized module as text.
       registers: of each different Mosaic GPU kernel in it.
+      schedules: of each TPU kernel in it, XLA's too, by its name: the text that
+        schedule.py reads.
     """
 
     chip: Chip
     hlo: str
     registers: tuple[Registers, ...]
+    schedules: dict[str, str]
 
 
 def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compiled:
@@ -86,7 +89,12 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
     if len(new) != len(reports):
         raise RuntimeError(f"ptxas reports {len(reports)} of {len(new)} new kernels")
     _reports.update(zip(new, reports, strict=True))
-    return Compiled(chip, hlo, tuple(_reports[key] for key in hashes))
+    return Compiled(
+        chip,
+        hlo,
+        registers=tuple(_reports[key] for key in hashes),
+        schedules=dict(_take_schedules()) if isinstance(chip, Tpu) else {},
+    )
 
 
 # What this process has compiled for, and the reports by the kernels' hashes.
@@ -117,6 +125,17 @@ def _ptxas_reports() -> Iterator[Callable[[], str]]:
             del os.environ[_PRINT]
         else:
             os.environ[_PRINT] = before
+
+
+_SCHEDULE = re.compile(r"\d+-(?P<kernel>.+)-\d+-packed-bundles-post-ra\.txt")
+
+
+def _take_schedules() -> Iterator[tuple[str, str]]:
+    """The schedules of the last compilation; removes its files, a few hundred."""
+    for path in sorted(schedules().iterdir()):
+        if found := _SCHEDULE.fullmatch(path.name):
+            yield found["kernel"], path.read_text()
+        path.unlink()
 
 
 _REPORT = re.compile(

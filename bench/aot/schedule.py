@@ -1,0 +1,380 @@
+"""Cycles of a TPU kernel, counted in the schedule that libtpu compiled it to.
+
+    from bench.aot.chips import CHIPS
+    from bench.aot.schedule import cycles_per_step
+
+    cycles_per_step(CHIPS["v5e"], function, *shapes)  # {"rowwise_forward": 2911.3}
+
+A TensorCore runs bundles, each of a few instructions, one a cycle. libtpu writes a
+kernel's as text, with the cycles in which the schedule waits for a result as empty
+bundles ("packed-bundles-post-ra"; in "final_bundles" they are gone, for the hardware
+waits by itself, and a kernel that sums over lanes looks up to 40 % faster):
+
+    0x20   : > { %178 = sbr.rel (%p128_p12) target bundleno = 338 (0x152), region = 28 }
+    0x21   : > { %s912_s6 = sshll.u32 (!%p128_p12), %s117_s10, 12  ;;  ... }
+
+Which bundles run how often is not guessed from loops and regions: the scalar
+instructions on which the branches depend are executed, from the kernel's first bundle
+to its last, over the whole grid. So a remainder, a `pl.when` and the first and last
+steps count as often as they run, and the cycles of a step are those of the kernel over
+the steps of its grid.
+
+Assumed: a bundle takes a cycle, and nothing that it asks for is late. What the memory
+is late with, a DMA waited for, is not counted: the kernel takes at least these cycles,
+and at least its bytes over the bandwidth. Of a chip whose two cores share a kernel, it
+is the first core that is counted; with a grid that is not `parallel` it has all steps.
+"""
+
+import dataclasses
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from bench.aot import hlo, traffic
+from bench.aot.chips import Tpu
+from bench.aot.compile import Compiled, compile_for
+
+# Bundles that still run behind a branch which is taken.
+DELAY_SLOTS = {"v4": 1, "v5e": 4, "v5p": 4, "v6e": 4, "7x": 6}
+
+
+class Unreadable(Exception):
+    """A schedule that this module does not understand."""
+
+
+def cycles_per_step(
+    chip: Tpu, function: Callable[..., Any], *args: Any
+) -> dict[str, float]:
+    """Cycles of a step of the grid of each Pallas kernel of a function.
+
+    Args:
+      chip: compiled for.
+      function: traced with `args`, jitted or not.
+      args: arrays or `jax.ShapeDtypeStruct`s, or None.
+
+    Returns:
+      By the kernels' names; of two with one name, the second's is "name.2".
+    """
+    found = traffic.kernels(function, *args)
+    total = cycles(compile_for(chip, function, *args), [one.name for one in found])
+    result: dict[str, float] = {}
+    for one, count in zip(found, total, strict=True):
+        taken = sum(name.split(".")[0] == one.name for name in result)
+        name = f"{one.name}.{taken + 1}" if taken else one.name
+        result[name] = count / one.blocks
+    return result
+
+
+def cycles(compiled: Compiled, names: Sequence[str]) -> list[int]:
+    """Cycles of each Pallas kernel of a compiled function, of its whole grid.
+
+    Args:
+      compiled: for a TPU.
+      names: the kernels', in the order in which they run.
+    """
+    ours = [kernel.name for kernel in hlo.kernels(compiled.hlo) if kernel.ours]
+    result = []
+    for name in names:
+        # XLA numbers them: "rowwise_forward.1".
+        match = next((own for own in ours if own.split(".")[0] == name), None)
+        if match is None or match not in compiled.schedules:
+            raise Unreadable(
+                f"no schedule of {name}; XLA has {ours}, libtpu wrote "
+                f"{sorted(compiled.schedules)}"
+            )
+        ours.remove(match)
+        slots = DELAY_SLOTS[compiled.chip.name]
+        result.append(count(compiled.schedules[match], slots))
+    return result
+
+
+def count(schedule: str, delay_slots: int) -> int:
+    """Cycles that a kernel's schedule takes, from its first bundle to its last.
+
+    Args:
+      schedule: the text.
+      delay_slots: bundles that run behind a taken branch.
+
+    Raises:
+      Unreadable: a branch depends on what is not known here: data, or an instruction
+        that is not in `_OPERATIONS`.
+    """
+    bundles = list(_bundles(schedule))
+    needed = _needed([each for bundle in bundles for each in bundle])
+    bundles = [[each for each in bundle if each.result in needed] for bundle in bundles]
+    busy = [i for i, bundle in enumerate(bundles) if bundle]
+    following = _following(busy, len(bundles))
+    machine = _Machine()
+    total = at = 0
+    target: int | None = None  # of a branch that was taken, and runs its delay slots
+    left = 0
+    while at < len(bundles):
+        if target is None:  # to the next bundle that does something
+            total += following[at] - at
+            at = following[at]
+            if at == len(bundles):
+                break
+        taken = machine.run(bundles[at])
+        at += 1
+        total += 1
+        if target is not None and taken is not None:
+            raise Unreadable("a branch behind a branch")
+        if target is not None:
+            left -= 1
+        elif taken is not None:
+            target, left = taken, delay_slots
+        if target is not None and left == 0:
+            at, target = target, None
+    return total
+
+
+def _following(busy: Sequence[int], size: int) -> list[int]:
+    """For each index, the first of `busy` that is not before it, or `size`."""
+    result = [size] * (size + 1)
+    for i in busy:
+        result[i] = i
+    for i in reversed(range(size)):
+        result[i] = min(result[i], result[i + 1])
+    return result
+
+
+# --- text -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """One scalar instruction.
+
+    Attributes:
+      result: what it writes, before registers were given out, for what depends on it:
+        "%s1193", "%p57", a spilled value's "[smem:...]", or "branch".
+      register: what it writes, "s14" or "p0", or as `result`.
+      operation: "sadd.s32".
+      predicate: on which it runs: "p0" or "!p0", or "".
+      operands: registers, numbers, or a branch's target.
+      sources: what `operands` and `predicate` are, as `result` is.
+    """
+
+    result: str
+    register: str
+    operation: str
+    predicate: str
+    operands: tuple[Any, ...]
+    sources: frozenset[str]
+
+
+_BUNDLE = re.compile(r"^ *(?:0x[\da-f]+|0) +(?:[A-Z]{2})? *: *>* *\{", re.MULTILINE)
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_ASSIGNMENT = re.compile(r"%([sp]\d+)_([sp]\d+) = ([\w.]+) ?(.*)", re.DOTALL)
+_SPILL = re.compile(r"%\d+ = sst (\[smem:\[#allocation\w+_spill\]\]) (.*)")
+_BRANCH = re.compile(r"%\d+ = (s(?:br|call)[\w.]*) (?:\((!?)%(\w+)\) )?(.*)")
+_PREDICATE = re.compile(r"\((!?)%(\w+)(?:, %?(\w+))?\),? *")
+_OPERAND = re.compile(r"\[smem:\[#allocation\w+_spill\]\]|!?%\w+|\d+|[^\s,]+")
+
+
+def _bundles(schedule: str) -> Iterator[list[_Instruction]]:
+    """The scalar instructions of each bundle."""
+    starts = [found.end() for found in _BUNDLE.finditer(schedule)]
+    for start, end in zip(starts, [*starts[1:], len(schedule)], strict=True):
+        text = schedule[start:end]
+        # Says nothing else: which core this is, of the two that share a kernel.
+        text = re.sub(r"= sld [^;]*?/\* [^*]*core id.*?\*/", "= smov 0", text)
+        text = _COMMENT.sub("", text).partition("}")[0]
+        parts = (part.strip() for part in text.split(";;"))
+        yield [found for part in parts if (found := _instruction(part))]
+
+
+def _instruction(text: str) -> _Instruction | None:
+    if found := _BRANCH.match(text):
+        operation, no, predicate, rest = found.groups()
+        target = re.search(r"target bundleno = (\d+)", rest)
+        if operation != "sbr.rel" or not target:
+            raise Unreadable(text)
+        return _make("branch", "branch", operation, no, predicate, [int(target[1])])
+    if found := _SPILL.match(text):
+        place, rest = found.groups()
+        return _make(place, place, "smov", "", None, _OPERAND.findall(rest))
+    if not (found := _ASSIGNMENT.match(text)):
+        return None
+    name, register, operation, rest = found.groups()
+    if operation == "sphi" or (operation.startswith("int_to_ptr") and register in rest):
+        # Its sources have its register already.
+        operation, operands = "sphi", _OPERAND.findall(rest)
+        return _make(name, register, operation, "", None, operands)
+    no, predicate, otherwise = "", None, None
+    if prefix := _PREDICATE.match(rest):
+        no, predicate, otherwise = prefix.groups()
+        rest = rest[prefix.end() :]
+    operands = _OPERAND.findall(rest)
+    if otherwise:  # what it is where the predicate does not hold
+        return _make(
+            name,
+            register,
+            "scalar_select",
+            "",
+            None,
+            [f"{no}%{predicate}", *operands, f"%{otherwise}"],
+        )
+    return _make(name, register, operation, no, predicate, operands)
+
+
+def _make(
+    name: str,
+    register: str,
+    operation: str,
+    no: str,
+    predicate: str | None,
+    operands: Sequence[Any],
+) -> _Instruction:
+    if predicate:
+        operands = [*operands, f"{no}%{predicate}"]
+    sources, read = set(), list[Any]()
+    for operand in operands:
+        if isinstance(operand, int):
+            read.append(operand)
+        elif operand.isdecimal():
+            read.append(int(operand))
+        elif found := re.fullmatch(r"(!?)%([sp]\d+)_([sp]\d+)", operand):
+            sources.add(found[2])
+            read.append(found[1] + found[3])
+        elif operand.endswith("_spill]]"):
+            sources.add(operand)
+            read.append(operand)
+        else:
+            read.append(None)  # an address
+    condition = read.pop() if predicate else ""
+    return _Instruction(
+        name, register, operation, condition, tuple(read), frozenset(sources)
+    )
+
+
+def _needed(instructions: Sequence[_Instruction]) -> set[str]:
+    """What the branches depend on."""
+    writers: dict[str, list[_Instruction]] = {}
+    for each in instructions:
+        writers.setdefault(each.result, []).append(each)
+    needed, new = set[str](), ["branch"]
+    while new:
+        name = new.pop()
+        if name not in needed:
+            needed.add(name)
+            new += [source for each in writers.get(name, ()) for source in each.sources]
+    return needed
+
+
+# --- scalars --------------------------------------------------------------------------
+
+
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFF
+    return value - 2**32 if value >= 2**31 else value
+
+
+def _unsigned(value: int) -> int:
+    return value & 0xFFFFFFFF
+
+
+def _either(*values: bool | None) -> bool | None:
+    """Or, of which one operand may be unknown."""
+    if any(values):
+        return True
+    return None if None in values else False
+
+
+def _both(*values: bool | None) -> bool | None:
+    return _not(_either(*map(_not, values)))
+
+
+def _not(value: bool | None) -> bool | None:
+    return None if value is None else not value
+
+
+# Of numbers, none of which is unknown.
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "smov": lambda a: a,
+    "sadd.s32": operator.add,
+    "ssub.s32": operator.sub,
+    "smul.u32": operator.mul,
+    "sand.u32": operator.and_,
+    "sor.u32": operator.or_,
+    "sxor.u32": operator.xor,
+    "sshll.u32": lambda a, b: a << b if b < 32 else 0,
+    "sshrl.u32": lambda a, b: _unsigned(a) >> b,
+    "sshra.s32": operator.rshift,
+    "smin.u32": lambda a, b: min(_unsigned(a), _unsigned(b)),
+    "smax.u32": lambda a, b: max(_unsigned(a), _unsigned(b)),
+}
+_COMPARISONS = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
+# Of predicates, some of which may be unknown.
+_LOGIC: dict[str, Callable[..., bool | None]] = {
+    "pmov": lambda a: a,
+    "pneg": _not,
+    "por": _either,
+    "pand": _both,
+    "pnor": lambda *values: _not(_either(*values)),
+    "pnand": lambda *values: _not(_both(*values)),
+}
+
+
+class _Machine:
+    """Scalar registers, predicates and what is spilled of them; None is unknown."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def run(self, bundle: Sequence[_Instruction]) -> int | None:
+        """Runs a bundle; the target of a branch that is taken."""
+        target = None
+        written = []  # all instructions of a bundle read before any writes
+        for each in bundle:
+            if each.operation == "sphi":
+                continue
+            runs = self._read(each.predicate) if each.predicate else True
+            if each.operation == "sbr.rel":
+                if runs is None:
+                    raise Unreadable(f"a branch on an unknown {each.predicate}: {each}")
+                if runs:
+                    (target,) = each.operands
+            elif runs is None:
+                written.append((each.register, None))
+            elif runs:
+                written.append((each.register, self._evaluate(each)))
+        self._values.update(written)
+        return target
+
+    def _read(self, operand: Any) -> Any:
+        if not isinstance(operand, str):
+            return operand
+        if operand.startswith("!"):
+            return _not(self._values.get(operand[1:]))
+        return self._values.get(operand)
+
+    def _evaluate(self, each: _Instruction) -> Any:
+        values = [self._read(operand) for operand in each.operands]
+        operation = each.operation
+        if operation in _LOGIC:
+            return _LOGIC[operation](*values)
+        if operation == "scalar_select":
+            which, yes, no = values
+            if which is None:
+                return yes if yes == no else None
+            return yes if which else no
+        if operation == "sld":  # of what was spilled
+            return values[0]
+        if None in values:
+            return None
+        if operation.startswith("scmp."):
+            _, relation, kind, *_ = operation.split(".")
+            form = _signed if kind == "s32" else _unsigned
+            return _COMPARISONS[relation](*map(form, values))
+        if operation in _OPERATIONS:
+            return _signed(_OPERATIONS[operation](*map(_signed, values)))
+        return None
