@@ -4,7 +4,7 @@
 #   EXTRAS=...       the extras to install, comma-separated, instead of the ones found
 #   WORKERS=...      parallel test processes (default: one per core)
 #   PYTEST_ARGS=...  more arguments for pytest
-#   BENCH_ARGS=...   arguments for python -m bench
+#   BENCH_ARGS=...   arguments for python -m bench, and for its roofline
 
 PYTHON ?=
 EXTRAS ?=
@@ -29,11 +29,12 @@ export PIP_NO_INPUT := 1
 # One BLAS thread per test process: xdist already fills the cores. How many threads XLA
 # has is tests/conftest.py's to say.
 ON_CPU := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=cpu
+ELSEWHERE := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(VENV_AOT)/bin/python
 NO_DEVICE := not gpu and not tpu and not aot
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-gpu test-tpu test-oldest aot lint format bench \
-	wheel clean distclean
+.PHONY: help setup test test-slow test-gpu test-tpu test-oldest aot roofline lint \
+	format bench wheel clean distclean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -60,7 +61,10 @@ test-oldest: $(STAMP_OLDEST) ## the suite with the oldest jax and flax of pyproj
 
 # One process: the tests keep their own, one for each compiler.
 aot: $(STAMP_AOT) ## compile every kernel for chips that are not here, and check registers, spills and bytes
-	JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(VENV_AOT)/bin/python -m pytest -m aot tests/test_aot.py tests/test_aot_channelwise.py $(PYTEST_ARGS)
+	$(ELSEWHERE) -m pytest -m aot tests/test_aot.py tests/test_aot_channelwise.py $(PYTEST_ARGS)
+
+roofline: $(STAMP_AOT) ## predict what bounds every kernel on chips that are not here
+	$(ELSEWHERE) -m bench roofline $(BENCH_ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .

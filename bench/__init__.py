@@ -13,7 +13,9 @@ and a chart.
     models.py     a transformer and a ResNet on plain flax.nnx, and the digits
     training.py   the models' training, before and after `fuse`
     suite.py      the pytest-benchmark items that run all this
+    run.py        picks the cases, and runs the suite
     report.py     tables, JSON, chart
     provenance.py the commit that figures come from
-    aot/          the kernels compiled for chips that are not here: `make aot`
+    aot/          the kernels compiled for chips that are not here: `make aot`, and
+                  python -m bench roofline
 """

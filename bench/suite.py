@@ -1,7 +1,7 @@
 """The pytest-benchmark items; `python -m bench` says for which models and cases.
 
 An item times one thing. What it found goes to `record_property`, by which pytest hands
-it to the run in `__main__.py`. A red gate fails the item, and it finds nothing.
+it to the run in `run.py`. A red gate fails the item, and it finds nothing.
 """
 
 from collections.abc import Callable, Iterator

@@ -301,3 +301,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "llama3_8b " in printed
     assert "vit_b_16" not in printed
+
+
+def test_roofline_is_a_command_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["roofline", "--help"])
+    assert stopped.value.code == 0
+    assert "predicts" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """What the kernels are on chips that are not here: compiled, not run.
 
-    python -m bench.aot             # what `make aot` runs after its tests
-    python -m bench.aot --help
+    python -m bench roofline        # what `make roofline` runs
+    python -m bench roofline --help
 
 It needs jax's CUDA plugin and libtpu beside a CPU jax: `make aot` sets that up.
 
@@ -11,4 +11,8 @@ It needs jax's CUDA plugin and libtpu beside a CPU jax: `make aot` sets that up.
     walk.py       the jaxpr's integers, for all blocks at once
     schedule.py   cycles of a TPU kernel, counted in its compiled schedule
     hlo.py        kernels and bytes of compiled HLO: what stands around ours, and flax's
+    measure.py    one norm of one shape on one chip: all of the above
+    whole.py      layers and a model, ours and flax's
+    roofline.py   tables and JSON of all cases
+    chart.py      a chip's roofline, as a PNG
 """

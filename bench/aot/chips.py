@@ -2,7 +2,16 @@
 
 The figures are the makers' own: NVIDIA's data sheets and "CUDA C++ Programming Guide",
 section "Compute Capabilities"; Google Cloud's TPU pages. What XLA is told of a GPU
-(`Gpu.target_config`) is what a process on such a GPU tells it.
+(`Gpu.target_config`) is what a process on such a GPU tells it. Two are not published:
+
+    latency of a GPU's memory    measured by Jarmusch et al. 2025 (arXiv:2507.10789) on
+                                 an H100, 658.7 cycles of 1.755 GHz, and on an RTX 5080,
+                                 876.7 of 2.617 GHz; a B200's is taken to be an H100's
+    clock of a TPU               its peak in bfloat16 on Google Cloud's pages, over 2
+                                 operations of each cell of the 4 arrays of a core, of
+                                 128 x 128 cells (v6e and 7x: 256 x 256): 275 (v4), 197,
+                                 459, 918 and 2307 TFLOP/s a chip, of 2, 1, 2, 1 and 2
+                                 cores
 """
 
 import atexit
@@ -32,6 +41,7 @@ class Gpu:
       bandwidth: of device memory, bytes per second.
       memory, l2: sizes in bytes.
       clock: GHz.
+      latency: of a load from device memory, seconds.
       sm_shared, block_shared: shared memory of an SM, and of one block at most, bytes.
       sm_threads, sm_registers, sm_blocks: that can be resident on an SM.
 
@@ -46,6 +56,7 @@ class Gpu:
     memory: int
     l2: int
     clock: float
+    latency: float
     sm_shared: int = 228 * KB
     block_shared: int = 227 * KB
     sm_threads: int = 2048
@@ -98,6 +109,11 @@ class Gpu:
             device_description_str: "{self.kind}"
         """
 
+    @property
+    def bytes_to_fly(self) -> float:
+        """Bytes on their way to an SM, at any time, that take the full bandwidth."""
+        return self.bandwidth * self.latency / self.core_count
+
     def resident_blocks(self, registers: int, threads: int, shared: int) -> int:
         """Blocks of a kernel that one SM can hold at once.
 
@@ -124,6 +140,7 @@ class Tpu:
       topology: the smallest slice that libtpu knows.
       bandwidth: of the device's memory, bytes per second.
       vmem: bytes, of one core.
+      clock: GHz.
       cores: of the device.
     """
 
@@ -131,6 +148,7 @@ class Tpu:
     topology: str
     bandwidth: int
     vmem: int
+    clock: float
     cores: int = 1
 
     platform = "tpu"
@@ -152,6 +170,7 @@ H100 = Gpu(
     memory=84_942_979_072,
     l2=52_428_800,
     clock=1.98,
+    latency=375e-9,
 )
 H200 = dataclasses.replace(
     H100,
@@ -169,6 +188,7 @@ B200 = Gpu(
     memory=191_514_411_008,
     l2=132_644_864,
     clock=1.965,
+    latency=375e-9,
 )
 RTX5090 = Gpu(
     name="RTX5090",
@@ -179,6 +199,7 @@ RTX5090 = Gpu(
     memory=33_661_911_040,
     l2=100_663_296,
     clock=2.407,
+    latency=335e-9,
     sm_shared=100 * KB,
     block_shared=99 * KB,
     sm_threads=1536,
@@ -186,11 +207,11 @@ RTX5090 = Gpu(
 GPUS = (H100, H200, B200, RTX5090)
 
 TPUS = (
-    Tpu("v4", "v4:2x2x1", 614_000_000_000, vmem=16 * KB * KB),
-    Tpu("v5e", "v5e:2x2", 819_000_000_000, vmem=128 * KB * KB),
-    Tpu("v5p", "v5p:2x2x1", 2_765_000_000_000, vmem=64 * KB * KB, cores=2),
-    Tpu("v6e", "v6e:2x2", 1_640_000_000_000, vmem=128 * KB * KB),
-    Tpu("7x", "tpu7x:2x2x1", 3_690_000_000_000, vmem=64 * KB * KB),
+    Tpu("v4", "v4:2x2x1", 614_000_000_000, vmem=16 * KB * KB, clock=1.05),
+    Tpu("v5e", "v5e:2x2", 819_000_000_000, vmem=128 * KB * KB, clock=1.5),
+    Tpu("v5p", "v5p:2x2x1", 2_765_000_000_000, vmem=64 * KB * KB, clock=1.75, cores=2),
+    Tpu("v6e", "v6e:2x2", 1_640_000_000_000, vmem=128 * KB * KB, clock=1.75),
+    Tpu("7x", "tpu7x:2x2x1", 3_690_000_000_000, vmem=64 * KB * KB, clock=2.2),
 )
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in (*GPUS, *TPUS)}
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bench.aot import hlo, traffic
+from bench.aot import hlo, schedule, traffic
 from bench.aot.chips import Chip, Gpu, device
 from bench.aot.compile import compile_for
 from bench.aot.walk import Operand
@@ -103,9 +103,14 @@ class Measurement:
       scratch_limit: what a block may have.
       threads, blocks, resident: threads of a block, blocks, and how many of them an SM
         holds at once. For a TPU `blocks` are grid steps, and the others None.
+      in_flight: bytes on their way to an SM at once, at most; None for a TPU.
+      cycles: of a TPU's kernels, over their whole grids; () for a GPU.
+      seconds_of_bytes: that the DMAs of each of these kernels take at least.
+      clock: of the TPU, GHz; None for a GPU.
       ideal: bytes of x and y, or of dy, x and dx.
       tensors: bytes of these that the kernels access, each element once.
-      again: bytes of these that they access once more: of ragged rows' overlaps.
+      again: bytes of these that a GPU's access once more: of ragged rows' overlaps. A
+        TPU has no cache to have them from: there they are among `tensors`.
       rest: bytes of XLA's kernels that access such tensors: what the plan leaves to it.
       statistics: bytes of mean and variance; of BatchNorm and InstanceNorm also of
         parameters and their gradients, which have the same shapes.
@@ -131,6 +136,10 @@ class Measurement:
     threads: int | None
     blocks: int
     resident: int | None
+    in_flight: int | None
+    cycles: tuple[int, ...]
+    seconds_of_bytes: tuple[float, ...]
+    clock: float | None
     ideal: int
     tensors: int
     again: int
@@ -149,6 +158,39 @@ class Measurement:
     def ratio(self) -> float:
         """Of the total to the ideal."""
         return self.total / self.ideal
+
+    @property
+    def floor(self) -> float:
+        """Least ratio: 1; or, in two reads, that of 3 tensors to 2, or of 5 to 3."""
+        if not self.plan.endswith(", two reads"):
+            return 1.0
+        return 5 / 3 if self.op == "backward" else 3 / 2
+
+    @property
+    def accessed(self) -> float:
+        """Of all bytes to the ideal, counting what is accessed twice twice."""
+        return (self.total + self.again) / self.ideal
+
+    @property
+    def seconds_of_cycles(self) -> tuple[float, ...]:
+        """That each of a TPU's kernels computes at least."""
+        assert self.clock is not None
+        return tuple(cycles / (self.clock * 1e9) for cycles in self.cycles)
+
+    @property
+    def compute(self) -> float | None:
+        """Of a TPU's computing to its DMAs, in time: above 1, it is bound by it."""
+        if not self.cycles:
+            return None
+        return sum(self.seconds_of_cycles) / sum(self.seconds_of_bytes)
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted for a TPU's kernels: each computes, or waits for its DMAs."""
+        if not self.cycles:
+            return None
+        pairs = zip(self.seconds_of_cycles, self.seconds_of_bytes, strict=True)
+        return sum(map(max, pairs))
 
 
 def norm_of(
@@ -227,17 +269,19 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
     """
     answer = plan(chip, workload.call)
     if isinstance(answer, Fallback):
-        raise LookupError(f"{workload} on {chip.name}: {answer.reason}")
+        raise LookupError(answer.reason)
     operands = workload.operands
     found = traffic.kernels(answer.launch, *operands)
     compiled = compile_for(chip, answer.launch, *operands)
     around = hlo.surroundings(compiled.hlo)
-    bytes_of = _sort(workload, found)
+    bytes_of = _sort(workload, found, cached=isinstance(chip, Gpu))
     tensor = bytes_of["ideal"] // (3 if workload.op == "backward" else 2)
     for one in around:
         bytes_of["rest" if one.nbytes >= tensor else "partials"] += one.nbytes
-    largest = max(found, key=lambda kernel: kernel.threads)
-    registers = spilled = threads = resident = None
+    largest = max(found, key=lambda kernel: (kernel.threads, kernel.loaded))
+    registers = spilled = threads = resident = in_flight = clock = None
+    cycles: tuple[int, ...] = ()
+    seconds_of_bytes: tuple[float, ...] = ()
     scratch = max(kernel.scratch for kernel in found)
     if isinstance(chip, Gpu):
         limit = chip.block_shared
@@ -245,8 +289,16 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
         registers = max(report.registers for report in compiled.registers)
         spilled = max(report.spilled for report in compiled.registers)
         resident = chip.resident_blocks(registers, threads, scratch)
+        blocks_of_sm = min(resident, -(-largest.blocks // chip.core_count))
+        in_flight = blocks_of_sm * largest.in_flight
     else:
-        limit = chip.vmem
+        limit, clock = chip.vmem, chip.clock
+        cycles = tuple(schedule.cycles(compiled, [kernel.name for kernel in found]))
+        # Where two cores share a device's memory, one has half.
+        bandwidth = chip.bandwidth / chip.cores
+        seconds_of_bytes = tuple(
+            (kernel.loaded + kernel.stored) / bandwidth for kernel in found
+        )
     return Measurement(
         case=workload.name,
         op=workload.op,
@@ -264,6 +316,10 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
         threads=threads,
         blocks=max(kernel.blocks for kernel in found),
         resident=resident,
+        in_flight=in_flight,
+        cycles=cycles,
+        seconds_of_bytes=seconds_of_bytes,
+        clock=clock,
         around=tuple((one.opcode, one.nbytes) for one in around),
         **bytes_of,
     )
@@ -279,8 +335,16 @@ def orders_of_axes(
     ]
 
 
-def _sort(workload: Workload, found: Sequence[traffic.Traffic]) -> dict[str, int]:
-    """Bytes by what the arrays are, which their sizes and places tell."""
+def _sort(
+    workload: Workload, found: Sequence[traffic.Traffic], *, cached: bool
+) -> dict[str, int]:
+    """Bytes by what the arrays are, which their sizes and places tell.
+
+    Args:
+      workload: that the kernels do.
+      found: their traffic.
+      cached: whether what is accessed again may come from a cache.
+    """
     size = math.prod(workload.shape)
     features = workload.shape[-1]
     itemsize = jnp.dtype(workload.dtype).itemsize
@@ -291,6 +355,7 @@ def _sort(workload: Workload, found: Sequence[traffic.Traffic]) -> dict[str, int
     for operand in (operand for kernel in found for operand in kernel.operands):
         moved = operand.loaded + operand.stored
         distinct = operand.distinct_loaded + operand.distinct_stored
+        distinct = distinct if cached else moved
         elements = math.prod(operand.shape)
         if elements == size and operand.dtype.itemsize == itemsize and tensors:
             tensors -= 1

@@ -39,6 +39,8 @@ class Traffic:
       blocks: thread blocks of a GPU, grid steps of a TPU.
       threads: CUDA threads of a block; 0 for a TPU.
       scratch: bytes on the chip: shared memory of a GPU's block, VMEM of a TPU's core.
+      in_flight: bytes of its largest arrays that a GPU's block loads without waiting:
+        the most between two barriers, or in one turn of a loop. 0 for a TPU.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Traffic:
     blocks: int
     threads: int
     scratch: int
+    in_flight: int
 
     @property
     def loaded(self) -> int:
@@ -120,7 +123,52 @@ def _gpu_kernel(eqn: Any) -> Traffic:
         blocks=blocks,
         threads=128 * (mesh.num_threads or 1),
         scratch=_shared_memory(jaxpr, eqn.params["compiler_params"]),
+        in_flight=(mesh.num_threads or 1) * _in_flight(jaxpr),
     )
+
+
+def _in_flight(jaxpr: Any) -> int:
+    """Bytes that a Pallas thread loads, the most that no wait comes between.
+
+    Of the largest arrays alone: the others are small, and come from a cache.
+    """
+    largest = max(math.prod(ref.aval.shape) for ref in jaxpr.invars)
+    most = here = 0
+    for nbytes in _loads(jaxpr, largest):
+        here = here + nbytes if nbytes else 0
+        most = max(most, here)
+    return most
+
+
+def _loads(jaxpr: Any, size: int) -> Iterator[int]:
+    """Bytes of each load from an array of so many elements, and 0 for a wait."""
+    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, list(_inner_jaxprs(eqn))
+        if name == "cond":  # the branch that loads most
+            yield from max((list(_loads(each, size)) for each in inner), key=sum)
+        elif name in ("while", "scan"):
+            for body in inner:
+                yield 0
+                yield from _loads(body, size)
+            yield 0
+        elif inner:
+            for body in inner:
+                yield from _loads(body, size)
+        elif name == "barrier_wait" or name.startswith("wait_"):
+            yield 0
+        elif name in _LOADS:
+            source, *_ = eqn.invars
+            if not _in_shared(source) and math.prod(source.aval.shape) == size:
+                loaded = (*eqn.outvars, *eqn.invars)[_LOADS[name]].aval
+                yield math.prod(loaded.shape) * loaded.dtype.itemsize
+
+
+# Where, among what a load gives and takes, is what has the size of what is loaded.
+_LOADS = {"get": 0, "load": 0, "copy_gmem_to_smem": 1}
+
+
+def _in_shared(ref: Any) -> bool:
+    return str(getattr(ref.aval, "memory_space", "")) == "smem"
 
 
 def _shared_memory(jaxpr: Any, params: Any) -> int:
@@ -179,6 +227,7 @@ def _tpu_kernel(eqn: Any) -> Traffic:
         blocks=steps,
         threads=0,
         scratch=_vmem(mapping, refs),
+        in_flight=0,
     )
 
 

@@ -28,20 +28,23 @@ class Whole:
       kernels: how many, counting loops' as often as they run.
       ours: how many of these are Pallas kernels.
       nbytes: of device memory, where each kernel reads and writes its arrays once.
+      floor: bytes that must be moved, where that is known.
     """
 
     kernels: int
     ours: int
     nbytes: int
+    floor: int = 0
 
     @classmethod
-    def of(cls, text: str) -> "Whole":
+    def of(cls, text: str, floor: int = 0) -> "Whole":
         """That of an HLO module."""
         found = hlo.kernels(text)
         return cls(
             kernels=sum(kernel.times for kernel in found),
             ours=sum(kernel.times for kernel in found if kernel.ours),
             nbytes=hlo.total(found),
+            floor=floor,
         )
 
 
@@ -61,10 +64,11 @@ def layer(
     norm = case.norm(shape[-1], dtype=dtype, rngs=nnx.Rngs(0))
     function, params = pure(norm, fused=fused)
     x = jax.ShapeDtypeStruct(shape, dtype)
+    tensor = x.size * dtype.itemsize
     if which == "forward":
-        return Whole.of(compile_for(chip, function, params, x).hlo)
+        return Whole.of(compile_for(chip, function, params, x).hlo, 2 * tensor)
     both = forward_backward(function)
-    return Whole.of(compile_for(chip, both, params, x, x).hlo)
+    return Whole.of(compile_for(chip, both, params, x, x).hlo, 5 * tensor)
 
 
 def pure(model: nnx.Module, *, fused: bool) -> tuple[Callable[..., Any], Any]:

@@ -1,0 +1,85 @@
+"""A chip's roofline, and where its kernels are predicted to lie below it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bench.aot.chips import Chip, Gpu
+from bench.aot.measure import Measurement
+
+_COLORS = {
+    "forward": "#0072b2",
+    "forward+statistics": "#56b4e9",
+    "backward": "#d55e00",
+}
+
+
+def place(chip: Chip, found: Measurement) -> tuple[float, float]:
+    """Where a kernel lies.
+
+    Returns:
+      x: bytes in flight per SM of a GPU; bytes moved per cycle of a TPU's computing.
+      y: GB/s of x, y, dy and dx, each counted once, that it can reach at most.
+    """
+    useful = found.ideal / found.total
+    if isinstance(chip, Gpu):
+        assert found.in_flight is not None
+        return found.in_flight, useful * roof(chip, found.in_flight)
+    assert found.seconds is not None
+    per_core = chip.bandwidth / chip.cores
+    moved = sum(found.seconds_of_bytes) * per_core
+    reached = chip.cores * found.ideal / found.total * moved / found.seconds
+    return moved / sum(found.cycles), reached / 1e9
+
+
+def roof(chip: Chip, x: float) -> float:
+    """GB/s: the memory's, or below it what latency (GPU) or computing (TPU) leaves."""
+    if isinstance(chip, Gpu):
+        slope = chip.core_count / chip.latency
+    else:
+        slope = chip.cores * chip.clock * 1e9
+    return min(chip.bandwidth, x * slope) / 1e9
+
+
+def draw(chip: Chip, found: Sequence[Measurement], path: Path) -> None:
+    """Draws a PNG."""
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axis = figure.subplots()
+    points = [place(chip, one) for one in found]
+    ridge = chip.bandwidth / 1e9 / roof(chip, 1)
+    ends = [ridge, *(x for x, _ in points)]
+    line = np.geomspace(min(ends) / 2, max(ends) * 2, 200)
+    axis.plot(line, [roof(chip, x) for x in line], color="black", linewidth=1)
+    for op, color in _COLORS.items():
+        mine = [point for one, point in zip(found, points, strict=True) if one.op == op]
+        if mine:
+            x, y = np.array(mine).T
+            axis.scatter(x, y, color=color, s=18, label=op)
+    for one, point in zip(found, points, strict=True):
+        if one.op != "forward+statistics":  # lies next to the forward
+            axis.annotate(
+                one.case, point, (3, 3), textcoords="offset points", fontsize=6
+            )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for numbers in (axis.xaxis, axis.yaxis):
+        numbers.set_major_formatter("{x:.0f}")
+        numbers.set_minor_formatter("{x:.0f}")
+    axis.tick_params(which="both", labelsize=7)
+    axis.set_xlabel(
+        "bytes in flight per SM, at most"
+        if isinstance(chip, Gpu)
+        else "bytes moved per cycle of computing"
+    )
+    axis.set_ylabel("GB/s of x, y, dy and dx, each counted once")
+    axis.set_title(
+        f"{chip.name}: predicted from compiled code, not measured; roof: "
+        f"{chip.bandwidth / 1e9:.0f} GB/s, and "
+        + ("the memory's latency" if isinstance(chip, Gpu) else "the core's cycles")
+    )
+    axis.grid(which="both", alpha=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
