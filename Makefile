@@ -33,7 +33,7 @@ ELSEWHERE := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(VENV_AOT)/bin/python
 NO_DEVICE := not gpu and not tpu and not aot
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-gpu test-tpu test-oldest aot roofline lint \
+.PHONY: help setup test test-slow test-gpu test-tpu test-oldest aot aot-baseline roofline lint \
 	format bench wheel clean distclean
 
 help: ## list the verbs
@@ -62,6 +62,9 @@ test-oldest: $(STAMP_OLDEST) ## the suite with the oldest jax and flax of pyproj
 # One process: the tests keep their own, one for each compiler.
 aot: $(STAMP_AOT) ## compile every kernel for chips that are not here, and check registers, spills and bytes
 	$(ELSEWHERE) -m pytest -m aot tests/test_aot.py tests/test_aot_channelwise.py $(PYTEST_ARGS)
+
+aot-baseline: $(STAMP_AOT) ## record what make aot compares with: for a commit that says why
+	$(ELSEWHERE) -m pytest -m aot -k test_no_worse_than_recorded --renew-baseline tests/test_aot.py tests/test_aot_channelwise.py
 
 roofline: $(STAMP_AOT) ## predict what bounds every kernel on chips that are not here
 	$(ELSEWHERE) -m bench roofline $(BENCH_ARGS)

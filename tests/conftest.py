@@ -1,7 +1,7 @@
 """What every test runs under: 8 virtual CPU devices, and the backends of the suite."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Size of XLA's pool of threads on a CPU, read when jax makes its devices. The
@@ -23,6 +23,29 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each implementation that the suite of test_suite.py runs against."""
     with fusednorm.use_backend(request.param):
         yield request.param
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make aot-baseline` records what `make aot` compares with."""
+    parser.addoption("--renew-baseline", action="store_true")
+
+
+@pytest.fixture(scope="session")
+def no_worse(request: pytest.FixtureRequest) -> Iterator[Callable[[Any], None]]:
+    """Compares a measurement with what is recorded, or records it."""
+    from bench.aot import gate
+
+    if not request.config.getoption("--renew-baseline"):
+        recorded = gate.load()
+
+        def compare(found: Any) -> None:
+            assert gate.grown(found, recorded) == []
+
+        yield compare
+    else:
+        renewed: gate.Baseline = {}
+        yield lambda found: gate.record(renewed, found)
+        gate.save(renewed)
 
 
 @pytest.fixture(scope="session")

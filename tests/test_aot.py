@@ -6,6 +6,7 @@ pad around it, and moves less than flax's layer as XLA compiles it. Those of the
 channelwise kernels are in test_aot_channelwise.py.
 """
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -15,12 +16,24 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import fusednorm
-from bench.aot import hlo
+from bench.aot import gate, hlo
 from bench.aot.chips import B200, CHIPS, H100, RTX5090, TPUS, Chip, Gpu
 from bench.aot.compile import compile_for
-from bench.aot.measure import ROWWISE, Measurement, of_case, workloads
+from bench.aot.measure import (
+    ROWWISE,
+    Measurement,
+    Op,
+    Workload,
+    measure,
+    measure_kernel,
+    norm_of,
+    of_case,
+    workloads,
+)
 from bench.aot.whole import (
     PASSES,
     Transformer,
@@ -30,6 +43,7 @@ from bench.aot.whole import (
     training_step,
 )
 from bench.cases import Case
+from fusednorm.kernels.dispatch import Kernel
 from fusednorm.kernels.tpu.blocks import order_of_axes
 from tests.compilers import Cell, name
 
@@ -131,6 +145,19 @@ def test_partial_sums_are_few(cell: Cell, found: Measurement) -> None:
         assert found.partials <= 0.1 * found.ideal
 
 
+@each_cell
+def test_no_worse_than_recorded(no_worse: Any, found: Measurement) -> None:
+    no_worse(found)
+
+
+@each_cell
+def test_within_limits(cell: Cell, found: Measurement) -> None:
+    chip, work = cell
+    if found.op == "backward" and (chip, work.name) in MANY_PARTIALS:
+        found = dataclasses.replace(found, partials=0)
+    assert gate.beyond(found) == []
+
+
 def large(found: Measurement) -> list[tuple[str, int]]:
     """What stands around the kernel and touches more than parameters and statistics.
 
@@ -160,6 +187,125 @@ def test_a_sum_alone_stands_around_a_backward(cell: Cell, found: Measurement) ->
         assert {opcode for opcode, _ in found.around} <= {"fusion", "reduce"}
     else:
         assert large(found) == []
+
+
+# --- the gate, on kernels that it must not let pass -----------------------------------
+
+NORM = Workload(
+    "twice",
+    "forward",
+    nnx.RMSNorm,
+    norm_of(nnx.RMSNorm, (1024, 512), "float32"),
+    (1024, 512),
+    "float32",
+)
+
+
+def on_tpu(reads: int) -> Callable[..., Any]:
+    """A kernel that fetches each block of x as often as that."""
+
+    def kernel(x: Any, scale: Any, y: Any) -> None:
+        y[...] = x[...] * scale[...]
+
+    def launch(x: jax.Array, scale: jax.Array, *_: Any) -> list[jax.Array]:
+        # Another block comes between two reads of one.
+        rows = pl.BlockSpec((128, 512), lambda turn, block: (block, 0))
+        written = pl.BlockSpec(
+            (128, 512), lambda turn, block: (block * (turn == reads - 1), 0)
+        )
+        return [
+            pl.pallas_call(
+                kernel,
+                grid=(reads, 8),
+                in_specs=[rows, pl.BlockSpec((1, 512), lambda turn, block: (0, 0))],
+                out_specs=written,
+                out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+                name="reader",
+            )(x, scale.reshape(1, -1))
+        ]
+
+    return launch
+
+
+def on_gpu(reads: int) -> Callable[..., Any]:
+    """Likewise; a block has 4 rows."""
+
+    def kernel(x: Any, y: Any) -> None:
+        rows = pl.ds(4 * lax.axis_index("block"), 4)
+        layout = plgpu.Layout.WG_STRIDED((4, 512), 4)
+        total = plgpu.load(x.at[rows], layout=layout, optimized=False)
+        for _ in range(reads - 1):
+            total += plgpu.load(x.at[rows], layout=layout, optimized=False)
+        plgpu.store(y.at[rows], total, optimized=False)
+
+    def launch(x: jax.Array, *_: Any) -> list[jax.Array]:
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        grid = {"grid": (256,), "grid_names": ("block",)}
+        return [plgpu.kernel(kernel, out_type=out, **grid)(x)]
+
+    return launch
+
+
+def measured(chip: Chip, launch: Callable[..., Any]) -> Measurement:
+    kernel = Kernel("mosaic", "reader", launch, block="", why="", bytes_moved=0)
+    return measure_kernel(chip, NORM, kernel)
+
+
+@pytest.mark.parametrize(
+    ("chip", "reader"), [(CHIPS["v5e"], on_tpu), (H100, on_gpu)], ids=["TPU", "GPU"]
+)
+def test_reading_x_twice_does_not_pass(
+    chip: Chip, reader: Callable[[int], Callable[..., Any]]
+) -> None:
+    once, twice = measured(chip, reader(1)), measured(chip, reader(2))
+    recorded: gate.Baseline = {}
+    gate.record(recorded, once)
+    assert gate.beyond(once) == gate.grown(once, recorded) == []
+    assert len(gate.beyond(twice)) == 1
+    assert gate.grown(twice, recorded)[0].startswith("bytes: 1.5")
+
+
+def test_spills_and_cycles_do_not_pass() -> None:
+    once = measured(CHIPS["v5e"], on_tpu(1))
+    recorded: gate.Baseline = {}
+    gate.record(recorded, once)
+    (cycles,) = once.cycles
+    slower = dataclasses.replace(once, cycles=(cycles * 103 // 100,))
+    assert gate.grown(slower, recorded) == [
+        f"cycles: {sum(slower.cycles)}, recorded {cycles}"
+    ]
+    assert gate.beyond(dataclasses.replace(once, spilled=8)) == [
+        "spills 8 bytes of a thread's registers"
+    ]
+    assert "not recorded" in gate.grown(once, {})[0]
+
+
+# --- cycles ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_cycles_grow_with_the_rows(op: Op) -> None:
+    """Of whole blocks: a step of twice as many blocks takes as long."""
+    per_step = {}
+    for rows in (4096, 8192):
+        (work,) = workloads("rows", nnx.LayerNorm, (rows, 768), "bfloat16", ops=[op])
+        found = measure(CHIPS["v5e"], work)
+        per_step[rows] = sum(found.cycles) / found.blocks
+    assert per_step[8192] == pytest.approx(per_step[4096], rel=0.02)
+
+
+def test_cycles_are_those_of_the_chunks() -> None:
+    """Half the rows of a block are half the chunks; and no chunk is for nothing."""
+    cycles = {}
+    for rows in (256, 512):
+        (work,) = workloads(
+            "one", nnx.RMSNorm, (rows, 768), "bfloat16", ops=["forward"]
+        )
+        found = measure(CHIPS["v5e"], work)
+        assert found.blocks == 1
+        cycles[rows] = sum(found.cycles)
+    assert 1.6 * cycles[256] < cycles[512] < 2 * cycles[256]
+    assert cycles[512] > 512 * 768 / 1024 / 4  # 4 registers of 1024 a cycle
 
 
 # --- how XLA lays arrays out ----------------------------------------------------------

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from bench.aot import hlo
+from bench.aot import gate, hlo
 from bench.aot.chips import B200, H100, RTX5090, Chip, Gpu
 from bench.aot.compile import compile_for
 from bench.aot.measure import CHANNELWISE, Measurement, Op, Workload, workloads
@@ -182,6 +182,16 @@ def test_each_element_crosses_the_pins_once_in_a_kernel(found: Measurement) -> N
 def test_what_is_read_again_is_the_ends_of_ragged_lines(found: Measurement) -> None:
     ragged = found.shape[-1] % 16 != 0
     assert found.again <= (1 if ragged else 0.31) * found.ideal
+
+
+@each_cell
+def test_no_worse_than_recorded(no_worse: Any, found: Measurement) -> None:
+    no_worse(found)
+
+
+@each_cell
+def test_within_limits(found: Measurement) -> None:
+    assert gate.beyond(found) == []
 
 
 @each_cell

@@ -421,3 +421,63 @@ def test_volume_is_that_of_a_bitmap() -> None:
         for low, high in zip(first, last, strict=True):
             bitmap[tuple(slice(*span) for span in zip(low, high, strict=True))] = True
         assert volume(np.stack([first, last], axis=-1)) == bitmap.sum()
+
+
+# --- bytes in flight ------------------------------------------------------------------
+
+
+def test_loads_fly_together_until_a_barrier() -> None:
+    def kernel(x: Any, scale: Any, y: Any, barrier: Any) -> None:
+        total = load(x.at[pl.ds(0, 4)]) + load(x.at[pl.ds(4, 4)])
+        total += load(scale, 4, FEATURES)  # small: from a cache
+        plgpu.barrier_wait(barrier)
+        total += load(x.at[pl.ds(8, 4)])
+        plgpu.store(y.at[pl.ds(0, 4)], total, optimized=False)
+
+    found = on_gpu(
+        kernel,
+        args=(X, jax.ShapeDtypeStruct((4, FEATURES), jnp.bfloat16)),
+        scratch=[plgpu.Barrier()],
+    )
+    assert found.in_flight == 8 * ROW
+
+
+def test_a_turn_of_a_loop_waits_for_the_one_before() -> None:
+    def kernel(x: Any, y: Any) -> None:
+        def turn(i: Any, total: jax.Array) -> jax.Array:
+            return total + load(x.at[pl.ds(4 * i, 4)])
+
+        total = lax.fori_loop(0, 4, turn, load(x.at[pl.ds(0, 4)]))
+        total += load(x.at[pl.ds(16, 4)])
+        plgpu.store(y.at[pl.ds(0, 4)], total, optimized=False)
+
+    assert on_gpu(kernel).in_flight == 4 * ROW
+
+
+def test_copies_fly_too_and_each_thread_has_its_own() -> None:
+    def kernel(x: Any, y: Any, smem: Any, barrier: Any) -> None:
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(0, 4)], smem, barrier)
+        total = load(x.at[pl.ds(4, 4)])
+        plgpu.barrier_wait(barrier)
+        plgpu.store(y.at[pl.ds(0, 4)], total, optimized=False)
+
+    found = on_gpu(
+        kernel,
+        scratch=[plgpu.SMEM((4, FEATURES), X.dtype), plgpu.Barrier()],
+        num_threads=2,
+        thread_name="warpgroup",
+    )
+    assert found.in_flight == 2 * 8 * ROW
+
+
+def test_the_branch_that_loads_most_counts() -> None:
+    def kernel(x: Any, y: Any) -> None:
+        def both() -> jax.Array:
+            return load(x.at[pl.ds(0, 4)]) + load(x.at[pl.ds(4, 4)])
+
+        total = lax.cond(
+            lax.axis_index("block") == 0, both, lambda: load(x.at[pl.ds(0, 4)])
+        )
+        plgpu.store(y.at[pl.ds(0, 4)], total, optimized=False)
+
+    assert on_gpu(kernel).in_flight == 8 * ROW

@@ -270,6 +270,11 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
     answer = plan(chip, workload.call)
     if isinstance(answer, Fallback):
         raise LookupError(answer.reason)
+    return measure_kernel(chip, workload, answer)
+
+
+def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measurement:
+    """Compiles and counts what does the workload, planned by us or not."""
     operands = workload.operands
     found = traffic.kernels(answer.launch, *operands)
     compiled = compile_for(chip, answer.launch, *operands)
