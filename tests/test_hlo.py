@@ -242,6 +242,6 @@ def test_resident_blocks(
 
 def test_ampere_is_refused() -> None:
     """Compiling for it would end this process."""
-    ampere = Gpu("A100", "NVIDIA A100", (8, 0), 108, 1, 1, 1, 1.4)
+    ampere = Gpu("A100", "NVIDIA A100", (8, 0), 108, 1, 1, 1, 1.4, 1)
     with pytest.raises(ValueError, match="8"):
         device(ampere)
