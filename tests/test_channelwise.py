@@ -29,10 +29,6 @@ from tests.helpers import Case, assert_close
 from tests.test_rowwise import FLOATS, MIXES, lowered, run_each_example
 from tests.test_suite import check, check_any, flax_function, norm_of, rms_errors
 
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="no channelwise kernels with this jax"
-)
-
 VARIANTS = ("resident", "cluster", "two reads")
 
 
@@ -79,7 +75,8 @@ def run(case: Case, variant: str, mix: tuple[str, str, str] = MIXES[0]) -> None:
 CASES = [  # one channel a group, several, all; ragged pixels and channels
     Case("batch_norm", (6, 5, 4, 10)),
     Case("batch_norm", (41, 33)),
-    Case("batch_norm", (3, 1)),
+    Case("batch_norm", (3, 2)),
+    Case("batch_norm", (1040, 1)),
     Case("instance_norm", (2, 9, 7, 16)),
     Case("instance_norm", (2, 5, 7), params=False),
     Case("group_norm", (3, 7, 5, 24), (("num_groups", 4),)),
@@ -363,10 +360,13 @@ def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
 
 
 def test_what_falls_back() -> None:
-    call = calls("batch_norm", (4, 5, 5, 1019))[0]
-    answer = dispatch.plan(call, Target(("cuda",)))
-    assert isinstance(answer, Fallback)
-    assert "1019 channels in groups of 1" in answer.reason
+    many = calls("batch_norm", (4, 5, 5, 1019))[0]
+    one = calls("batch_norm", (4, 5, 5, 1))[1]  # of one block: no two lanes have work
+    one = dataclasses.replace(one, wanted=(False, True, True))
+    for call, channels in ((many, 1019), (one, 1)):
+        answer = dispatch.plan(call, Target(("cuda",)))
+        assert isinstance(answer, Fallback)
+        assert f"{channels} channels in groups of 1" in answer.reason
 
 
 def test_why() -> None:
@@ -384,13 +384,18 @@ def test_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "launched"), [((2, 64, 64, 64), 2), ((1, 512, 512, 128), 4)]
+    ("shape", "groups", "launched"),
+    [
+        ((2, 64, 64, 64), 32, 2),
+        ((1, 512, 512, 128), 32, 4),
+        ((2, 9, 8), 1, 2),  # one load holds all channels
+    ],
 )
-def test_launches(shape: tuple[int, ...], launched: int) -> None:
+def test_launches(shape: tuple[int, ...], groups: int, launched: int) -> None:
     """One each way where x stays on the chip, else two."""
 
     def step(x: Any, scale: Any, bias: Any) -> Any:
-        norm = functools.partial(fusednorm.group_norm, num_groups=32)
+        norm = functools.partial(fusednorm.group_norm, num_groups=groups)
         y, vjp = jax.vjp(norm, x, scale, bias)
         return y, vjp(y)
 

@@ -204,6 +204,8 @@ def in_two_reads(
     # more than 4 on each of 132 multiprocessors where a sample alone can fill them.
     strips = view.features // width
     blocks = max(min(view.s // 512, 4 * 132 // strips), 1)
+    if blocks == view.features == 1:  # the sum of one block of one channel: `_vector`
+        return None
     config = _config(view, width, itemsize, MAX_WARPGROUPS, blocks, resident=False)
     groups = [width for width in _multiples(view.k, view.g) if width >= 32]
     last = _config(
@@ -231,7 +233,7 @@ def _config(
     """Fewer warpgroups and blocks where there are fewer pixels."""
     warpgroups = min(warpgroups, view.s)
     blocks = min(blocks, view.s // warpgroups)
-    vector = math.gcd(width, 16 // itemsize)  # 16 bytes is the widest load
+    vector = _vector(width, 16 // itemsize)  # 16 bytes is the widest load
     lanes = min(LANES, memory.power_of_2_below(width // vector))
     line = _line(view.s // (blocks * warpgroups), lanes)
     return Config(
@@ -247,6 +249,12 @@ def _config(
         blocks=blocks,
         resident=resident,
     )
+
+
+def _vector(columns: int, widest: int) -> int:
+    """Columns of a lane, for two lanes or more: jax 0.11 cannot store what all lanes
+    of all warps hold alike."""
+    return min(math.gcd(columns, widest), max(columns // 2, 1))
 
 
 def _line(pixels: int, lanes: int) -> int:
@@ -708,7 +716,7 @@ class Group:
         self._part = part
         self._number = part.strip * (config.width // config.group) + number
         self._first = number * config.group
-        vector = math.gcd(config.group, 4)
+        vector = _vector(config.group, 4)
         self._lanes = min(LANES, memory.power_of_2_below(config.group // vector))
         self._chunks = memory.cut(
             0, config.group, self._lanes, vector, spare=config.group // 16
