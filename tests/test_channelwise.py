@@ -348,6 +348,24 @@ def test_each_pixel_and_channel_counts_once(
         assert config.shared(0) <= shared
 
 
+@pytest.mark.parametrize(
+    ("pixels", "channels", "kept", "width", "blocks"),
+    [
+        (8 * 28 * 28, 512, 2, 32, 8),  # two sectors
+        (8 * 56 * 56, 256, 2, 16, 8),  # two would make 64 blocks of 132
+        (8 * 7 * 7, 2048, 4, 16, 1),  # two would make clusters
+        (8 * 7 * 7, 2048, 2, 16, 1),
+        (9, 8, 2, 8, 1),  # all there is
+    ],
+)
+def test_the_cut_of_batch_norms(
+    pixels: int, channels: int, kept: int, width: int, blocks: int
+) -> None:
+    config = strips.resident(Geometry(1, pixels, channels, 1), 2, kept, gpu.SHARED)
+    assert config is not None
+    assert (config.width, config.blocks) == (width, blocks)
+
+
 def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
     for kind, shape in (("group_norm", (64, 64, 320)), ("instance_norm", (9, 9, 24))):
         cuts = {

@@ -34,8 +34,8 @@ MAX_WARPGROUPS = 4  # of a block: 512 threads, of 128 registers each
 MAX_CHUNKS = 8  # of a strip: each is code of its own
 PLACES = 4  # sums of channels that a block holds in shared memory
 
-# Elements of a sample: less, and wide strips would leave multiprocessors without work.
-SMALL = 2**20
+# Blocks of a sample: of the 132 multiprocessors of an H100, clusters of 8 fill 128.
+ENOUGH = 128
 
 
 # --- how the work is cut --------------------------------------------------------------
@@ -157,9 +157,6 @@ def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | 
       kept: bytes of an element of all arrays that are kept.
       shared: bytes that a block may have.
     """
-    # Pieces of a pixel are at least two sectors, of which the memory's bursts are made;
-    # of a small sample one, for the sake of more blocks. Whole sectors if possible.
-    least = SECTOR if view.s * view.features < SMALL else 2 * SECTOR
     found = []
     for width in _multiples(view.k, view.g):
         strip = width * view.s * kept
@@ -173,12 +170,24 @@ def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | 
         config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
         if config.shared(kept) <= shared and len(config.chunks) <= MAX_CHUNKS:
             found.append(config)
-    enough = [c for c in found if c.width * itemsize >= least]
-    aligned = [c for c in enough if c.width * itemsize % SECTOR == 0]
-    best = (aligned or enough or found[-1:])[:1]
-    if not best or best[0].width * itemsize < min(SECTOR, view.features * itemsize):
+    if not found:
         return None
-    return best[0]
+
+    def narrowest(piece: int) -> Config:
+        """Whole sectors, if possible."""
+        enough = [c for c in found if c.width * itemsize >= piece]
+        aligned = [c for c in enough if c.width * itemsize % SECTOR == 0]
+        return (aligned or enough or found[-1:])[0]
+
+    # Pieces of a pixel are two sectors or more, for half as many lines of the L1 cache
+    # in a load; one sector where this makes more blocks, or blocks that need no other.
+    best = max(
+        (narrowest(2 * SECTOR), narrowest(SECTOR)),
+        key=lambda c: (min(c.strips * c.blocks, ENOUGH), c.blocks == 1),
+    )
+    if best.width * itemsize < min(SECTOR, view.features * itemsize):
+        return None
+    return best
 
 
 def in_two_reads(
