@@ -139,7 +139,8 @@ def _of_blocks(
         *mean, m2 = (
             part.load(partials, line, i).float32() for i in range(partials.shape[2])
         )
-        return part.once(line, pixels), mean[0] if mean else None, m2
+        count, m2 = part.once(line, pixels), part.once(line, m2)
+        return count, mean[0] if mean else None, m2
 
     seen = functools.reduce(_merge, map(line_of, range(part.config.lines)))
     return _of_block(part, float(config.pixels), seen, to)
