@@ -118,7 +118,7 @@ class Config:
           kept: bytes of an element of all arrays that are kept.
         """
         places = PLACES * self.warpgroups * WARPS * self.pitch
-        groups = 2 * PLACES * self.width * (self.group > 1)
+        groups = PLACES * self.width * (self.group > 1)
         columns = sum(self.lanes * chunk.vector for chunk in self.chunks)
         pixels = self.warpgroups * self.lines * self.line
         return pixels * columns * kept + 4 * (places + groups) + 4 * KB
@@ -638,24 +638,20 @@ class Part:
     # Groups.
 
     def by_group(
-        self,
-        formula: Callable[..., Sequence[Any]],
-        *terms: Columns,
-        again: bool = False,
+        self, formula: Callable[..., Sequence[Any]], *terms: Columns
     ) -> list[Columns]:
         """formula(groups, *terms), spread over the channels of the strip.
 
         Args:
           formula: takes values of channels and returns up to two of groups; `groups`
             is an `EachChannel` or a `Group`.
-          terms: of channels, up to two.
-          again: at a second call, which has scratch of its own.
+          terms: of channels, up to two. At a second call there are some: until they
+            have met, other warpgroups may still read what the first call found.
         """
         if self.config.group == 1:
             return list(formula(EachChannel(self), *terms))
         scratch = self._scratch["groups"]  # (places, channels of the strip)
-        given = 4 * again
-        found = given + 2
+        given, found = 0, 2
         count = 0
 
         @self.one_warpgroup
