@@ -46,10 +46,10 @@ def variant(
     request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     """Each variant takes what would be too small for it."""
-    if request.param == "cluster":  # of 4 blocks at most: the interpreter has threads
+    if request.param == "cluster":  # 4 warpgroups: each is a thread here
         monkeypatch.setattr(strips, "KB", 8)
-        monkeypatch.setattr(strips, "MAX_CLUSTER", 4)
-        monkeypatch.setattr(strips, "MAX_WARPGROUPS", 1)
+        monkeypatch.setattr(strips, "MAX_CLUSTER", 2)
+        monkeypatch.setattr(strips, "MAX_WARPGROUPS", 2)
     if request.param == "two reads":
         monkeypatch.setattr(strips, "resident", lambda *_: None)
     return request.param
@@ -81,8 +81,8 @@ CASES = [  # one channel a group, several, all; ragged pixels and channels
     Case("instance_norm", (2, 9, 7, 16)),
     Case("instance_norm", (2, 5, 7), params=False),
     Case("group_norm", (3, 7, 5, 24), (("num_groups", 4),)),
-    Case("group_norm", (2, 8, 8, 40), (("num_groups", 4),)),
-    Case("layer_norm", (2, 5, 7, 12), (("reduction_axes", (1, 2, 3)),)),
+    Case("group_norm", (2, 4, 8, 80), (("num_groups", 8), ("epsilon", 0.1))),
+    Case("layer_norm", (2, 9, 9, 96), (("reduction_axes", (1, 2, 3)),)),  # a loop
     Case("rms_norm", (2, 37, 24), (("reduction_axes", (1, 2)),)),
 ]
 
@@ -401,16 +401,19 @@ def test_launches(shape: tuple[int, ...], groups: int, launched: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "fences"), [((2, 8, 8, 64), 0), ((2, 64, 64, 64), 2)]
+    ("shape", "barriers", "fences"), [((2, 8, 8, 64), 4, 0), ((2, 64, 64, 64), 7, 2)]
 )
-def test_blocks_of_a_cluster_meet_behind_fences(shape: Any, fences: int) -> None:
-    """One before their barrier, one after it; the interpreter would do without."""
+def test_warps_and_blocks_meet(shape: Any, barriers: int, fences: int) -> None:
+    """Warps twice for the moments, twice for the groups. Blocks behind a fence on each
+    side, and twice more for what they found. To the interpreter, in whose order all of
+    it is seen, a warpgroup is one thread."""
     call = calls("group_norm", shape)[0]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(
         call.x, call.scale, call.bias
     )
+    assert str(jaxpr).count("barrier_wait") == barriers
     assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
 
 
