@@ -2,8 +2,9 @@
 
 What is checked: every rowwise case has a kernel that compiles, spills nothing, fits the
 chip's shared memory, moves each element across the pins once, has no convert, copy or
-pad around it, and moves less than flax's layer as XLA compiles it. Those of the
-channelwise kernels are in test_aot_channelwise.py.
+pad around it, and moves less than flax's layer as XLA compiles it; those of the
+channelwise kernels are in test_aot_channelwise.py. And layers of both keep their
+kernels under the transformations.
 """
 
 import dataclasses
@@ -379,7 +380,13 @@ def test_training_step_of_a_transformer() -> None:
 
 # --- transformations ------------------------------------------------------------------
 
-X = jax.ShapeDtypeStruct((4, 256, 1024), jnp.bfloat16)
+# Of both families; where vmap takes the first axis, its examples have a batch.
+BF16 = jnp.dtype("bfloat16")
+LAYERS = {
+    nnx.LayerNorm: jax.ShapeDtypeStruct((4, 256, 1024), BF16),
+    nnx.GroupNorm: jax.ShapeDtypeStruct((4, 2, 16, 16, 256), BF16),
+    nnx.BatchNorm: jax.ShapeDtypeStruct((4, 2, 16, 16, 256), BF16),
+}
 
 
 def ours(function: Callable[..., Any], *args: Any) -> list[hlo.Kernel]:
@@ -392,10 +399,12 @@ def count(function: Callable[..., Any], *args: Any) -> int:
     return sum(kernel.times for kernel in ours(function, *args))
 
 
-@pytest.fixture
-def norm() -> tuple[Callable[..., Any], Any]:
-    """A layer as a function of its parameters and x."""
-    return pure(nnx.LayerNorm(1024, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), fused=True)
+@pytest.fixture(params=LAYERS, ids=lambda layer: layer.__name__)
+def norm(request: pytest.FixtureRequest) -> tuple[Callable[..., Any], Any, Any]:
+    """A layer as a function of its parameters and x, both of these."""
+    x = LAYERS[request.param]
+    layer = request.param(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(0))
+    return *pure(layer, fused=True), x
 
 
 def loss(function: Callable[..., Any]) -> Callable[..., jax.Array]:
@@ -407,40 +416,44 @@ def loss(function: Callable[..., Any]) -> Callable[..., jax.Array]:
 
 
 def test_forward_is_one_kernel(norm: Any) -> None:
-    assert count(*norm, X) == 1
+    assert count(*norm) == 1
 
 
 def test_gradient_is_two_kernels(norm: Any) -> None:
-    function, params = norm
-    assert count(jax.grad(loss(function), (0, 1)), params, X) == 2
-    assert count(forward_backward(function), params, X, X) == 2
+    function, params, x = norm
+    assert count(jax.grad(loss(function), (0, 1)), params, x) == 2
+    assert count(forward_backward(function), params, x, x) == 2
 
 
 def test_vmap_of_gradient_is_two_kernels(norm: Any) -> None:
-    function, params = norm
+    function, params, x = norm
     each = jax.vmap(jax.grad(loss(function), (0, 1)), in_axes=(None, 0))
-    assert count(each, params, X) == 2
+    assert count(each, params, x) == 2
 
 
 def test_gradient_of_vmap_is_two_kernels(norm: Any) -> None:
-    function, params = norm
+    function, params, x = norm
     mapped = jax.vmap(function, in_axes=(None, 0))
-    assert count(jax.grad(loss(mapped), (0, 1)), params, X) == 2
+    assert count(jax.grad(loss(mapped), (0, 1)), params, x) == 2
 
 
+# flax refuses to change a BatchNorm's averages in a loop that is not its own.
+@pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.GroupNorm], indirect=True)
 def test_scan_keeps_them_in_its_loops(norm: Any) -> None:
-    function, params = norm
+    function, params, x = norm
 
     def three_times(params: Any, x: jax.Array) -> jax.Array:
         return lax.scan(lambda h, _: (function(params, h), None), x, length=3)[0]
 
-    found = ours(jax.grad(loss(three_times)), params, X)
+    found = ours(jax.grad(loss(three_times)), params, x)
     assert len(found) == 2
     assert [(kernel.loop, kernel.times) for kernel in found] == [(True, 3)] * 2
 
 
-def test_nnx_vmap_over_a_batch() -> None:
-    layer = nnx.RMSNorm(1024, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("kind", [nnx.RMSNorm, nnx.GroupNorm])
+def test_nnx_vmap_over_a_batch(kind: Any) -> None:
+    x = LAYERS.get(kind, LAYERS[nnx.LayerNorm])
+    layer = kind(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(0))
     pure(layer, fused=True)
     graph, params = nnx.split(layer)
 
@@ -448,18 +461,37 @@ def test_nnx_vmap_over_a_batch() -> None:
         over = nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))
         return over(nnx.merge(graph, params), x)
 
-    assert count(mapped, params, X) == 1
-    assert count(jax.grad(loss(mapped), (0, 1)), params, X) == 2
+    assert count(mapped, params, x) == 1
+    assert count(jax.grad(loss(mapped), (0, 1)), params, x) == 2
+
+
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda layer: layer.__name__)
+def test_nnx_scan_over_layers(kind: Any) -> None:
+    x = LAYERS[kind]
+
+    make = nnx.vmap(lambda key: kind(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(key)))
+    layers = make(jax.random.split(jax.random.key(0), 3))
+    pure(layers, fused=True)
+    graph, params = nnx.split(layers)
+
+    def through(params: Any, x: jax.Array) -> jax.Array:
+        over = nnx.scan(
+            lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )
+        return over(x, nnx.merge(graph, params))
+
+    found = ours(jax.grad(loss(through), (0, 1)), params, x)
+    assert [(kernel.loop, kernel.times) for kernel in found] == [(True, 3)] * 2
 
 
 def test_remat_runs_the_forward_again(norm: Any) -> None:
-    function, params = norm
+    function, params, x = norm
     again = jax.checkpoint(lambda params, x: function(params, jnp.sin(x)))
-    assert count(jax.grad(loss(again), (0, 1)), params, X) == 3
+    assert count(jax.grad(loss(again), (0, 1)), params, x) == 3
 
 
 def test_the_gate_sees_the_reference(norm: Any) -> None:
     """No count above holds where the kernels are not used."""
-    function, params = norm
+    function, params, x = norm
     with fusednorm.use_backend("reference"):
-        assert count(jax.grad(loss(function), (0, 1)), params, X) == 0
+        assert count(jax.grad(loss(function), (0, 1)), params, x) == 0

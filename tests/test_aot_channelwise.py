@@ -83,10 +83,7 @@ SMALL = "1.6 MB or less: blocks of up to 32 KB, strips of a sector or few groups
 FEW_BLOCKS = {
     ("resnet50_56_of_1", "forward+statistics"): (64, SMALL),
     ("resnet50_56_of_1", "backward"): (128, CLUSTERS),
-    ("resnet50_56_of_8", "forward+statistics"): (
-        64,
-        "8 strips of two sectors, which just fit 8 blocks: half the SMs are left",
-    ),
+    ("resnet50_56_of_8", "forward+statistics"): (128, CLUSTERS),
     ("resnet50_56_of_8", "backward"): (128, CLUSTERS),
     ("resnet50_56_of_8_f32", "forward+statistics"): (128, CLUSTERS),
     ("resnet50_28_of_1", "forward+statistics"): (32, SMALL),

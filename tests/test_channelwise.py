@@ -26,12 +26,9 @@ from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.gpu import strips
 from tests import interpreters
 from tests.helpers import Case, assert_close
-from tests.test_rowwise import FLOATS, MIXES, lowered, run_each_example
+from tests.test_dispatch import counted
+from tests.test_rowwise import FLOATS, MIXES, lowered, run_counted, run_each_example
 from tests.test_suite import check, check_any, flax_function, norm_of, rms_errors
-
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="no channelwise kernels with this jax"
-)
 
 VARIANTS = ("resident", "cluster", "two reads")
 
@@ -49,10 +46,10 @@ def variant(
     request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     """Each variant takes what would be too small for it."""
-    if request.param == "cluster":  # of 4 blocks at most: the interpreter has threads
+    if request.param == "cluster":  # 4 warpgroups: each is a thread here
         monkeypatch.setattr(strips, "KB", 8)
-        monkeypatch.setattr(strips, "MAX_CLUSTER", 4)
-        monkeypatch.setattr(strips, "MAX_WARPGROUPS", 1)
+        monkeypatch.setattr(strips, "MAX_CLUSTER", 2)
+        monkeypatch.setattr(strips, "MAX_WARPGROUPS", 2)
     if request.param == "two reads":
         monkeypatch.setattr(strips, "resident", lambda *_: None)
     return request.param
@@ -79,12 +76,13 @@ def run(case: Case, variant: str, mix: tuple[str, str, str] = MIXES[0]) -> None:
 CASES = [  # one channel a group, several, all; ragged pixels and channels
     Case("batch_norm", (6, 5, 4, 10)),
     Case("batch_norm", (41, 33)),
-    Case("batch_norm", (3, 1)),
+    Case("batch_norm", (3, 2)),
+    Case("batch_norm", (1600, 1)),  # 3 blocks in two reads, in lines of 2
     Case("instance_norm", (2, 9, 7, 16)),
     Case("instance_norm", (2, 5, 7), params=False),
     Case("group_norm", (3, 7, 5, 24), (("num_groups", 4),)),
-    Case("group_norm", (2, 8, 8, 40), (("num_groups", 4),)),
-    Case("layer_norm", (2, 5, 7, 12), (("reduction_axes", (1, 2, 3)),)),
+    Case("group_norm", (2, 4, 8, 80), (("num_groups", 8), ("epsilon", 0.1))),
+    Case("layer_norm", (2, 9, 9, 96), (("reduction_axes", (1, 2, 3)),)),  # a loop
     Case("rms_norm", (2, 37, 24), (("reduction_axes", (1, 2)),)),
 ]
 
@@ -199,38 +197,15 @@ def test_each_example_has_its_own_gradients(variant: str) -> None:
     run_each_example(case, runs(variant, 1, 1))
 
 
-def _loss(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
-    y = fusednorm.group_norm(x, scale, bias, num_groups=4)
-    return jnp.vdot(dy, jnp.sin(y))
+# --- under the transformations --------------------------------------------------------
+
+GROUP_NORM = counted(functools.partial(fusednorm.group_norm, num_groups=4))
 
 
-def _hvp(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
-    gradient = jax.grad(_loss)
-    return jax.jvp(lambda x: gradient(x, scale, bias, dy), (x,), (dy,))
-
-
-@pytest.mark.parametrize(
-    ("function", "forward", "backward"),
-    [
-        (_loss, 1, 0),
-        (jax.value_and_grad(_loss, (0, 1, 2)), 1, 1),
-        (_hvp, 1, 1),
-        (jax.value_and_grad(jax.checkpoint(_loss), (0, 1, 2)), 2, 1),
-    ],
-    ids=["value", "grad", "hvp", "remat"],
-)
-def test_transformations(
-    kernels: None, function: Any, forward: int, backward: int
-) -> None:
-    rng = np.random.default_rng(15)
-    x, dy = (jnp.asarray(rng.normal(0.3, 2, (2, 9, 24)), "float32") for _ in range(2))
-    params = jnp.linspace(0.5, 1.5, 24), jnp.linspace(-1.0, 1.0, 24)
-    result = jax.block_until_ready(jax.jit(function)(x, *params, dy))
-    assert interpreters.runs == runs("resident", forward, backward)
-    with fusednorm.use_backend("reference"):
-        expected = jax.jit(function)(x, *params, dy)
-    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * np.abs(b).max())
+@pytest.mark.parametrize("name", GROUP_NORM)
+def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: None) -> None:
+    """Where vmap takes the first axis, its examples have a batch."""
+    run_counted("channelwise", GROUP_NORM[name], (2, 3, 5, 24))
 
 
 # --- samples and channels keep to themselves ------------------------------------------
@@ -351,6 +326,24 @@ def test_each_pixel_and_channel_counts_once(
         assert config.shared(0) <= shared
 
 
+@pytest.mark.parametrize(
+    ("pixels", "channels", "kept", "width", "blocks"),
+    [
+        (8 * 28 * 28, 512, 2, 32, 8),  # two sectors
+        (8 * 56 * 56, 256, 2, 16, 8),  # two would make 64 blocks of 132
+        (8 * 7 * 7, 2048, 4, 16, 1),  # two would make clusters
+        (8 * 7 * 7, 2048, 2, 16, 1),
+        (9, 8, 2, 8, 1),  # all there is
+    ],
+)
+def test_the_cut_of_batch_norms(
+    pixels: int, channels: int, kept: int, width: int, blocks: int
+) -> None:
+    config = strips.resident(Geometry(1, pixels, channels, 1), 2, kept, gpu.SHARED)
+    assert config is not None
+    assert (config.width, config.blocks) == (width, blocks)
+
+
 def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
     for kind, shape in (("group_norm", (64, 64, 320)), ("instance_norm", (9, 9, 24))):
         cuts = {
@@ -363,10 +356,13 @@ def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
 
 
 def test_what_falls_back() -> None:
-    call = calls("batch_norm", (4, 5, 5, 1019))[0]
-    answer = dispatch.plan(call, Target(("cuda",)))
-    assert isinstance(answer, Fallback)
-    assert "1019 channels in groups of 1" in answer.reason
+    many = calls("batch_norm", (4, 5, 5, 1019))[0]
+    one = calls("batch_norm", (4, 5, 5, 1))[1]  # of one block: no two lanes have work
+    one = dataclasses.replace(one, wanted=(False, True, True))
+    for call, channels in ((many, 1019), (one, 1)):
+        answer = dispatch.plan(call, Target(("cuda",)))
+        assert isinstance(answer, Fallback)
+        assert f"{channels} channels in groups of 1" in answer.reason
 
 
 def test_why() -> None:
@@ -384,13 +380,18 @@ def test_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "launched"), [((2, 64, 64, 64), 2), ((1, 512, 512, 128), 4)]
+    ("shape", "groups", "launched"),
+    [
+        ((2, 64, 64, 64), 32, 2),
+        ((1, 512, 512, 128), 32, 4),
+        ((2, 9, 8), 1, 2),  # one load holds all channels
+    ],
 )
-def test_launches(shape: tuple[int, ...], launched: int) -> None:
+def test_launches(shape: tuple[int, ...], groups: int, launched: int) -> None:
     """One each way where x stays on the chip, else two."""
 
     def step(x: Any, scale: Any, bias: Any) -> Any:
-        norm = functools.partial(fusednorm.group_norm, num_groups=32)
+        norm = functools.partial(fusednorm.group_norm, num_groups=groups)
         y, vjp = jax.vjp(norm, x, scale, bias)
         return y, vjp(y)
 
@@ -400,16 +401,19 @@ def test_launches(shape: tuple[int, ...], launched: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "fences"), [((2, 8, 8, 64), 0), ((2, 64, 64, 64), 2)]
+    ("shape", "barriers", "fences"), [((2, 8, 8, 64), 4, 0), ((2, 64, 64, 64), 7, 2)]
 )
-def test_blocks_of_a_cluster_meet_behind_fences(shape: Any, fences: int) -> None:
-    """One before their barrier, one after it; the interpreter would do without."""
+def test_warps_and_blocks_meet(shape: Any, barriers: int, fences: int) -> None:
+    """Warps twice for the moments, twice for the groups. Blocks behind a fence on each
+    side, and twice more for what they found. To the interpreter, in whose order all of
+    it is seen, a warpgroup is one thread."""
     call = calls("group_norm", shape)[0]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(
         call.x, call.scale, call.bias
     )
+    assert str(jaxpr).count("barrier_wait") == barriers
     assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
 
 

@@ -16,21 +16,25 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     text = README.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out
     assert "1 replaced, 0 left" in printed
-    on_cpu, on_gpu = re.findall(
+    on_cpu, on_gpu, image_on_gpu = re.findall(
         r"^    forward  .*?(?=\n\n)", text, re.DOTALL | re.MULTILINE
     )
-    assert printed.endswith(textwrap.dedent(on_cpu) + "\n")
-    # What the second explain would print on a GPU.
-    gradient = jax.make_jaxpr(names["nnx"].grad(names["loss"]))
-    jaxpr = gradient(names["model"], names["x"])
-    explanation = explain_jaxpr(jaxpr, dispatch.Target(("cuda",)))
-    assert str(explanation) == textwrap.dedent(on_gpu)
+    assert textwrap.dedent(on_cpu) + "\n" in printed
+    # What the second explain would print on a GPU, and the third.
+    gradient = names["nnx"].grad(names["loss"])
+    for said, function, *arguments in (
+        (on_gpu, gradient, names["model"], names["x"]),
+        (image_on_gpu, names["layer"], names["image"]),
+    ):
+        jaxpr = jax.make_jaxpr(function)(*arguments)
+        explanation = explain_jaxpr(jaxpr, dispatch.Target(("cuda",)))
+        assert str(explanation) == textwrap.dedent(said)
 
 
 def test_no_placeholder_is_left() -> None:

@@ -5,6 +5,7 @@ races. What only one of the chips has is tested in test_gpu_rowwise.py and
 test_tpu_rowwise.py.
 """
 
+import collections
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -291,19 +292,27 @@ def test_each_example_has_its_own_gradients(kernels: str, shape: tuple) -> None:
 # --- under the transformations --------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", COUNTED)
-def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: str) -> None:
-    function, forward, backward = COUNTED[name]
+def run_counted(family: str, transform: tuple, shape: tuple[int, ...]) -> None:
+    """One of `counted`: against the reference, and so many runs of each kernel."""
+    function, forward, backward = transform
     rng = np.random.default_rng(15)
-    x, dy = (jnp.asarray(rng.normal(0.3, 2, (2, 5, 24)), "float32") for _ in range(2))
+    x, dy = (jnp.asarray(rng.normal(0.3, 2, shape), "float32") for _ in range(2))
     params = jnp.linspace(0.5, 1.5, 24), jnp.linspace(-1.0, 1.0, 24)
     result = jax.block_until_ready(jax.jit(function)(x, *params, dy))
-    expected_runs = {"rowwise forward": forward, "rowwise backward": backward}
-    assert interpreters.runs == {op: n for op, n in expected_runs.items() if n}
+    runs: collections.Counter[str] = collections.Counter()
+    for name, times in interpreters.runs.items():
+        runs[name.partition(",")[0]] += times  # of all variants
+    expected_runs = {f"{family} forward": forward, f"{family} backward": backward}
+    assert runs == collections.Counter(expected_runs)
     with fusednorm.use_backend("reference"):
         expected = jax.jit(function)(x, *params, dy)
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: str) -> None:
+    run_counted("rowwise", COUNTED[name], (2, 5, 24))
 
 
 # --- rows keep to themselves ----------------------------------------------------------
@@ -454,11 +463,18 @@ def test_forward_and_backward_are_one_kernel_each(
     assert lowered(platform, step, x, scale, bias).count(CALLED[platform]) == 2
 
 
-@pytest.mark.parametrize("platform", CALLED)
-def test_a_shard_map_runs_kernels_on_each_part(platform: str) -> None:
+@pytest.mark.parametrize(
+    ("platform", "case"),
+    [
+        *((platform, Case("layer_norm", (8, 64))) for platform in CALLED),
+        ("cuda", Case("group_norm", (8, 9, 64), (("num_groups", 4),))),
+        ("cuda", Case("batch_norm", (8, 9, 64))),
+    ],
+    ids=str,
+)
+def test_a_shard_map_runs_kernels_on_each_part(platform: str, case: Case) -> None:
     """With check_vma, by which the psum of dscale and dbias is found."""
     mesh = Mesh(np.array(jax.devices()[:4]), "data")
-    case = Case("layer_norm", (8, 64))
     x, scale, bias, _ = case.data(15, "float32", "float32")
 
     def loss(x: Any, scale: Any, bias: Any) -> Any:

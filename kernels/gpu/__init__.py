@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.gpu import channelwise, rowwise
 
@@ -36,6 +34,4 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
     assert call.geometry is not None
     if call.geometry.family == "rowwise":
         return rowwise.plan(call, processors)
-    if jax.__version_info__ < (0, 12):  # its Mosaic fails to lower them
-        return Fallback(f"channelwise kernels need jax 0.12; this is {jax.__version__}")
     return channelwise.plan(call, shared)

@@ -139,7 +139,8 @@ def _of_blocks(
         *mean, m2 = (
             part.load(partials, line, i).float32() for i in range(partials.shape[2])
         )
-        return part.once(line, pixels), mean[0] if mean else None, m2
+        count, m2 = part.once(line, pixels), part.once(line, m2)
+        return count, mean[0] if mean else None, m2
 
     seen = functools.reduce(_merge, map(line_of, range(part.config.lines)))
     return _of_block(part, float(config.pixels), seen, to)
@@ -341,7 +342,7 @@ def backward(
             blocks = part.exchange(found)
             found = _sums_of_blocks(blocks, ref["partials"], to=part)
         terms = _store_gradients(part, names, ref, rstd, found)
-        c1, *c2 = part.by_group(_inner_products(config, ref), *terms, again=True)
+        c1, *c2 = part.by_group(_inner_products(config, ref), *terms)
         scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
 
         def store_dx(lines: Sequence[Any], _: None) -> None:
@@ -454,7 +455,7 @@ def gradient_sums(
         found = _sums_of_blocks(part, ref["partials"])
         terms = _store_gradients(part, names, ref, rstd, found)
         if call.wanted[0]:
-            part.by_group(_inner_products(config, ref), *terms, again=True)
+            part.by_group(_inner_products(config, ref), *terms)
 
     return _launch(
         "fusednorm_channelwise_combine",
@@ -667,7 +668,7 @@ def _launch(
     first = next(iter(inputs.values()))  # an array of all samples and channels
     samples, channels = first.shape[0], first.shape[-1]
     if config.group > 1:
-        scratch["groups"] = plgpu.SMEM((2 * PLACES, config.width), jnp.float32)
+        scratch["groups"] = plgpu.SMEM((PLACES, config.width), jnp.float32)
     if config.warpgroups > 1:
         mesh |= {"num_threads": config.warpgroups, "thread_name": "warpgroup"}
     programs = samples * config.strips

@@ -34,8 +34,8 @@ MAX_WARPGROUPS = 4  # of a block: 512 threads, of 128 registers each
 MAX_CHUNKS = 8  # of a strip: each is code of its own
 PLACES = 4  # sums of channels that a block holds in shared memory
 
-# Elements of a sample: less, and wide strips would leave multiprocessors without work.
-SMALL = 2**20
+# Blocks of a sample: of the 132 multiprocessors of an H100, clusters of 8 fill 128.
+ENOUGH = 128
 
 
 # --- how the work is cut --------------------------------------------------------------
@@ -118,7 +118,7 @@ class Config:
           kept: bytes of an element of all arrays that are kept.
         """
         places = PLACES * self.warpgroups * WARPS * self.pitch
-        groups = 2 * PLACES * self.width * (self.group > 1)
+        groups = PLACES * self.width * (self.group > 1)
         columns = sum(self.lanes * chunk.vector for chunk in self.chunks)
         pixels = self.warpgroups * self.lines * self.line
         return pixels * columns * kept + 4 * (places + groups) + 4 * KB
@@ -157,9 +157,6 @@ def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | 
       kept: bytes of an element of all arrays that are kept.
       shared: bytes that a block may have.
     """
-    # Pieces of a pixel are at least two sectors, of which the memory's bursts are made;
-    # of a small sample one, for the sake of more blocks. Whole sectors if possible.
-    least = SECTOR if view.s * view.features < SMALL else 2 * SECTOR
     found = []
     for width in _multiples(view.k, view.g):
         strip = width * view.s * kept
@@ -173,12 +170,24 @@ def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | 
         config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
         if config.shared(kept) <= shared and len(config.chunks) <= MAX_CHUNKS:
             found.append(config)
-    enough = [c for c in found if c.width * itemsize >= least]
-    aligned = [c for c in enough if c.width * itemsize % SECTOR == 0]
-    best = (aligned or enough or found[-1:])[:1]
-    if not best or best[0].width * itemsize < min(SECTOR, view.features * itemsize):
+    if not found:
         return None
-    return best[0]
+
+    def narrowest(piece: int) -> Config:
+        """Whole sectors, if possible."""
+        enough = [c for c in found if c.width * itemsize >= piece]
+        aligned = [c for c in enough if c.width * itemsize % SECTOR == 0]
+        return (aligned or enough or found[-1:])[0]
+
+    # Pieces of a pixel are two sectors or more, for half as many lines of the L1 cache
+    # in a load; one sector where this makes more blocks, or blocks that need no other.
+    best = max(
+        (narrowest(2 * SECTOR), narrowest(SECTOR)),
+        key=lambda c: (min(c.strips * c.blocks, ENOUGH), c.blocks == 1),
+    )
+    if best.width * itemsize < min(SECTOR, view.features * itemsize):
+        return None
+    return best
 
 
 def in_two_reads(
@@ -204,6 +213,8 @@ def in_two_reads(
     # more than 4 on each of 132 multiprocessors where a sample alone can fill them.
     strips = view.features // width
     blocks = max(min(view.s // 512, 4 * 132 // strips), 1)
+    if blocks == view.features == 1:  # the sum of one block of one channel: `_vector`
+        return None
     config = _config(view, width, itemsize, MAX_WARPGROUPS, blocks, resident=False)
     groups = [width for width in _multiples(view.k, view.g) if width >= 32]
     last = _config(
@@ -231,7 +242,7 @@ def _config(
     """Fewer warpgroups and blocks where there are fewer pixels."""
     warpgroups = min(warpgroups, view.s)
     blocks = min(blocks, view.s // warpgroups)
-    vector = math.gcd(width, 16 // itemsize)  # 16 bytes is the widest load
+    vector = _vector(width, 16 // itemsize)  # 16 bytes is the widest load
     lanes = min(LANES, memory.power_of_2_below(width // vector))
     line = _line(view.s // (blocks * warpgroups), lanes)
     return Config(
@@ -247,6 +258,12 @@ def _config(
         blocks=blocks,
         resident=resident,
     )
+
+
+def _vector(columns: int, widest: int) -> int:
+    """Columns of a lane, for two lanes or more: jax 0.11 cannot store what all lanes
+    of all warps hold alike."""
+    return min(math.gcd(columns, widest), max(columns // 2, 1))
 
 
 def _line(pixels: int, lanes: int) -> int:
@@ -621,24 +638,20 @@ class Part:
     # Groups.
 
     def by_group(
-        self,
-        formula: Callable[..., Sequence[Any]],
-        *terms: Columns,
-        again: bool = False,
+        self, formula: Callable[..., Sequence[Any]], *terms: Columns
     ) -> list[Columns]:
         """formula(groups, *terms), spread over the channels of the strip.
 
         Args:
           formula: takes values of channels and returns up to two of groups; `groups`
             is an `EachChannel` or a `Group`.
-          terms: of channels, up to two.
-          again: at a second call, which has scratch of its own.
+          terms: of channels, up to two. At a second call there are some: until they
+            have met, other warpgroups may still read what the first call found.
         """
         if self.config.group == 1:
             return list(formula(EachChannel(self), *terms))
         scratch = self._scratch["groups"]  # (places, channels of the strip)
-        given = 4 * again
-        found = given + 2
+        given, found = 0, 2
         count = 0
 
         @self.one_warpgroup
@@ -708,7 +721,7 @@ class Group:
         self._part = part
         self._number = part.strip * (config.width // config.group) + number
         self._first = number * config.group
-        vector = math.gcd(config.group, 4)
+        vector = _vector(config.group, 4)
         self._lanes = min(LANES, memory.power_of_2_below(config.group // vector))
         self._chunks = memory.cut(
             0, config.group, self._lanes, vector, spare=config.group // 16
