@@ -182,6 +182,19 @@ def _check_backend(name: str, source: str) -> str:
     return name
 
 
+# The device that is compiled for where this process has none: a lowering does not say.
+_elsewhere = jax.make_user_context(default_value=None)
+
+
+def compiling_for(device: Any) -> contextlib.AbstractContextManager[None]:
+    """Plans for a device of `jax.experimental.topologies` what is lowered here.
+
+    Without it, for a device of which nothing is known.
+    """
+    context: contextlib.AbstractContextManager[None] = _elsewhere(device)
+    return context
+
+
 # --- the choice -----------------------------------------------------------------------
 
 _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -234,7 +247,7 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
     try:
         device = jax.devices(platform)[0]
     except RuntimeError:  # compiled here for a device that is elsewhere
-        device = None
+        device = _elsewhere.value
     return importlib.import_module(module).plan(call, device)
 
 

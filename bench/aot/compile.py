@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from bench.aot.chips import Chip, Gpu, Tpu, device, schedules
+from fusednorm.kernels import dispatch
 
 # Has Mosaic print ptxas' report of each kernel that it compiles.
 _PRINT = "MOSAIC_GPU_DUMP_PTXAS"
@@ -77,7 +78,9 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
     avals = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
     )
-    lowered = jax.jit(function).lower(*avals)
+    # A device of a topology lacks what a GPU's plan asks for; the table has it.
+    with dispatch.compiling_for(chip if isinstance(chip, Gpu) else device(chip)):
+        lowered = jax.jit(function).lower(*avals)
     if isinstance(chip, Gpu):
         _archs.add(chip.arch)
     with _ptxas_reports() as read:

@@ -248,11 +248,6 @@ ROWWISE = [case for case in CASES if case.norm in (nnx.LayerNorm, nnx.RMSNorm)]
 CHANNELWISE = [case for case in CASES if case not in ROWWISE]
 
 
-def with_kernels(chip: Chip) -> list[Case]:
-    """The cases whose norms the chip has kernels for."""
-    return [*CASES] if isinstance(chip, Gpu) else ROWWISE
-
-
 def plan(chip: Chip, call: Call) -> Kernel | Fallback:
     """What our plan says on that chip."""
     _, module = dispatch.KERNELS[chip.platform]
