@@ -148,7 +148,8 @@ class _Instruction:
 
     Attributes:
       result: what it writes, before registers were given out, for what depends on it:
-        "%s1193", "%p57", a spilled value's "[smem:...]", or "branch".
+        "%s1193", "%p57", a spilled value's "[smem:...]", the queue "%3021" to which a
+        division's results go, or "branch".
       register: what it writes, "s14" or "p0", or as `result`.
       operation: "sadd.s32".
       predicate: on which it runs: "p0" or "!p0", or "".
@@ -168,6 +169,7 @@ _BUNDLE = re.compile(r"^ *(?:0x[\da-f]+|0) +(?:[A-Z]{2})? *: *>* *\{", re.MULTIL
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _ASSIGNMENT = re.compile(r"%([sp]\d+)_([sp]\d+) = ([\w.]+) ?(.*)", re.DOTALL)
 _SPILL = re.compile(r"%\d+ = sst (\[smem:\[#allocation\w+_spill\]\]) (.*)")
+_DIVISION = re.compile(r"(%\d+) = (sdivrem\.\w+) (.*)")
 _BRANCH = re.compile(r"%\d+ = (s(?:br|call)[\w.]*) (?:\((!?)%(\w+)\) )?(.*)")
 _PREDICATE = re.compile(r"\((!?)%(\w+)(?:, %?(\w+))?\),? *")
 _OPERAND = re.compile(r"\[smem:\[#allocation\w+_spill\]\]|!?%\w+|\d+|[^\s,]+")
@@ -180,6 +182,8 @@ def _bundles(schedule: str) -> Iterator[list[_Instruction]]:
         text = schedule[start:end]
         # Says nothing else: which core this is, of the two that share a kernel.
         text = re.sub(r"= sld [^;]*?/\* [^*]*core id.*?\*/", "= smov 0", text)
+        # Nor does anything else say which results of a division are asked for.
+        text = re.sub(r"sdivrem\.u32 ([^;]*?) /\* k(\w+) \*/", r"sdivrem.\2 \1", text)
         text = _COMMENT.sub("", text).partition("}")[0]
         parts = (part.strip() for part in text.split(";;"))
         yield [found for part in parts if (found := _instruction(part))]
@@ -195,6 +199,9 @@ def _instruction(text: str) -> _Instruction | None:
     if found := _SPILL.match(text):
         place, rest = found.groups()
         return _make(place, place, "smov", "", None, _OPERAND.findall(rest))
+    if found := _DIVISION.match(text):
+        queue, operation, rest = found.groups()
+        return _make(queue, queue, operation, "", None, _OPERAND.findall(rest))
     if not (found := _ASSIGNMENT.match(text)):
         return None
     name, register, operation, rest = found.groups()
@@ -238,7 +245,7 @@ def _make(
         elif found := re.fullmatch(r"(!?)%([sp]\d+)_([sp]\d+)", operand):
             sources.add(found[2])
             read.append(found[1] + found[3])
-        elif operand.endswith("_spill]]"):
+        elif operand.endswith("_spill]]") or re.fullmatch(r"%\d+", operand):
             sources.add(operand)
             read.append(operand)
         else:
@@ -296,6 +303,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "sadd.s32": operator.add,
     "ssub.s32": operator.sub,
     "smul.u32": operator.mul,
+    "smulhi.u32": lambda a, b: _unsigned(a) * _unsigned(b) >> 32,
     "sand.u32": operator.and_,
     "sor.u32": operator.or_,
     "sxor.u32": operator.xor,
@@ -369,6 +377,14 @@ class _Machine:
             return yes if which else no
         if operation == "sld":  # of what was spilled
             return values[0]
+        if operation == "spop.drf":  # of a division: the next of its results
+            return values[0].pop(0)
+        if operation.startswith("sdivrem."):
+            if None in values:
+                return [None, None]
+            quotient, rest = divmod(_unsigned(values[0]), _unsigned(values[1]))
+            results = {"Div": quotient, "Rem": rest}
+            return [results[name] for name in operation[8:].split("And")]
         if None in values:
             return None
         if operation.startswith("scmp."):
