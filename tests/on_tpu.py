@@ -12,12 +12,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm.kernels import tpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.tpu import rowwise
+from fusednorm.kernels.tpu import memory
 from tests.interpreters import interpret
 
 
 def store_bits(ref: Any, here: Any, bits: Any) -> None:
-    """What the interpreter knows of rowwise._store_bits: the same by value."""
+    """What the interpreter knows of memory.store_bits: the same by value."""
     ref[here] = lax.bitcast_convert_type(bits, jnp.float16)
 
 
@@ -28,7 +28,7 @@ def mode() -> Iterator[None]:
     try:
         with (
             pltpu.force_tpu_interpret_mode(params),
-            mock.patch.object(rowwise, "_store_bits", store_bits),
+            mock.patch.object(memory, "store_bits", store_bits),
         ):
             yield
         races = interpret_pallas_call.races

@@ -221,24 +221,27 @@ def _all_of(case: Case, x: Any, dy: Any, *params: Any) -> list[np.ndarray]:
     return [np.asarray(a) for a in (*y, *vjp(cotangents))]
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", ["group_norm", "batch_norm"])
-def test_nan_stays_in_its_group(variant: str, kind: str, poison: float) -> None:
+def test_nan_and_inf_stay_in_their_group(variant: str, kind: str) -> None:
     options = (("num_groups", 4),) if kind == "group_norm" else ()
     case = Case(kind, (3, 19, 24), options)
     x, scale, bias, dy = case.data(12, "float32", "float32")
     bad = x.copy()
-    bad[1, 18, 7] = poison  # sample 1, group 1 of 6 channels; or channel 7
-    here = np.s_[1, ..., 6:12] if kind == "group_norm" else np.s_[..., 7:8]
+    bad[1, 18, 7], bad[2, 3, 20] = np.nan, np.inf
+    # Their groups of 6 channels, or their channels.
+    touched = np.zeros(case.shape, bool)
+    if kind == "group_norm":
+        touched[1, ..., 6:12] = touched[2, ..., 18:24] = True
+    else:
+        touched[..., 7] = touched[..., 20] = True
     clean, poisoned = (_all_of(case, a, dy, scale, bias) for a in (x, bad))
     for before, after in zip(clean, poisoned, strict=True):
         assert np.isfinite(before).all()  # or NaN would equal NaN below
         if before.shape != case.shape:
             continue
-        touched = np.zeros(case.shape, bool)
-        touched[here] = True
         np.testing.assert_array_equal(before[~touched], after[~touched])
-        assert not np.isfinite(after[touched]).all()
+        assert np.isnan(after[1, 18, 7])
+        assert not np.isfinite(after[2, 3, 20])
 
 
 def test_a_sample_does_not_depend_on_the_others(variant: str) -> None:
@@ -246,11 +249,9 @@ def test_a_sample_does_not_depend_on_the_others(variant: str) -> None:
     case = Case("group_norm", (4, 70, 24), (("num_groups", 4),))
     x, scale, bias, dy = case.data(13, jnp.dtype("bfloat16"), "float32")
     whole = _all_of(case, x, dy, scale, bias)
-    for some in (np.s_[2:3], np.s_[1:]):
-        for part, expected in zip(
-            _all_of(case, x[some], dy[some], scale, bias), whole, strict=True
-        ):
-            np.testing.assert_array_equal(part, expected[some])
+    one = _all_of(case, x[2:3], dy[2:3], scale, bias)
+    for part, expected in zip(one, whole, strict=True):
+        np.testing.assert_array_equal(part, expected[2:3])
 
 
 # --- plans ----------------------------------------------------------------------------

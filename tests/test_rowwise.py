@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 import fusednorm
 from fusednorm.kernels import dispatch
 from fusednorm.kernels import norm as op
-from fusednorm.kernels.dispatch import Call, Fallback, Target
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel, Target
 from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import EPS32, Case, assert_close
@@ -415,11 +415,11 @@ def test_what_falls_back(platform: str, call: Call, reason: str) -> None:
     ],
     ids=["forward", "bias alone"],
 )
-def test_channelwise_calls_fall_back_on_a_tpu(call: Call) -> None:
-    """On an NVIDIA GPU they have kernels: test_channelwise.py."""
-    answer = dispatch.plan(call, Target(("tpu",)))
-    assert isinstance(answer, Fallback)
-    assert "channelwise" in answer.reason
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_what_is_channelwise(platform: str, call: Call) -> None:
+    answer = dispatch.plan(call, Target((platform,)))
+    assert isinstance(answer, Kernel)
+    assert answer.name.startswith("channelwise")
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=str)
@@ -467,8 +467,14 @@ def test_forward_and_backward_are_one_kernel_each(
     ("platform", "case"),
     [
         *((platform, Case("layer_norm", (8, 64))) for platform in CALLED),
-        ("cuda", Case("group_norm", (8, 9, 64), (("num_groups", 4),))),
-        ("cuda", Case("batch_norm", (8, 9, 64))),
+        *(
+            (platform, case)
+            for platform in CALLED
+            for case in (
+                Case("group_norm", (8, 9, 64), (("num_groups", 4),)),
+                Case("batch_norm", (8, 9, 64)),
+            )
+        ),
     ],
     ids=str,
 )

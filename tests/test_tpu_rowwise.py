@@ -21,13 +21,13 @@ import fusednorm
 from fusednorm.kernels import norm as op
 from fusednorm.kernels import tpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.tpu import rowwise
+from fusednorm.kernels.tpu import memory, rowwise
 from fusednorm.kernels.tpu.blocks import (
-    LANES,
     AcrossLanes,
     DownSublanes,
     order_of_axes,
 )
+from fusednorm.kernels.tpu.memory import LANES
 from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import Case
@@ -226,7 +226,7 @@ EVERY_FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16)
 
 
 def test_every_float16_is_read_right() -> None:
-    found = rowwise._from_float16(EVERY_FLOAT16.view(np.int16).astype(np.int32))
+    found = memory._from_float16(EVERY_FLOAT16.view(np.int16).astype(np.int32))
     np.testing.assert_array_equal(found, EVERY_FLOAT16.astype(np.float32))
     zeros = EVERY_FLOAT16 == 0
     np.testing.assert_array_equal(
@@ -245,10 +245,10 @@ def test_float16_is_rounded_to_nearest_even() -> None:
         (rng.normal(size=10**5) * 10.0 ** rng.uniform(-9, 6, 10**5)).astype("f4")
     ]
     value = np.concatenate(values)
-    found = np.asarray(rowwise._to_float16(value)).astype(np.int16)
+    found = np.asarray(memory._to_float16(value)).astype(np.int16)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(found, value.astype(np.float16).view(np.int16))
-    nan = np.asarray(rowwise._to_float16(np.float32([np.nan]))).astype(np.int16)
+    nan = np.asarray(memory._to_float16(np.float32([np.nan]))).astype(np.int16)
     assert np.isnan(nan.view(np.float16)).all()
 
 

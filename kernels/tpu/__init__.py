@@ -3,7 +3,7 @@
 from typing import Any
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.tpu import rowwise
+from fusednorm.kernels.tpu import channelwise, memory, rowwise
 
 
 def plan(call: Call, device: Any) -> Kernel | Fallback:
@@ -16,7 +16,7 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
     view = call.geometry
     assert view is not None
     if view.family == "channelwise":
-        return Fallback("no channelwise kernel for TPUs yet")
+        return channelwise.plan(call, view, memory.chip(device))
     if view.g > 1 and call.has_params:
         return Fallback("no kernel for TPUs yet whose scale differs from row to row")
     return rowwise.plan(call, view, device)

@@ -36,20 +36,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128  # of a vector register
-SUBLANES = 8
+from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 
 # x + NOTHING is x, to the bit; 0 would make 0 of -0.
 NOTHING = -0.0
-
-
-def power_of_two(most: int) -> int:
-    """The largest power of two up to `most`."""
-    return 1 << (most.bit_length() - 1)
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 # --- in memory ------------------------------------------------------------------------
@@ -460,10 +450,6 @@ def _add_to_first(total: jax.Array, more: jax.Array) -> jax.Array:
     if count == total.shape[0]:
         return total + more
     return jnp.concatenate([total[:count] + more, total[count:]], 0)
-
-
-# As [features], Pallas would ask which TPU it compiles for, and stop where there is
-# none: `jax.export` on another machine.
 
 
 def _of_param(lanes: int) -> pl.BlockSpec:

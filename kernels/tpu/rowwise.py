@@ -34,16 +34,14 @@ from jax.experimental import pallas as pl
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
+from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.blocks import (
-    LANES,
-    SUBLANES,
     AcrossLanes,
     Blocks,
     DownSublanes,
     order_of_axes,
-    power_of_two,
-    round_up,
 )
+from fusednorm.kernels.tpu.memory import LANES, SUBLANES, power_of_two, round_up
 
 # Blocks of all operands together, two of each: one in use, one in flight. At 0.8 to
 # 3.7 TB/s a step takes from 5 us down to 1 us, against about 0.35 us of its own cost.
@@ -98,7 +96,7 @@ def _forward_kernel(
 
     def chunk(index: Any) -> None:
         here = blocks.place(index)
-        x = _load(x_ref, here)  # [chunk_rows, lanes], or [sublanes, chunk_rows]
+        x = memory.load(x_ref, here)  # [chunk_rows, lanes], or [sublanes, chunk_rows]
         with jax.named_scope("statistics"):
             if center:
                 # The mean, and the mean of what it leaves: a float32 sum of large
@@ -115,7 +113,7 @@ def _forward_kernel(
                 y = y * _param(scale_ref, scale_kept, blocks)
             if bias_ref is not None:
                 y = y + _param(bias_ref, bias_kept, blocks)
-        _store(y_ref, here, y)
+        memory.store(y_ref, here, y)
         if mean_ref is not None:
             blocks.put_statistic(mean_ref, index, mean)
         if var_ref is not None:
@@ -161,10 +159,10 @@ def _backward_kernel(
 
     def chunk(index: Any) -> None:
         here = blocks.place(index)
-        dy = _load(dy_ref, here)  # [chunk_rows, lanes], or [sublanes, chunk_rows]
+        dy = memory.load(dy_ref, here)  # [chunk_rows, lanes], or [sublanes, chunk_rows]
         inside = blocks.is_inside(index)  # one a row
         if x_ref is not None:
-            x_hat = _load(x_ref, here)
+            x_hat = memory.load(x_ref, here)
             if mean_ref is not None:
                 x_hat = x_hat - blocks.get_statistic(mean_ref, index)
             rstd = lax.rsqrt(blocks.get_statistic(var_ref, index) + epsilon)
@@ -177,7 +175,7 @@ def _backward_kernel(
             dx = wdy - x_hat * c1
             if center:
                 dx = dx - blocks.sum_features(wdy) * per_feature
-            _store(dx_ref, here, dx * rstd)
+            memory.store(dx_ref, here, dx * rstd)
         if dscale_sum is not None:
             dscale_sum[...] += blocks.sum_rows(jnp.where(inside, dy * x_hat, 0))
         if dbias_sum is not None:
@@ -202,12 +200,12 @@ def _keep_params(pairs: Sequence[tuple[Any, Any]], blocks: Blocks) -> None:
         @pl.when(_is_first_step())
         def _() -> None:
             for ref, scratch in kept:
-                blocks.keep_param(scratch, _load(ref))
+                blocks.keep_param(scratch, memory.load(ref))
 
 
 def _param(ref: Any, kept: Any, blocks: Blocks) -> jax.Array:
     """Scale or bias, that broadcasts to a chunk."""
-    return blocks.for_chunk(_load(ref) if kept is None else kept[...])
+    return blocks.for_chunk(memory.load(ref) if kept is None else kept[...])
 
 
 def _is_first_step() -> jax.Array:
@@ -218,77 +216,6 @@ def _is_first_step() -> jax.Array:
 def _is_last_step(blocks: Blocks) -> jax.Array:
     _, slabs, last = blocks.grid
     return (pl.program_id(1) == slabs - 1) & (pl.program_id(2) == last - 1)
-
-
-# --- float16 --------------------------------------------------------------------------
-# Mosaic knows no float16 on any TPU: it refuses a float16 operand, and has no vectors
-# of it. So a float16 operand enters as its bits, and is converted here by integer
-# arithmetic. XLA folds the bitcast into what made the operand, or else passes over it.
-#
-#     float16: sign 1 bit, exponent 5 (bias 15), mantissa 10
-#     float32: sign 1 bit, exponent 8 (bias 127), mantissa 23
-
-_MANTISSA = 23 - 10  # by how many bits the mantissa grows
-_REBIAS = (127 - 15) << 23
-_SIGN = -(2**31)
-
-
-def _bits(operand: jax.Array | None) -> jax.Array | None:
-    """A float16 operand as int16."""
-    if operand is None or operand.dtype != jnp.float16:
-        return operand
-    return lax.bitcast_convert_type(operand, jnp.int16)
-
-
-def _load(ref: Any, here: Any = slice(None)) -> jax.Array:
-    """Rows of a ref, in float32."""
-    value = ref[here]
-    if value.dtype == jnp.int16:
-        return _from_float16(value.astype(jnp.int32))
-    return value.astype(jnp.float32)
-
-
-def _store(ref: Any, here: Any, value: jax.Array) -> None:
-    """Stores float32 rows in the dtype of the ref, rounded to nearest even."""
-    if ref.dtype == jnp.float16:
-        _store_bits(ref, here, _to_float16(value).astype(jnp.int16))
-    else:
-        ref[here] = value.astype(ref.dtype)
-
-
-def _store_bits(ref: Any, here: Any, bits: jax.Array) -> None:
-    """Stores int16 into a float16 ref: the one store of it that Mosaic compiles, and
-    that its interpreter does not know (tests/on_tpu.py helps)."""
-    ref.at[here].bitcast(jnp.int16)[...] = bits
-
-
-def _from_float16(bits: jax.Array) -> jax.Array:
-    """float32 of the float16 whose bits are given, as int32 with the sign extended."""
-    magnitude = bits & 0x7FFF
-    # Infinities and NaNs go from exponent 31 to 255.
-    rebias = jnp.where(magnitude >= 0x7C00, 2 * _REBIAS, _REBIAS)
-    normal = lax.bitcast_convert_type((magnitude << _MANTISSA) + rebias, jnp.float32)
-    subnormal = magnitude.astype(jnp.float32) * 2.0**-24
-    value = jnp.where(magnitude < 0x0400, subnormal, normal)
-    value_bits = lax.bitcast_convert_type(value, jnp.int32) | (bits & _SIGN)
-    return lax.bitcast_convert_type(value_bits, jnp.float32)
-
-
-def _to_float16(value: jax.Array) -> jax.Array:
-    """Bits of the nearest float16, the even one of two, as int32 with the sign
-    extended."""
-    bits = lax.bitcast_convert_type(value, jnp.int32)
-    magnitude = bits & 0x7FFFFFFF
-    # Half of the last place kept, less one where that place is even: carries if above.
-    half = (1 << (_MANTISSA - 1)) - 1 + ((magnitude >> _MANTISSA) & 1)
-    normal = (magnitude + half - _REBIAS) >> _MANTISSA
-    normal = jnp.minimum(normal, 0x7C00)  # infinity, and all that rounds to it
-    # Below 2^-14 the last place is 2^-24, as it is of float32 numbers from 0.5 on.
-    shifted = lax.bitcast_convert_type(magnitude, jnp.float32) + 0.5
-    subnormal = lax.bitcast_convert_type(shifted, jnp.int32) - 0x3F000000
-    result = jnp.where(magnitude < 0x38800000, subnormal, normal)
-    result = jnp.where(magnitude > 0x7F800000, 0x7E00, result)  # NaN
-    return result | ((bits >> 31) << 15)
 
 
 # --- the launch -----------------------------------------------------------------------
@@ -314,7 +241,9 @@ def forward(
     norm = call.norm
     view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
-    statistic = _result(x, row_of_statistics, jnp.float32) if call.statistics else None
+    statistic = (
+        memory.result(x, row_of_statistics, jnp.float32) if call.statistics else None
+    )
     y, *statistics = _pallas_call(
         functools.partial(
             _forward_kernel, center=norm.center, epsilon=norm.epsilon, blocks=blocks
@@ -323,11 +252,11 @@ def forward(
         blocks=blocks,
         operands=[
             (x.reshape(view), blocks.of_rows),
-            (_row(scale), blocks.of_param),
-            (_row(bias), blocks.of_param),
+            (memory.row(scale), blocks.of_param),
+            (memory.row(bias), blocks.of_param),
         ],
         results=[
-            (_result(x, view, norm.dtype), blocks.of_rows),
+            (memory.result(x, view, norm.dtype), blocks.of_rows),
             (statistic if norm.center else None, blocks.of_statistic),
             (statistic, blocks.of_statistic),
         ],
@@ -367,7 +296,7 @@ def backward(
     reads_x = dx or dscale
     view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
-    param = _result(x, (blocks.examples, 1, blocks.features), jnp.float32)
+    param = memory.result(x, (blocks.examples, 1, blocks.features), jnp.float32)
     total = blocks.kept_sum
     if mean is not None:
         mean = mean.reshape(row_of_statistics)
@@ -383,12 +312,12 @@ def backward(
         operands=[
             (dy.reshape(view), blocks.of_rows),
             (x.reshape(view) if reads_x else None, blocks.of_rows),
-            (_row(scale) if dx else None, blocks.of_param),
+            (memory.row(scale) if dx else None, blocks.of_param),
             (mean if reads_x else None, blocks.of_statistic),
             (var.reshape(row_of_statistics) if reads_x else None, blocks.of_statistic),
         ],
         results=[
-            (_result(x, view, x.dtype) if dx else None, blocks.of_rows),
+            (memory.result(x, view, x.dtype) if dx else None, blocks.of_rows),
             (param if dscale else None, blocks.of_param_gradient),
             (param if dbias else None, blocks.of_param_gradient),
         ],
@@ -428,18 +357,7 @@ def _pallas_call(
         out_shape=tuple(shape for shape, _ in results),
         out_specs=tuple(None if shape is None else spec for shape, spec in results),
         scratch_shapes=tuple(scratch),
-    )(*[_bits(array) for array, _ in operands])
-
-
-def _row(param: jax.Array | None) -> jax.Array | None:
-    return None if param is None else param.reshape(1, -1)
-
-
-def _result(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Of a kernel; varies over the mesh axes that x varies over, in a shard_map."""
-    return jax.ShapeDtypeStruct(
-        shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
-    )
+    )(*[memory.bits(array) for array, _ in operands])
 
 
 # --- the plan -------------------------------------------------------------------------

@@ -1,0 +1,862 @@
+"""GroupNorm, InstanceNorm and BatchNorm on a TPU, channels last, forward and backward.
+
+On the view x[N, S, G, K] (samples, pixels, groups, channels of a group), with sums over
+the pixels and channels of one group of one sample:
+
+    forward   y = (x - mean) * rstd * scale + bias
+    backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dy * scale
+              dscale = sum(dy * x_hat),  dbias = sum(dy)         over pixels and samples
+
+pixels.py says how the array lies in memory and is cut: into units (a strip of channels
+of one sample, or of several small samples), and these into blocks, one a grid step.
+There are three variants:
+
+    one block     A unit is one block: its sums, its statistics and its normalization
+                  are one step.
+    kept          A unit's blocks stay in VMEM as they come, until its sums are
+                  complete. While the next unit's come in and are added up, its own are
+                  normalized and go out, each just before the next one's takes its
+                  place. So x (and dy) is read once, HBM reads and writes at all times,
+                  and VMEM has one unit and not two.
+    two reads     Where a unit does not fit VMEM, the kernel has the sums alone. The
+                  normalization is left to XLA, which fuses it with what follows.
+
+The mean and the centred squares of parts are merged by Chan's formula, in a fixed
+order. What a sample's result is made of follows from S, G, K, the dtypes and the chip,
+never from N: it is the same to the bit in any batch.
+
+Sources: group normalization, Wu and He 2018 (arXiv:1803.08494); instance normalization,
+Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2015
+(arXiv:1502.03167); merging of moments, Chan, Golub and LeVeque 1983, equation 2.1.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from fusednorm import reference
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+from fusednorm.kernels.geometry import Geometry
+from fusednorm.kernels.tpu import memory
+from fusednorm.kernels.tpu.blocks import order_of_axes
+from fusednorm.kernels.tpu.memory import LANES, SUBLANES, power_of_two, round_up
+from fusednorm.kernels.tpu.pixels import AcrossLanes, AnyCut, Block, DownSublanes
+
+MOST_SAMPLES = 8  # of a unit: as many as there are sublanes for their statistics
+
+# Elements of a chunk: 32 vector registers in float32, of 64.
+CHUNK = 40 * SUBLANES * LANES
+
+SPILLED = 8  # values of a unit's places that lie in VMEM while it is completed
+OTHER_BYTES = 2**20  # of VMEM: parameters, statistics, and what Mosaic has itself
+
+# --- forward --------------------------------------------------------------------------
+
+
+def _forward_kernel(
+    x_ref: Any,  # a block: [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows]
+    scale_ref: Any,  # [1, lanes], or None
+    bias_ref: Any,  # likewise
+    y_ref: Any,  # a block, or None: statistics alone are wanted
+    mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
+    var_ref: Any,  # likewise
+    kept_x: Any,  # [blocks, *block], or None
+    seen: Any,  # [3, unit, *places] float32: count, mean, sum of squares about it
+    found: Any,  # [3, unit, *places] float32: mean, rstd * scale, bias
+    *,
+    cut: AnyCut,
+    center: bool,
+    epsilon: float,
+) -> None:
+    """y, mean and variance."""
+
+    def add_up(block: Block, sample: Any, tile: Any) -> None:
+        def step(chunk: Any, rows: int, before: Moments) -> Moments:
+            here = cut.at(sample, chunk, tile)
+            if kept_x is not None:
+                kept_x[cut.number(block), *here] = x_ref[here]
+            x = cut.as_places(memory.load(x_ref, here))
+            return _add_chunk(cut, before, x, rows, center)
+
+        at = sample, *cut.of_tile(tile)
+        zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
+        first = zero
+        if center:  # near enough to the mean
+            first = cut.as_places(memory.load(x_ref, cut.at(sample, (0, 0), tile)))
+            first = jnp.where(cut.first_places(cut.rows_in(block)), first[0, 0], 0)
+        of_block = cut.over_chunks(block, step, (zero, first, zero))
+        before = tuple(seen[i, *at] for i in range(3))
+        for i, value in enumerate(_merge(before, of_block)):
+            seen[i, *at] = value
+
+    def complete(_: Any) -> None:
+        count, mean, m2 = (seen[i] for i in range(3))
+        of_channel = cut.meet(count * mean) * (1 / cut.pixels)
+        if center:
+            apart = mean - cut.spread(of_channel)
+            m2 = m2 + count * apart * apart
+        m2 = cut.meet(m2)
+        if center:
+            mean = cut.sum_groups(of_channel) * (1 / cut.group)
+            apart = of_channel - mean
+            m2 = m2 + apart * apart * cut.pixels
+        var = cut.sum_groups(m2) * (1 / (cut.pixels * cut.group))
+        for ref, value in ((mean_ref, mean), (var_ref, var)):
+            if ref is not None:
+                ref[...] = cut.to_row(value)
+        if y_ref is not None:
+            if center:
+                found[0] = cut.spread(mean)
+            factor = lax.rsqrt(var + epsilon)
+            if scale_ref is not None:
+                factor = factor * cut.from_row(memory.load(scale_ref))
+            found[1] = cut.spread(factor)
+            if bias_ref is not None:
+                bias = cut.from_row(memory.load(bias_ref))
+                found[2] = jnp.broadcast_to(cut.spread(bias), found.shape[1:])
+
+    def normalize(block: Block, sample: Any, tile: Any) -> None:
+        at = sample, *cut.of_tile(tile)
+        mean, factor, bias = (found[i, *at] for i in range(3))
+        source = x_ref if kept_x is None else kept_x.at[cut.number(block)]
+
+        def step(chunk: Any, _: int, __: None) -> None:
+            here = cut.at(sample, chunk, tile)
+            y = cut.as_places(memory.load(source, here))
+            if center:
+                y = y - mean
+            y = y * factor
+            if bias_ref is not None:
+                y = y + bias
+            memory.store(y_ref, here, cut.as_block(y))
+
+        cut.over_chunks(block, step, None)
+
+    _for_each_unit(
+        cut,
+        [seen],
+        add_up,
+        complete,
+        normalize if y_ref is not None else None,
+        late=kept_x is not None,
+    )
+
+
+# Count, mean and sum of squares about it of some pixels, place by place; without
+# centring the squares are about 0.
+Moments = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _add_chunk(
+    cut: AnyCut, before: Moments, x: jax.Array, rows: int, center: bool
+) -> Moments:
+    """Of what was seen before and of a chunk.
+
+    With the chunk's sums about the mean so far,  s1 = sum(x - mean),  s2 = sum((x -
+    mean)^2),  Chan's formula becomes
+
+        mean += s1 / n,  m2 += s2 - s1 * s1 / n
+
+    of which the second subtraction is harmless: were the chunk far from the mean, so
+    would the mean of both be, and m2 as large. Where nothing was seen before, the mean
+    may be any number near the pixels.
+    """
+    count, mean, m2 = before
+    count = count + cut.count(rows)
+    apart = x - mean if center else x
+    s2 = cut.add_registers(apart * apart, rows)
+    if not center:
+        return count, mean, m2 + s2
+    s1 = cut.add_registers(apart, rows)
+    shift = s1 / jnp.maximum(count, 1)
+    return count, mean + shift, m2 + (s2 - s1 * shift)
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    """Of both together (Chan et al. 1983, eq. 2.1); a count may be 0."""
+    (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
+    n = n_a + n_b
+    share = n_b / jnp.maximum(n, 1)
+    apart = mean_b - mean_a
+    return n, mean_a + apart * share, m2_a + m2_b + apart * apart * (n_a * share)
+
+
+# --- backward -------------------------------------------------------------------------
+
+
+def _backward_kernel(
+    dy_ref: Any,  # a block: [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows]
+    x_ref: Any,  # likewise
+    scale_ref: Any,  # [1, lanes], or None
+    mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
+    var_ref: Any,  # likewise
+    dx_ref: Any,  # a block, or None
+    dscale_ref: Any,  # [1, lanes] float32, or None
+    dbias_ref: Any,  # likewise
+    c1_ref: Any,  # [unit, lanes] float32: mean(w * x_hat); or None
+    c2_ref: Any,  # likewise: mean(w)
+    kept_dy: Any,  # [blocks, *block], or None
+    kept_x: Any,  # likewise
+    center_at: Any,  # [unit, *places] float32: the mean of what is added up; or None
+    seen: Any,  # [2, unit, *places] float32: sum(dy * (x - mean)), sum(dy)
+    found: Any,  # [4, unit, *places] float32: mean, and the factors of dx
+    *,
+    cut: AnyCut,
+    epsilon: float,
+) -> None:
+    """Those of dx, dscale, dbias, c1 and c2 that have a reference."""
+    center = mean_ref is not None
+
+    def reset(_: Any) -> None:
+        if center:
+            center_at[...] = cut.spread(cut.from_row(mean_ref[...]))
+
+    def add_up(block: Block, sample: Any, tile: Any) -> None:
+        at = sample, *cut.of_tile(tile)
+        mean = center_at[at] if center else None
+
+        def step(
+            chunk: Any, rows: int, before: Sequence[jax.Array]
+        ) -> Sequence[jax.Array]:
+            here = cut.at(sample, chunk, tile)
+            if kept_x is not None:
+                kept_x[cut.number(block), *here] = x_ref[here]
+                kept_dy[cut.number(block), *here] = dy_ref[here]
+            x = cut.as_places(memory.load(x_ref, here))
+            dy = cut.as_places(memory.load(dy_ref, here))
+            terms = dy * (x if mean is None else x - mean), dy
+            return [
+                total + cut.add_registers(term, rows)
+                for total, term in zip(before, terms, strict=True)
+            ]
+
+        zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
+        for i, value in enumerate(cut.over_chunks(block, step, [zero, zero])):
+            seen[i, *at] += value
+
+    def complete(unit: Any) -> None:
+        rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
+        dscale, dbias = cut.meet(seen[0]) * rstd, cut.meet(seen[1])
+        for ref, value in ((dscale_ref, dscale), (dbias_ref, dbias)):
+            if ref is not None:
+                _add_samples(cut, unit, ref, cut.to_row(value))
+        scale: Any = 1.0
+        if scale_ref is not None:
+            scale = cut.from_row(memory.load(scale_ref))
+        per_group = 1 / (cut.pixels * cut.group)
+        c1 = cut.sum_groups(dscale * scale) * per_group
+        c2 = cut.sum_groups(dbias * scale) * per_group
+        for ref, mean in ((c1_ref, c1), (c2_ref, c2)):
+            if ref is not None:
+                ref[...] = cut.to_row(mean)
+        if dx_ref is not None:
+            if center:
+                found[0] = center_at[...]
+                found[3] = cut.spread(rstd * c2)
+            found[1] = cut.spread(rstd * scale)
+            found[2] = cut.spread(rstd * rstd * c1)
+
+    def store_dx(block: Block, sample: Any, tile: Any) -> None:
+        at = sample, *cut.of_tile(tile)
+        mean, of_dy, of_x, rest = (found[i, *at] for i in range(4))
+        from_x = x_ref if kept_x is None else kept_x.at[cut.number(block)]
+        from_dy = dy_ref if kept_dy is None else kept_dy.at[cut.number(block)]
+
+        def step(chunk: Any, _: int, __: None) -> None:
+            here = cut.at(sample, chunk, tile)
+            x = cut.as_places(memory.load(from_x, here))
+            dx = cut.as_places(memory.load(from_dy, here)) * of_dy
+            if center:
+                dx = dx - (x - mean) * of_x - rest
+            else:
+                dx = dx - x * of_x
+            memory.store(dx_ref, here, cut.as_block(dx))
+
+        cut.over_chunks(block, step, None)
+
+    _for_each_unit(
+        cut,
+        [seen],
+        add_up,
+        complete,
+        store_dx if dx_ref is not None else None,
+        late=kept_x is not None,
+        reset=reset,
+    )
+
+
+def _add_samples(cut: AnyCut, unit: Any, total: Any, rows: jax.Array) -> None:
+    """total += the unit's rows; the first unit of a strip sets it."""
+    if cut.samples % cut.unit:
+        sample = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
+        rows = jnp.where(sample < cut.samples_in(unit), rows, 0)
+    row = jnp.sum(rows, 0, keepdims=True)
+    _, _, of_strip = cut.place_of(unit)
+    is_first = of_strip == 0
+    total[...] = jnp.where(is_first, row, total[...] + row)
+
+
+# --- both -----------------------------------------------------------------------------
+
+
+def _for_each_unit(
+    cut: AnyCut,
+    sums: Sequence[Any],
+    add_up: Callable[[Block, Any, Any], None],
+    complete: Callable[[Any], None],
+    finish: Callable[[Block, Any, Any], None] | None,
+    *,
+    late: bool,
+    reset: Callable[[Any], None] | None = None,
+) -> None:
+    """What one step does.
+
+    Args:
+      cut: how the array is cut.
+      sums: scratch that is zero before a unit's first block.
+      add_up: (block, sample, tile), for each of the unit's.
+      complete: (unit), once all are added up.
+      finish: (block, sample, tile), for each of a unit that is complete; or None.
+      late: whether that is the unit before, whose blocks were kept.
+      reset: (unit), before a unit's first block.
+    """
+    unit = pl.program_id(0)
+    block = pl.program_id(1), pl.program_id(2)
+    number = cut.number(block)
+
+    def over(unit: Any, do: Callable[[Block, Any, Any], None]) -> None:
+        def of_sample(sample: Any, _: None) -> None:
+            lax.fori_loop(0, cut.tiles, lambda tile, _: do(block, sample, tile), None)
+
+        lax.fori_loop(0, cut.samples_in(unit), of_sample, None)
+
+    def gather() -> None:
+        @pl.when(number == 0)
+        def _() -> None:
+            for scratch in sums:
+                scratch[...] = jnp.zeros_like(scratch)
+            if reset is not None:
+                reset(unit)
+
+        over(unit, add_up)
+
+        @pl.when(number == cut.blocks - 1)
+        def _() -> None:
+            complete(unit)
+
+    if late and finish is not None:
+        # Before the next unit's block takes its place.
+        pl.when(unit > 0)(lambda: over(unit - 1, finish))
+        pl.when(unit < cut.units)(gather)
+    else:
+        gather()
+        if finish is not None:
+            over(unit, finish)
+
+
+# --- the launch -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a call's arrays become those of a kernel.
+
+    Attributes:
+      call: what is asked.
+      order: x's axes as XLA has them in memory, from slowest to fastest.
+      cut: how the array of that order is cut.
+      late: whether blocks are kept, and normalized when the unit is complete.
+      whole: whether the kernel normalizes; otherwise XLA does.
+      vmem: bytes that it needs.
+    """
+
+    call: Call
+    order: tuple[int, ...]
+    cut: AnyCut
+    late: bool
+    whole: bool
+    vmem: int
+
+    def forward(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        mask: None = None,
+    ) -> list[jax.Array]:
+        """y, and with `call.statistics` mean (if centred) and var.
+
+        Bytes: x and y, each once (in two reads x once more); 4 bytes a statistic, of
+        each channel.
+
+        Args:
+          x: any shape; float32, bfloat16 or float16, as are all that follow.
+          scale, bias: shape (channels,), or None.
+          mask: None.
+        """
+        norm, statistics = self.call.norm, self.call.statistics
+        if not self.whole:
+            mean, var = self.moments(x)
+            y = reference.apply(norm, x, mean, var, scale, bias)
+            found = [y, mean, var] if statistics else [y]
+            return [array for array in found if array is not None]
+        y, mean, var = self._forward(x, scale, bias, whole=True, statistics=statistics)
+        found = [self._from_view(y), self._of_groups(mean), self._of_groups(var)]
+        return [array for array in found if array is not None]
+
+    def moments(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+        """mean (None without centring) and var, in the statistics' shape: one read of
+        x."""
+        _, mean, var = self._forward(x, None, None, whole=False, statistics=True)
+        var = self._of_groups(var)
+        assert var is not None
+        return self._of_groups(mean), var
+
+    def _forward(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        *,
+        whole: bool,
+        statistics: bool,
+    ) -> Any:
+        cut, norm = self.cut, self.call.norm
+        x = self._to_view(x)
+        y = memory.result(x, cut.view, norm.dtype) if whole else None
+        statistic = self._of_channels_like(x) if statistics else None
+        places = pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32)
+        return self._pallas_call(
+            functools.partial(
+                _forward_kernel, cut=cut, center=norm.center, epsilon=norm.epsilon
+            ),
+            "channelwise_forward",
+            operands=[
+                (x, cut.spec),
+                (memory.row(scale), cut.spec_of_params),
+                (memory.row(bias), cut.spec_of_params),
+            ],
+            results=[
+                (y, cut.spec),
+                (statistic if norm.center else None, cut.spec_of_statistics),
+                (statistic, cut.spec_of_statistics),
+            ],
+            kept=[x],
+            scratch=[places, places if whole else None],
+        )
+
+    def backward(
+        self,
+        dy: jax.Array,
+        x: jax.Array,
+        scale: jax.Array | None,
+        mean: jax.Array | None,
+        var: jax.Array,
+        mask: None = None,
+    ) -> list[jax.Array]:
+        """Those of dx, dscale and dbias that are wanted.
+
+        Bytes: x, dy and dx, each once (in two reads x and dy once more); 4 bytes a
+        statistic, of each channel.
+
+        Args:
+          dy, x: of one shape, each float32, bfloat16 or float16.
+          scale: shape (channels,), or None.
+          mean, var: the forward's statistics, float32.
+          mask: None.
+
+        Returns:
+          dx in x's shape and dtype; dscale and dbias float32 of shape (channels,),
+          behind the leading axes of x that `call.own_params` counts.
+        """
+        wants_dx, wants_dscale, wants_dbias = self.call.wanted
+        if not any(self.call.wanted):
+            return []
+        dx, dscale, dbias, c1, c2 = self._backward(dy, x, scale, mean, var)
+        params = (*x.shape[: self.call.own_params], self.cut.channels)
+        found = []
+        if wants_dx:
+            if self.whole:
+                found = [self._from_view(dx)]
+            else:
+                c1 = self._of_groups(c1)
+                assert c1 is not None
+                found = [
+                    reference.input_gradient(
+                        self.call.norm,
+                        dy,
+                        x,
+                        scale,
+                        mean,
+                        var,
+                        c1,
+                        self._of_groups(c2),
+                    )
+                ]
+        if wants_dscale:
+            found.append(dscale.reshape(params))
+        if wants_dbias:
+            found.append(dbias.reshape(params))
+        return found
+
+    def _backward(
+        self,
+        dy: jax.Array,
+        x: jax.Array,
+        scale: jax.Array | None,
+        mean: jax.Array | None,
+        var: jax.Array,
+    ) -> Any:
+        cut, norm = self.cut, self.call.norm
+        wants_dx, wants_dscale, wants_dbias = self.call.wanted
+        dy, x = self._to_view(dy), self._to_view(x)
+        whole = wants_dx and self.whole
+        gradient = memory.result(x, (cut.examples, 1, cut.channels), jnp.float32)
+        inner = self._of_channels_like(x) if wants_dx and not whole else None
+        dx = memory.result(x, cut.view, self.call.x.dtype) if whole else None
+
+        def places(count: int) -> Any:
+            return pltpu.VMEM((count, cut.unit, *cut.places), jnp.float32)
+
+        return self._pallas_call(
+            functools.partial(_backward_kernel, cut=cut, epsilon=norm.epsilon),
+            "channelwise_backward",
+            operands=[
+                (dy, cut.spec),
+                (x, cut.spec),
+                (memory.row(scale) if wants_dx else None, cut.spec_of_params),
+                (self._of_channels(mean), cut.spec_of_statistics),
+                (self._of_channels(var), cut.spec_of_statistics),
+            ],
+            results=[
+                (dx, cut.spec),
+                (gradient if wants_dscale else None, cut.spec_of_gradients),
+                (gradient if wants_dbias else None, cut.spec_of_gradients),
+                (inner, cut.spec_of_statistics),
+                (inner if norm.center else None, cut.spec_of_statistics),
+            ],
+            kept=[dy, x],
+            scratch=[
+                pltpu.VMEM((cut.unit, *cut.places), jnp.float32)
+                if norm.center
+                else None,
+                places(2),
+                places(4) if whole else None,
+            ],
+        )
+
+    def _pallas_call(
+        self,
+        kernel: Callable[..., None],
+        name: str,
+        *,
+        operands: Sequence[tuple[jax.Array | None, Any]],
+        results: Sequence[tuple[jax.ShapeDtypeStruct | None, Any]],
+        kept: Sequence[jax.Array],
+        scratch: Sequence[Any],
+    ) -> Any:
+        """Runs a kernel over operands, results and scratch; None stays None.
+
+        Args:
+          operands, results: each with the method that makes its block's specification.
+          kept: of which a unit stays in VMEM, in scratch before the rest of it.
+        """
+        cut = self.cut
+
+        def now(unit: Any, *block: Any) -> tuple[Any, ...]:
+            if not self.late:
+                return unit, *block
+            # There is one unit more, for the last one's end: nothing new is fetched.
+            ends = unit == cut.units
+            last = [
+                jnp.where(ends, n - 1, i) for n, i in zip(cut.grid, block, strict=True)
+            ]
+            return jnp.minimum(unit, cut.units - 1), *last
+
+        def before(unit: Any, *block: Any) -> tuple[Any, ...]:
+            begins = unit == 0
+            return jnp.maximum(unit - 1, 0), *(jnp.where(begins, 0, i) for i in block)
+
+        def out_spec(array: Any, spec: Any) -> Any:
+            finished = self.late and array.shape == cut.view
+            return spec(before if finished else now)
+
+        keep = [
+            pltpu.VMEM((cut.blocks, cut.unit, *cut.block), memory.kept_as(a.dtype))
+            if self.late
+            else None
+            for a in kept
+        ]
+        return pl.pallas_call(
+            kernel,
+            name=name,
+            grid=(cut.units + self.late, *cut.grid),
+            in_specs=tuple(
+                None if array is None else spec(now) for array, spec in operands
+            ),
+            out_shape=tuple(shape for shape, _ in results),
+            out_specs=tuple(
+                None if shape is None else out_spec(shape, spec)
+                for shape, spec in results
+            ),
+            scratch_shapes=(*keep, *scratch),
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=self.vmem),
+        )(*[memory.bits(array) for array, _ in operands])
+
+    # x, y, dy, dx; and what channels have.
+
+    def _to_view(self, array: jax.Array) -> jax.Array:
+        return lax.transpose(array, self.order).reshape(self.cut.view)
+
+    def _from_view(self, array: jax.Array) -> jax.Array:
+        shape = [self.call.x.shape[axis] for axis in self.order]
+        back = sorted(range(len(shape)), key=lambda axis: self.order[axis])
+        return lax.transpose(array.reshape(shape), back)
+
+    def _of_channels_like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
+        cut = self.cut
+        shape = (cut.examples * cut.sets, cut.unit, cut.channels)
+        return memory.result(x, shape, jnp.float32)
+
+    def _of_groups(self, of_channels: jax.Array | None) -> jax.Array | None:
+        """In the statistics' shape: of each group its first channel's."""
+        if of_channels is None:
+            return None
+        cut = self.cut
+        shape = (cut.examples, cut.sets * cut.unit, cut.channels)
+        of_groups = of_channels.reshape(shape)[:, : cut.samples, :: cut.group]
+        return of_groups.reshape(self.call.norm.statistic_shape(self.call.x.shape))
+
+    def _of_channels(self, of_groups: jax.Array | None) -> jax.Array | None:
+        """[examples * sets, unit, channels]."""
+        if of_groups is None:
+            return None
+        cut = self.cut
+        shape = (cut.examples, cut.samples, cut.channels // cut.group, 1)
+        of_groups = jnp.broadcast_to(
+            of_groups.reshape(shape), (*shape[:-1], cut.group)
+        ).reshape(cut.examples, cut.samples, cut.channels)
+        more = cut.sets * cut.unit - cut.samples
+        of_groups = jnp.pad(of_groups, ((0, 0), (0, more), (0, 0)))
+        return of_groups.reshape(cut.examples * cut.sets, cut.unit, cut.channels)
+
+
+# --- the plan -------------------------------------------------------------------------
+
+
+def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
+    """Chooses the cut and the variant for a call whose view has S > 1.
+
+    Args:
+      call: what is asked.
+      view: x[N, S, G, K].
+      chip: for which.
+    """
+    shape = _in_memory(call, view)
+    whole = call.wanted[0]
+    cut = None
+    if whole:
+        for strip in _strips(shape, view):
+            cut = _cut(call, shape, view, strip, chip.blocks)
+            if _vmem(call, cut, whole=True) <= chip.vmem:
+                break
+        else:
+            whole, cut = False, None
+    if cut is None:
+        cut = _cut(call, shape, view, view.features, chip.blocks)
+    need = _vmem(call, cut, whole=whole)
+    if need > chip.vmem:
+        return Fallback(
+            f"{view.features} channels: a block takes {need:,} bytes of VMEM, a kernel "
+            f"has {chip.vmem:,}"
+        )
+    launch = Launch(call, shape.order, cut, whole and cut.blocks > 1, whole, need)
+    size = view.s * cut.strip * sum(d.itemsize for d in _read(call)) / 2**20
+    lie = "down the sublanes" if shape.down else "across the lanes"
+    variant, why = "", f"a unit of {size:.1f} MiB stays in VMEM: one read"
+    if not call.wanted[0]:
+        variant, why = ", sums", "sums alone are wanted: one read"
+    elif not whole:
+        variant = ", two reads"
+        why = (
+            f"a unit of {size:.1f} MiB does not fit VMEM: two reads, the second one in "
+            "XLA's code, which normalizes with what follows"
+        )
+    elif cut.blocks == 1:
+        why = "a block has whole samples: one read"
+    return Kernel(
+        backend="mosaic_tpu",
+        name=f"channelwise {call.op}{variant}",
+        launch=launch.forward if call.op == "forward" else launch.backward,
+        block=str(cut),
+        why=f"channels {lie}; {why}",
+        bytes_moved=_bytes_moved(call, cut, whole=whole),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """An array as XLA has it in memory.
+
+    Attributes:
+      order: its axes, from slowest to fastest.
+      examples, samples, slabs, rows: sizes, as of `Cut`.
+      down: whether channels lie down the sublanes, and rows across the lanes.
+    """
+
+    order: tuple[int, ...]
+    examples: int
+    samples: int
+    slabs: int
+    rows: int
+    down: bool
+
+
+def _in_memory(call: Call, view: Geometry) -> _Shape:
+    shape, own = call.x.shape, call.own_params
+    last = len(shape) - 1
+    examples = math.prod(shape[:own])
+    samples = view.n // examples
+    others = [axis for axis in range(own, last) if shape[axis] > 1]
+    unreduced = [axis for axis in others if axis not in call.norm.reduction_axes]
+    first = max([own - 1, *unreduced]) + 1  # the first axis of pixels
+    natural = tuple(range(len(shape)))
+    simple = (
+        call.norm.feature_axes == (last,)
+        and shape[-1] == view.features
+        and math.prod(shape[own:first]) == samples
+    )
+    if not simple:  # what the axes are is known of the view alone
+        return _Shape(natural, examples, samples, 1, view.s, down=False)
+    order = order_of_axes(shape, call.x.dtype.itemsize, first)
+    down = order[-1] != last
+    axis = order[-1] if down else order[-2]
+    rows = shape[axis] if axis >= first else 1
+    slabs = view.s // rows
+    if not down and rows % SUBLANES == 0:  # joined they fill the same tiles
+        slabs, rows = 1, view.s
+    return _Shape(order, examples, samples, slabs, rows, down)
+
+
+def _strips(shape: _Shape, view: Geometry) -> Iterator[int]:
+    """Widths of strips, from all channels down: whole groups, and whole tiles."""
+    yield view.features
+    least = math.lcm(view.k, LANES)
+    if shape.down or view.features % least:
+        return
+    count = view.features // least
+    yield from (least * n for n in range(count - 1, 0, -1) if count % n == 0)
+
+
+def _cut(
+    call: Call, shape: _Shape, view: Geometry, strip: int, blocks_bytes: int
+) -> AnyCut:
+    streamed = [dtype.itemsize for dtype in _streamed(call)]
+    packed = SUBLANES * 4 // min(streamed)  # sublanes of one register
+    if shape.down:
+        rows_tile, channels_tile = LANES, packed
+    else:
+        rows_tile, channels_tile = packed, LANES
+    channels = round_up(strip, channels_tile)
+    rows = round_up(shape.rows, rows_tile)
+
+    # Rows of a chunk: so many as divide the array's, if these are not too few.
+    chunk_channels = LANES
+    if shape.down:
+        chunk_channels = _divisor(channels, channels_tile, LANES // 2)
+    most_rows = max(CHUNK // chunk_channels, rows_tile)
+    chunk_rows = _divisor(rows, rows_tile, most_rows)
+    if 2 * chunk_rows < min(most_rows, rows):
+        chunk_rows = round_up(pl.cdiv(rows, pl.cdiv(rows, most_rows)), rows_tile)
+
+    # Samples and pixels of a block.
+    most = max(blocks_bytes // (2 * sum(streamed)), 1)  # elements
+    slabs, unit = shape.slabs, 1
+    sample = slabs * rows * channels
+    if sample <= most:
+        unit = min(power_of_two(most // sample), MOST_SAMPLES)
+    elif slabs > 1 and rows * channels <= most:
+        slabs = most // (rows * channels)
+    else:
+        slabs = 1
+        rows = pl.cdiv(rows, pl.cdiv(rows, max(most // channels, chunk_rows)))
+
+    # Where rows are few, several slabs to a chunk, or channels side by side.
+    fits = CHUNK // (chunk_rows * chunk_channels)
+    chunk_slabs = _divisor(shape.slabs, 1, min(fits, slabs))
+    if not shape.down:
+        fits = CHUNK // (chunk_rows * chunk_slabs)
+        chunk_channels = _divisor(channels, channels_tile, fits)
+    kind = DownSublanes if shape.down else AcrossLanes
+    return kind(
+        examples=shape.examples,
+        samples=shape.samples,
+        slabs=shape.slabs,
+        rows=shape.rows,
+        channels=view.features,
+        group=view.k,
+        strip=strip,
+        unit=unit,
+        block_slabs=slabs // chunk_slabs * chunk_slabs,
+        block_rows=round_up(rows, chunk_rows),
+        chunk_slabs=chunk_slabs,
+        chunk_rows=chunk_rows,
+        chunk_channels=chunk_channels,
+    )
+
+
+def _divisor(size: int, step: int, most: int) -> int:
+    """The largest multiple of `step` up to `most` that divides `size`, or `step`."""
+    multiples = range(step, max(most, step) + 1, step)
+    return max(n for n in multiples if size % n == 0)
+
+
+def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
+    """Bytes of VMEM that a kernel needs."""
+    block = cut.unit * math.prod(cut.block)
+    reads = sum(dtype.itemsize for dtype in _read(call))
+    writes = sum(dtype.itemsize for dtype in _streamed(call)) - reads
+    need = 2 * block * (reads + writes * whole)
+    if whole and cut.blocks > 1:
+        need += cut.blocks * block * reads
+    places = cut.unit * math.prod(cut.places) * 4
+    # Scratch, and the values of `complete`, of which registers hold few.
+    need += (7 + SPILLED) * places
+    return need + OTHER_BYTES
+
+
+def _read(call: Call) -> list[jnp.dtype]:
+    """Dtypes of the arrays of x's size that the kernel reads."""
+    return [call.x.dtype] + ([] if call.dy is None else [call.dy.dtype])
+
+
+def _streamed(call: Call) -> list[jnp.dtype]:
+    """Those of all that it reads or writes."""
+    written = call.norm.dtype if call.op == "forward" else call.x.dtype
+    return [*_read(call), written]
+
+
+def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
+    """Bytes read from and written to HBM."""
+    wants_dx, wants_dscale, wants_dbias = call.wanted
+    reads = sum(dtype.itemsize for dtype in _read(call))
+    writes = sum(dtype.itemsize for dtype in _streamed(call)) - reads
+    size = math.prod(call.x.shape)
+    moved = size * (reads * (1 if whole or not wants_dx else 2) + writes * wants_dx)
+    of_channels = 4 * cut.examples * cut.samples * cut.channels * (1 + call.norm.center)
+    params = [p for p in (call.scale, call.bias) if p is not None]
+    if call.op == "forward":
+        moved += of_channels * (call.statistics or not whole)
+    else:
+        moved += of_channels * (2 if wants_dx and not whole else 1)
+        params = params if wants_dx else []
+        moved += 4 * (wants_dscale + wants_dbias) * cut.examples * cut.channels
+    return moved + sum(math.prod(p.shape) * p.dtype.itemsize for p in params)

@@ -1,0 +1,204 @@
+"""The channelwise kernels of TPUs, run by Pallas' interpreter.
+
+The tests of test_channelwise.py, with the TPU's kernels and variants in the place of
+the GPU's, and what the TPU's have for themselves. Every interpreted launch is checked
+for races (tests/on_tpu.py), and what a block has beyond the array is NaN there.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fusednorm
+from fusednorm.kernels import tpu
+from fusednorm.kernels.dispatch import Call, Kernel
+from fusednorm.kernels.tpu import channelwise, memory, pixels
+from tests import interpreters
+from tests.helpers import Case
+from tests.test_channelwise import (  # noqa: F401
+    CASES,
+    MODELS,
+    calls,
+    run,
+    test_a_large_mean_is_right,
+    test_a_sample_does_not_depend_on_the_others,
+    test_any_shape_and_dtypes,
+    test_each_example_has_its_own_gradients,
+    test_each_kernel_runs_as_often_as_it_should,
+    test_gradients_of_some,
+    test_mean_and_variance,
+    test_nan_and_inf_stay_in_their_group,
+    test_running_statistics_follow_flax,
+    test_shapes_of_models,
+    test_values_and_gradients,
+)
+from tests.test_rowwise import MIXES, lowered
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """The kernels, which take every call or raise."""
+    backend = "mosaic_tpu"
+    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
+        yield
+
+
+@pytest.fixture(params=["one block", "kept", "two reads"])
+def variant(
+    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Each variant takes what would be too small for it."""
+    if request.param != "one block":  # blocks and chunks of few pixels
+        chip = memory.Chip(vmem=2**40, blocks=2**15)
+        monkeypatch.setattr(memory, "chip", lambda _: chip)
+        monkeypatch.setattr(channelwise, "CHUNK", 2 * 1024)
+    if request.param == "two reads":
+        real = channelwise._vmem
+
+        def vmem(call: Call, cut: Any, *, whole: bool) -> int:
+            return 2**50 if whole else real(call, cut, whole=False)
+
+        monkeypatch.setattr(channelwise, "_vmem", vmem)
+    return request.param
+
+
+# --- shapes ---------------------------------------------------------------------------
+
+
+SHAPES = [
+    # Down the sublanes: 20 channels of 300 pixels, and in groups.
+    Case("instance_norm", (2, 5, 300, 20)),
+    Case("group_norm", (2, 3, 260, 24), (("num_groups", 2),)),
+    # More samples than one unit has; groups that no tile of lanes ends with.
+    Case("group_norm", (11, 4, 4, 260), (("num_groups", 26),)),
+    Case("group_norm", (3, 14, 14, 140), (("num_groups", 7),)),
+    # The batch down the sublanes.
+    Case("batch_norm", (16, 5, 3, 136)),
+    Case("batch_norm", (10, 7, 7, 256)),
+    Case("group_norm", (2, 600, 256), (("num_groups", 32),)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=lambda n: str(SHAPES[n]))
+def test_shapes(variant: str, number: int) -> None:
+    run(SHAPES[number], variant, MIXES[number % len(MIXES)])
+
+
+def test_strips(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sample that does not fit: 128 channels at a time, several samples each."""
+    case = Case("group_norm", (3, 160, 256), (("num_groups", 32),))
+    chip = memory.Chip(vmem=channelwise.OTHER_BYTES + 600 * 1024, blocks=2**16)
+    monkeypatch.setattr(memory, "chip", lambda _: chip)
+    for call in calls(case.kind, case.shape, "float32"):
+        kernel = tpu.plan(call, None)
+        assert isinstance(kernel, Kernel)
+        assert kernel.block.startswith("128 channels of ")
+        assert kernel.name == f"channelwise {call.op}"
+    run(case, "kept")
+
+
+@pytest.mark.parametrize("case", [*CASES, *SHAPES], ids=str)
+def test_mosaic_takes_it(case: Case) -> None:
+    """Which refuses what the interpreter does not: vectors of size 0."""
+    x, dy = (jax.ShapeDtypeStruct(case.shape, jnp.dtype("bfloat16")) for _ in "xy")
+    params = [jax.ShapeDtypeStruct((case.features,), jnp.dtype("float32"))] * 2
+    params = params[: case.params + case.has_bias]
+
+    def step(x: Any, dy: Any, *params: Any) -> Any:
+        y, vjp = jax.vjp(case.run, x, *params)
+        return y, vjp(dy.astype(y.dtype))
+
+    assert lowered("tpu", step, x, dy, *params).count("tpu_custom_call") == 2
+
+
+# --- groups ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "group"),
+    [(40, 10), (320, 10), (96, 32), (260, 26), (384, 128), (77, 11), (1024, 256)],
+)
+def test_sums_of_groups(channels: int, group: int, monkeypatch: Any) -> None:
+    """Each its own: NaN and infinity stay there, also those beyond the channels."""
+    monkeypatch.setattr(pixels.pltpu, "roll", jnp.roll)
+    lanes = memory.round_up(channels, memory.LANES)
+    value = np.full((2, lanes), np.nan, np.float32)
+    value[:, :channels] = np.random.default_rng(0).normal(size=(2, channels))
+    value[0, group], value[1, 2 * group + group - 1] = np.inf, np.nan
+    found = np.asarray(pixels.sum_groups(jnp.asarray(value), channels, group))
+    truth = value[:, :channels].astype(np.float64).reshape(2, -1, group).sum(-1)
+    truth = np.repeat(truth, group, 1)
+    assert np.isnan(truth).any()
+    assert np.isfinite(truth).sum() > group
+    np.testing.assert_allclose(found[:, :channels], truth, rtol=1e-5, atol=1e-5)
+
+
+# --- plans ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What `plan` asks of a jax device."""
+
+    device_kind: str
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", "TPU7x"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_models_run_kernels(kind: str, dtype: str) -> None:
+    for norm, shape in MODELS:
+        for call in calls(norm, shape, dtype):
+            answer = tpu.plan(call, Device(kind))
+            assert isinstance(answer, Kernel), (norm, shape, answer)
+            units = 2 + (call.op == "backward")
+            reads = units + (units - 1) * ("two reads" in answer.name)
+            size = call.x.size * call.x.dtype.itemsize
+            assert reads * size < answer.bytes_moved < 1.25 * reads * size
+
+
+def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
+    for norm, shape in (("group_norm", (64, 64, 320)), ("instance_norm", (9, 9, 24))):
+        cuts = set()
+        for n in (1, 2, 37):
+            for call in calls(norm, (n, *shape)):
+                kernel = tpu.plan(call, None)
+                assert isinstance(kernel, Kernel)
+                launch = kernel.launch.__self__  # type: ignore[attr-defined]
+                one = dataclasses.replace(launch.cut, samples=1)
+                cuts.add((call.op, launch.order, launch.late, launch.whole, one))
+        assert len(cuts) == 2
+
+
+def test_a_chip_with_more_vmem_keeps_more() -> None:
+    """A BatchNorm of 200 704 pixels: one read on a v5e, two on a v4."""
+    forward, backward = calls("batch_norm", (64, 56, 56, 256))
+    names = {
+        kind: [tpu.plan(call, Device(kind)).name for call in (forward, backward)]  # type: ignore[union-attr]
+        for kind in ("TPU v5e", "TPU v4")
+    }
+    assert names["TPU v5e"] == [
+        "channelwise forward",
+        "channelwise backward, two reads",
+    ]
+    assert names["TPU v4"] == [
+        "channelwise forward, two reads",
+        "channelwise backward, two reads",
+    ]
+
+
+def test_why() -> None:
+    kernel = tpu.plan(calls("group_norm", (8, 64, 64, 320))[0], Device("TPU v5e"))
+    assert isinstance(kernel, Kernel)
+    assert kernel.block == "320 channels of 2048 of 4096 pixels"
+    assert kernel.why == (
+        "channels across the lanes; a unit of 2.5 MiB stays in VMEM: one read"
+    )
+    huge = tpu.plan(calls("group_norm", (1, 16, 90, 160, 320))[0], Device("TPU v5e"))
+    assert isinstance(huge, Kernel)
+    assert "a unit of 140.6 MiB does not fit VMEM: two reads" in huge.why
