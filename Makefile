@@ -61,10 +61,10 @@ test-oldest: $(STAMP_OLDEST) ## the suite with the oldest jax and flax of pyproj
 
 # One process: the tests keep their own, one for each compiler.
 aot: $(STAMP_AOT) ## compile every kernel for chips that are not here, and check registers, spills and bytes
-	$(ELSEWHERE) -m pytest -m aot tests/test_aot.py tests/test_aot_channelwise.py $(PYTEST_ARGS)
+	$(ELSEWHERE) -m pytest -m aot tests/test_aot.py tests/test_aot_channelwise.py tests/test_aot_tpu_channelwise.py $(PYTEST_ARGS)
 
 aot-baseline: $(STAMP_AOT) ## record what make aot compares with: for a commit that says why
-	$(ELSEWHERE) -m pytest -m aot -k test_no_worse_than_recorded --renew-baseline tests/test_aot.py tests/test_aot_channelwise.py
+	$(ELSEWHERE) -m pytest -m aot -k test_no_worse_than_recorded --renew-baseline tests/test_aot.py tests/test_aot_channelwise.py tests/test_aot_tpu_channelwise.py
 
 roofline: $(STAMP_AOT) ## predict what bounds every kernel on chips that are not here
 	$(ELSEWHERE) -m bench roofline $(BENCH_ARGS)
