@@ -36,6 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 
 # x + NOTHING is x, to the bit; 0 would make 0 of -0.
@@ -82,6 +83,11 @@ def order_of_axes(shape: Sequence[int], itemsize: int, first: int) -> tuple[int,
     last_two = min(pairs, key=padded)
     others = [axis for axis in range(len(shape)) if axis not in last_two]
     return (*others, *last_two)
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The order that a transpose by `order` is undone with."""
+    return sorted(range(len(order)), key=lambda axis: order[axis])
 
 
 # --- features across the lanes --------------------------------------------------------
@@ -322,10 +328,7 @@ class DownSublanes:
 
     def keep_param(self, kept: Any, row: jax.Array) -> None:
         """Puts [1, features] into scratch."""
-        for tile, diagonal in self._tiles():
-            spread = jnp.where(diagonal, row[:, tile.start : tile.start + LANES], 0)
-            column = jnp.sum(spread, 1, keepdims=True)
-            kept[tile, :] = jnp.broadcast_to(column, diagonal.shape)
+        kept[...] = memory.as_column(row, self.sublanes)
 
     def for_chunk(self, param: jax.Array) -> jax.Array:
         """[sublanes, LANES] -> [sublanes, chunk_rows]."""
@@ -343,21 +346,7 @@ class DownSublanes:
 
     def finish_sum(self, total: Any, result: Any) -> None:
         """[sublanes, LANES] -> [1, features]."""
-        for tile, diagonal in self._tiles():
-            column = jnp.sum(total[tile, :], 1, keepdims=True)
-            row = jnp.sum(jnp.where(diagonal, column, 0), 0, keepdims=True)
-            result[:, tile.start : tile.start + LANES] = row
-
-    def _tiles(self) -> Iterator[tuple[slice, jax.Array]]:
-        """Features, LANES at a time, and which lane each has in a row [1, LANES]."""
-        for start in range(0, self.sublanes, LANES):
-            stop = min(start + LANES, self.sublanes)
-            shape = stop - start, LANES
-            feature = lax.broadcasted_iota(jnp.int32, shape, 0)
-            yield (
-                slice(start, stop),
-                feature == lax.broadcasted_iota(jnp.int32, shape, 1),
-            )
+        result[...] = memory.as_row(jnp.sum(total[...], 1, keepdims=True))
 
     # --- one number a row ---
 

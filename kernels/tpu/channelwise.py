@@ -46,13 +46,16 @@ from fusednorm import reference
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.tpu import memory
-from fusednorm.kernels.tpu.blocks import order_of_axes
+from fusednorm.kernels.tpu.blocks import inverse, order_of_axes
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, power_of_two, round_up
 from fusednorm.kernels.tpu.pixels import AcrossLanes, AnyCut, Block, DownSublanes
 
 MOST_SAMPLES = 8  # of a unit: as many as there are sublanes for their statistics
 
-# Elements of a chunk: 32 vector registers in float32, of 64.
+# Elements of a chunk: 40 vector registers in float32, of 64. Cycles for a register,
+# compiled for a v5e, bfloat16: with 24 registers 5.5 forward, with 32 and 40 4.2, with
+# 64 4.7 (65536 pixels of 256 channels); with 32 9.6, with 40, of which 5 tiles of 128
+# channels side by side make use, 8.8 (64 pixels of 1280 channels).
 CHUNK = 40 * SUBLANES * LANES
 
 SPILLED = 8  # values of a unit's places that lie in VMEM while it is completed
@@ -68,7 +71,7 @@ def _forward_kernel(
     y_ref: Any,  # a block, or None: statistics alone are wanted
     mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
     var_ref: Any,  # likewise
-    kept_x: Any,  # [blocks, *block], or None
+    kept_x: Any,  # the blocks of a unit, or None
     seen: Any,  # [3, unit, *places] float32: count, mean, sum of squares about it
     found: Any,  # [3, unit, *places] float32: mean, rstd * scale, bias
     *,
@@ -91,7 +94,8 @@ def _forward_kernel(
         first = zero
         if center:  # near enough to the mean
             first = cut.as_places(memory.load(x_ref, cut.at(sample, (0, 0), tile)))
-            first = jnp.where(cut.first_places(cut.rows_in(block)), first[0, 0], 0)
+            left = cut.rows - block[1] * cut.block_rows
+            first = jnp.where(cut.first_places(left), first[0, 0], 0)
         of_block = cut.over_chunks(block, step, (zero, first, zero))
         before = tuple(seen[i, *at] for i in range(3))
         for i, value in enumerate(_merge(before, of_block)):
@@ -142,7 +146,7 @@ def _forward_kernel(
 
     _for_each_unit(
         cut,
-        [seen],
+        seen,
         add_up,
         complete,
         normalize if y_ref is not None else None,
@@ -203,7 +207,7 @@ def _backward_kernel(
     dbias_ref: Any,  # likewise
     c1_ref: Any,  # [unit, lanes] float32: mean(w * x_hat); or None
     c2_ref: Any,  # likewise: mean(w)
-    kept_dy: Any,  # [blocks, *block], or None
+    kept_dy: Any,  # the blocks of a unit, or None
     kept_x: Any,  # likewise
     center_at: Any,  # [unit, *places] float32: the mean of what is added up; or None
     seen: Any,  # [2, unit, *places] float32: sum(dy * (x - mean)), sum(dy)
@@ -215,7 +219,7 @@ def _backward_kernel(
     """Those of dx, dscale, dbias, c1 and c2 that have a reference."""
     center = mean_ref is not None
 
-    def reset(_: Any) -> None:
+    def begin() -> None:
         if center:
             center_at[...] = cut.spread(cut.from_row(mean_ref[...]))
 
@@ -284,12 +288,12 @@ def _backward_kernel(
 
     _for_each_unit(
         cut,
-        [seen],
+        seen,
         add_up,
         complete,
         store_dx if dx_ref is not None else None,
         late=kept_x is not None,
-        reset=reset,
+        begin=begin,
     )
 
 
@@ -309,24 +313,24 @@ def _add_samples(cut: AnyCut, unit: Any, total: Any, rows: jax.Array) -> None:
 
 def _for_each_unit(
     cut: AnyCut,
-    sums: Sequence[Any],
+    seen: Any,
     add_up: Callable[[Block, Any, Any], None],
     complete: Callable[[Any], None],
     finish: Callable[[Block, Any, Any], None] | None,
     *,
     late: bool,
-    reset: Callable[[Any], None] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> None:
     """What one step does.
 
     Args:
       cut: how the array is cut.
-      sums: scratch that is zero before a unit's first block.
+      seen: scratch that is zero before a unit's first block.
       add_up: (block, sample, tile), for each of the unit's.
       complete: (unit), once all are added up.
       finish: (block, sample, tile), for each of a unit that is complete; or None.
       late: whether that is the unit before, whose blocks were kept.
-      reset: (unit), before a unit's first block.
+      begin: before a unit's first block.
     """
     unit = pl.program_id(0)
     block = pl.program_id(1), pl.program_id(2)
@@ -341,10 +345,9 @@ def _for_each_unit(
     def gather() -> None:
         @pl.when(number == 0)
         def _() -> None:
-            for scratch in sums:
-                scratch[...] = jnp.zeros_like(scratch)
-            if reset is not None:
-                reset(unit)
+            seen[...] = jnp.zeros_like(seen)
+            if begin is not None:
+                begin()
 
         over(unit, add_up)
 
@@ -373,7 +376,6 @@ class Launch:
       call: what is asked.
       order: x's axes as XLA has them in memory, from slowest to fastest.
       cut: how the array of that order is cut.
-      late: whether blocks are kept, and normalized when the unit is complete.
       whole: whether the kernel normalizes; otherwise XLA does.
       vmem: bytes that it needs.
     """
@@ -381,9 +383,13 @@ class Launch:
     call: Call
     order: tuple[int, ...]
     cut: AnyCut
-    late: bool
     whole: bool
     vmem: int
+
+    @property
+    def late(self) -> bool:
+        """Whether blocks are kept, and normalized when the unit is complete."""
+        return self.whole and self.cut.blocks > 1
 
     def forward(
         self,
@@ -518,10 +524,9 @@ class Launch:
         cut, norm = self.cut, self.call.norm
         wants_dx, wants_dscale, wants_dbias = self.call.wanted
         dy, x = self._to_view(dy), self._to_view(x)
-        whole = wants_dx and self.whole
         gradient = memory.result(x, (cut.examples, 1, cut.channels), jnp.float32)
-        inner = self._of_channels_like(x) if wants_dx and not whole else None
-        dx = memory.result(x, cut.view, self.call.x.dtype) if whole else None
+        inner = self._of_channels_like(x) if wants_dx and not self.whole else None
+        dx = memory.result(x, cut.view, self.call.x.dtype) if self.whole else None
 
         def places(count: int) -> Any:
             return pltpu.VMEM((count, cut.unit, *cut.places), jnp.float32)
@@ -549,7 +554,7 @@ class Launch:
                 if norm.center
                 else None,
                 places(2),
-                places(4) if whole else None,
+                places(4) if self.whole else None,
             ],
         )
 
@@ -618,8 +623,7 @@ class Launch:
 
     def _from_view(self, array: jax.Array) -> jax.Array:
         shape = [self.call.x.shape[axis] for axis in self.order]
-        back = sorted(range(len(shape)), key=lambda axis: self.order[axis])
-        return lax.transpose(array.reshape(shape), back)
+        return lax.transpose(array.reshape(shape), inverse(self.order))
 
     def _of_channels_like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
         cut = self.cut
@@ -661,24 +665,20 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
       chip: for which.
     """
     shape = _in_memory(call, view)
-    whole = call.wanted[0]
-    cut = None
-    if whole:
-        for strip in _strips(shape, view):
-            cut = _cut(call, shape, view, strip, chip.blocks)
-            if _vmem(call, cut, whole=True) <= chip.vmem:
-                break
-        else:
-            whole, cut = False, None
-    if cut is None:
-        cut = _cut(call, shape, view, view.features, chip.blocks)
+    cuts = (
+        _cut(call, shape, view, strip, chip.blocks) for strip in _strips(shape, view)
+    )
+    fit = (cut for cut in cuts if _vmem(call, cut, whole=True) <= chip.vmem)
+    kept = next(fit, None) if call.wanted[0] else None
+    whole = kept is not None
+    cut = kept or _cut(call, shape, view, view.features, chip.blocks)
     need = _vmem(call, cut, whole=whole)
     if need > chip.vmem:
         return Fallback(
             f"{view.features} channels: a block takes {need:,} bytes of VMEM, a kernel "
             f"has {chip.vmem:,}"
         )
-    launch = Launch(call, shape.order, cut, whole and cut.blocks > 1, whole, need)
+    launch = Launch(call, shape.order, cut, whole, need)
     size = view.s * cut.strip * sum(d.itemsize for d in _read(call)) / 2**20
     lie = "down the sublanes" if shape.down else "across the lanes"
     variant, why = "", f"a unit of {size:.1f} MiB stays in VMEM: one read"

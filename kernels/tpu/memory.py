@@ -1,6 +1,7 @@
-"""What the kernels of TPUs share: sizes of registers, float16, and results."""
+"""What the kernels of TPUs share: chips, operands, rows and columns, float16."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -68,6 +69,41 @@ def result(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
     )
+
+
+# --- rows and columns -----------------------------------------------------------------
+# Numbers along the lanes, as HBM has them, and down the sublanes.
+
+
+def as_column(row: jax.Array, sublanes: int) -> jax.Array:
+    """[1, lanes] -> [sublanes, LANES], each number in all lanes of its sublane."""
+    columns = []
+    for tile, diagonal in _diagonals(sublanes):
+        spread = jnp.where(diagonal, row[:, tile.start : tile.start + LANES], 0)
+        column = jnp.sum(spread, 1, keepdims=True)
+        columns.append(jnp.broadcast_to(column, diagonal.shape))
+    return jnp.concatenate(columns, 0)
+
+
+def as_row(column: jax.Array) -> jax.Array:
+    """[sublanes, LANES or 1] -> [1, lanes]."""
+    rows = [
+        jnp.sum(jnp.where(diagonal, column[tile], 0), 0, keepdims=True)
+        for tile, diagonal in _diagonals(column.shape[0])
+    ]
+    return jnp.concatenate(rows, 1)
+
+
+def _diagonals(sublanes: int) -> Iterator[tuple[slice, jax.Array]]:
+    """Sublanes, LANES at a time, and which lane each has in a row [1, LANES]."""
+    for start in range(0, sublanes, LANES):
+        stop = min(start + LANES, sublanes)
+        shape = stop - start, LANES
+        sublane = lax.broadcasted_iota(jnp.int32, shape, 0)
+        yield (
+            slice(start, stop),
+            sublane == lax.broadcasted_iota(jnp.int32, shape, 1),
+        )
 
 
 # --- float16 --------------------------------------------------------------------------

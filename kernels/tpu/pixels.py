@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 
 Block = tuple[Any, Any]  # numbers: of the slabs, of the rows
@@ -126,7 +127,7 @@ class Cut:
         def index(*step: Any) -> tuple[Any, ...]:
             unit, slab, row = where(*step)
             example, strip, of_strip = self.place_of(unit)
-            return example, of_strip, *self._index(slab, row, strip)
+            return example, of_strip, *self.in_order(slab, row, strip)
 
         return pl.BlockSpec((None, self.unit, *self.block), index)
 
@@ -237,27 +238,53 @@ class Cut:
             count = jnp.where(self.first_places(more), count + self.chunk_slabs, count)
         return count
 
-    def rows_in(self, block: Block) -> Any:
-        """Of each of its slabs."""
-        return jnp.minimum(self.rows - block[1] * self.block_rows, self.block_rows)
-
     def first_places(self, count: Any) -> jax.Array:
         """bool, [*places]: those of the first pixels."""
         axis = self.pixel_axis - 2
         return lax.broadcasted_iota(jnp.int32, self.chunk_shape[2:], axis) < count
 
-    # --- what a way of lying has of its own ---
+    def sum_groups(self, value: jax.Array) -> jax.Array:
+        """Of channels: each gets the sum of its group."""
+        return sum_groups(value, self.strip, self.group)
 
-    pixel_axis = -1  # of a chunk's places, on which pixels lie
+    # --- in the order of a way of lying ---
 
     @property
     def view(self) -> tuple[int, ...]:
         """Of x, y, dy and dx."""
-        raise NotImplementedError
+        of_sample = self.in_order(self.slabs, self.rows, self.channels)
+        return self.examples, self.samples, *of_sample
 
     @property
     def block(self) -> tuple[int, int, int]:
         """Of one sample in VMEM."""
+        return self.in_order(self.block_slabs, self.block_rows, self.padded)
+
+    def at(self, sample: Any, chunk: Any, tile: Any) -> tuple[Any, ...]:
+        """Where in a block a chunk is."""
+        slab, row = chunk
+        return sample, *self.in_order(
+            _slice(slab, self.chunk_slabs),
+            _slice(row, self.chunk_rows),
+            _slice(tile, self.chunk_channels),
+        )
+
+    @property
+    def tiles(self) -> int:
+        """Chunks side by side that have a strip's channels."""
+        return self.padded // self.chunk_channels
+
+    # --- what a way of lying has of its own ---
+
+    pixel_axis = -1  # of a chunk, on which pixels lie
+
+    def in_order(self, slabs: Any, rows: Any, channels: Any) -> tuple[Any, Any, Any]:
+        """As they lie, from slowest to fastest."""
+        raise NotImplementedError
+
+    @property
+    def padded(self) -> int:
+        """A strip's channels, and what fills their last tile: garbage."""
         raise NotImplementedError
 
     @property
@@ -268,9 +295,6 @@ class Cut:
     @property
     def places(self) -> tuple[int, int]:
         """Of all channels of a strip."""
-        raise NotImplementedError
-
-    def _index(self, slab: Any, row: Any, strip: Any) -> tuple[Any, Any, Any]:
         raise NotImplementedError
 
 
@@ -295,13 +319,12 @@ class AcrossLanes(Cut):
 
     pixel_axis = 2
 
-    @property
-    def view(self) -> tuple[int, ...]:
-        return self.examples, self.samples, self.slabs, self.rows, self.channels
+    def in_order(self, slabs: Any, rows: Any, channels: Any) -> tuple[Any, Any, Any]:
+        return slabs, rows, channels
 
     @property
-    def block(self) -> tuple[int, int, int]:
-        return self.block_slabs, self.block_rows, self.lanes
+    def padded(self) -> int:
+        return self.lanes
 
     @property
     def chunk_shape(self) -> tuple[int, int, int, int]:
@@ -312,19 +335,6 @@ class AcrossLanes(Cut):
     def places(self) -> tuple[int, int]:
         return SUBLANES, self.lanes
 
-    def _index(self, slab: Any, row: Any, strip: Any) -> tuple[Any, Any, Any]:
-        return slab, row, strip
-
-    def at(self, sample: Any, chunk: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in a block a chunk is."""
-        slab, row = chunk
-        return (
-            sample,
-            _slice(slab, self.chunk_slabs),
-            _slice(row, self.chunk_rows),
-            _slice(tile, self.chunk_channels),
-        )
-
     def as_places(self, value: jax.Array) -> jax.Array:
         """[slabs, rows, channels] -> a chunk; no register is touched."""
         return value.reshape(self.chunk_shape)
@@ -332,11 +342,6 @@ class AcrossLanes(Cut):
     def as_block(self, chunk: jax.Array) -> jax.Array:
         """Back."""
         return chunk.reshape(self.chunk_slabs, self.chunk_rows, self.chunk_channels)
-
-    @property
-    def tiles(self) -> int:
-        """Chunks side by side that have a strip's channels."""
-        return self.lanes // self.chunk_channels
 
     def of_tile(self, tile: Any) -> tuple[Any, Any]:
         """Which of a strip's places they are."""
@@ -360,10 +365,6 @@ class AcrossLanes(Cut):
         """Of channels -> [unit, lanes]."""
         return value
 
-    def sum_groups(self, value: jax.Array) -> jax.Array:
-        """Of channels: each gets the sum of its group."""
-        return sum_groups(value, self.strip, self.group)
-
 
 # --- channels down the sublanes -------------------------------------------------------
 
@@ -373,18 +374,12 @@ class DownSublanes(Cut):
 
     pixel_axis = 3
 
-    @property
-    def view(self) -> tuple[int, ...]:
-        return self.examples, self.samples, self.slabs, self.channels, self.rows
+    def in_order(self, slabs: Any, rows: Any, channels: Any) -> tuple[Any, Any, Any]:
+        return slabs, channels, rows
 
     @property
-    def sublanes(self) -> int:
-        """A strip's channels, and what fills their last tile: garbage."""
+    def padded(self) -> int:
         return round_up(self.strip, self.chunk_channels)
-
-    @property
-    def block(self) -> tuple[int, int, int]:
-        return self.block_slabs, self.sublanes, self.block_rows
 
     @property
     def chunk_shape(self) -> tuple[int, int, int, int]:
@@ -393,20 +388,7 @@ class DownSublanes(Cut):
 
     @property
     def places(self) -> tuple[int, int]:
-        return self.sublanes, LANES
-
-    def _index(self, slab: Any, row: Any, strip: Any) -> tuple[Any, Any, Any]:
-        return slab, strip, row
-
-    def at(self, sample: Any, chunk: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in a block a chunk is."""
-        slab, row = chunk
-        return (
-            sample,
-            _slice(slab, self.chunk_slabs),
-            _slice(tile, self.chunk_channels),
-            _slice(row, self.chunk_rows),
-        )
+        return self.padded, LANES
 
     def as_places(self, value: jax.Array) -> jax.Array:
         """[slabs, channels, rows] -> a chunk; no register is touched."""
@@ -419,11 +401,6 @@ class DownSublanes(Cut):
     def as_block(self, chunk: jax.Array) -> jax.Array:
         """Back."""
         return jnp.concatenate([chunk[:, i] for i in range(chunk.shape[1])], -1)
-
-    @property
-    def tiles(self) -> int:
-        """Chunks side by side that have a strip's channels."""
-        return self.sublanes // self.chunk_channels
 
     def of_tile(self, tile: Any) -> tuple[Any, Any]:
         """Which of a strip's places they are."""
@@ -442,40 +419,15 @@ class DownSublanes(Cut):
 
     def from_row(self, row: jax.Array) -> jax.Array:
         """[unit or 1, lanes] -> of channels."""
-        samples = []
-        for sample in range(row.shape[0]):
-            columns = []
-            for tile, diagonal in self._tiles():
-                lanes = slice(tile.start, tile.start + LANES)
-                spread = jnp.where(diagonal, row[sample : sample + 1, lanes], 0)
-                column = jnp.sum(spread, 1, keepdims=True)
-                columns.append(jnp.broadcast_to(column, diagonal.shape))
-            samples.append(jnp.concatenate(columns, 0)[None])
-        return jnp.concatenate(samples, 0)
+        samples = range(row.shape[0])
+        return jnp.stack(
+            [memory.as_column(row[i : i + 1], self.padded) for i in samples]
+        )
 
     def to_row(self, value: jax.Array) -> jax.Array:
         """Of channels -> [unit, lanes]."""
-        samples = []
-        for sample in range(value.shape[0]):
-            rows = [
-                jnp.sum(jnp.where(diagonal, value[sample, tile], 0), 0, keepdims=True)
-                for tile, diagonal in self._tiles()
-            ]
-            samples.append(jnp.concatenate(rows, 1))
-        return jnp.concatenate(samples, 0)
-
-    def sum_groups(self, value: jax.Array) -> jax.Array:
-        """Of channels: each gets the sum of its group."""
-        return sum_groups(value, self.strip, self.group)
-
-    def _tiles(self) -> Iterator[tuple[slice, jax.Array]]:
-        """Channels, LANES at a time, and which lane each has in a row [1, LANES]."""
-        for start in range(0, self.sublanes, LANES):
-            stop = min(start + LANES, self.sublanes)
-            shape = stop - start, LANES
-            channel = lax.broadcasted_iota(jnp.int32, shape, 0)
-            diagonal = channel == lax.broadcasted_iota(jnp.int32, shape, 1)
-            yield slice(start, stop), diagonal
+        samples = range(value.shape[0])
+        return jnp.concatenate([memory.as_row(value[i]) for i in samples], 0)
 
 
 AnyCut = AcrossLanes | DownSublanes

@@ -39,6 +39,7 @@ from fusednorm.kernels.tpu.blocks import (
     AcrossLanes,
     Blocks,
     DownSublanes,
+    inverse,
     order_of_axes,
 )
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, power_of_two, round_up
@@ -417,7 +418,7 @@ def _launch_transposed(
     *operands: jax.Array | None,
 ) -> list[jax.Array]:
     """Launches with x, dy, mean and var in `order`; y, dx, mean and var come back."""
-    back = sorted(range(len(order)), key=lambda axis: order[axis])
+    back = inverse(order)
 
     def transpose(array: Any, axes: Sequence[int]) -> Any:
         if array is None or array.ndim != len(order):
