@@ -1,7 +1,9 @@
 """What is timed: norms, and the blocks around them, of real models."""
 
 import dataclasses
+import fnmatch
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -147,6 +149,15 @@ def draw(
         inputs = (*inputs, normal(shape))
     outputs = ("h", "y") if case.residual == "before" else ("y",)
     return inputs, {name: normal(shape) for name in outputs}
+
+
+def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Those that match any of the patterns."""
+    return [
+        name
+        for name in names
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
 
 
 CASES = (

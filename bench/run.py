@@ -1,9 +1,8 @@
 """Picks models and cases, runs them, reports: what `python -m bench` does."""
 
 import argparse
-import fnmatch
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench.cases import CASES, Case
+from bench.cases import CASES, Case, chosen
 from bench.contest import Settings
 from bench.models import MODELS
 from bench.report import Report, show, write
@@ -101,12 +100,10 @@ def main(arguments: Sequence[str]) -> int:
       0, or 1 where a result was wrong: it then has no figure.
     """
     options = _parser().parse_args(arguments)
-    models = _chosen(MODELS, options.cases)
+    models = chosen(MODELS, options.cases)
+    names = chosen([case.name for case in CASES], options.cases)
     cases = [
-        case
-        for case in CASES
-        if case.name in _chosen([c.name for c in CASES], options.cases)
-        and case.dtype in options.dtypes
+        case for case in CASES if case.name in names and case.dtype in options.dtypes
     ]
     if options.list:
         print(*models, *(f"{c.name:24} {c.layer}, {c.dtype}" for c in cases), sep="\n")
@@ -176,14 +173,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="name the cases, and stop")
     return parser
-
-
-def _chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    return [
-        name
-        for name in names
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    ]
 
 
 def _progress(console: Console) -> Progress:

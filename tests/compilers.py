@@ -13,7 +13,7 @@ from bench.aot.measure import (
     measure,
     orders_of_axes,
 )
-from bench.aot.whole import layer
+from bench.aot.whole import Whole, layer
 from bench.cases import Case
 
 Cell = tuple[Chip, Workload]
@@ -27,6 +27,17 @@ def name(value: Any) -> str | None:
         case Case() | Gpu() | Tpu():
             return value.name
     return None
+
+
+def layers(
+    begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str
+) -> tuple[Whole, Whole]:
+    """flax's, which has no kernel of ours, and ours."""
+    flax, ours = (
+        begun[chip, case.name, which, fused].result() for fused in (False, True)
+    )
+    assert flax.ours == 0
+    return flax, ours
 
 
 @contextlib.contextmanager

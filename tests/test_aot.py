@@ -38,7 +38,6 @@ from bench.aot.measure import (
 from bench.aot.whole import (
     PASSES,
     Transformer,
-    Whole,
     forward_backward,
     pure,
     training_step,
@@ -46,7 +45,7 @@ from bench.aot.whole import (
 from bench.cases import Case
 from fusednorm.kernels.dispatch import Kernel
 from fusednorm.kernels.tpu.blocks import order_of_axes
-from tests.compilers import Cell, name
+from tests.compilers import Cell, layers, name
 
 pytestmark = pytest.mark.aot
 
@@ -355,9 +354,7 @@ def test_axes_lie_in_memory_as_the_plan_has_them(
 def test_layer_moves_less_than_flax(
     begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str
 ) -> None:
-    flax: Whole = begun[chip, case.name, which, False].result()
-    ours: Whole = begun[chip, case.name, which, True].result()
-    assert flax.ours == 0
+    flax, ours = layers(begun, chip, case, which)
     assert ours.ours == (1 if which == "forward" else 2)
     if isinstance(chip, Gpu):
         assert ours.kernels <= (1 if which == "forward" else 3)

@@ -19,9 +19,9 @@ from bench.aot import gate, hlo
 from bench.aot.chips import B200, H100, RTX5090, Chip, Gpu
 from bench.aot.compile import compile_for
 from bench.aot.measure import CHANNELWISE, Measurement, Op, Workload, workloads
-from bench.aot.whole import Whole, pure
+from bench.aot.whole import pure
 from bench.cases import Case
-from tests.compilers import Cell, name
+from tests.compilers import Cell, layers, name
 
 pytestmark = pytest.mark.aot
 
@@ -120,10 +120,6 @@ LARGE = {"resnet50_56_of_64", "sd_vae_512", "sd_vae_256", "video", "style"}
 LARGE_IN_BACKWARD = {"resnet50_28_of_64", "sd_vae_128_f32"}
 
 
-def in_two_reads(found: Measurement) -> bool:
-    return found.plan.endswith(", two reads")
-
-
 def tensors(found: Measurement) -> int:
     """x and y; or dy, x and dx."""
     return 3 if found.op == "backward" else 2
@@ -136,7 +132,7 @@ def test_kernels_take_it(cell: Cell, found: Measurement) -> None:
     if work.op == "backward":
         large |= work.name in LARGE_IN_BACKWARD
         large |= (chip, work.name) == (RTX5090, "sd_vae_128")
-    assert in_two_reads(found) == large
+    assert found.in_two_reads == large
     op = "backward" if found.op == "backward" else "forward"
     names = {
         f"channelwise {op}": [op],
@@ -165,7 +161,7 @@ def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
 
 @each_cell
 def test_each_element_crosses_the_pins_once_in_a_kernel(found: Measurement) -> None:
-    if in_two_reads(found):  # x; or dy and x
+    if found.in_two_reads:  # x; or dy and x
         once = found.ideal * (tensors(found) - 1) // tensors(found)
         assert found.tensors == once
         limit = 5.1 if found.op == "backward" else 3.1
@@ -202,7 +198,7 @@ def test_xla_touches_x_only_to_normalize_it(found: Measurement) -> None:
     large = [nbytes for _, nbytes in found.around if nbytes >= tensor]
     small = len(found.around) - len(large)
     assert {opcode for opcode, _ in found.around} <= {"fusion", "reduce"}
-    if in_two_reads(found):
+    if found.in_two_reads:
         assert len(large) == 1
         assert small <= 2
     else:
@@ -246,9 +242,7 @@ KERNELS = {
 def test_layer_moves_less_than_flax(
     begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str
 ) -> None:
-    flax: Whole = begun[chip, case.name, which, False].result()
-    ours: Whole = begun[chip, case.name, which, True].result()
-    assert flax.ours == 0
+    flax, ours = layers(begun, chip, case, which)
     assert ours.ours == KERNELS.get(case.name, 2)
     # 5 tensors against 8 to 9; in two reads, 8 as flax, whose several passes over a
     # BatchNorm's x make 9.

@@ -13,9 +13,8 @@ import pytest
 
 from bench.aot.chips import CHIPS, Chip
 from bench.aot.measure import CHANNELWISE, Measurement, Op, of_case
-from bench.aot.whole import Whole
 from bench.cases import Case
-from tests.compilers import Cell, name
+from tests.compilers import Cell, layers, name
 
 pytestmark = pytest.mark.aot
 
@@ -42,10 +41,6 @@ TWO_READS = {
 }
 
 
-def in_two_reads(found: Measurement) -> bool:
-    return found.plan.endswith(", two reads")
-
-
 @each_cell
 def test_a_kernel_takes_it(cell: Cell, found: Measurement) -> None:
     chip, work = cell
@@ -53,7 +48,7 @@ def test_a_kernel_takes_it(cell: Cell, found: Measurement) -> None:
     assert found.kernels == (f"channelwise_{op}",)
     if chip == V5E:
         key = (chip.name, work.name, work.op)
-        assert in_two_reads(found) == (key in TWO_READS)
+        assert found.in_two_reads == (key in TWO_READS)
 
 
 @each_cell
@@ -65,7 +60,7 @@ def test_fits_the_chip(found: Measurement) -> None:
 def test_each_element_crosses_the_pins_once_in_a_kernel(found: Measurement) -> None:
     tensors = 3 if found.op == "backward" else 2
     assert found.again == 0
-    if in_two_reads(found):  # x; or dy and x
+    if found.in_two_reads:  # x; or dy and x
         assert found.tensors == found.ideal * (tensors - 1) // tensors
     else:
         assert found.tensors == found.ideal
@@ -96,9 +91,7 @@ MORE = {"resnet50_conv_bn_relu": 1.17}
 def test_layer_moves_less_than_flax(
     begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str
 ) -> None:
-    flax: Whole = begun[chip, case.name, which, False].result()
-    ours: Whole = begun[chip, case.name, which, True].result()
-    assert flax.ours == 0
+    flax, ours = layers(begun, chip, case, which)
     assert ours.ours == 2
     # 5 tensors against 8; in two reads 8, or 7 where the forward reads x once.
     assert ours.nbytes <= MORE.get(case.name, 1.001) * flax.nbytes

@@ -252,6 +252,12 @@ def schedules() -> Path:
     return Path(folder.name)
 
 
+def target(chip: Chip) -> Any:
+    """What our plan is asked with: a GPU's own table, for a topology's device lacks
+    what the plan looks at; of a TPU the device."""
+    return chip if isinstance(chip, Gpu) else device(chip)
+
+
 @functools.cache
 def _find_plugins() -> None:
     """Has jax load the CUDA plugin, which it leaves alone under JAX_PLATFORMS=cpu."""

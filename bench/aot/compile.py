@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bench.aot.chips import Chip, Gpu, Tpu, device, schedules
+from bench.aot.chips import Chip, Gpu, Tpu, device, schedules, target
 from fusednorm.kernels import dispatch
 
 # Has Mosaic print ptxas' report of each kernel that it compiles.
@@ -78,8 +78,7 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
     avals = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
     )
-    # A device of a topology lacks what a GPU's plan asks for; the table has it.
-    with dispatch.compiling_for(chip if isinstance(chip, Gpu) else device(chip)):
+    with dispatch.compiling_for(target(chip)):
         lowered = jax.jit(function).lower(*avals)
     if isinstance(chip, Gpu):
         _archs.add(chip.arch)

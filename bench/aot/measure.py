@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bench.aot import hlo, schedule, traffic
-from bench.aot.chips import Chip, Gpu, device
+from bench.aot.chips import Chip, Gpu, target
 from bench.aot.compile import compile_for
 from bench.aot.walk import Operand
 from bench.cases import CASES, Case
@@ -160,9 +160,14 @@ class Measurement:
         return self.total / self.ideal
 
     @property
+    def in_two_reads(self) -> bool:
+        """Whether the plan leaves a second read of x to XLA."""
+        return self.plan.endswith(", two reads")
+
+    @property
     def floor(self) -> float:
         """Least ratio: 1; or, in two reads, that of 3 tensors to 2, or of 5 to 3."""
-        if not self.plan.endswith(", two reads"):
+        if not self.in_two_reads:
             return 1.0
         return 5 / 3 if self.op == "backward" else 3 / 2
 
@@ -251,9 +256,7 @@ CHANNELWISE = [case for case in CASES if case not in ROWWISE]
 def plan(chip: Chip, call: Call) -> Kernel | Fallback:
     """What our plan says on that chip."""
     _, module = dispatch.KERNELS[chip.platform]
-    # A device of a topology lacks what a GPU's plan asks for; the table has it.
-    target = chip if isinstance(chip, Gpu) else device(chip)
-    return importlib.import_module(module).plan(call, target)
+    return importlib.import_module(module).plan(call, target(chip))
 
 
 def measure(chip: Chip, workload: Workload) -> Measurement:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import datetime
-import fnmatch
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from bench.aot.chart import draw
 from bench.aot.chips import CHIPS, Chip, Gpu
 from bench.aot.measure import TENSOR_BYTES, Elsewhere, Measurement, measure, of_case
 from bench.aot.whole import PASSES, Whole, layer
-from bench.cases import CASES, Case
+from bench.cases import CASES, Case, chosen
 from bench.provenance import commit
 
 HERE = Path(__file__).resolve().parent
@@ -53,11 +52,8 @@ def main(arguments: Sequence[str]) -> int:
       0, or 1 where something did not compile.
     """
     options = _parser().parse_args(arguments)
-    cases = [
-        case
-        for case in CASES
-        if any(fnmatch.fnmatchcase(case.name, name) for name in options.cases)
-    ]
+    names = chosen([case.name for case in CASES], options.cases)
+    cases = [case for case in CASES if case.name in names]
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
