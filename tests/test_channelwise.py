@@ -31,6 +31,11 @@ from tests.test_rowwise import FLOATS, MIXES, lowered, run_counted, run_each_exa
 from tests.test_suite import check, check_any, flax_function, norm_of, rms_errors
 
 VARIANTS = ("resident", "cluster", "two reads")
+# Of each variant something is run by `make test`, and all by `make test-slow`.
+OTHERS_SLOW = [
+    VARIANTS[0],
+    *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[1:]),
+]
 
 
 @pytest.fixture
@@ -41,18 +46,29 @@ def kernels() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=OTHERS_SLOW)
 def variant(
     request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     """Each variant takes what would be too small for it."""
-    if request.param == "cluster":  # 4 warpgroups: each is a thread here
+    return set_variant(request.param, monkeypatch)
+
+
+@pytest.fixture(params=VARIANTS)
+def every_variant(
+    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    return set_variant(request.param, monkeypatch)
+
+
+def set_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if variant == "cluster":  # 4 warpgroups: each is a thread here
         monkeypatch.setattr(strips, "KB", 8)
         monkeypatch.setattr(strips, "MAX_CLUSTER", 2)
         monkeypatch.setattr(strips, "MAX_WARPGROUPS", 2)
-    if request.param == "two reads":
+    if variant == "two reads":
         monkeypatch.setattr(strips, "resident", lambda *_: None)
-    return request.param
+    return variant
 
 
 def runs(variant: str, forward: int, backward: int) -> dict[str, int]:
@@ -85,6 +101,11 @@ CASES = [  # one channel a group, several, all; ragged pixels and channels
     Case("layer_norm", (2, 9, 9, 96), (("reduction_axes", (1, 2, 3)),)),  # a loop
     Case("rms_norm", (2, 37, 24), (("reduction_axes", (1, 2)),)),
 ]
+
+
+@pytest.mark.parametrize("number", [0, 6], ids=lambda n: str(CASES[n]))
+def test_each_variant(every_variant: str, number: int) -> None:
+    run(CASES[number], every_variant, MIXES[number % len(MIXES)])
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
@@ -202,7 +223,13 @@ def test_each_example_has_its_own_gradients(variant: str) -> None:
 GROUP_NORM = counted(functools.partial(fusednorm.group_norm, num_groups=4))
 
 
-@pytest.mark.parametrize("name", GROUP_NORM)
+OFTEN = ("value", "grad", "scan", "vmap of grad")  # the rest by `make test-slow`
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in GROUP_NORM],
+)
 def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: None) -> None:
     """Where vmap takes the first axis, its examples have a batch."""
     run_counted("channelwise", GROUP_NORM[name], (2, 3, 5, 24))

@@ -30,6 +30,7 @@ from tests.test_channelwise import (  # noqa: F401
     test_any_shape_and_dtypes,
     test_each_example_has_its_own_gradients,
     test_each_kernel_runs_as_often_as_it_should,
+    test_each_variant,
     test_gradients_of_some,
     test_mean_and_variance,
     test_nan_and_inf_stay_in_their_group,
@@ -48,23 +49,41 @@ def kernels() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["one block", "kept", "two reads"])
+VARIANTS = ("kept", "one block", "two reads")
+OTHERS_SLOW = [
+    VARIANTS[0],
+    *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[1:]),
+]
+
+
+@pytest.fixture(params=OTHERS_SLOW)
 def variant(
     request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     """Each variant takes what would be too small for it."""
-    if request.param != "one block":  # blocks and chunks of few pixels
+    return set_variant(request.param, monkeypatch)
+
+
+@pytest.fixture(params=VARIANTS)
+def every_variant(
+    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    return set_variant(request.param, monkeypatch)
+
+
+def set_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if variant != "one block":  # blocks and chunks of few pixels
         chip = memory.Chip(vmem=2**40, blocks=2**15)
         monkeypatch.setattr(memory, "chip", lambda _: chip)
         monkeypatch.setattr(channelwise, "CHUNK", 2 * 1024)
-    if request.param == "two reads":
+    if variant == "two reads":
         real = channelwise._vmem
 
         def vmem(call: Call, cut: Any, *, whole: bool) -> int:
             return 2**50 if whole else real(call, cut, whole=False)
 
         monkeypatch.setattr(channelwise, "_vmem", vmem)
-    return request.param
+    return variant
 
 
 # --- shapes ---------------------------------------------------------------------------

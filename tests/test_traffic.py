@@ -432,7 +432,7 @@ def test_loads_fly_together_until_a_barrier() -> None:
         total += load(scale, 4, FEATURES)  # small: from a cache
         plgpu.barrier_wait(barrier)
         total += load(x.at[pl.ds(8, 4)])
-        plgpu.store(y.at[pl.ds(0, 4)], total, optimized=False)
+        y[pl.ds(0, 4)] = total
 
     found = on_gpu(
         kernel,
@@ -449,7 +449,7 @@ def test_a_turn_of_a_loop_waits_for_the_one_before() -> None:
 
         total = lax.fori_loop(0, 4, turn, load(x.at[pl.ds(0, 4)]))
         total += load(x.at[pl.ds(16, 4)])
-        plgpu.store(y.at[pl.ds(0, 4)], total, optimized=False)
+        y[pl.ds(0, 4)] = total
 
     assert on_gpu(kernel).in_flight == 4 * ROW
 
@@ -459,7 +459,7 @@ def test_copies_fly_too_and_each_thread_has_its_own() -> None:
         plgpu.copy_gmem_to_smem(x.at[pl.ds(0, 4)], smem, barrier)
         total = load(x.at[pl.ds(4, 4)])
         plgpu.barrier_wait(barrier)
-        plgpu.store(y.at[pl.ds(0, 4)], total, optimized=False)
+        y[pl.ds(0, 4)] = total
 
     found = on_gpu(
         kernel,
@@ -478,6 +478,6 @@ def test_the_branch_that_loads_most_counts() -> None:
         total = lax.cond(
             lax.axis_index("block") == 0, both, lambda: load(x.at[pl.ds(0, 4)])
         )
-        plgpu.store(y.at[pl.ds(0, 4)], total, optimized=False)
+        y[pl.ds(0, 4)] = total
 
     assert on_gpu(kernel).in_flight == 8 * ROW

@@ -15,8 +15,9 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
     """
     view = call.geometry
     assert view is not None
+    chip = memory.chip(device)
     if view.family == "channelwise":
-        return channelwise.plan(call, view, memory.chip(device))
+        return channelwise.plan(call, view, chip)
     if view.g > 1 and call.has_params:
         return Fallback("no kernel for TPUs yet whose scale differs from row to row")
-    return rowwise.plan(call, view, device)
+    return rowwise.plan(call, view, chip)

@@ -9,8 +9,10 @@ lanes, and chooses as these two those that leave least of the tiles empty
                                                            64 of 128 lanes were empty
 
 Each is a class with the same methods, by which the kernels in rowwise.py are written
-once. A chunk is [rows, features] in one and [features, rows] in the other; what has one
-number a row, or one a feature, has size 1 along the other axis.
+once. A chunk is [rows, features] in one and [features, rows] in the other. What has one
+number a row fills the registers of LANES (or SUBLANES) features with it, so that no
+step broadcasts it. A third class, `Turned`, has rows of up to 128 features across the
+lanes, and transposes them in registers.
 
 The features of one array lie in the one way, and those of another, of more rows, in the
 other. A row's result is the same to the bit, for both sum its features in one order:
@@ -38,6 +40,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
+
+# Pieces of a chunk that stand one behind the other in the code, at most; and of more
+# those that one turn of a loop does. LayerNorm of 12288 features, bfloat16, forward:
+# with 8 pieces a turn 1.12 of the time of its HBM traffic on a v6e, with 16 1.05; of
+# 4096 features all in one 0.53, 8 a turn 0.68.
+UNROLLED, TOGETHER = 32, 16
 
 # x + NOTHING is x, to the bit; 0 would make 0 of -0.
 NOTHING = -0.0
@@ -90,11 +98,119 @@ def inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=lambda axis: order[axis])
 
 
+# --- chunks and pieces ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """LANES features of a chunk.
+
+    Attributes:
+      number: of the piece; in a loop that of those with group 0.
+      group: TOGETHER pieces each; in a loop.
+    """
+
+    number: int
+    group: Any = None
+
+    def of(self, ref: Any, axis: int, size: int) -> Any:
+        """The piece's features of a ref, which lie on that axis."""
+
+        def cut(ref: Any, start: Any, size: int) -> Any:
+            return ref.at[(slice(None),) * axis + (pl.ds(start, size),)]
+
+        if self.group is None:
+            return cut(ref, self.number * LANES, size)
+        first = pl.multiple_of((1 + self.group * TOGETHER) * LANES, LANES)
+        group = cut(ref, first, TOGETHER * LANES)  # one address for all its pieces
+        return cut(group, (self.number - 1) * LANES, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """What all ways of lying share.
+
+    Attributes:
+      vmem: bytes that a kernel needs.
+    """
+
+    vmem: int
+
+    @property
+    def chunks(self) -> Any:
+        """Of this block, that have rows."""
+        raise NotImplementedError
+
+    @property
+    def together(self) -> int:
+        """Chunks that one turn of the loop does."""
+        return 1
+
+    @property
+    def pieces(self) -> int:
+        """Of LANES features each, the last one of what there is."""
+        raise NotImplementedError
+
+    def place(self, index: Any) -> Any:
+        """Where a chunk is, in a block."""
+        raise NotImplementedError
+
+    def part(self, ref: Any, piece: Piece) -> Any:
+        """The features of a piece."""
+        raise NotImplementedError
+
+    def for_each_chunk(self, chunk: Callable[[Any], None]) -> None:
+        """Calls chunk(index) for the chunks of this block that have rows."""
+        count = self.together
+
+        def several(index: Any, _: None) -> None:
+            for i in range(count):
+                chunk(index * count + i)
+
+        whole = lax.div(self.chunks, count)
+        lax.fori_loop(0, whole, several, None)
+        if count > 1:
+            rest = lambda index, _: chunk(index)  # noqa: E731
+            lax.fori_loop(whole * count, self.chunks, rest, None)
+
+    def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
+        """Reads pieces of a chunk, in float32, from VMEM whenever they are wanted:
+        the registers do not hold them all."""
+        here = self.place(index)
+        return lambda piece: memory.load(self.part(ref, piece), here)
+
+    def write(self, ref: Any, index: Any, piece: Piece, value: jax.Array) -> None:
+        """Writes a piece of a chunk."""
+        memory.store(self.part(ref, piece), self.place(index), value)
+
+    def over_pieces(self, step: Callable[[Piece, Any], Any]) -> Any:
+        """carry = step(piece, carry) for a chunk's pieces; the carry is None at first.
+
+        Few pieces stand one behind the other in the code; of many a loop has some at a
+        time. The last one's number is always known.
+        """
+        carry = step(Piece(0), None)
+        begun = 1
+        if self.pieces > UNROLLED:
+            groups = (self.pieces - 2) // TOGETHER
+
+            def of_group(group: Any, carry: Any) -> Any:
+                for number in range(1, 1 + TOGETHER):
+                    carry = step(Piece(number, group), carry)
+                return carry
+
+            carry = lax.fori_loop(0, groups, of_group, carry)
+            begun = 1 + groups * TOGETHER
+        for number in range(begun, self.pieces):
+            carry = step(Piece(number), carry)
+        return carry
+
+
 # --- features across the lanes --------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class AcrossLanes:
+class AcrossLanes(Chunks):
     """How the view x[examples, slabs, rows, features] is cut.
 
     Attributes:
@@ -158,9 +274,9 @@ class AcrossLanes:
     def keep_param(self, kept: Any, row: jax.Array) -> None:
         raise NotImplementedError("scale and bias lie as x does")
 
-    def for_chunk(self, param: jax.Array) -> jax.Array:
-        """[1, lanes], as it is."""
-        return param
+    def param(self, ref: Any, kept: None, piece: Piece) -> jax.Array:
+        """Of a piece: [1, LANES], which broadcasts."""
+        return memory.load(self.part(ref, piece))
 
     @property
     def kept_sum(self) -> Any:
@@ -168,27 +284,33 @@ class AcrossLanes:
         return pltpu.VMEM((SUBLANES, self.lanes), jnp.float32)
 
     def sum_rows(self, value: jax.Array) -> jax.Array:
-        """A chunk -> [SUBLANES, lanes]: adds whole registers alone."""
-        rows, lanes = value.shape
-        return jnp.sum(value.reshape(rows // SUBLANES, SUBLANES, lanes), 0)
+        """[chunk_rows, LANES] -> [SUBLANES, LANES]: adds whole registers alone."""
+        return jnp.sum(value.reshape(-1, SUBLANES, LANES), 0)
 
     def finish_sum(self, total: Any, result: Any) -> None:
         """[SUBLANES, lanes] -> [1, lanes]."""
         result[...] = jnp.sum(total[...], 0, keepdims=True)
 
-    # --- one number a row ---
+    # --- one number a row: in all lanes of its sublane ---
 
-    def sum_features(self, value: jax.Array) -> jax.Array:
-        """A chunk -> [chunk_rows, 1]."""
+    @property
+    def of_rows_shape(self) -> tuple[int, int]:
+        """Of one number for each row of a chunk."""
+        return self.chunk_rows, LANES
+
+    def widen(self, value: jax.Array, piece: Piece) -> jax.Array:
+        """For a piece: as it is."""
+        return value
+
+    def meet(self, total: jax.Array) -> jax.Array:
+        """Sums the lanes of each row."""
         if self.features % LANES == 0:
-            return jnp.sum(value, -1, keepdims=True)
-        parts = [value[:, i : i + LANES] for i in range(0, self.lanes, LANES)]
-        lane = lax.broadcasted_iota(jnp.int32, parts[-1].shape, 1)
-        parts[-1] = jnp.where(lane < self.features % LANES, parts[-1], NOTHING)
-        total = functools.reduce(operator.add, parts)  # [chunk_rows, LANES]
-        # Down the sublanes to be halved, and back. Halved by rotations of lanes, a step
-        # of 64 rows of 760 features took 717 cycles on a v5e instead of 467.
-        return _halve(total.T).T[:, :1]
+            total = jnp.sum(total, 1, keepdims=True)
+        else:
+            # Down the sublanes to be halved, and back. Halved by rotations of lanes, a
+            # step of 64 rows of 760 features took 717 cycles on a v5e instead of 467.
+            total = _halve(total.T).T[:, :1]
+        return jnp.broadcast_to(total, self.of_rows_shape)
 
     # A statistic is [examples, slabs, 1, rows], its rows along the lanes: 4 bytes a
     # row. As [rows, 1], the shape it has outside, a block of it fills 128 lanes with
@@ -204,19 +326,21 @@ class AcrossLanes:
         )
 
     def put_statistic(self, ref: Any, index: Any, column: jax.Array) -> None:
-        """Puts [chunk_rows, 1] into its lanes of [1, lanes]."""
+        """Puts [chunk_rows, LANES] into its lanes of [1, lanes]."""
         for rows, tile, mine, diagonal in self._tiles_of(index):
             spread = jnp.where(diagonal, column[rows], 0)  # [tile_rows, LANES]
             row = jnp.sum(spread, 0, keepdims=True)  # [1, LANES]
             ref[:, tile] = jnp.where(mine, row, ref[:, tile])
 
-    def get_statistic(self, ref: Any, index: Any) -> jax.Array:
-        """Reads back [chunk_rows, 1]."""
+    def get_statistic(
+        self, ref: Any, index: Any, of: Callable[[jax.Array], jax.Array] = lambda s: s
+    ) -> jax.Array:
+        """Reads back [chunk_rows, LANES], of numbers or a function of them."""
         columns = [
-            jnp.sum(jnp.where(diagonal, ref[:, tile], 0), 1, keepdims=True)
+            jnp.sum(jnp.where(diagonal, of(ref[:, tile]), 0), 1, keepdims=True)
             for _, tile, _, diagonal in self._tiles_of(index)
         ]
-        return columns[0] if len(columns) == 1 else jnp.concatenate(columns, 0)
+        return jnp.broadcast_to(jnp.concatenate(columns, 0), self.of_rows_shape)
 
     def _tiles_of(self, index: Any) -> Iterator[tuple[slice, Any, Any, jax.Array]]:
         """Where a chunk's statistics are, tile by tile of LANES.
@@ -241,18 +365,43 @@ class AcrossLanes:
 
     # --- chunks ---
 
-    def for_each_chunk(self, chunk: Callable[[Any], None]) -> None:
-        """Calls chunk(index) for the chunks of this block that have rows."""
+    @property
+    def chunks(self) -> Any:
+        """Of this block, that have rows."""
         left = self.rows - pl.program_id(2) * self.block_rows
         rows = jnp.minimum(left, self.block_rows)
-        chunks = lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
-        lax.fori_loop(0, chunks, lambda index, _: chunk(index), None)
+        return lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a chunk may have less rows than it has room for."""
+        return self.rows % self.chunk_rows > 0
+
+    @property
+    def pieces(self) -> int:
+        """Of LANES features each: [chunk_rows, LANES] in registers at a time."""
+        return self.lanes // LANES
+
+    def part(self, ref: Any, piece: Piece) -> Any:
+        """The lanes of a piece."""
+        return piece.of(ref, ref.ndim - 1, LANES)
 
     def place(self, index: Any) -> Any:
         """Where a chunk is, in a block."""
-        return pl.ds(
-            pl.multiple_of(index * self.chunk_rows, self.chunk_rows), self.chunk_rows
-        )
+        return _rows(index, self.chunk_rows)
+
+    def add(
+        self,
+        totals: Sequence[jax.Array] | None,
+        values: Sequence[jax.Array],
+        piece: Piece,
+    ) -> list[jax.Array]:
+        """Adds a piece's to those of the pieces before, place by place."""
+        rest = self.features % LANES
+        if piece.number == self.pieces - 1 and rest:
+            lane = lax.broadcasted_iota(jnp.int32, values[0].shape, 1)
+            values = [jnp.where(lane < rest, value, NOTHING) for value in values]
+        return list(values if totals is None else map(operator.add, totals, values))
 
     def is_inside(self, index: Any) -> jax.Array:
         """bool [chunk_rows, 1]: whether the array has this row."""
@@ -265,7 +414,7 @@ class AcrossLanes:
 
 
 @dataclasses.dataclass(frozen=True)
-class DownSublanes:
+class DownSublanes(Chunks):
     """How the view x[examples, slabs, features, rows] is cut.
 
     Attributes:
@@ -330,9 +479,11 @@ class DownSublanes:
         """Puts [1, features] into scratch."""
         kept[...] = memory.as_column(row, self.sublanes)
 
-    def for_chunk(self, param: jax.Array) -> jax.Array:
-        """[sublanes, LANES] -> [sublanes, chunk_rows]."""
-        return jnp.concatenate([param] * (self.chunk_rows // LANES), 1)
+    def param(self, ref: Any, kept: Any, piece: Piece) -> jax.Array:
+        """Of a piece: [its sublanes, chunk_rows]."""
+        return jnp.concatenate(
+            [self.part(kept, piece)[...]] * (self.chunk_rows // LANES), 1
+        )
 
     @property
     def kept_sum(self) -> Any:
@@ -342,23 +493,26 @@ class DownSublanes:
     def sum_rows(self, value: jax.Array) -> jax.Array:
         """A chunk -> [sublanes, LANES]: adds whole registers alone."""
         tiles = [value[:, i : i + LANES] for i in range(0, self.chunk_rows, LANES)]
-        return functools.reduce(operator.add, tiles)
+        return functools.reduce(operator.add, tiles)  # TODO
 
     def finish_sum(self, total: Any, result: Any) -> None:
         """[sublanes, LANES] -> [1, features]."""
         result[...] = memory.as_row(jnp.sum(total[...], 1, keepdims=True))
 
-    # --- one number a row ---
+    # --- one number a row: in all sublanes of its lane ---
 
-    def sum_features(self, value: jax.Array) -> jax.Array:
-        """A chunk -> [1, chunk_rows]."""
-        if self.features % SUBLANES:
-            feature = lax.broadcasted_iota(jnp.int32, value.shape, 0)
-            value = jnp.where(feature < self.features, value, NOTHING)
-        total = value[:LANES]
-        for start in range(LANES, self.sublanes, LANES):
-            total = _add_to_first(total, value[start : start + LANES])
-        return _halve(total)[:1]
+    @property
+    def of_rows_shape(self) -> tuple[int, int]:
+        """Of one number for each row of a chunk."""
+        return SUBLANES, self.chunk_rows
+
+    def widen(self, value: jax.Array, piece: Piece) -> jax.Array:
+        """For a piece: [its sublanes, chunk_rows], the same registers again."""
+        return jnp.concatenate([value] * (self._size(piece) // SUBLANES), 0)
+
+    def meet(self, total: jax.Array) -> jax.Array:
+        """Sums the sublanes of each row."""
+        return _halve(total)
 
     @property
     def of_statistic(self) -> pl.BlockSpec:
@@ -369,47 +523,145 @@ class DownSublanes:
         )
 
     def put_statistic(self, ref: Any, index: Any, row: jax.Array) -> None:
-        """Puts [1, chunk_rows]."""
-        ref[self.place(index)] = row
+        """Puts the first of [SUBLANES, chunk_rows]."""
+        slab, first = self._slab_and_row(index)
+        ref[slab, :, pl.ds(first, self.chunk_rows)] = row[:1]
 
-    def get_statistic(self, ref: Any, index: Any) -> jax.Array:
-        """Reads back [1, chunk_rows]."""
-        return ref[self.place(index)]
+    def get_statistic(
+        self, ref: Any, index: Any, of: Callable[[jax.Array], jax.Array] = lambda s: s
+    ) -> jax.Array:
+        """Reads back [SUBLANES, chunk_rows], of numbers or a function of them."""
+        slab, first = self._slab_and_row(index)
+        row = of(ref[slab, :, pl.ds(first, self.chunk_rows)])
+        return jnp.broadcast_to(row, self.of_rows_shape)
 
     # --- chunks ---
 
-    def for_each_chunk(self, chunk: Callable[[Any], None]) -> None:
-        """Calls chunk(index) for the chunks of this block that have rows."""
-        slabs = jnp.minimum(
-            self.slabs - pl.program_id(1) * self.block_slabs, self.block_slabs
-        )
-        rows = jnp.minimum(
-            self.rows - pl.program_id(2) * self.block_rows, self.block_rows
-        )
-        chunks = lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
+    @property
+    def together(self) -> int:
+        """Chunks that one turn of the loop does: small ones wait for their sums
+        together. A block of 384 rows of 64 features took 5.6 cycles a register on a
+        v6e, with 2 together 4.9, with 4 4.6, with 8 4.7."""
+        registers = self.sublanes // SUBLANES * (self.chunk_rows // LANES)
+        of_slab = pl.cdiv(min(self.rows, self.block_rows), self.chunk_rows)
+        chunks = of_slab * min(self.slabs, self.block_slabs)
+        return max(min(chunks, 96 // registers), 1)
 
-        def of_slab(slab: Any, _: None) -> None:
-            lax.fori_loop(0, chunks, lambda i, _: chunk((slab, i)), None)
+    @property
+    def _chunks_of_slab(self) -> Any:
+        left = self.rows - pl.program_id(2) * self.block_rows
+        rows = jnp.minimum(left, self.block_rows)
+        return lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
 
-        lax.fori_loop(0, slabs, of_slab, None)
+    @property
+    def chunks(self) -> Any:
+        """Of this block, that have rows."""
+        slabs = self.slabs - pl.program_id(1) * self.block_slabs
+        return jnp.minimum(slabs, self.block_slabs) * self._chunks_of_slab
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a chunk may have less rows than it has room for."""
+        return self.rows % self.chunk_rows > 0
+
+    def _slab_and_row(self, index: Any) -> tuple[Any, Any]:
+        """Where a chunk begins, in a block."""
+        slab, chunk = lax.div(index, self._chunks_of_slab), index
+        if self.block_slabs > 1:
+            chunk = lax.rem(index, self._chunks_of_slab)
+        return slab, pl.multiple_of(chunk * self.chunk_rows, LANES)
+
+    @property
+    def pieces(self) -> int:
+        """Of LANES features each, the last one of what there is."""
+        return pl.cdiv(self.sublanes, LANES)
+
+    def _size(self, piece: Piece) -> int:
+        is_last = piece.number == self.pieces - 1
+        return self.sublanes - (self.pieces - 1) * LANES if is_last else LANES
+
+    def part(self, ref: Any, piece: Piece) -> Any:
+        """The sublanes of a piece."""
+        return piece.of(ref, ref.ndim - 2, self._size(piece))
 
     def place(self, index: Any) -> Any:
         """Where a chunk is, in a block."""
-        slab, number = index
-        first = pl.multiple_of(number * self.chunk_rows, LANES)
-        return slab, slice(None), pl.ds(first, self.chunk_rows)
+        slab, row = self._slab_and_row(index)
+        return slab, slice(None), pl.ds(row, self.chunk_rows)
+
+    def add(
+        self,
+        totals: Sequence[jax.Array] | None,
+        values: Sequence[jax.Array],
+        piece: Piece,
+    ) -> list[jax.Array]:
+        """Adds a piece's to those of the pieces before, place by place."""
+        if piece.number == self.pieces - 1 and self.features % SUBLANES:
+            feature = lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
+            left = self.features - piece.number * LANES
+            values = [jnp.where(feature < left, value, NOTHING) for value in values]
+        return list(values if totals is None else map(_add_to_first, totals, values))
 
     def is_inside(self, index: Any) -> jax.Array:
         """bool [1, chunk_rows]: whether the array has this row."""
-        first = pl.program_id(2) * self.block_rows + index[1] * self.chunk_rows
+        first = pl.program_id(2) * self.block_rows + self._slab_and_row(index)[1]
         row = lax.broadcasted_iota(jnp.int32, (1, self.chunk_rows), 1)
         return first + row < self.rows
 
 
-Blocks = AcrossLanes | DownSublanes
+# --- features across the lanes, turned in registers -----------------------------------
+
+
+class Turned(DownSublanes):
+    """How the view x[examples, slabs, rows, features] is cut, of up to LANES features.
+
+    Where a row is one register wide, each number of a row costs as much as its
+    features, and each sum the cycles of a sum over lanes. So tiles of 128 rows are
+    transposed as they are read and written, and all else is as down the sublanes.
+    Cycles of a step over those of its HBM traffic, compiled for a v6e, LayerNorm of 128
+    features: bfloat16 1.26 forward, 1.07 backward instead of 2.25 and 2.12; float32
+    0.64, 0.66 instead of 1.15 and 1.10.
+    """
+
+    @property
+    def view(self) -> tuple[int, int, int, int]:
+        """Of x, y, dy and dx."""
+        return self.examples, self.slabs, self.rows, self.features
+
+    @property
+    def of_rows(self) -> pl.BlockSpec:
+        """For x, y, dy and dx."""
+        return pl.BlockSpec(
+            (None, self.block_slabs, self.block_rows, LANES),
+            lambda example, slab, block: (example, slab, block, 0),
+        )
+
+    def place(self, index: Any) -> Any:
+        """Where a chunk is, in a block."""
+        slab, row = self._slab_and_row(index)
+        return slab, pl.ds(row, self.chunk_rows)
+
+    def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
+        """Reads a chunk, and transposes it once."""
+        here = self.place(index)
+        return functools.cache(lambda _: memory.load(ref, here).T[: self.sublanes])
+
+    def write(self, ref: Any, index: Any, _: Piece, value: jax.Array) -> None:
+        """Writes a chunk, transposed back."""
+        more = LANES - self.sublanes
+        if more:
+            value = jnp.pad(value, ((0, more), (0, 0)))
+        memory.store(ref, self.place(index), value.T)
+
+
+Blocks = AcrossLanes | DownSublanes  # of which Turned is one
 
 
 # --- both -----------------------------------------------------------------------------
+
+
+def _rows(index: Any, count: int) -> Any:
+    return pl.ds(pl.multiple_of(index * count, count), count)
 
 
 def _halve(total: jax.Array) -> jax.Array:

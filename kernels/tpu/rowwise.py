@@ -15,10 +15,13 @@ writes back the last one meanwhile. So HBM sees each element once: the forward r
 and writes y, the backward reads x and dy and writes dx. Statistics add 4 bytes a row
 each, parameters and their gradients once their own size.
 
-Inside a block a loop takes a chunk of rows at a time, as many as the registers hold.
-Chunks beyond the last row are left out; garbage in a chunk's own last rows stays in
-these rows, and is kept out of dscale and dbias. What is done to a row, and in which
-order, depends on features and dtypes alone.
+Inside a block a loop takes a chunk of rows at a time, and goes over it two or three
+times, 128 features (a piece) at a time: for sums, and to normalize. Each time VMEM is
+read anew, for the registers hold a few pieces and the sums; had they the whole chunk,
+they would spill, and a chunk small enough for them has less to do than a sum over lanes
+is waited for. Chunks beyond the last row are left out; garbage in a chunk's own last
+rows stays in these rows, and is kept out of dscale and dbias. What is done to a row,
+and in which order, depends on features and dtypes alone.
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
@@ -39,35 +43,33 @@ from fusednorm.kernels.tpu.blocks import (
     AcrossLanes,
     Blocks,
     DownSublanes,
+    Piece,
+    Turned,
     inverse,
     order_of_axes,
 )
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, power_of_two, round_up
-
-# Blocks of all operands together, two of each: one in use, one in flight. At 0.8 to
-# 3.7 TB/s a step takes from 5 us down to 1 us, against about 0.35 us of its own cost.
-BLOCKS_BYTES = 8 * 2**20
 
 # Of a block; a MiB of 128 bfloat16 features. Down the sublanes, where 64 features fill
 # their registers, as many elements.
 MOST_ROWS = 4096
 
 # VMEM for a kernel without asking for more: all that a v4 has, and what XLA keeps free
-# on all others. Rows that do not fit take the reference.
+# on all others. Of that, blocks of all operands take half.
 VMEM_BYTES = 16 * 2**20
+BLOCKS_BYTES = VMEM_BYTES // 2
 
-# Elements of a chunk: 64 vector registers in float32, all that there are. With fewer
-# the sums over lanes are waited for, with more registers spill. Cycles of a step over
-# those of its HBM traffic, compiled for a v5e, bfloat16, 768 features: forward 1.11
-# with 12 registers, 0.93 with 24, 0.68 with 48; backward 0.81, 0.72, 0.63, and 0.66
-# with 96. And 128 features: forward 1.86 with 16, 1.73 with 32, 1.46 with 64, 1.59 with
-# 128.
-CHUNK = 64 * SUBLANES * LANES
+# Vector registers that a chunk would fill in float32, forward and backward, of 64 that
+# there are; and rows of a chunk at least. It is done in pieces, for which registers
+# suffice; with fewer rows there is less to do than the sums over lanes are waited for,
+# with more their numbers spill. Cycles over those of HBM traffic, compiled for a v6e:
+# LayerNorm of 1024 features, bfloat16, forward with 64 registers 1.75, 128 1.20, 256
+# 1.02, 512 1.03; backward 1.16, 0.92, 1.06, 1.12. Of 12288, forward with 32 rows 1.20,
+# with 64 1.04.
+REGISTERS = {"forward": 256, "backward": 128}
+LEAST_ROWS = 64
 
-# Float32 copies of a chunk that lie in VMEM where the registers do not hold it. Seen in
-# compiled code of 24576 to 65536 features: forward 2, backward 4.3; with float16, whose
-# conversion has values of its own, 4.8 and 6.2.
-SPILLED, SPILLED_16 = 5, 7
+OTHER_BYTES = 2**20  # of VMEM: statistics, and what Mosaic has itself
 
 # Below this size in bytes a slab is not worth a step of its own (0.35 us): the slabs
 # are joined, for which XLA copies an array whose rows do not fill their tiles.
@@ -96,27 +98,45 @@ def _forward_kernel(
     _keep_params([(scale_ref, scale_kept), (bias_ref, bias_kept)], blocks)
 
     def chunk(index: Any) -> None:
-        here = blocks.place(index)
-        x = memory.load(x_ref, here)  # [chunk_rows, lanes], or [sublanes, chunk_rows]
+        read = blocks.reader(x_ref, index)
+
+        def add_up(piece: Piece, totals: Any) -> list[jax.Array]:
+            return blocks.add(totals, [read(piece)], piece)
+
+        def add_up_centred(piece: Piece, totals: Any) -> list[jax.Array]:
+            x = read(piece)
+            if not center:
+                return blocks.add(totals, [x * x], piece)
+            x = x - blocks.widen(mean, piece)
+            return blocks.add(totals, [x * x, x], piece)
+
+        def normalize(piece: Piece, _: None) -> None:
+            y = read(piece)
+            if center:
+                y = y - blocks.widen(mean, piece) - blocks.widen(shift, piece)
+            y = y * blocks.widen(rstd, piece)
+            if scale_ref is not None:
+                y = y * blocks.param(scale_ref, scale_kept, piece)
+            if bias_ref is not None:
+                y = y + blocks.param(bias_ref, bias_kept, piece)
+            blocks.write(y_ref, index, piece, y)
+
         with jax.named_scope("statistics"):
             if center:
                 # The mean, and the mean of what it leaves: a float32 sum of large
                 # numbers is off by several roundings, and that of the rest by none.
-                mean = blocks.sum_features(x) * per_feature
-                x = x - mean
-                shift = blocks.sum_features(x) * per_feature
-                mean = mean + shift
-                x = x - shift
-            var = blocks.sum_features(x * x) * per_feature  # one a row
+                (total,) = blocks.over_pieces(add_up)
+                mean = blocks.meet(total) * per_feature
+            squares, *rest = blocks.over_pieces(add_up_centred)
+            var = blocks.meet(squares) * per_feature
+            if center:
+                shift = blocks.meet(rest[0]) * per_feature
+                var = jnp.maximum(var - shift * shift, 0)
+        rstd = lax.rsqrt(var + epsilon)
         with jax.named_scope("normalize"):
-            y = x * lax.rsqrt(var + epsilon)
-            if scale_ref is not None:
-                y = y * _param(scale_ref, scale_kept, blocks)
-            if bias_ref is not None:
-                y = y + _param(bias_ref, bias_kept, blocks)
-        memory.store(y_ref, here, y)
+            blocks.over_pieces(normalize)
         if mean_ref is not None:
-            blocks.put_statistic(mean_ref, index, mean)
+            blocks.put_statistic(mean_ref, index, mean + shift)
         if var_ref is not None:
             blocks.put_statistic(var_ref, index, var)
 
@@ -159,28 +179,58 @@ def _backward_kernel(
             total[...] = jnp.zeros_like(total)
 
     def chunk(index: Any) -> None:
-        here = blocks.place(index)
-        dy = memory.load(dy_ref, here)  # [chunk_rows, lanes], or [sublanes, chunk_rows]
-        inside = blocks.is_inside(index)  # one a row
+        mean: Any = None  # one a row, as the next
+        rstd: Any = None
         if x_ref is not None:
-            x_hat = memory.load(x_ref, here)
-            if mean_ref is not None:
-                x_hat = x_hat - blocks.get_statistic(mean_ref, index)
-            rstd = lax.rsqrt(blocks.get_statistic(var_ref, index) + epsilon)
-            x_hat = x_hat * rstd
-        if dx_ref is not None:
-            wdy = dy
+            rstd = blocks.get_statistic(
+                var_ref, index, lambda v: lax.rsqrt(v + epsilon)
+            )
+        if mean_ref is not None:
+            mean = blocks.get_statistic(mean_ref, index)
+        inside = blocks.is_inside(index) if blocks.is_ragged else None
+
+        read_x, read_dy = blocks.reader(x_ref, index), blocks.reader(dy_ref, index)
+
+        def read_centred(piece: Piece) -> jax.Array:
+            x = read_x(piece)
+            return x if mean is None else x - blocks.widen(mean, piece)
+
+        def add_rows(total: Any, value: jax.Array, piece: Piece) -> None:
+            if inside is not None:  # what is beyond the last row is garbage
+                value = jnp.where(inside, value, 0)
+            blocks.part(total, piece)[...] += blocks.sum_rows(value)
+
+        def add_up(piece: Piece, totals: Any) -> list[jax.Array]:
+            dy = read_dy(piece)
+            if dbias_sum is not None:
+                add_rows(dbias_sum, dy, piece)
+            if x_ref is None:
+                return []
+            of_scale = dy * (read_centred(piece) * blocks.widen(rstd, piece))
+            if dscale_sum is not None:
+                add_rows(dscale_sum, of_scale, piece)
+            if dx_ref is None:
+                return []
+            terms = [of_scale, dy][: 1 + center]
             if scale_ref is not None:
-                wdy = dy * _param(scale_ref, scale_kept, blocks)
-            c1 = blocks.sum_features(wdy * x_hat) * per_feature
-            dx = wdy - x_hat * c1
-            if center:
-                dx = dx - blocks.sum_features(wdy) * per_feature
-            memory.store(dx_ref, here, dx * rstd)
-        if dscale_sum is not None:
-            dscale_sum[...] += blocks.sum_rows(jnp.where(inside, dy * x_hat, 0))
-        if dbias_sum is not None:
-            dbias_sum[...] += blocks.sum_rows(jnp.where(inside, dy, 0))
+                scale = blocks.param(scale_ref, scale_kept, piece)
+                terms = [term * scale for term in terms]
+            return blocks.add(totals, terms, piece)
+
+        def store_dx(piece: Piece, _: None) -> None:
+            dx = read_dy(piece)
+            if scale_ref is not None:
+                dx = dx * blocks.param(scale_ref, scale_kept, piece)
+            for mean_of_wdy in c2:
+                dx = dx - blocks.widen(mean_of_wdy, piece)
+            dx = dx - read_centred(piece) * blocks.widen(rstd * c1, piece)
+            dx = dx * blocks.widen(rstd, piece)
+            blocks.write(dx_ref, index, piece, dx)
+
+        totals = blocks.over_pieces(add_up)
+        if dx_ref is not None:
+            c1, *c2 = [blocks.meet(total) * per_feature for total in totals]
+            blocks.over_pieces(store_dx)
 
     blocks.for_each_chunk(chunk)
 
@@ -202,11 +252,6 @@ def _keep_params(pairs: Sequence[tuple[Any, Any]], blocks: Blocks) -> None:
         def _() -> None:
             for ref, scratch in kept:
                 blocks.keep_param(scratch, memory.load(ref))
-
-
-def _param(ref: Any, kept: Any, blocks: Blocks) -> jax.Array:
-    """Scale or bias, that broadcasts to a chunk."""
-    return blocks.for_chunk(memory.load(ref) if kept is None else kept[...])
 
 
 def _is_first_step() -> jax.Array:
@@ -358,13 +403,16 @@ def _pallas_call(
         out_shape=tuple(shape for shape, _ in results),
         out_specs=tuple(None if shape is None else spec for shape, spec in results),
         scratch_shapes=tuple(scratch),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=max(blocks.vmem, VMEM_BYTES)
+        ),
     )(*[memory.bits(array) for array, _ in operands])
 
 
 # --- the plan -------------------------------------------------------------------------
 
 
-def plan(call: Call, view: Geometry, device: Any) -> Kernel | Fallback:
+def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     """Chooses blocks for a call whose view has S = 1 and one set of parameters."""
     own, natural = call.own_params, tuple(range(call.x.ndim))
     order = natural
@@ -372,12 +420,15 @@ def plan(call: Call, view: Geometry, device: Any) -> Kernel | Fallback:
         order = order_of_axes(call.x.shape, call.x.dtype.itemsize, own)
     down = None
     if order[-1] != natural[-1]:
-        down = down_sublanes(_transposed(call, order))
+        down = down_sublanes(_transposed(call, order), chip)
         order = order if down else natural
     call = _transposed(call, order)
-    blocks = down or across_lanes(call, view)
+    blocks = down or across_lanes(call, view, chip)
     if isinstance(blocks, Fallback):
         return blocks
+    lie = "features down the sublanes" if down else "rows lie contiguous"
+    if isinstance(blocks, Turned):
+        lie += ", transposed in registers"
     launch: Callable[..., list[jax.Array]]
     launch = forward if call.op == "forward" else backward
     launch = functools.partial(launch, call, blocks)
@@ -388,8 +439,7 @@ def plan(call: Call, view: Geometry, device: Any) -> Kernel | Fallback:
         name=f"rowwise {call.op}",
         launch=launch,
         block=str(blocks),
-        why=f"{'features down the sublanes' if down else 'rows lie contiguous'}; "
-        f"{blocks.chunk_rows} rows at a time in registers",
+        why=f"{lie}; {blocks.chunk_rows} rows at a time",
         bytes_moved=bytes_moved(call, blocks),
     )
 
@@ -429,7 +479,9 @@ def _launch_transposed(
     return [transpose(result, back) for result in results]
 
 
-def across_lanes(call: Call, view: Geometry) -> AcrossLanes | Fallback:
+def across_lanes(
+    call: Call, view: Geometry, chip: memory.Chip
+) -> AcrossLanes | Turned | Fallback:
     """Block and chunk follow from features and dtypes; the rest from the shape."""
     features = view.k
     lanes = round_up(features, LANES)
@@ -438,16 +490,17 @@ def across_lanes(call: Call, view: Geometry) -> AcrossLanes | Fallback:
     least = SUBLANES * 4 // min(itemsizes)  # rows of one register
 
     row_bytes = 2 * lanes * sum(itemsizes)
-    block_rows = power_of_two(max(BLOCKS_BYTES // row_bytes, 1))
+    block_rows = power_of_two(max(max(chip.blocks, BLOCKS_BYTES) // row_bytes, 1))
     block_rows = min(max(block_rows, least), MOST_ROWS)
-    chunk_rows = power_of_two(max(CHUNK // lanes, 1))
-    chunk_rows = min(max(chunk_rows, least), block_rows)
-    sums = 2 * SUBLANES * lanes * 4 if call.op == "backward" else 0
-    need = block_rows * row_bytes + sums + _spilled(call, chunk_rows * lanes)
-    if need > VMEM_BYTES:
+    chunk_rows = max(REGISTERS[call.op] * SUBLANES * LANES // lanes, LEAST_ROWS)
+    chunk_rows = min(power_of_two(chunk_rows), block_rows)
+    # Of each feature: dscale and dbias, and scale, bias or results, two of each.
+    of_feature = 2 * SUBLANES + 6 if call.op == "backward" else 4
+    need = block_rows * row_bytes + lanes * of_feature * 4 + OTHER_BYTES
+    if need > (most := max(chip.vmem, VMEM_BYTES)):
         return Fallback(
             f"{features} features: {block_rows} rows take {need:,} bytes of VMEM, a "
-            f"kernel has {VMEM_BYTES:,}"
+            f"kernel has {most:,}"
         )
 
     examples = math.prod(call.x.shape[: call.own_params])
@@ -459,15 +512,21 @@ def across_lanes(call: Call, view: Geometry) -> AcrossLanes | Fallback:
         slab_bytes = inner * features * call.x.dtype.itemsize
         if inner % (4 * SUBLANES // 2) and slab_bytes >= SLAB_BYTES:
             rows, slabs = inner, rows // inner
-    return AcrossLanes(examples, slabs, rows, features, block_rows, chunk_rows)
+    if lanes > LANES:
+        return AcrossLanes(
+            need, examples, slabs, rows, features, block_rows, chunk_rows
+        )
+    chunk_rows = min(chunk_rows, round_up(rows, LANES))
+    block_rows -= block_rows % chunk_rows
+    return Turned(need, examples, slabs, rows, features, 1, block_rows, chunk_rows)
 
 
-def down_sublanes(call: Call) -> DownSublanes | None:
-    """The block is as large as features and dtypes allow; None where that is too small.
+def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
+    """The block is as large as features and dtypes allow; None where VMEM has no room.
 
-    Which it is from 2344 features on in float32, from 2984 in bfloat16 (backward), for
-    the least block has 128 rows. XLA then copies x and y for `AcrossLanes`, to twice
-    flax's bytes. The reference would copy nothing, but does not give the bits that this
+    That is for 128 rows at least: of several thousand features on a v4, of ten
+    thousands on others. XLA then copies x and y for `AcrossLanes`, to twice flax's
+    bytes. The reference would copy nothing, but does not give the bits that this
     row has in an array of other size, where XLA has features across the lanes.
 
     Args:
@@ -480,14 +539,18 @@ def down_sublanes(call: Call) -> DownSublanes | None:
     tile = sublanes * LANES  # elements of LANES rows
     tile_bytes = 2 * tile * sum(dtype.itemsize for dtype in _streamed(call))
     tile_bytes += 2 * 2 * SUBLANES * LANES * 4  # mean and variance, as whole registers
-    most = min(BLOCKS_BYTES // tile_bytes, MOST_ROWS * LANES // tile)
+    blocks_bytes = max(chip.blocks, BLOCKS_BYTES)
+    most = min(blocks_bytes // tile_bytes, MOST_ROWS * LANES // tile)
     most = max(most, 1)
     kept = 3 * tile * 4  # scale and bias; or scale, dscale and dbias
-    if most * tile_bytes + kept + _spilled(call, tile) > VMEM_BYTES:
+    need = most * tile_bytes + kept + OTHER_BYTES
+    if need > max(chip.vmem, VMEM_BYTES):
         return None
 
     # In tiles of LANES rows.
-    tiles, chunk = pl.cdiv(rows, LANES), min(max(CHUNK // tile, 1), most)
+    registers = sublanes // SUBLANES
+    tiles, chunk = pl.cdiv(rows, LANES), REGISTERS[call.op] // registers
+    chunk = min(max(chunk, 1), most)
     if tiles <= most:  # a slab's rows all together, in chunks of one size
         chunks = pl.cdiv(tiles, chunk)
         chunk = pl.cdiv(tiles, chunks)
@@ -495,6 +558,7 @@ def down_sublanes(call: Call) -> DownSublanes | None:
         chunks = most // chunk
     block_rows = chunks * chunk * LANES
     return DownSublanes(
+        vmem=need,
         examples=examples,
         slabs=slabs,
         rows=rows,
@@ -503,14 +567,6 @@ def down_sublanes(call: Call) -> DownSublanes | None:
         block_rows=block_rows,
         chunk_rows=chunk * LANES,
     )
-
-
-def _spilled(call: Call, chunk: int) -> int:
-    """Bytes of VMEM for what registers do not hold of a chunk of so many elements."""
-    if chunk <= CHUNK:
-        return 0
-    copies = SPILLED_16 if jnp.float16 in _streamed(call) else SPILLED
-    return copies * chunk * 4
 
 
 def _streamed(call: Call) -> list[jnp.dtype]:
