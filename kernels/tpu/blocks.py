@@ -566,10 +566,11 @@ class DownSublanes(Chunks):
 
     def _slab_and_row(self, index: Any) -> tuple[Any, Any]:
         """Where a chunk begins, in a block."""
-        slab, chunk = lax.div(index, self._chunks_of_slab), index
+        slab: Any = 0
         if self.block_slabs > 1:
-            chunk = lax.rem(index, self._chunks_of_slab)
-        return slab, pl.multiple_of(chunk * self.chunk_rows, LANES)
+            of_slab = self._chunks_of_slab
+            slab, index = lax.div(index, of_slab), lax.rem(index, of_slab)
+        return slab, pl.multiple_of(index * self.chunk_rows, LANES)
 
     @property
     def pieces(self) -> int:

@@ -179,7 +179,7 @@ def _backward_kernel(
             total[...] = jnp.zeros_like(total)
 
     def chunk(index: Any) -> None:
-        mean: Any = None  # one a row, as the next
+        mean: Any = None  # of each row, as rstd
         rstd: Any = None
         if x_ref is not None:
             rstd = blocks.get_statistic(
@@ -188,7 +188,6 @@ def _backward_kernel(
         if mean_ref is not None:
             mean = blocks.get_statistic(mean_ref, index)
         inside = blocks.is_inside(index) if blocks.is_ragged else None
-
         read_x, read_dy = blocks.reader(x_ref, index), blocks.reader(dy_ref, index)
 
         def read_centred(piece: Piece) -> jax.Array:
