@@ -676,7 +676,8 @@ def _halve(total: jax.Array) -> jax.Array:
     """
     half = LANES // 2
     while half >= SUBLANES:
-        total = _add_to_first(total[:half], total[half:])
+        if total.shape[0] > half:
+            total = _add_to_first(total[:half], total[half:])
         half //= 2
     while half >= 1:  # within registers: sublane i gets i + half
         total = total + pltpu.roll(total, SUBLANES - half, 0)
@@ -687,8 +688,6 @@ def _halve(total: jax.Array) -> jax.Array:
 def _add_to_first(total: jax.Array, more: jax.Array) -> jax.Array:
     """Adds to as many of the first sublanes as `more` has."""
     count = more.shape[0]
-    if count == 0:
-        return total
     if count == total.shape[0]:
         return total + more
     return jnp.concatenate([total[:count] + more, total[count:]], 0)
