@@ -7,11 +7,12 @@ a test runs the kernels there. The plan is the real one; only the launch is inte
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from fusednorm.kernels import dispatch
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
@@ -63,3 +64,19 @@ def interpret(
         return jax.pure_callback(run, results, *operands)
 
     return dataclasses.replace(kernel, launch=behind_callback)
+
+
+def fixtures_of_variants(
+    variants: Sequence[str], set_variant: Callable[..., str]
+) -> tuple[Any, Any]:
+    """The fixtures `variant` and `every_variant`, of a function of `request`.
+
+    Tests that ask for the former run with the first variant in `make test`, and with
+    the others in `make test-slow`.
+    """
+    first, *others = variants
+    slow = [pytest.param(other, marks=pytest.mark.slow) for other in others]
+    return (
+        pytest.fixture(params=[first, *slow], name="variant")(set_variant),
+        pytest.fixture(params=variants, name="every_variant")(set_variant),
+    )

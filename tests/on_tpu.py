@@ -1,6 +1,7 @@
 """The TPU's kernels, interpreted; see tests/interpreters.py."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -14,6 +15,13 @@ from fusednorm.kernels import tpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.tpu import memory
 from tests.interpreters import interpret
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What `plan` asks of a jax device."""
+
+    device_kind: str
 
 
 def store_bits(ref: Any, here: Any, bits: Any) -> None:

@@ -31,11 +31,6 @@ from tests.test_rowwise import FLOATS, MIXES, lowered, run_counted, run_each_exa
 from tests.test_suite import check, check_any, flax_function, norm_of, rms_errors
 
 VARIANTS = ("resident", "cluster", "two reads")
-# Of each variant something is run by `make test`, and all by `make test-slow`.
-OTHERS_SLOW = [
-    VARIANTS[0],
-    *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[1:]),
-]
 
 
 @pytest.fixture
@@ -46,22 +41,11 @@ def kernels() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=OTHERS_SLOW)
-def variant(
+def set_variant(
     request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     """Each variant takes what would be too small for it."""
-    return set_variant(request.param, monkeypatch)
-
-
-@pytest.fixture(params=VARIANTS)
-def every_variant(
-    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    return set_variant(request.param, monkeypatch)
-
-
-def set_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    variant: str = request.param
     if variant == "cluster":  # 4 warpgroups: each is a thread here
         monkeypatch.setattr(strips, "KB", 8)
         monkeypatch.setattr(strips, "MAX_CLUSTER", 2)
@@ -69,6 +53,9 @@ def set_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if variant == "two reads":
         monkeypatch.setattr(strips, "resident", lambda *_: None)
     return variant
+
+
+variant, every_variant = interpreters.fixtures_of_variants(VARIANTS, set_variant)
 
 
 def runs(variant: str, forward: int, backward: int) -> dict[str, int]:

@@ -20,6 +20,7 @@ from fusednorm.kernels.dispatch import Call, Kernel
 from fusednorm.kernels.tpu import channelwise, memory, pixels
 from tests import interpreters
 from tests.helpers import Case
+from tests.on_tpu import Device
 from tests.test_channelwise import (  # noqa: F401
     CASES,
     MODELS,
@@ -49,29 +50,11 @@ def kernels() -> Iterator[None]:
         yield
 
 
-VARIANTS = ("kept", "one block", "two reads")
-OTHERS_SLOW = [
-    VARIANTS[0],
-    *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[1:]),
-]
-
-
-@pytest.fixture(params=OTHERS_SLOW)
-def variant(
+def set_variant(
     request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     """Each variant takes what would be too small for it."""
-    return set_variant(request.param, monkeypatch)
-
-
-@pytest.fixture(params=VARIANTS)
-def every_variant(
-    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    return set_variant(request.param, monkeypatch)
-
-
-def set_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    variant: str = request.param
     if variant != "one block":  # blocks and chunks of few pixels
         chip = memory.Chip(vmem=2**40, blocks=2**15)
         monkeypatch.setattr(memory, "chip", lambda _: chip)
@@ -84,6 +67,11 @@ def set_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
         monkeypatch.setattr(channelwise, "_vmem", vmem)
     return variant
+
+
+variant, every_variant = interpreters.fixtures_of_variants(
+    ("kept", "one block", "two reads"), set_variant
+)
 
 
 # --- shapes ---------------------------------------------------------------------------
@@ -159,13 +147,6 @@ def test_sums_of_groups(channels: int, group: int, monkeypatch: Any) -> None:
 
 
 # --- plans ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What `plan` asks of a jax device."""
-
-    device_kind: str
 
 
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", "TPU7x"])

@@ -7,7 +7,6 @@ interpreted launch is checked for races (tests/on_tpu.py), and what a block has 
 the array is NaN there.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +31,7 @@ from fusednorm.kernels.tpu.memory import LANES, SUBLANES
 from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import Case
+from tests.on_tpu import Device
 from tests.test_rowwise import MIXES, calls, run, run_each_example
 from tests.test_suite import norm_of
 
@@ -162,7 +162,7 @@ def test_both_ways_sum_in_the_same_order(features: int) -> None:
     x = np.full((16, 384), np.nan, "float32")
     x[:, :features] = rng.normal(0.3, 2, (16, features))
     lying = AcrossLanes(0, 1, 1, 16, features, 16, 16)
-    standing = DownSublanes(0, 1, 1, 16, features, 1, LANES, LANES)
+    standing = DownSublanes(0, 1, 1, 16, features, LANES, LANES, 1)
     columns = np.full((standing.sublanes, LANES), np.nan, "float32")
     columns[:, :16] = x[:, : standing.sublanes].T
 
@@ -361,13 +361,6 @@ def test_axes_come_in_the_order_of_memory(
 )
 def test_examples_stay_in_front(shape: tuple[int, ...], order: tuple[int, ...]) -> None:
     assert order_of_axes(shape, itemsize=4, first=1) == order
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What `plan` asks of a jax device."""
-
-    device_kind: str
 
 
 def down(call: Call, kind: str = "TPU v4") -> bool:

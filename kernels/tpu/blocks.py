@@ -132,14 +132,38 @@ class Chunks:
 
     Attributes:
       vmem: bytes that a kernel needs.
+      examples: parts of the array with a dscale and dbias of their own.
+      slabs: parts of an example.
+      rows: rows of a slab.
+      features: length of a row.
+      block_rows: rows of a slab in VMEM at a time; a multiple of chunk_rows.
+      chunk_rows: rows that are normalized together.
     """
 
     vmem: int
+    examples: int
+    slabs: int
+    rows: int
+    features: int
+    block_rows: int
+    chunk_rows: int
+
+    @property
+    def chunks_of_slab(self) -> Any:
+        """Of this block's slabs, that have rows."""
+        left = self.rows - pl.program_id(2) * self.block_rows
+        rows = jnp.minimum(left, self.block_rows)
+        return lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
 
     @property
     def chunks(self) -> Any:
         """Of this block, that have rows."""
-        raise NotImplementedError
+        return self.chunks_of_slab
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a chunk may have less rows than it has room for."""
+        return self.rows % self.chunk_rows > 0
 
     @property
     def together(self) -> int:
@@ -162,16 +186,15 @@ class Chunks:
     def for_each_chunk(self, chunk: Callable[[Any], None]) -> None:
         """Calls chunk(index) for the chunks of this block that have rows."""
         count = self.together
+        turns = lax.div(self.chunks, count)
 
-        def several(index: Any, _: None) -> None:
+        def turn(number: Any, _: None) -> None:
             for i in range(count):
-                chunk(index * count + i)
+                chunk(number * count + i)
 
-        whole = lax.div(self.chunks, count)
-        lax.fori_loop(0, whole, several, None)
+        lax.fori_loop(0, turns, turn, None)
         if count > 1:
-            rest = lambda index, _: chunk(index)  # noqa: E731
-            lax.fori_loop(whole * count, self.chunks, rest, None)
+            lax.fori_loop(turns * count, self.chunks, lambda i, _: chunk(i), None)
 
     def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
         """Reads pieces of a chunk, in float32, from VMEM whenever they are wanted:
@@ -213,21 +236,8 @@ class Chunks:
 class AcrossLanes(Chunks):
     """How the view x[examples, slabs, rows, features] is cut.
 
-    Attributes:
-      examples: parts of the array with a dscale and dbias of their own.
-      slabs: parts of an example.
-      rows: rows of a slab.
-      features: length of a row.
-      block_rows: rows in VMEM at a time; a power of two.
-      chunk_rows: rows in registers at a time; a power of two.
+    Rows of a block, and of a chunk, are powers of two.
     """
-
-    examples: int
-    slabs: int
-    rows: int
-    features: int
-    block_rows: int
-    chunk_rows: int
 
     @property
     def view(self) -> tuple[int, int, int, int]:
@@ -366,18 +376,6 @@ class AcrossLanes(Chunks):
     # --- chunks ---
 
     @property
-    def chunks(self) -> Any:
-        """Of this block, that have rows."""
-        left = self.rows - pl.program_id(2) * self.block_rows
-        rows = jnp.minimum(left, self.block_rows)
-        return lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether a chunk may have less rows than it has room for."""
-        return self.rows % self.chunk_rows > 0
-
-    @property
     def pieces(self) -> int:
         """Of LANES features each: [chunk_rows, LANES] in registers at a time."""
         return self.lanes // LANES
@@ -388,7 +386,8 @@ class AcrossLanes(Chunks):
 
     def place(self, index: Any) -> Any:
         """Where a chunk is, in a block."""
-        return _rows(index, self.chunk_rows)
+        first = pl.multiple_of(index * self.chunk_rows, self.chunk_rows)
+        return pl.ds(first, self.chunk_rows)
 
     def add(
         self,
@@ -417,20 +416,13 @@ class AcrossLanes(Chunks):
 class DownSublanes(Chunks):
     """How the view x[examples, slabs, features, rows] is cut.
 
+    Rows of a chunk are a multiple of LANES.
+
     Attributes:
-      examples, slabs, rows, features: as those of `AcrossLanes`.
       block_slabs: slabs in VMEM at a time.
-      block_rows: rows of each in VMEM at a time; a multiple of chunk_rows.
-      chunk_rows: rows in registers at a time; a multiple of LANES.
     """
 
-    examples: int
-    slabs: int
-    rows: int
-    features: int
     block_slabs: int
-    block_rows: int
-    chunk_rows: int
 
     @property
     def view(self) -> tuple[int, int, int, int]:
@@ -493,7 +485,7 @@ class DownSublanes(Chunks):
     def sum_rows(self, value: jax.Array) -> jax.Array:
         """A chunk -> [sublanes, LANES]: adds whole registers alone."""
         tiles = [value[:, i : i + LANES] for i in range(0, self.chunk_rows, LANES)]
-        return functools.reduce(operator.add, tiles)  # TODO
+        return functools.reduce(operator.add, tiles)
 
     def finish_sum(self, total: Any, result: Any) -> None:
         """[sublanes, LANES] -> [1, features]."""
@@ -548,27 +540,16 @@ class DownSublanes(Chunks):
         return max(min(chunks, 96 // registers), 1)
 
     @property
-    def _chunks_of_slab(self) -> Any:
-        left = self.rows - pl.program_id(2) * self.block_rows
-        rows = jnp.minimum(left, self.block_rows)
-        return lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
-
-    @property
     def chunks(self) -> Any:
         """Of this block, that have rows."""
         slabs = self.slabs - pl.program_id(1) * self.block_slabs
-        return jnp.minimum(slabs, self.block_slabs) * self._chunks_of_slab
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether a chunk may have less rows than it has room for."""
-        return self.rows % self.chunk_rows > 0
+        return jnp.minimum(slabs, self.block_slabs) * self.chunks_of_slab
 
     def _slab_and_row(self, index: Any) -> tuple[Any, Any]:
         """Where a chunk begins, in a block."""
         slab: Any = 0
         if self.block_slabs > 1:
-            of_slab = self._chunks_of_slab
+            of_slab = self.chunks_of_slab
             slab, index = lax.div(index, of_slab), lax.rem(index, of_slab)
         return slab, pl.multiple_of(index * self.chunk_rows, LANES)
 
@@ -661,10 +642,6 @@ Blocks = AcrossLanes | DownSublanes  # of which Turned is one
 # --- both -----------------------------------------------------------------------------
 
 
-def _rows(index: Any, count: int) -> Any:
-    return pl.ds(pl.multiple_of(index * count, count), count)
-
-
 def _halve(total: jax.Array) -> jax.Array:
     """Sums down the sublanes, which are up to LANES.
 
@@ -672,7 +649,8 @@ def _halve(total: jax.Array) -> jax.Array:
       total: [sublanes, n]; sublanes without a feature hold `NOTHING`, or are left out.
 
     Returns:
-      [SUBLANES, n], whose first sublane has the sums.
+      [SUBLANES, n], each of whose sublanes has the sums: to the bit, for they differ in
+      which operand of an addition is the first.
     """
     half = LANES // 2
     while half >= SUBLANES:

@@ -413,6 +413,8 @@ def _pallas_call(
 
 def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     """Chooses blocks for a call whose view has S = 1 and one set of parameters."""
+    vmem, blocks_bytes = max(chip.vmem, VMEM_BYTES), max(chip.blocks, BLOCKS_BYTES)
+    chip = memory.Chip(vmem, blocks_bytes)
     own, natural = call.own_params, tuple(range(call.x.ndim))
     order = natural
     if call.norm.reduction_axes == natural[-1:]:  # no groups, nor several axes
@@ -489,17 +491,17 @@ def across_lanes(
     least = SUBLANES * 4 // min(itemsizes)  # rows of one register
 
     row_bytes = 2 * lanes * sum(itemsizes)
-    block_rows = power_of_two(max(max(chip.blocks, BLOCKS_BYTES) // row_bytes, 1))
+    block_rows = power_of_two(max(chip.blocks // row_bytes, 1))
     block_rows = min(max(block_rows, least), MOST_ROWS)
     chunk_rows = max(REGISTERS[call.op] * SUBLANES * LANES // lanes, LEAST_ROWS)
     chunk_rows = min(power_of_two(chunk_rows), block_rows)
     # Of each feature: dscale and dbias, and scale, bias or results, two of each.
     of_feature = 2 * SUBLANES + 6 if call.op == "backward" else 4
     need = block_rows * row_bytes + lanes * of_feature * 4 + OTHER_BYTES
-    if need > (most := max(chip.vmem, VMEM_BYTES)):
+    if need > chip.vmem:
         return Fallback(
             f"{features} features: {block_rows} rows take {need:,} bytes of VMEM, a "
-            f"kernel has {most:,}"
+            f"kernel has {chip.vmem:,}"
         )
 
     examples = math.prod(call.x.shape[: call.own_params])
@@ -517,7 +519,7 @@ def across_lanes(
         )
     chunk_rows = min(chunk_rows, round_up(rows, LANES))
     block_rows -= block_rows % chunk_rows
-    return Turned(need, examples, slabs, rows, features, 1, block_rows, chunk_rows)
+    return Turned(need, examples, slabs, rows, features, block_rows, chunk_rows, 1)
 
 
 def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
@@ -538,12 +540,11 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
     tile = sublanes * LANES  # elements of LANES rows
     tile_bytes = 2 * tile * sum(dtype.itemsize for dtype in _streamed(call))
     tile_bytes += 2 * 2 * SUBLANES * LANES * 4  # mean and variance, as whole registers
-    blocks_bytes = max(chip.blocks, BLOCKS_BYTES)
-    most = min(blocks_bytes // tile_bytes, MOST_ROWS * LANES // tile)
+    most = min(chip.blocks // tile_bytes, MOST_ROWS * LANES // tile)
     most = max(most, 1)
     kept = 3 * tile * 4  # scale and bias; or scale, dscale and dbias
     need = most * tile_bytes + kept + OTHER_BYTES
-    if need > max(chip.vmem, VMEM_BYTES):
+    if need > chip.vmem:
         return None
 
     # In tiles of LANES rows.
