@@ -22,6 +22,7 @@ class Device:
     """What `plan` asks of a jax device."""
 
     device_kind: str
+    num_cores: int = 1
 
 
 def store_bits(ref: Any, here: Any, bits: Any) -> None:
@@ -32,7 +33,8 @@ def store_bits(ref: Any, here: Any, bits: Any) -> None:
 @contextlib.contextmanager
 def mode() -> Iterator[None]:
     """Interprets; raises if what ran in it had a race."""
-    params = pltpu.InterpretParams(detect_races=True)
+    cores = memory.chip(None).cores  # as the plan was told
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
     try:
         with (
             pltpu.force_tpu_interpret_mode(params),

@@ -26,6 +26,7 @@ from tests.test_channelwise import (  # noqa: F401
     MODELS,
     calls,
     run,
+    runs,
     test_a_large_mean_is_right,
     test_a_sample_does_not_depend_on_the_others,
     test_any_shape_and_dtypes,
@@ -39,7 +40,7 @@ from tests.test_channelwise import (  # noqa: F401
     test_shapes_of_models,
     test_values_and_gradients,
 )
-from tests.test_rowwise import MIXES, lowered
+from tests.test_rowwise import MIXES, lowered, run_each_example
 
 
 @pytest.fixture
@@ -124,6 +125,58 @@ def test_mosaic_takes_it(case: Case) -> None:
     assert lowered("tpu", step, x, dy, *params).count("tpu_custom_call") == 2
 
 
+# --- two cores ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cores(every_variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    chip = dataclasses.replace(memory.chip(None), cores=2)
+    monkeypatch.setattr(memory, "chip", lambda _: chip)
+    return every_variant
+
+
+SHARED = [  # 11 samples are 2 units, or where a block has a part of one, 11
+    Case("group_norm", (11, 4, 4, 260), (("num_groups", 26),)),
+    Case("batch_norm", (6, 5, 4, 384)),  # 3 strips: the last core has one less
+    Case("instance_norm", (9, 300, 20)),  # down the sublanes
+]
+
+
+@pytest.mark.parametrize("number", range(len(SHARED)), ids=lambda n: str(SHARED[n]))
+def test_two_cores(two_cores: str, number: int) -> None:
+    """Each has its units, and sums of its own, which are added up."""
+    case, mix = SHARED[number], MIXES[number]
+    for call in calls(case.kind, case.shape, mix[0]):
+        assert planned(call).cut.cores == 2
+    run(case, two_cores, mix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["batch_norm", "group_norm"])
+def test_two_cores_and_examples(two_cores: str, kind: str) -> None:
+    """Of 3 examples of 2 strips the first core has none of the last one."""
+    options = (("num_groups", 32),) if kind == "group_norm" else ()
+    case = Case(kind, (3, 20, 256), options)
+    run_each_example(case, runs(two_cores, 1, 1))
+
+
+def test_one_core_where_two_would_not_both_have_units(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = dataclasses.replace(memory.chip(None), cores=2)
+    monkeypatch.setattr(memory, "chip", lambda _: chip)
+    for kind, shape in (("group_norm", (1, 8, 8, 320)), ("batch_norm", (3, 9, 64))):
+        assert all(planned(call).cut.cores == 1 for call in calls(kind, shape))
+    run(Case("batch_norm", (3, 9, 64)), "one block")
+
+
+def planned(call: Call) -> channelwise.Launch:
+    kernel = tpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    launch: channelwise.Launch = kernel.launch.__self__  # type: ignore[attr-defined]
+    return launch
+
+
 # --- groups ---------------------------------------------------------------------------
 
 
@@ -162,17 +215,27 @@ def test_models_run_kernels(kind: str, dtype: str) -> None:
             assert reads * size < answer.bytes_moved < 1.25 * reads * size
 
 
-def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
-    for norm, shape in (("group_norm", (64, 64, 320)), ("instance_norm", (9, 9, 24))):
-        cuts = set()
-        for n in (1, 2, 37):
-            for call in calls(norm, (n, *shape)):
-                kernel = tpu.plan(call, None)
-                assert isinstance(kernel, Kernel)
-                launch = kernel.launch.__self__  # type: ignore[attr-defined]
-                one = dataclasses.replace(launch.cut, samples=1)
-                cuts.add((call.op, launch.order, launch.late, launch.whole, one))
-        assert len(cuts) == 2
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        ("group_norm", (64, 64, 320)),
+        ("group_norm", (32, 32, 1024)),  # could be cut into strips
+        ("instance_norm", (9, 9, 24)),
+    ],
+)
+def test_the_cut_does_not_depend_on_the_number_of_samples(
+    norm: str, shape: tuple[int, ...], cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = dataclasses.replace(memory.chip(None), cores=cores)
+    monkeypatch.setattr(memory, "chip", lambda _: chip)
+    cuts = set()
+    for n in (1, 2, 37):
+        for call in calls(norm, (n, *shape)):
+            launch = planned(call)
+            one = dataclasses.replace(launch.cut, samples=1, cores=1)
+            cuts.add((call.op, launch.order, launch.late, launch.whole, one))
+    assert len(cuts) == 2
 
 
 def test_a_chip_with_more_vmem_keeps_more() -> None:

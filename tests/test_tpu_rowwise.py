@@ -7,6 +7,8 @@ interpreted launch is checked for races (tests/on_tpu.py), and what a block has 
 the array is NaN there.
 """
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +26,7 @@ from fusednorm.kernels.dispatch import Call, Kernel
 from fusednorm.kernels.tpu import memory, rowwise
 from fusednorm.kernels.tpu.blocks import (
     AcrossLanes,
+    Chunks,
     DownSublanes,
     order_of_axes,
 )
@@ -161,8 +164,8 @@ def test_both_ways_sum_in_the_same_order(features: int) -> None:
     rng = np.random.default_rng(18)
     x = np.full((16, 384), np.nan, "float32")
     x[:, :features] = rng.normal(0.3, 2, (16, features))
-    lying = AcrossLanes(0, 1, 1, 16, features, 16, 16)
-    standing = DownSublanes(0, 1, 1, 16, features, LANES, LANES, 1)
+    lying = AcrossLanes(0, 1, 1, 1, 16, features, 16, 16)
+    standing = DownSublanes(0, 1, 1, 1, 16, features, LANES, LANES, 1)
     columns = np.full((standing.sublanes, LANES), np.nan, "float32")
     columns[:, :16] = x[:, : standing.sublanes].T
 
@@ -214,6 +217,74 @@ def test_nan_in_a_row_along_the_lanes_stays_in_it(kernels: None) -> None:
         assert np.isnan(poisoned[1, 149]).all()
         poisoned[1, 149] = clean[1, 149]
         np.testing.assert_array_equal(clean, poisoned)
+
+
+# --- two cores ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cores(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks, of which each core has some."""
+    chip = dataclasses.replace(memory.chip(None), cores=2)
+    monkeypatch.setattr(memory, "chip", lambda _: chip)
+    monkeypatch.setattr(rowwise, "MOST_ROWS", LANES)
+
+
+SHARED = {  # and how many blocks of slabs and of rows each core has
+    (130, 8200): (1, 4),  # 5 of 32 rows, of which 4 write one block of statistics
+    (400, 300): (1, 2),  # 4 blocks
+    (5, 50, 1024): (3, 1),  # 5 slabs: the last core has one less
+    (3, 150, 768): (2, 2),  # 3 slabs of 2 blocks
+    (300, 128): (1, 2),  # transposed in registers
+    (7, 140, 24): (2, 1),  # down the sublanes: 4 blocks of 2 slabs
+    (600, 130): (1, 3),
+}
+
+
+@pytest.mark.parametrize("number", range(len(SHARED)), ids=lambda n: str([*SHARED][n]))
+def test_two_cores(two_cores: None, number: int) -> None:
+    """Each has its blocks, and sums of its own, which are added up."""
+    (shape, blocks), mix = list(SHARED.items())[number], MIXES[number % len(MIXES)]
+    for call in calls(shape, mix[0], mix[2]):
+        grid = planned(call).grid
+        assert grid[0] == 2
+        assert grid[2:] == blocks
+    case = Case("rms_norm" if number % 3 else "layer_norm", shape)
+    run(case, mix)
+
+
+@pytest.mark.parametrize("shape", [(150, 300), (5, 50, 1024)], ids=str)
+def test_two_cores_and_examples(two_cores: None, shape: tuple[int, ...]) -> None:
+    run_each_example(Case("layer_norm", shape))
+
+
+@pytest.mark.parametrize("shape", [(64, 300), (100, 8200), (1, 64)], ids=str)
+def test_one_core_where_two_would_not_both_have_rows(
+    two_cores: None, shape: tuple[int, ...]
+) -> None:
+    assert all(planned(call).cores == 1 for call in calls(shape, "float32"))
+    run(Case("layer_norm", shape))
+
+
+def planned(call: Call) -> Any:
+    """How the kernel cuts the array."""
+    kernel = tpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    launch: Any = kernel.launch
+    return next(arg for arg in _arguments(launch) if isinstance(arg, Chunks))
+
+
+def _arguments(launch: Any) -> Iterator[Any]:
+    for arg in launch.args:
+        yield arg
+        if isinstance(arg, functools.partial):
+            yield from _arguments(arg)
+
+
+def test_a_device_says_how_many_cores_it_has() -> None:
+    assert memory.chip(Device("TPU v5", num_cores=2)).cores == 2
+    assert memory.chip(Device("TPU v6 lite")).cores == 1
+    assert memory.chip(None).cores == 1
 
 
 # --- what is wanted -------------------------------------------------------------------

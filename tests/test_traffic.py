@@ -386,6 +386,18 @@ def test_blocks_move_when_the_index_map_changes() -> None:
     assert moved(y) == (0, 0, 2 * FEATURES * 4, 2 * FEATURES * 4)
 
 
+@pytest.mark.parametrize(
+    ("semantics", "parts"),
+    [(None, 1), (("arbitrary", "arbitrary"), 1), (("parallel", "arbitrary"), 2)],
+)
+def test_parts_that_cores_may_share(semantics: Any, parts: int) -> None:
+    block = pl.BlockSpec((8, FEATURES), lambda i, j: (4 * i + j, 0))
+    params = pltpu.CompilerParams(dimension_semantics=semantics)
+    grid = dict(grid=(2, 4), in_specs=[block], out_specs=block)
+    found = on_tpu(nothing, X, out_shape=X, compiler_params=params, **grid)
+    assert (found.blocks, found.parts) == (8, parts)
+
+
 def test_copies_that_the_kernel_makes() -> None:
     def kernel(x: Any, y: Any, buffer: Any, semaphore: Any) -> None:
         rows = pl.ds(pl.program_id(0) * 8, 8)

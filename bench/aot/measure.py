@@ -102,9 +102,9 @@ class Measurement:
       scratch: bytes of shared memory of a block, or of VMEM.
       scratch_limit: what a block may have.
       threads, blocks, resident: threads of a block, blocks, and how many of them an SM
-        holds at once. For a TPU `blocks` are grid steps, and the others None.
+        holds at once. For a TPU `blocks` are grid steps of a core, the others None.
       in_flight: bytes on their way to an SM at once, at most; None for a TPU.
-      cycles: of a TPU's kernels, over their whole grids; () for a GPU.
+      cycles: of a TPU's kernels, over all steps of a core; () for a GPU.
       seconds_of_bytes: that the DMAs of each of these kernels take at least.
       clock: of the TPU, GHz; None for a GPU.
       ideal: bytes of x and y, or of dy, x and dx.
@@ -297,10 +297,10 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
     else:
         limit, clock = chip.vmem, chip.clock
         cycles = tuple(schedule.cycles(compiled, [kernel.name for kernel in found]))
-        # Where two cores share a device's memory, one has half.
-        bandwidth = chip.bandwidth / chip.cores
         seconds_of_bytes = tuple(
-            (kernel.loaded + kernel.stored) / bandwidth for kernel in found
+            (kernel.loaded + kernel.stored)
+            / (chip.bandwidth * schedule.cores(chip, kernel) / chip.cores)
+            for kernel in found  # one of two cores has half of a device's bandwidth
         )
     return Measurement(
         case=workload.name,
@@ -317,7 +317,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
         scratch=scratch,
         scratch_limit=limit,
         threads=threads,
-        blocks=max(kernel.blocks for kernel in found),
+        blocks=max(kernel.blocks // schedule.cores(chip, kernel) for kernel in found),
         resident=resident,
         in_flight=in_flight,
         cycles=cycles,

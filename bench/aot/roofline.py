@@ -227,8 +227,8 @@ def _tpu_table(chip: Any, found: Sequence[Measurement]) -> Table:
     table = Table(
         title=f"\n{chip.name}, {_gb(chip)}, {chip.clock} GHz: our kernels; "
         f"{len(by_memory)} of {len(found)} bound by memory",
-        caption="cycles, compute, DMA: of a step of the grid, the last two in us. "
-        f"bound: by the longer of these, and by how much.\n{_BYTES}",
+        caption="steps: of a core. cycles, compute, DMA: of a step, the last two in "
+        f"us. bound: by the longer of these, and by how much.\n{_BYTES}",
         **_STYLE,
     )
     _columns(table, ("VMEM", "steps", "cycles", "compute", "DMA"))

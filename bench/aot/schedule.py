@@ -22,7 +22,8 @@ the steps of its grid.
 Assumed: a bundle takes a cycle, and nothing that it asks for is late. What the memory
 is late with, a DMA waited for, is not counted: the kernel takes at least these cycles,
 and at least its bytes over the bandwidth. Of a chip whose two cores share a kernel, it
-is the first core that is counted; with a grid that is not `parallel` it has all steps.
+is the first core that is counted: it has its part of a `parallel` axis of the grid, and
+without one all steps.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench.aot import hlo, traffic
-from bench.aot.chips import Tpu
+from bench.aot.chips import Chip, Tpu
 from bench.aot.compile import Compiled, compile_for
 
 # Bundles that still run behind a branch which is taken.
@@ -46,7 +47,7 @@ class Unreadable(Exception):
 def cycles_per_step(
     chip: Tpu, function: Callable[..., Any], *args: Any
 ) -> dict[str, float]:
-    """Cycles of a step of the grid of each Pallas kernel of a function.
+    """Cycles of a core's step of the grid of each Pallas kernel of a function.
 
     Args:
       chip: compiled for.
@@ -62,12 +63,19 @@ def cycles_per_step(
     for one, count in zip(found, total, strict=True):
         taken = sum(name.split(".")[0] == one.name for name in result)
         name = f"{one.name}.{taken + 1}" if taken else one.name
-        result[name] = count / one.blocks
+        result[name] = count / (one.blocks // cores(chip, one))
     return result
 
 
+def cores(chip: Chip, kernel: traffic.Traffic) -> int:
+    """That share the kernel's grid: all of a TPU's, or one."""
+    if isinstance(chip, Tpu) and kernel.parts >= chip.cores:
+        return chip.cores
+    return 1
+
+
 def cycles(compiled: Compiled, names: Sequence[str]) -> list[int]:
-    """Cycles of each Pallas kernel of a compiled function, of its whole grid.
+    """Cycles of each Pallas kernel of a compiled function, of all steps of a core.
 
     Args:
       compiled: for a TPU.

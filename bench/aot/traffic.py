@@ -37,6 +37,7 @@ class Traffic:
       name: the kernel's.
       operands: its arrays, inputs before outputs.
       blocks: thread blocks of a GPU, grid steps of a TPU.
+      parts: of the grid, that a TPU's cores may share. 1 for a GPU.
       threads: CUDA threads of a block; 0 for a TPU.
       scratch: bytes on the chip: shared memory of a GPU's block, VMEM of a TPU's core.
       in_flight: bytes of its largest arrays that a GPU's block loads without waiting:
@@ -46,6 +47,7 @@ class Traffic:
     name: str
     operands: tuple[Operand, ...]
     blocks: int
+    parts: int
     threads: int
     scratch: int
     in_flight: int
@@ -121,6 +123,7 @@ def _gpu_kernel(eqn: Any) -> Traffic:
         name=eqn.params["name"],
         operands=tuple(memory.operand() for memory in memories),
         blocks=blocks,
+        parts=1,
         threads=128 * (mesh.num_threads or 1),
         scratch=_shared_memory(jaxpr, eqn.params["compiler_params"]),
         in_flight=(mesh.num_threads or 1) * _in_flight(jaxpr),
@@ -225,6 +228,7 @@ def _tpu_kernel(eqn: Any) -> Traffic:
         name=_tpu_name(eqn.params),
         operands=tuple(memory.operand() for memory in memories),
         blocks=steps,
+        parts=_parts(eqn.params["compiler_params"], grid),
         threads=0,
         scratch=_vmem(mapping, refs),
         in_flight=0,
@@ -234,6 +238,12 @@ def _tpu_kernel(eqn: Any) -> Traffic:
 def _tpu_name(params: Any) -> str:
     info = params.get("name_and_src_info")
     return str(params.get("name") or getattr(info, "name", ""))
+
+
+def _parts(params: Any, grid: Sequence[int]) -> int:
+    semantics = getattr(params, "dimension_semantics", None) or ()
+    pairs = zip(grid, semantics, strict=bool(semantics))
+    return math.prod(size for size, kind in pairs if str(kind) == "parallel")
 
 
 def _in_hbm(ref: Any) -> bool:

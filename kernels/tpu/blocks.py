@@ -30,7 +30,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +132,7 @@ class Chunks:
 
     Attributes:
       vmem: bytes that a kernel needs.
+      cores: that share it: each has blocks of slabs, or where there is one, of rows.
       examples: parts of the array with a dscale and dbias of their own.
       slabs: parts of an example.
       rows: rows of a slab.
@@ -141,6 +142,7 @@ class Chunks:
     """
 
     vmem: int
+    cores: int
     examples: int
     slabs: int
     rows: int
@@ -148,17 +150,98 @@ class Chunks:
     block_rows: int
     chunk_rows: int
 
+    # --- blocks ---
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Of an example: of its slabs, of their rows."""
+        return self.slabs, pl.cdiv(self.rows, self.block_rows)
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """Cores, examples, and a core's blocks of slabs and of rows."""
+        slabs, rows = self.blocks
+        if slabs > 1:
+            slabs = pl.cdiv(slabs, self.cores)
+        elif self.cores > 1:
+            rows = round_up(pl.cdiv(rows, self.cores), self.blocks_together)
+        return self.cores, self.examples, slabs, rows
+
+    @property
+    def blocks_together(self) -> int:
+        """That one core must have: they write one block of statistics."""
+        return 1
+
+    def shared_by(self, cores: int) -> Self:
+        """By so many cores, if each of them gets a block, or by one."""
+        shared = dataclasses.replace(self, cores=cores)
+        first = shared.block_at(cores - 1, 0, 0)  # of the last core
+        has_some = all(i < n for i, n in zip(first, self.blocks, strict=True))
+        return shared if has_some else self
+
+    def block_at(self, core: Any, slab: Any, row: Any) -> tuple[Any, Any]:
+        """Which of the example's blocks a step has; the last core's last ones may be
+        too many, and have no rows."""
+        if self.cores > 1:
+            _, _, slabs, rows = self.grid
+            if self.blocks[0] > 1:
+                slab += core * slabs
+            else:
+                row += core * rows
+        return slab, row
+
+    @property
+    def block_number(self) -> tuple[Any, Any]:
+        """That of this step."""
+        return self.block_at(*map(pl.program_id, (0, 2, 3)))
+
+    def spec(self, shape: Sequence[Any], at: Callable[..., Any]) -> pl.BlockSpec:
+        """Of blocks that are at(example, slab, row), by their numbers."""
+
+        def index(core: Any, example: Any, *block: Any) -> Any:
+            slab, row = self.block_at(core, *block)
+            if self.cores > 1:  # one too many is the last one, and not fetched again
+                slabs, rows = self.blocks
+                row = jnp.where(slab < slabs, jnp.minimum(row, rows - 1), rows - 1)
+                slab = jnp.minimum(slab, slabs - 1)
+            return at(example, slab, row)
+
+        return pl.BlockSpec(tuple(shape), index)
+
+    def spec_of_param(self, lanes: int) -> pl.BlockSpec:
+        """For scale and bias [1, features], fetched once."""
+        return pl.BlockSpec((1, lanes), lambda *_: (0, 0))
+
+    def spec_of_param_gradient(self, lanes: int) -> pl.BlockSpec:
+        """For dscale and dbias [cores, examples, 1, features]."""
+        return pl.BlockSpec(
+            (None, None, 1, lanes), lambda core, example, *_: (core, example, 0, 0)
+        )
+
+    def add_cores(self, of_cores: jax.Array | None) -> jax.Array | None:
+        """dscale or dbias."""
+        if of_cores is None or self.cores == 1:
+            return of_cores
+        return of_cores.sum(0)
+
+    # --- chunks ---
+
     @property
     def chunks_of_slab(self) -> Any:
         """Of this block's slabs, that have rows."""
-        left = self.rows - pl.program_id(2) * self.block_rows
-        rows = jnp.minimum(left, self.block_rows)
+        _, row = self.block_number
+        rows = jnp.minimum(self.rows - row * self.block_rows, self.block_rows)
+        if self.cores > 1:
+            rows = jnp.maximum(rows, 0)
         return lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
 
     @property
     def chunks(self) -> Any:
         """Of this block, that have rows."""
-        return self.chunks_of_slab
+        slab, _ = self.block_number
+        if self.cores == 1 or self.slabs == 1:
+            return self.chunks_of_slab
+        return jnp.where(slab < self.slabs, self.chunks_of_slab, 0)
 
     @property
     def is_ragged(self) -> bool:
@@ -250,15 +333,11 @@ class AcrossLanes(Chunks):
         return round_up(self.features, LANES)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.examples, self.slabs, pl.cdiv(self.rows, self.block_rows)
-
-    @property
     def of_rows(self) -> pl.BlockSpec:
         """For x, y, dy and dx."""
-        return pl.BlockSpec(
+        return self.spec(
             (None, None, self.block_rows, self.lanes),
-            lambda example, slab, block: (example, slab, block, 0),
+            lambda example, slab, row: (example, slab, row, 0),
         )
 
     def __str__(self) -> str:
@@ -268,13 +347,11 @@ class AcrossLanes(Chunks):
 
     @property
     def of_param(self) -> pl.BlockSpec:
-        """For scale and bias [1, features], fetched once."""
-        return _of_param(self.lanes)
+        return self.spec_of_param(self.lanes)
 
     @property
     def of_param_gradient(self) -> pl.BlockSpec:
-        """For dscale and dbias [examples, 1, features]."""
-        return _of_param_gradient(self.lanes)
+        return self.spec_of_param_gradient(self.lanes)
 
     @property
     def kept_param(self) -> None:
@@ -327,12 +404,16 @@ class AcrossLanes(Chunks):
     # one number: 512 bytes a row, as much as 256 features in bfloat16.
 
     @property
+    def blocks_together(self) -> int:
+        """That one core must have: they write one block of statistics."""
+        return max(LANES // self.block_rows, 1)
+
+    @property
     def of_statistic(self) -> pl.BlockSpec:
-        lanes = max(self.block_rows, LANES)  # serves one block, or several in turn
-        blocks = lanes // self.block_rows
-        return pl.BlockSpec(
-            (None, None, 1, lanes),
-            lambda example, slab, block: (example, slab, 0, lax.div(block, blocks)),
+        blocks = self.blocks_together
+        return self.spec(
+            (None, None, 1, blocks * self.block_rows),
+            lambda example, slab, row: (example, slab, 0, lax.div(row, blocks)),
         )
 
     def put_statistic(self, ref: Any, index: Any, column: jax.Array) -> None:
@@ -363,7 +444,8 @@ class AcrossLanes(Chunks):
         """
         tile_rows = min(self.chunk_rows, LANES)
         for start in range(0, self.chunk_rows, tile_rows):
-            row = pl.program_id(2) * self.block_rows + index * self.chunk_rows + start
+            _, block = self.block_number
+            row = block * self.block_rows + index * self.chunk_rows + start
             row = lax.rem(row, max(self.block_rows, LANES))
             first = lax.rem(row, LANES)
             tile = pl.ds(pl.multiple_of(row - first, LANES), LANES)
@@ -404,7 +486,7 @@ class AcrossLanes(Chunks):
 
     def is_inside(self, index: Any) -> jax.Array:
         """bool [chunk_rows, 1]: whether the array has this row."""
-        first = pl.program_id(2) * self.block_rows + index * self.chunk_rows
+        first = self.block_number[1] * self.block_rows + index * self.chunk_rows
         row = lax.broadcasted_iota(jnp.int32, (self.chunk_rows, 1), 0)
         return first + row < self.rows
 
@@ -435,16 +517,17 @@ class DownSublanes(Chunks):
         return round_up(self.features, SUBLANES)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        slab_blocks = pl.cdiv(self.slabs, self.block_slabs)
-        return self.examples, slab_blocks, pl.cdiv(self.rows, self.block_rows)
+    def blocks(self) -> tuple[int, int]:
+        """Of an example: of its slabs, of their rows."""
+        slabs = pl.cdiv(self.slabs, self.block_slabs)
+        return slabs, pl.cdiv(self.rows, self.block_rows)
 
     @property
     def of_rows(self) -> pl.BlockSpec:
         """For x, y, dy and dx."""
-        return pl.BlockSpec(
+        return self.spec(
             (None, self.block_slabs, self.sublanes, self.block_rows),
-            lambda example, slab, block: (example, slab, 0, block),
+            lambda example, slab, row: (example, slab, 0, row),
         )
 
     def __str__(self) -> str:
@@ -454,13 +537,11 @@ class DownSublanes(Chunks):
 
     @property
     def of_param(self) -> pl.BlockSpec:
-        """For scale and bias [1, features], fetched once."""
-        return _of_param(round_up(self.features, LANES))
+        return self.spec_of_param(round_up(self.features, LANES))
 
     @property
     def of_param_gradient(self) -> pl.BlockSpec:
-        """For dscale and dbias [examples, 1, features]."""
-        return _of_param_gradient(round_up(self.features, LANES))
+        return self.spec_of_param_gradient(round_up(self.features, LANES))
 
     @property
     def kept_param(self) -> Any:
@@ -509,9 +590,9 @@ class DownSublanes(Chunks):
     @property
     def of_statistic(self) -> pl.BlockSpec:
         """For mean and variance [examples, slabs, 1, rows]."""
-        return pl.BlockSpec(
+        return self.spec(
             (None, self.block_slabs, 1, self.block_rows),
-            lambda example, slab, block: (example, slab, 0, block),
+            lambda example, slab, row: (example, slab, 0, row),
         )
 
     def put_statistic(self, ref: Any, index: Any, row: jax.Array) -> None:
@@ -542,8 +623,11 @@ class DownSublanes(Chunks):
     @property
     def chunks(self) -> Any:
         """Of this block, that have rows."""
-        slabs = self.slabs - pl.program_id(1) * self.block_slabs
-        return jnp.minimum(slabs, self.block_slabs) * self.chunks_of_slab
+        slab, _ = self.block_number
+        slabs = jnp.minimum(self.slabs - slab * self.block_slabs, self.block_slabs)
+        if self.cores > 1:
+            slabs = jnp.maximum(slabs, 0)
+        return slabs * self.chunks_of_slab
 
     def _slab_and_row(self, index: Any) -> tuple[Any, Any]:
         """Where a chunk begins, in a block."""
@@ -586,7 +670,8 @@ class DownSublanes(Chunks):
 
     def is_inside(self, index: Any) -> jax.Array:
         """bool [1, chunk_rows]: whether the array has this row."""
-        first = pl.program_id(2) * self.block_rows + self._slab_and_row(index)[1]
+        _, block = self.block_number
+        first = block * self.block_rows + self._slab_and_row(index)[1]
         row = lax.broadcasted_iota(jnp.int32, (1, self.chunk_rows), 1)
         return first + row < self.rows
 
@@ -613,9 +698,9 @@ class Turned(DownSublanes):
     @property
     def of_rows(self) -> pl.BlockSpec:
         """For x, y, dy and dx."""
-        return pl.BlockSpec(
+        return self.spec(
             (None, self.block_slabs, self.block_rows, LANES),
-            lambda example, slab, block: (example, slab, block, 0),
+            lambda example, slab, row: (example, slab, row, 0),
         )
 
     def place(self, index: Any) -> Any:
@@ -669,11 +754,3 @@ def _add_to_first(total: jax.Array, more: jax.Array) -> jax.Array:
     if count == total.shape[0]:
         return total + more
     return jnp.concatenate([total[:count] + more, total[count:]], 0)
-
-
-def _of_param(lanes: int) -> pl.BlockSpec:
-    return pl.BlockSpec((1, lanes), lambda example, slab, block: (0, 0))
-
-
-def _of_param_gradient(lanes: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, 1, lanes), lambda example, slab, block: (example, 0, 0))

@@ -33,7 +33,7 @@ Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -298,14 +298,12 @@ def _backward_kernel(
 
 
 def _add_samples(cut: AnyCut, unit: Any, total: Any, rows: jax.Array) -> None:
-    """total += the unit's rows; the first unit of a strip sets it."""
+    """total += the unit's rows; a core's first unit of a strip sets it."""
     if cut.samples % cut.unit:
         sample = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
         rows = jnp.where(sample < cut.samples_in(unit), rows, 0)
     row = jnp.sum(rows, 0, keepdims=True)
-    _, _, of_strip = cut.place_of(unit)
-    is_first = of_strip == 0
-    total[...] = jnp.where(is_first, row, total[...] + row)
+    total[...] = jnp.where(cut.is_first(unit), row, total[...] + row)
 
 
 # --- both -----------------------------------------------------------------------------
@@ -332,8 +330,9 @@ def _for_each_unit(
       late: whether that is the unit before, whose blocks were kept.
       begin: before a unit's first block.
     """
-    unit = pl.program_id(0)
-    block = pl.program_id(1), pl.program_id(2)
+    core, turn = pl.program_id(0), pl.program_id(1)
+    block = pl.program_id(2), pl.program_id(3)
+    unit, units = core * cut.units_of_core + turn, cut.units_in(core)
     number = cut.number(block)
 
     def over(unit: Any, do: Callable[[Block, Any, Any], None]) -> None:
@@ -357,12 +356,19 @@ def _for_each_unit(
 
     if late and finish is not None:
         # Before the next unit's block takes its place.
-        pl.when(unit > 0)(lambda: over(unit - 1, finish))
-        pl.when(unit < cut.units)(gather)
-    else:
+        pl.when((turn > 0) & (turn <= units))(lambda: over(unit - 1, finish))
+        pl.when(turn < units)(gather)
+        return
+
+    def at_once() -> None:
         gather()
         if finish is not None:
             over(unit, finish)
+
+    if cut.is_even:
+        at_once()
+    else:
+        pl.when(turn < units)(at_once)
 
 
 # --- the launch -----------------------------------------------------------------------
@@ -524,14 +530,16 @@ class Launch:
         cut, norm = self.cut, self.call.norm
         wants_dx, wants_dscale, wants_dbias = self.call.wanted
         dy, x = self._to_view(dy), self._to_view(x)
-        gradient = memory.result(x, (cut.examples, 1, cut.channels), jnp.float32)
+        gradient = memory.result(
+            x, (cut.cores, cut.examples, 1, cut.channels), jnp.float32
+        )
         inner = self._of_channels_like(x) if wants_dx and not self.whole else None
         dx = memory.result(x, cut.view, self.call.x.dtype) if self.whole else None
 
         def places(count: int) -> Any:
             return pltpu.VMEM((count, cut.unit, *cut.places), jnp.float32)
 
-        return self._pallas_call(
+        dx, dscale, dbias, c1, c2 = self._pallas_call(
             functools.partial(_backward_kernel, cut=cut, epsilon=norm.epsilon),
             "channelwise_backward",
             operands=[
@@ -557,6 +565,17 @@ class Launch:
                 places(4) if self.whole else None,
             ],
         )
+        return dx, self._add_cores(dscale), self._add_cores(dbias), c1, c2
+
+    def _add_cores(self, of_cores: jax.Array | None) -> jax.Array | None:
+        """dscale or dbias [examples, 1, channels]."""
+        if of_cores is None or self.cut.cores == 1:
+            return of_cores
+        visited = self.cut.visited
+        if not visited.all():  # the others have written nothing
+            visited = visited.repeat(self.cut.strip, -1)[:, :, None]
+            of_cores = jnp.where(visited, of_cores, 0)
+        return of_cores.sum(0)
 
     def _pallas_call(
         self,
@@ -576,19 +595,21 @@ class Launch:
         """
         cut = self.cut
 
-        def now(unit: Any, *block: Any) -> tuple[Any, ...]:
-            if not self.late:
-                return unit, *block
-            # There is one unit more, for the last one's end: nothing new is fetched.
-            ends = unit == cut.units
-            last = [
-                jnp.where(ends, n - 1, i) for n, i in zip(cut.grid, block, strict=True)
+        def now(core: Any, turn: Any, *block: Any) -> tuple[Any, ...]:
+            """The unit, and the block, of a step; for a turn before a core's first
+            unit, or after its last one, the nearest block, which does not move."""
+            first = core * cut.units_of_core
+            if cut.is_even and not self.late:
+                return first + turn, *block
+            last = cut.units_in(core) - 1
+            nearest = [
+                jnp.where(turn < 0, 0, jnp.where(turn > last, n - 1, i))
+                for n, i in zip(cut.grid, block, strict=True)
             ]
-            return jnp.minimum(unit, cut.units - 1), *last
+            return first + jnp.clip(turn, 0, last), *nearest
 
-        def before(unit: Any, *block: Any) -> tuple[Any, ...]:
-            begins = unit == 0
-            return jnp.maximum(unit - 1, 0), *(jnp.where(begins, 0, i) for i in block)
+        def before(core: Any, turn: Any, *block: Any) -> tuple[Any, ...]:
+            return now(core, turn - 1, *block)
 
         def out_spec(array: Any, spec: Any) -> Any:
             finished = self.late and array.shape == cut.view
@@ -600,10 +621,11 @@ class Launch:
             else None
             for a in kept
         ]
+        grid = (cut.cores, cut.units_of_core + self.late, *cut.grid)
         return pl.pallas_call(
             kernel,
             name=name,
-            grid=(cut.units + self.late, *cut.grid),
+            grid=grid,
             in_specs=tuple(
                 None if array is None else spec(now) for array, spec in operands
             ),
@@ -613,7 +635,7 @@ class Launch:
                 for shape, spec in results
             ),
             scratch_shapes=(*keep, *scratch),
-            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=self.vmem),
+            compiler_params=memory.compiler_params(grid, self.vmem),
         )(*[memory.bits(array) for array, _ in operands])
 
     # x, y, dy, dx; and what channels have.
@@ -665,13 +687,14 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
       chip: for which.
     """
     shape = _in_memory(call, view)
-    cuts = (
-        _cut(call, shape, view, strip, chip.blocks) for strip in _strips(shape, view)
-    )
+    cuts = [
+        _cut(call, shape, view, strip, chip.blocks)
+        for strip in _strips(shape, view, chip.cores)
+    ]
     fit = (cut for cut in cuts if _vmem(call, cut, whole=True) <= chip.vmem)
     kept = next(fit, None) if call.wanted[0] else None
     whole = kept is not None
-    cut = kept or _cut(call, shape, view, view.features, chip.blocks)
+    cut = (kept or cuts[0]).shared_by(chip.cores)
     need = _vmem(call, cut, whole=whole)
     if need > chip.vmem:
         return Fallback(
@@ -710,6 +733,7 @@ class _Shape:
       order: its axes, from slowest to fastest.
       examples, samples, slabs, rows: sizes, as of `Cut`.
       down: whether channels lie down the sublanes, and rows across the lanes.
+      is_one: whether an example has one sample whatever its size: as in BatchNorm.
     """
 
     order: tuple[int, ...]
@@ -718,6 +742,7 @@ class _Shape:
     slabs: int
     rows: int
     down: bool
+    is_one: bool
 
 
 def _in_memory(call: Call, view: Geometry) -> _Shape:
@@ -735,7 +760,7 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
         and math.prod(shape[own:first]) == samples
     )
     if not simple:  # what the axes are is known of the view alone
-        return _Shape(natural, examples, samples, 1, view.s, down=False)
+        return _Shape(natural, examples, samples, 1, view.s, down=False, is_one=False)
     order = order_of_axes(shape, call.x.dtype.itemsize, first)
     down = order[-1] != last
     axis = order[-1] if down else order[-2]
@@ -743,17 +768,22 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
     slabs = view.s // rows
     if not down and rows % SUBLANES == 0:  # joined they fill the same tiles
         slabs, rows = 1, view.s
-    return _Shape(order, examples, samples, slabs, rows, down)
+    is_one = set(range(own, last)) <= set(call.norm.reduction_axes)
+    return _Shape(order, examples, samples, slabs, rows, down, is_one)
 
 
-def _strips(shape: _Shape, view: Geometry) -> Iterator[int]:
-    """Widths of strips, from all channels down: whole groups, and whole tiles."""
-    yield view.features
+def _strips(shape: _Shape, view: Geometry, cores: int) -> list[int]:
+    """Widths of strips, from all channels down: whole groups, and whole tiles.
+
+    Of a single sample so many strips that each core has one, if it has so many.
+    """
+    widths = [view.features]
     least = math.lcm(view.k, LANES)
-    if shape.down or view.features % least:
-        return
-    count = view.features // least
-    yield from (least * n for n in range(count - 1, 0, -1) if count % n == 0)
+    if not shape.down and view.features % least == 0:
+        count = view.features // least
+        widths += [least * n for n in range(count - 1, 0, -1) if count % n == 0]
+    most = view.features // cores if shape.is_one else view.features
+    return [width for width in widths if width <= most] or widths
 
 
 def _cut(
@@ -797,6 +827,7 @@ def _cut(
         chunk_channels = _divisor(channels, channels_tile, fits)
     kind = DownSublanes if shape.down else AcrossLanes
     return kind(
+        cores=1,
         examples=shape.examples,
         samples=shape.samples,
         slabs=shape.slabs,
@@ -858,5 +889,7 @@ def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
     else:
         moved += of_channels * (2 if wants_dx and not whole else 1)
         params = params if wants_dx else []
-        moved += 4 * (wants_dscale + wants_dbias) * cut.examples * cut.channels
+        # Of several cores written, read and added up.
+        sums = 1 if cut.cores == 1 else 2 * cut.cores + 1
+        moved += 4 * (wants_dscale + wants_dbias) * sums * cut.examples * cut.channels
     return moved + sum(math.prod(p.shape) * p.dtype.itemsize for p in params)

@@ -1,12 +1,13 @@
 """What the kernels of TPUs share: chips, operands, rows and columns, float16."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128  # of a vector register
 SUBLANES = 8
@@ -21,10 +22,12 @@ class Chip:
       blocks: bytes for blocks of all operands together, two of each: one in use, one in
         flight. At the bandwidth of HBM they take about 10 us, against about 0.35 us
         that a step costs by itself, and against what waits for the first of them.
+      cores: that share the device's memory, and its kernels.
     """
 
     vmem: int
     blocks: int
+    cores: int = 1
 
 
 MIB = 2**20
@@ -45,7 +48,14 @@ CHIPS = {
 
 def chip(device: Any) -> Chip:
     """Of a jax device; of one that is not known, or elsewhere, the least: a v4's."""
-    return CHIPS.get(getattr(device, "device_kind", ""), _OLDER)
+    known = CHIPS.get(getattr(device, "device_kind", ""), _OLDER)
+    return dataclasses.replace(known, cores=getattr(device, "num_cores", 1))
+
+
+def compiler_params(grid: Sequence[int], vmem: int) -> pltpu.CompilerParams:
+    """Of a kernel with one number of the first axis of its grid for each core."""
+    semantics: list[Any] = ["parallel", *["arbitrary"] * (len(grid) - 1)]
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)
 
 
 def power_of_two(most: int) -> int:

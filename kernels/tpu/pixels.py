@@ -24,10 +24,11 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -43,6 +44,7 @@ class Cut:
     """What both ways of lying share.
 
     Attributes:
+      cores: that share the units: each has some that follow each other.
       examples: parts of the array with a dscale and dbias of their own.
       samples: of an example.
       slabs, rows: a sample's pixels.
@@ -55,6 +57,7 @@ class Cut:
         of slabs a divisor, of the block's and of all.
     """
 
+    cores: int
     examples: int
     samples: int
     slabs: int
@@ -89,6 +92,36 @@ class Cut:
     def units(self) -> int:
         return self.examples * self.strips * self.sets
 
+    def shared_by(self, cores: int) -> Self:
+        """By so many cores, if each of them gets a unit, or by one."""
+        shared = dataclasses.replace(self, cores=cores)
+        of_others = (cores - 1) * shared.units_of_core
+        return shared if of_others < self.units else self
+
+    @property
+    def units_of_core(self) -> int:
+        """Of each; the last one may have fewer."""
+        return pl.cdiv(self.units, self.cores)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether each core has as many."""
+        return self.units % self.cores == 0
+
+    def units_in(self, core: Any) -> Any:
+        if self.is_even:
+            return self.units_of_core
+        left = self.units - core * self.units_of_core
+        return jnp.minimum(left, self.units_of_core)
+
+    @property
+    def visited(self) -> np.ndarray:
+        """bool [cores, examples, strips]: of which of them a core has units."""
+        unit = np.arange(self.units)
+        found = np.zeros((self.cores, self.examples * self.strips), bool)
+        found[unit // self.units_of_core, unit // self.sets] = True
+        return found.reshape(self.cores, self.examples, self.strips)
+
     @property
     def grid(self) -> tuple[int, int]:
         """Blocks of a unit: of its slabs, of its rows."""
@@ -117,6 +150,13 @@ class Cut:
         _, _, of_strip = self.place_of(unit)
         return jnp.minimum(self.samples - of_strip * self.unit, self.unit)
 
+    def is_first(self, unit: Any) -> Any:
+        """Of those of a strip of an example that a core has."""
+        _, _, of_strip = self.place_of(unit)
+        if self.cores == 1:
+            return of_strip == 0
+        return (of_strip == 0) | (lax.rem(unit, self.units_of_core) == 0)
+
     def spec(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         """For arrays of the view.
 
@@ -140,13 +180,13 @@ class Cut:
         return pl.BlockSpec((1, self.lanes), index)
 
     def spec_of_gradients(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
-        """For dscale and dbias, [examples, 1, channels]."""
+        """For dscale and dbias, [cores, examples, 1, channels]."""
 
-        def index(*step: Any) -> tuple[Any, ...]:
-            example, strip, _ = self.place_of(where(*step)[0])
-            return example, 0, strip
+        def index(core: Any, *step: Any) -> tuple[Any, ...]:
+            example, strip, _ = self.place_of(where(core, *step)[0])
+            return core, example, 0, strip
 
-        return pl.BlockSpec((None, 1, self.lanes), index)
+        return pl.BlockSpec((None, None, 1, self.lanes), index)
 
     def spec_of_statistics(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         """For what each channel of each sample has, [examples * sets, unit,

@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
@@ -254,13 +253,13 @@ def _keep_params(pairs: Sequence[tuple[Any, Any]], blocks: Blocks) -> None:
 
 
 def _is_first_step() -> jax.Array:
-    """Of those of one example."""
-    return (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
+    """Of those that a core has of one example."""
+    return (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
 
 
 def _is_last_step(blocks: Blocks) -> jax.Array:
-    _, slabs, last = blocks.grid
-    return (pl.program_id(1) == slabs - 1) & (pl.program_id(2) == last - 1)
+    *_, slabs, rows = blocks.grid
+    return (pl.program_id(2) == slabs - 1) & (pl.program_id(3) == rows - 1)
 
 
 # --- the launch -----------------------------------------------------------------------
@@ -341,7 +340,9 @@ def backward(
     reads_x = dx or dscale
     view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
-    param = memory.result(x, (blocks.examples, 1, blocks.features), jnp.float32)
+    param = memory.result(
+        x, (blocks.cores, blocks.examples, 1, blocks.features), jnp.float32
+    )
     total = blocks.kept_sum
     if mean is not None:
         mean = mean.reshape(row_of_statistics)
@@ -372,8 +373,10 @@ def backward(
             total if dbias else None,
         ],
     )
+    of_x, *of_params = results
     params = (*x.shape[: call.own_params], blocks.features)
-    return _present(results, [x.shape, params, params])
+    found = [of_x, *map(blocks.add_cores, of_params)]
+    return _present(found, [x.shape, params, params])
 
 
 def _present(
@@ -402,8 +405,8 @@ def _pallas_call(
         out_shape=tuple(shape for shape, _ in results),
         out_specs=tuple(None if shape is None else spec for shape, spec in results),
         scratch_shapes=tuple(scratch),
-        compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=max(blocks.vmem, VMEM_BYTES)
+        compiler_params=memory.compiler_params(
+            blocks.grid, max(blocks.vmem, VMEM_BYTES)
         ),
     )(*[memory.bits(array) for array, _ in operands])
 
@@ -414,7 +417,7 @@ def _pallas_call(
 def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     """Chooses blocks for a call whose view has S = 1 and one set of parameters."""
     vmem, blocks_bytes = max(chip.vmem, VMEM_BYTES), max(chip.blocks, BLOCKS_BYTES)
-    chip = memory.Chip(vmem, blocks_bytes)
+    chip = dataclasses.replace(chip, vmem=vmem, blocks=blocks_bytes)
     own, natural = call.own_params, tuple(range(call.x.ndim))
     order = natural
     if call.norm.reduction_axes == natural[-1:]:  # no groups, nor several axes
@@ -427,6 +430,7 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     blocks = down or across_lanes(call, view, chip)
     if isinstance(blocks, Fallback):
         return blocks
+    blocks = blocks.shared_by(chip.cores)
     lie = "features down the sublanes" if down else "rows lie contiguous"
     if isinstance(blocks, Turned):
         lie += ", transposed in registers"
@@ -515,11 +519,11 @@ def across_lanes(
             rows, slabs = inner, rows // inner
     if lanes > LANES:
         return AcrossLanes(
-            need, examples, slabs, rows, features, block_rows, chunk_rows
+            need, 1, examples, slabs, rows, features, block_rows, chunk_rows
         )
     chunk_rows = min(chunk_rows, round_up(rows, LANES))
     block_rows -= block_rows % chunk_rows
-    return Turned(need, examples, slabs, rows, features, block_rows, chunk_rows, 1)
+    return Turned(need, 1, examples, slabs, rows, features, block_rows, chunk_rows, 1)
 
 
 def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
@@ -559,6 +563,7 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
     block_rows = chunks * chunk * LANES
     return DownSublanes(
         vmem=need,
+        cores=1,
         examples=examples,
         slabs=slabs,
         rows=rows,
@@ -592,5 +597,7 @@ def bytes_moved(call: Call, blocks: Blocks) -> int:
         dx, dscale, dbias = call.wanted
         total += statistics * (dx or dscale)
         params = params if dx else []
-        total += (dscale + dbias) * blocks.examples * blocks.features * 4
+        # Of several cores written, read and added up.
+        sums = 1 if blocks.cores == 1 else 2 * blocks.cores + 1
+        total += (dscale + dbias) * sums * blocks.examples * blocks.features * 4
     return total + sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
