@@ -59,7 +59,8 @@ def set_variant(
     if variant != "one block":  # blocks and chunks of few pixels
         chip = memory.Chip(vmem=2**40, blocks=2**15)
         monkeypatch.setattr(memory, "chip", lambda _: chip)
-        monkeypatch.setattr(channelwise, "CHUNK", 2 * 1024)
+        registers = {"forward": 2, "backward": 2}
+        monkeypatch.setattr(channelwise, "REGISTERS", registers)
     if variant == "two reads":
         real = channelwise._vmem
 

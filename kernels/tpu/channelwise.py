@@ -32,8 +32,9 @@ Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -48,15 +49,26 @@ from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.blocks import inverse, order_of_axes
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, power_of_two, round_up
-from fusednorm.kernels.tpu.pixels import AcrossLanes, AnyCut, Block, DownSublanes
+from fusednorm.kernels.tpu.pixels import (
+    AcrossLanes,
+    AnyCut,
+    Block,
+    DownSublanes,
+    loop,
+)
 
 MOST_SAMPLES = 8  # of a unit: as many as there are sublanes for their statistics
 
-# Elements of a chunk: 40 vector registers in float32, of 64. Cycles for a register,
-# compiled for a v5e, bfloat16: with 24 registers 5.5 forward, with 32 and 40 4.2, with
-# 64 4.7 (65536 pixels of 256 channels); with 32 9.6, with 40, of which 5 tiles of 128
-# channels side by side make use, 8.8 (64 pixels of 1280 channels).
-CHUNK = 40 * SUBLANES * LANES
+# Vector registers of a chunk in float32, of 64. With more their numbers spill, with
+# fewer there is less to do than the sums are waited for. Cycles over those of HBM
+# traffic, compiled for a 7x, 16384 pixels of 512 channels, bfloat16, 4 chunks at once:
+# forward with 24 registers 1.39, with 40 1.36; backward with 24 1.30, with 40 1.57.
+REGISTERS = {"forward": 40, "backward": 24}
+
+# Channels of a chunk that has 16 bits a number, if they divide a strip's: memory has
+# tiles of 8 rows times 128 channels, which are half a register, and two side by side
+# one. As above, for a v6e: forward 0.87 -> 0.80, backward 0.88 -> 0.74.
+WIDE = 2 * LANES
 
 SPILLED = 8  # values of a unit's places that lie in VMEM while it is completed
 OTHER_BYTES = 2**20  # of VMEM: parameters, statistics, and what Mosaic has itself
@@ -82,12 +94,14 @@ def _forward_kernel(
     """y, mean and variance."""
 
     def add_up(block: Block, sample: Any, tile: Any) -> None:
-        def step(chunk: Any, rows: int, before: Moments) -> Moments:
-            here = cut.at(sample, chunk, tile)
-            if kept_x is not None:
-                kept_x[cut.number(block), *here] = x_ref[here]
-            x = cut.as_places(memory.load(x_ref, here))
-            return _add_chunk(cut, before, x, rows, center)
+        def step(chunks: Any, rows: int, before: Moments) -> Moments:
+            def read(chunk: Any) -> jax.Array:
+                here = cut.at(sample, chunk, tile)
+                if kept_x is not None:
+                    kept_x[cut.number(block), *here] = x_ref[here]
+                return cut.as_places(memory.load(x_ref, here))
+
+            return _add_chunks(cut, before, map(read, chunks), rows, center)
 
         at = sample, *cut.of_tile(tile)
         zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
@@ -102,20 +116,19 @@ def _forward_kernel(
             seen[i, *at] = value
 
     def complete(_: Any) -> None:
-        count, mean, m2 = (seen[i] for i in range(3))
-        of_channel = cut.meet(count * mean) * (1 / cut.pixels)
+        count, of_place, m2 = (seen[i] for i in range(3))
         if center:
-            apart = mean - cut.spread(of_channel)
-            m2 = m2 + count * apart * apart
-        m2 = cut.meet(m2)
-        if center:
-            mean = cut.sum_groups(of_channel) * (1 / cut.group)
-            apart = of_channel - mean
-            m2 = m2 + apart * apart * cut.pixels
-        var = cut.sum_groups(m2) * (1 / (cut.pixels * cut.group))
-        for ref, value in ((mean_ref, mean), (var_ref, var)):
-            if ref is not None:
-                ref[...] = cut.to_row(value)
+            mean = cut.meet(count * of_place) * (1 / cut.pixels)
+            apart = of_place - cut.spread(mean)
+            m2 = cut.meet(m2 + count * apart * apart)
+            mean, m2 = cut.merge_groups(mean, m2)
+        else:
+            m2 = cut.sum_groups(cut.meet(m2))
+        var = m2 * (1 / (cut.pixels * cut.group))
+        if mean_ref is not None:
+            mean_ref[...] = cut.to_row(mean)
+        if var_ref is not None:
+            var_ref[...] = cut.to_row(var)
         if y_ref is not None:
             if center:
                 found[0] = cut.spread(mean)
@@ -129,18 +142,19 @@ def _forward_kernel(
 
     def normalize(block: Block, sample: Any, tile: Any) -> None:
         at = sample, *cut.of_tile(tile)
-        mean, factor, bias = (found[i, *at] for i in range(3))
         source = x_ref if kept_x is None else kept_x.at[cut.number(block)]
 
-        def step(chunk: Any, _: int, __: None) -> None:
-            here = cut.at(sample, chunk, tile)
-            y = cut.as_places(memory.load(source, here))
-            if center:
-                y = y - mean
-            y = y * factor
-            if bias_ref is not None:
-                y = y + bias
-            memory.store(y_ref, here, cut.as_block(y))
+        def step(chunks: Any, _: int, __: None) -> None:
+            for chunk in chunks:
+                mean, factor, bias = (found[i, *at] for i in range(3))
+                here = cut.at(sample, chunk, tile)
+                y = cut.as_places(memory.load(source, here))
+                if center:
+                    y = y - mean
+                y = y * factor
+                if bias_ref is not None:
+                    y = y + bias
+                memory.store(y_ref, here, cut.as_block(y))
 
         cut.over_chunks(block, step, None)
 
@@ -159,12 +173,12 @@ def _forward_kernel(
 Moments = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _add_chunk(
-    cut: AnyCut, before: Moments, x: jax.Array, rows: int, center: bool
+def _add_chunks(
+    cut: AnyCut, before: Moments, chunks: Iterable[jax.Array], rows: int, center: bool
 ) -> Moments:
-    """Of what was seen before and of a chunk.
+    """Of what was seen before and of chunks, each of so many rows.
 
-    With the chunk's sums about the mean so far,  s1 = sum(x - mean),  s2 = sum((x -
+    With the chunks' sums about the mean so far,  s1 = sum(x - mean),  s2 = sum((x -
     mean)^2),  Chan's formula becomes
 
         mean += s1 / n,  m2 += s2 - s1 * s1 / n
@@ -174,12 +188,15 @@ def _add_chunk(
     may be any number near the pixels.
     """
     count, mean, m2 = before
-    count = count + cut.count(rows)
-    apart = x - mean if center else x
-    s2 = cut.add_registers(apart * apart, rows)
+    s1 = s2 = jnp.zeros_like(mean)
+    for x in chunks:
+        count = count + cut.count(rows)
+        apart = x - mean if center else x
+        s2 = s2 + cut.add_registers(apart * apart, rows)
+        if center:
+            s1 = s1 + cut.add_registers(apart, rows)
     if not center:
         return count, mean, m2 + s2
-    s1 = cut.add_registers(apart, rows)
     shift = s1 / jnp.maximum(count, 1)
     return count, mean + shift, m2 + (s2 - s1 * shift)
 
@@ -228,19 +245,21 @@ def _backward_kernel(
         mean = center_at[at] if center else None
 
         def step(
-            chunk: Any, rows: int, before: Sequence[jax.Array]
+            chunks: Any, rows: int, totals: Sequence[jax.Array]
         ) -> Sequence[jax.Array]:
-            here = cut.at(sample, chunk, tile)
-            if kept_x is not None:
-                kept_x[cut.number(block), *here] = x_ref[here]
-                kept_dy[cut.number(block), *here] = dy_ref[here]
-            x = cut.as_places(memory.load(x_ref, here))
-            dy = cut.as_places(memory.load(dy_ref, here))
-            terms = dy * (x if mean is None else x - mean), dy
-            return [
-                total + cut.add_registers(term, rows)
-                for total, term in zip(before, terms, strict=True)
-            ]
+            for chunk in chunks:
+                here = cut.at(sample, chunk, tile)
+                if kept_x is not None:
+                    kept_x[cut.number(block), *here] = x_ref[here]
+                    kept_dy[cut.number(block), *here] = dy_ref[here]
+                x = cut.as_places(memory.load(x_ref, here))
+                dy = cut.as_places(memory.load(dy_ref, here))
+                terms = dy * (x if mean is None else x - mean), dy
+                totals = [
+                    total + cut.add_registers(term, rows)
+                    for total, term in zip(totals, terms, strict=True)
+                ]
+            return totals
 
         zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
         for i, value in enumerate(cut.over_chunks(block, step, [zero, zero])):
@@ -270,19 +289,20 @@ def _backward_kernel(
 
     def store_dx(block: Block, sample: Any, tile: Any) -> None:
         at = sample, *cut.of_tile(tile)
-        mean, of_dy, of_x, rest = (found[i, *at] for i in range(4))
         from_x = x_ref if kept_x is None else kept_x.at[cut.number(block)]
         from_dy = dy_ref if kept_dy is None else kept_dy.at[cut.number(block)]
 
-        def step(chunk: Any, _: int, __: None) -> None:
-            here = cut.at(sample, chunk, tile)
-            x = cut.as_places(memory.load(from_x, here))
-            dx = cut.as_places(memory.load(from_dy, here)) * of_dy
-            if center:
-                dx = dx - (x - mean) * of_x - rest
-            else:
-                dx = dx - x * of_x
-            memory.store(dx_ref, here, cut.as_block(dx))
+        def step(chunks: Any, _: int, __: None) -> None:
+            for chunk in chunks:
+                mean, of_dy, of_x, rest = (found[i, *at] for i in range(4))
+                here = cut.at(sample, chunk, tile)
+                x = cut.as_places(memory.load(from_x, here))
+                dx = cut.as_places(memory.load(from_dy, here)) * of_dy
+                if center:
+                    dx = dx - (x - mean) * of_x - rest
+                else:
+                    dx = dx - x * of_x
+                memory.store(dx_ref, here, cut.as_block(dx))
 
         cut.over_chunks(block, step, None)
 
@@ -336,10 +356,16 @@ def _for_each_unit(
     number = cut.number(block)
 
     def over(unit: Any, do: Callable[[Block, Any, Any], None]) -> None:
-        def of_sample(sample: Any, _: None) -> None:
-            lax.fori_loop(0, cut.tiles, lambda tile, _: do(block, sample, tile), None)
+        *_, tiles_at_once, samples_at_once = cut.at_once
 
-        lax.fori_loop(0, cut.samples_in(unit), of_sample, None)
+        def of_samples(samples: Sequence[Any], _: None) -> None:
+            def of_tiles(tiles: Sequence[Any], _: None) -> None:
+                for sample, tile in itertools.product(samples, tiles):
+                    do(block, sample, tile)
+
+            loop(cut.tiles, tiles_at_once, of_tiles, None)
+
+        loop(cut.samples_in(unit), samples_at_once, of_samples, None)
 
     def gather() -> None:
         @pl.when(number == 0)
@@ -799,10 +825,11 @@ def _cut(
     rows = round_up(shape.rows, rows_tile)
 
     # Rows of a chunk: so many as divide the array's, if these are not too few.
-    chunk_channels = LANES
+    chunk = REGISTERS[call.op] * SUBLANES * LANES
+    chunk_channels = WIDE if min(streamed) == 2 and channels % WIDE == 0 else LANES
     if shape.down:
         chunk_channels = _divisor(channels, channels_tile, LANES // 2)
-    most_rows = max(CHUNK // chunk_channels, rows_tile)
+    most_rows = max(chunk // chunk_channels, rows_tile)
     chunk_rows = _divisor(rows, rows_tile, most_rows)
     if 2 * chunk_rows < min(most_rows, rows):
         chunk_rows = round_up(pl.cdiv(rows, pl.cdiv(rows, most_rows)), rows_tile)
@@ -820,10 +847,10 @@ def _cut(
         rows = pl.cdiv(rows, pl.cdiv(rows, max(most // channels, chunk_rows)))
 
     # Where rows are few, several slabs to a chunk, or channels side by side.
-    fits = CHUNK // (chunk_rows * chunk_channels)
+    fits = chunk // (chunk_rows * chunk_channels)
     chunk_slabs = _divisor(shape.slabs, 1, min(fits, slabs))
     if not shape.down:
-        fits = CHUNK // (chunk_rows * chunk_slabs)
+        fits = chunk // (chunk_rows * chunk_slabs)
         chunk_channels = _divisor(channels, channels_tile, fits)
     kind = DownSublanes if shape.down else AcrossLanes
     return kind(
