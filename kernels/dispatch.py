@@ -113,6 +113,8 @@ class Kernel:
       block: what one block works on, in words.
       why: why this variant was chosen, in words.
       bytes_moved: bytes read from and written to device memory.
+      unless_named: why the reference is expected to be faster, in words: "auto" then
+        takes it, and the kernel runs where its backend is named. "" where it is not.
     """
 
     backend: str
@@ -121,6 +123,7 @@ class Kernel:
     block: str = ""
     why: str = ""
     bytes_moved: int = 0
+    unless_named: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +145,8 @@ def use_backend(backend: str) -> Iterator[None]:
     """Chooses the implementation for every fusednorm call traced in this context.
 
     Args:
-      backend: "auto" lets the plan choose, and falls back silently; "reference" is
+      backend: "auto" lets the plan choose what it expects to be fastest, and falls
+        back silently; "reference" is
         plain jax.numpy; "mosaic_gpu" and "mosaic_tpu" are the kernels, which raise
         where they cannot run. A gradient uses the backend of its forward.
 
@@ -213,6 +217,8 @@ def plan(call: Call, target: Target, backend: str = "auto") -> Kernel | Fallback
         return Fallback("the backend 'reference' was chosen")
     answer = _plan(call, target)
     if backend == "auto":
+        if isinstance(answer, Kernel) and answer.unless_named:
+            return Fallback(answer.unless_named)
         return answer
     if isinstance(answer, Kernel) and answer.backend == backend:
         return answer

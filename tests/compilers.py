@@ -30,11 +30,17 @@ def name(value: Any) -> str | None:
 
 
 def layers(
-    begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str
+    begun: dict[Any, Future[Any]],
+    chip: Chip,
+    case: Case,
+    which: str,
+    nbytes: float = TENSOR_BYTES,
+    whole: Any = layer,
 ) -> tuple[Whole, Whole]:
     """flax's, which has no kernel of ours, and ours."""
     flax, ours = (
-        begun[chip, case.name, which, fused].result() for fused in (False, True)
+        begun[whole, chip, case.name, nbytes, which, fused].result()
+        for fused in (False, True)
     )
     assert flax.ours == 0
     return flax, ours
@@ -54,8 +60,11 @@ def begin(items: Sequence[Any]) -> Iterator[dict[Any, Future[Any]]]:
                 begun[tpu] = elsewhere.begin(orders_of_axes, tpu, item.module.ARRAYS)
             if "case" in params:
                 chip, case, which = (params[key] for key in ("chip", "case", "which"))
+                nbytes = params.get("nbytes", TENSOR_BYTES)
+                whole = params.get("whole", layer)
                 for fused in (True, False):
-                    begun[chip, case.name, which, fused] = elsewhere.begin(
-                        layer, chip, case, TENSOR_BYTES, which, fused
+                    key = (whole, chip, case.name, nbytes, which, fused)
+                    begun[key] = elsewhere.begin(
+                        whole, chip, case, nbytes, which, fused
                     )
         yield begun

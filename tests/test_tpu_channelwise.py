@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import fusednorm
-from fusednorm.kernels import tpu
-from fusednorm.kernels.dispatch import Call, Kernel
+from fusednorm.kernels import dispatch, tpu
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.tpu import channelwise, memory, pixels
 from tests import interpreters
 from tests.helpers import Case
@@ -123,7 +123,8 @@ def test_mosaic_takes_it(case: Case) -> None:
         y, vjp = jax.vjp(case.run, x, *params)
         return y, vjp(dy.astype(y.dtype))
 
-    assert lowered("tpu", step, x, dy, *params).count("tpu_custom_call") == 2
+    with fusednorm.use_backend("mosaic_tpu"):
+        assert lowered("tpu", step, x, dy, *params).count("tpu_custom_call") == 2
 
 
 # --- two cores ------------------------------------------------------------------------
@@ -254,6 +255,32 @@ def test_a_chip_with_more_vmem_keeps_more() -> None:
         "channelwise forward, two reads",
         "channelwise backward, two reads",
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "is_kernel"),
+    [
+        ("batch_norm", (8, 14, 14, 64), False),
+        ("group_norm", (8, 64, 64, 320), False),
+        ("instance_norm", (2, 4, 16, 16, 32), False),  # frames
+        ("group_norm", (8, 256, 320), True),  # tokens
+        ("batch_norm", (256, 64), True),
+    ],
+)
+def test_images_are_left_to_xla_unless_the_kernels_are_named(
+    kind: str, shape: tuple[int, ...], is_kernel: bool
+) -> None:
+    for call in calls(kind, shape):
+        chosen, named = (
+            dispatch.plan(call, dispatch.Target(("tpu",)), backend)
+            for backend in ("auto", "mosaic_tpu")
+        )
+        assert isinstance(named, Kernel)
+        if is_kernel:
+            assert isinstance(chosen, Kernel)
+        else:
+            assert isinstance(chosen, Fallback)
+            assert "XLA fuses the sums into the convolution" in chosen.reason
 
 
 def test_why() -> None:

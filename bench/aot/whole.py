@@ -14,7 +14,8 @@ import fusednorm
 from bench.aot import hlo
 from bench.aot.chips import Chip
 from bench.aot.compile import compile_for
-from bench.cases import Case
+from bench.cases import Block, Case
+from fusednorm.kernels import dispatch
 
 Pass = Literal["forward", "forward+backward"]
 PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
@@ -51,24 +52,49 @@ class Whole:
 def layer(
     chip: Chip, case: Case, tensor_bytes: float, which: Pass, fused: bool
 ) -> Whole:
-    """The norm layer of a benchmark case.
+    """The norm layer of a benchmark case, alone.
 
     Args:
       chip: compiled for.
       case: its norm alone is taken.
       tensor_bytes: of x.
       which: what is compiled.
-      fused: whether by our layer, or flax's.
+      fused: whether by our layer, with the chip's kernels named, or by flax's.
     """
     shape, dtype = case.shape(tensor_bytes), jnp.dtype(case.dtype)
     norm = case.norm(shape[-1], dtype=dtype, rngs=nnx.Rngs(0))
     function, params = pure(norm, fused=fused)
+    if fused:
+        backend, _ = dispatch.KERNELS[chip.platform]
+        function = fusednorm.use_backend(backend)(function)
     x = jax.ShapeDtypeStruct(shape, dtype)
     tensor = x.size * dtype.itemsize
     if which == "forward":
         return Whole.of(compile_for(chip, function, params, x).hlo, 2 * tensor)
     both = forward_backward(function)
     return Whole.of(compile_for(chip, both, params, x, x).hlo, 5 * tensor)
+
+
+def block(
+    chip: Chip, case: Case, tensor_bytes: float, which: Pass, fused: bool
+) -> Whole:
+    """The block of a benchmark case, the norm's neighbours included.
+
+    Args:
+      chip, tensor_bytes, which: as of `layer`.
+      case: what it has before and after its norm is compiled with it.
+      fused: whether by our layers, which choose what runs, or by flax's.
+    """
+    function, params = pure(Block(case, nnx.Rngs(0)), fused=fused)
+    shape, dtype = case.shape(tensor_bytes), jnp.dtype(case.dtype)
+    residual = jax.ShapeDtypeStruct(shape, dtype)
+    x = jax.ShapeDtypeStruct((*shape[:-1], case.conv or shape[-1]), dtype)
+    inputs = (x,) if case.residual is None else (x, residual)
+    if which == "forward":
+        return Whole.of(compile_for(chip, function, params, *inputs).hlo)
+    dy = jax.eval_shape(function, params, *inputs)
+    both = forward_backward(function)
+    return Whole.of(compile_for(chip, both, params, *inputs, dy).hlo)
 
 
 def pure(model: nnx.Module, *, fused: bool) -> tuple[Callable[..., Any], Any]:
