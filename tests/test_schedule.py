@@ -69,6 +69,18 @@ def test_numbers_are_of_32_bits_and_signed_where_the_instruction_is() -> None:
     assert count(template.format(kind="u32"), delay_slots=0) == 5
 
 
+@pytest.mark.parametrize(("addend", "bundles"), [(4294967295, 4), (4294967294, 5)])
+def test_a_branch_on_the_carry_of_a_sum(addend: int, bundles: int) -> None:
+    text = f"""
+     0   :  {{ %s1_s1 = smov 1 }}
+   0x1   :  {{ %p1_p0 = sc.u32 %s1_s1, {addend} }}
+   0x2   :  {{ %1 = sbr.rel (%p1_p0) target bundleno = 4 (0x4) }}
+   0x3   :  {{}}
+   0x4   :  {{}}
+    """
+    assert count(text, delay_slots=0) == bundles
+
+
 def test_the_first_of_two_cores_is_counted() -> None:
     megacore = """
      0   :  { %s1_s1 = sld [smem:[#allocation0]] /* megacore core id */ }

@@ -399,6 +399,8 @@ class _Machine:
             _, relation, kind, *_ = operation.split(".")
             form = _signed if kind == "s32" else _unsigned
             return _COMPARISONS[relation](*map(form, values))
+        if operation == "sc.u32":  # whether the sum has a carry
+            return _unsigned(values[0]) + _unsigned(values[1]) >= 2**32
         if operation in _OPERATIONS:
             return _signed(_OPERATIONS[operation](*map(_signed, values)))
         return None
