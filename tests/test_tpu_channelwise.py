@@ -257,6 +257,15 @@ def test_a_chip_with_more_vmem_keeps_more() -> None:
     ]
 
 
+def test_the_blocks_of_a_unit_are_even() -> None:
+    """784 slabs: 16 blocks of 49, and not of 52, of which the last is mostly room."""
+    _, backward = calls("batch_norm", (199, 28, 28, 512))
+    kernel = tpu.plan(backward, Device("TPU v6 lite"))
+    assert isinstance(kernel, Kernel)
+    assert kernel.name == "channelwise backward"  # so they fit VMEM: one read
+    assert kernel.block == f"128 channels of {49 * 199} of {784 * 199} pixels"
+
+
 @pytest.mark.parametrize(
     ("kind", "shape", "is_kernel"),
     [

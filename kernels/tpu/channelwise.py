@@ -860,7 +860,7 @@ def _cut(
     if sample <= most:
         unit = min(power_of_two(most // sample), MOST_SAMPLES)
     elif slabs > 1 and rows * channels <= most:
-        slabs = most // (rows * channels)
+        slabs = pl.cdiv(slabs, pl.cdiv(slabs, most // (rows * channels)))
     else:
         slabs = 1
         rows = pl.cdiv(rows, pl.cdiv(rows, max(most // channels, chunk_rows)))
@@ -882,7 +882,7 @@ def _cut(
         group=view.k,
         strip=strip,
         unit=unit,
-        block_slabs=slabs // chunk_slabs * chunk_slabs,
+        block_slabs=round_up(slabs, chunk_slabs),
         block_rows=round_up(rows, chunk_rows),
         chunk_slabs=chunk_slabs,
         chunk_rows=chunk_rows,
