@@ -63,8 +63,8 @@ MOST_SAMPLES = 8  # of a unit: as many as there are sublanes for their statistic
 # fewer there is less to do than the sums are waited for. Cycles over those of HBM
 # traffic, compiled for a 7x, 16384 pixels of 512 channels, bfloat16, 4 chunks at once:
 # forward with 24 registers 1.39, with 40 1.36; backward with 24 1.30, with 40 1.57.
-# With 26 the 199 pixels of a ResNet's 28 x 28 images are one chunk, with 24 two, of
-# whose padding VMEM has no room.
+# With 26 the 199 images of resnet50_conv3, which XLA lays down the sublanes, are one
+# chunk; with 24 they are two, for whose padding a v5e's VMEM has no room.
 REGISTERS = {"forward": 40, "backward": 26}
 
 # Channels of a chunk that has 16 bits a number, if they divide a strip's: memory has
@@ -851,7 +851,7 @@ def _cut(
     most_rows = max(chunk // chunk_channels, rows_tile)
     chunk_rows = _divisor(rows, rows_tile, most_rows)
     if 2 * chunk_rows < min(most_rows, rows):
-        chunk_rows = round_up(pl.cdiv(rows, pl.cdiv(rows, most_rows)), rows_tile)
+        chunk_rows = round_up(_even_part(rows, most_rows), rows_tile)
 
     # Samples and pixels of a block.
     most = max(blocks_bytes // (2 * sum(streamed)), 1)  # elements
@@ -860,10 +860,10 @@ def _cut(
     if sample <= most:
         unit = min(power_of_two(most // sample), MOST_SAMPLES)
     elif slabs > 1 and rows * channels <= most:
-        slabs = pl.cdiv(slabs, pl.cdiv(slabs, most // (rows * channels)))
+        slabs = _even_part(slabs, most // (rows * channels))
     else:
         slabs = 1
-        rows = pl.cdiv(rows, pl.cdiv(rows, max(most // channels, chunk_rows)))
+        rows = _even_part(rows, max(most // channels, chunk_rows))
 
     # Where rows are few, several slabs to a chunk, or channels side by side.
     fits = chunk // (chunk_rows * chunk_channels)
@@ -888,6 +888,11 @@ def _cut(
         chunk_rows=chunk_rows,
         chunk_channels=chunk_channels,
     )
+
+
+def _even_part(size: int, most: int) -> int:
+    """The largest of the fewest parts up to `most`, as equal as can be."""
+    return pl.cdiv(size, pl.cdiv(size, most))
 
 
 def _divisor(size: int, step: int, most: int) -> int:
