@@ -277,6 +277,9 @@ def test_spills_and_cycles_do_not_pass() -> None:
     assert gate.beyond(dataclasses.replace(once, spilled=8)) == [
         "spills 8 bytes of a thread's registers"
     ]
+    assert gate.beyond(dataclasses.replace(once, matrices=3)) == [
+        "moves matrices in shared memory: 3 instructions"
+    ]
     assert "not recorded" in gate.grown(once, {})[0]
 
 

@@ -198,13 +198,17 @@ def test_asynchronous_operations_count_once() -> None:
 # --- ptxas and the chips --------------------------------------------------------------
 
 PTXAS = """
+.visible .entry rows_mosaic_gpu_kernel(
+	ld.shared.b32 	%r2, [%r1];
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'rows_mosaic_gpu_kernel' for 'sm_90a'
 ptxas info    : Function properties for rows_mosaic_gpu_kernel
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 2 barriers
 ptxas info    : Compile time = 20.537 ms
-something else
+.visible .entry other_mosaic_gpu_kernel(
+	ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%rd1];
+	@%p1 stmatrix.sync.aligned.m8n8.x1.shared.b16 [%rd1], {%r2};
 ptxas info    : Compiling entry function 'other_mosaic_gpu_kernel' for 'sm_90a'
 ptxas info    : Function properties for other_mosaic_gpu_kernel
     136 bytes stack frame, 128 bytes spill stores, 64 bytes spill loads
@@ -218,6 +222,7 @@ def test_ptxas_reports() -> None:
     assert (rows.registers, rows.spilled, rows.stack) == (40, 0, 0)
     assert (other.kernel, other.registers) == ("other", 255)
     assert (other.spilled, other.stack) == (192, 136)
+    assert (rows.matrices, other.matrices) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ import jax
 from bench.aot.chips import Chip, Gpu, Tpu, device, schedules, target
 from fusednorm.kernels import dispatch
 
-# Has Mosaic print ptxas' report of each kernel that it compiles.
-_PRINT = "MOSAIC_GPU_DUMP_PTXAS"
+# Have Mosaic print the PTX of each kernel that it compiles, and then ptxas' report.
+_PRINT = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS")
 
 
 @dataclasses.dataclass(frozen=True)
 class Registers:
-    """ptxas' report of one Mosaic GPU kernel.
+    """ptxas' report of one Mosaic GPU kernel, and what its PTX says.
 
     Attributes:
       kernel: its name.
@@ -28,6 +28,9 @@ class Registers:
       registers: of a thread.
       spilled: bytes that a thread stores to and loads from its stack for want of them.
       stack: bytes of a thread's stack.
+      matrices: instructions that move matrices to or from shared memory. Mosaic has
+        them for 4 bytes a lane, and does not ask whether each 4 lanes' 16 bytes are
+        aligned, as the hardware wants.
     """
 
     kernel: str
@@ -35,6 +38,7 @@ class Registers:
     registers: int
     spilled: int
     stack: int
+    matrices: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +111,8 @@ _reports: dict[str, Registers] = {}
 @contextlib.contextmanager
 def _ptxas_reports() -> Iterator[Callable[[], str]]:
     """Catches what this process, C++ included, writes to its standard output."""
-    before = os.environ.get(_PRINT)
-    os.environ[_PRINT] = "1"
+    before = {name: os.environ.get(name) for name in _PRINT}
+    os.environ.update(dict.fromkeys(_PRINT, "1"))
     sys.stdout.flush()
     saved = os.dup(1)
     try:
@@ -123,10 +127,11 @@ def _ptxas_reports() -> Iterator[Callable[[], str]]:
     finally:
         os.dup2(saved, 1)
         os.close(saved)
-        if before is None:
-            del os.environ[_PRINT]
-        else:
-            os.environ[_PRINT] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 _SCHEDULE = re.compile(r"\d+-(?P<kernel>.+)-\d+-packed-bundles-post-ra\.txt")
@@ -149,12 +154,15 @@ _REPORT = re.compile(
 
 
 def parse_ptxas(text: str) -> Iterator[Registers]:
-    """The reports in what ptxas printed."""
+    """The reports in what was printed, each behind the PTX it is of."""
+    end = 0
     for report in _REPORT.finditer(text):
+        ptx, end = text[end : report.start()], report.end()
         yield Registers(
             kernel=report["kernel"].removesuffix("_mosaic_gpu_kernel"),
             arch=report["arch"],
             registers=int(report["registers"]),
             spilled=int(report["stores"]) + int(report["loads"]),
             stack=int(report["stack"]),
+            matrices=len(re.findall(r"\b(?:ld|st)matrix\.", ptx)),
         )

@@ -99,6 +99,7 @@ class Measurement:
       kernels: names of its kernels.
       block: what one block works on, in the plan's words.
       registers, spilled: of a thread: count, bytes. None for a TPU.
+      matrices: instructions of a GPU's kernels that move matrices (`Registers`).
       scratch: bytes of shared memory of a block, or of VMEM.
       scratch_limit: what a block may have.
       threads, blocks, resident: threads of a block, blocks, and how many of them an SM
@@ -131,6 +132,7 @@ class Measurement:
     block: str
     registers: int | None
     spilled: int | None
+    matrices: int | None
     scratch: int
     scratch_limit: int
     threads: int | None
@@ -282,7 +284,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
     for one in around:
         bytes_of["rest" if one.nbytes >= tensor else "partials"] += one.nbytes
     largest = max(found, key=lambda kernel: (kernel.threads, kernel.loaded))
-    registers = spilled = threads = resident = in_flight = clock = None
+    registers = spilled = matrices = threads = resident = in_flight = clock = None
     cycles: tuple[int, ...] = ()
     seconds_of_bytes: tuple[float, ...] = ()
     scratch = max(kernel.scratch for kernel in found)
@@ -291,6 +293,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
         threads = largest.threads
         registers = max(report.registers for report in compiled.registers)
         spilled = max(report.spilled for report in compiled.registers)
+        matrices = sum(report.matrices for report in compiled.registers)
         resident = chip.resident_blocks(registers, threads, scratch)
         blocks_of_sm = min(resident, -(-largest.blocks // chip.core_count))
         in_flight = blocks_of_sm * largest.in_flight
@@ -314,6 +317,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
         block=answer.block,
         registers=registers,
         spilled=spilled,
+        matrices=matrices,
         scratch=scratch,
         scratch_limit=limit,
         threads=threads,

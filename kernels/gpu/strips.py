@@ -789,13 +789,18 @@ def _layout(lanes: int, vector: int, *pixels: int) -> Any:
     warpgroup.
 
     Where there are fewer pixels than warps and lanes have room for, several of them
-    hold the same.
+    hold the same. Lanes of 4 bytes are taken as pairs: else Mosaic moves what 8 times 4
+    of them hold by `ldmatrix` and `stmatrix`, which want each 4 lanes' 16 bytes to be
+    aligned. Groups of 10 channels are not.
     """
     warps, in_warp = (*pixels, 1, 1)[:2]
     tiles = [(*pixels, lanes * vector)]
+    pairs = lanes % 4 == 0 and vector <= 2
+    if pairs:
+        tiles.append((2 * vector,))
     if lanes > 1:
         tiles.append((vector,))
-    last = -1 if lanes == 1 else -2  # the axis of lanes, or of the vector
+    last = -1 if lanes == 1 else -3 if pairs else -2  # the axis of lanes, or of pairs
     warp_dims: list[Any] = [plgpu.Replicated(WARPS // warps)] if warps < WARPS else []
     if warps > 1:
         warp_dims.append(last - len(pixels))
@@ -806,6 +811,8 @@ def _layout(lanes: int, vector: int, *pixels: int) -> Any:
         lane_dims.append(last - 1)
     if lanes > 1:
         lane_dims.append(last)
+    if pairs:
+        lane_dims.append(-2)
     return plgpu.Layout.TILED(
         plgpu.Tiling(tuple(tiles)),
         warp_dims=tuple(warp_dims),
