@@ -3,12 +3,14 @@
 #   PYTHON=...       the interpreter that environments are made from
 #   EXTRAS=...       the extras to install, comma-separated, instead of the ones found
 #   WORKERS=...      parallel test processes (default: one per core)
+#   GPU_WORKERS=...  those of make test-gpu (default: 8: they compile most of the time)
 #   PYTEST_ARGS=...  more arguments for pytest
 #   BENCH_ARGS=...   arguments for python -m bench, and for its roofline
 
 PYTHON ?=
 EXTRAS ?=
 WORKERS ?= auto
+GPU_WORKERS ?= 8
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -29,6 +31,7 @@ export PIP_NO_INPUT := 1
 # One BLAS thread per test process: xdist already fills the cores. How many threads XLA
 # has is tests/conftest.py's to say.
 ON_CPU := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=cpu
+ON_GPU := XLA_PYTHON_CLIENT_PREALLOCATE=false
 ELSEWHERE := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(VENV_AOT)/bin/python
 NO_DEVICE := not gpu and not tpu and not aot
 
@@ -50,7 +53,7 @@ test-slow: $(STAMP) ## the big sweeps, without an accelerator
 
 test-gpu: $(STAMP) ## the tests of the NVIDIA GPU in this machine; fails where there is none
 	@$(call require_device,gpu,an NVIDIA GPU)
-	$(BIN)/python -m pytest -n 0 -m gpu $(PYTEST_ARGS)
+	$(ON_GPU) $(BIN)/python -m pytest -n $(GPU_WORKERS) -m gpu $(PYTEST_ARGS)
 
 test-tpu: $(STAMP) ## the tests of the TPU in this machine; fails where there is none
 	@$(call require_device,tpu,a TPU)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 _ACTIVATIONS = {"relu": nnx.relu, "silu": nnx.silu}
@@ -136,12 +135,11 @@ def draw(
       inputs: x, whose mean is not 0, and the residual if there is one.
       cotangents: by the names of the block's outputs.
     """
-    rng = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 4))
     shape = case.shape(tensor_bytes)
 
     def normal(shape: tuple[int, ...], mean: float = 0.0) -> jax.Array:
-        values = rng.standard_normal(shape, dtype=np.float32) + np.float32(mean)
-        return jnp.asarray(values, case.dtype)
+        return (jax.random.normal(next(keys), shape) + mean).astype(case.dtype)
 
     channels = case.sample[-1] if case.conv is None else case.conv
     inputs: tuple[Any, ...] = (normal((*shape[:-1], channels), mean=0.5),)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.experimental.mosaic.gpu.profiler import Cupti
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fusednorm
@@ -25,7 +26,17 @@ PASSES = ("forward", "forward+backward")
 LARGEST_ON_CPU = 24e6
 
 Named = dict[str, Any]
-Pass = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A jitted function and its arguments: none is a constant in its code."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+    def __call__(self) -> Any:
+        return self.function(*self.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +68,10 @@ class Settings:
         if jax.default_backend() == "cpu":
             return cls(tensor_bytes=12e6, largest=LARGEST_ON_CPU)
         # More than an L2 cache holds (50 MB on H100, 126 MB on B200), or the figures
-        # are the cache's. Calls are queued: the launch of one hides behind another.
-        return cls(tensor_bytes=160e6, calls=20)
+        # are the cache's. Calls are queued: the launch of one hides behind another. A
+        # GPU's own clock needs no queue.
+        calls = 3 if jax.default_backend() == "gpu" else 20
+        return cls(tensor_bytes=160e6, calls=calls)
 
     @classmethod
     def quick(cls) -> "Settings":
@@ -99,8 +112,11 @@ class Result:
         reference, as `fusednorm.explain` says.
       floor_bytes: bytes that must cross device memory, or None; see `Case.floor`.
       copy_bytes: bytes that `copy` reads and writes.
+      clock: whose times these are: the "host"'s, or "device", the sum of a GPU's
+        kernels without what lies between them.
       rounds: samples of each contestant.
       flax, fusednorm, copy: their times.
+      kernels: by contestant, median seconds of a GPU's kernels by name.
       errors: of both against float64, by result.
     """
 
@@ -113,10 +129,12 @@ class Result:
     plan: str
     floor_bytes: int | None
     copy_bytes: int
+    clock: str
     rounds: int
     flax: Quantiles
     fusednorm: Quantiles
     copy: Quantiles
+    kernels: dict[str, dict[str, float]]
     errors: Named
 
     @property
@@ -149,14 +167,12 @@ class Result:
 
 
 def passes(block: Block, inputs: tuple[Any, ...], cotangents: Named) -> dict[str, Pass]:
-    """The block's forward, and its forward and backward, jitted and bound to arguments.
-
-    All arrays are arguments of the jitted functions: none is a constant in their code.
+    """The block's forward, and its forward and backward.
 
     Returns:
-      By the names of `PASSES`, functions without arguments. The forward returns the
-      block's outputs, the other also their gradients: dx, dscale and so on. Both return
-      BatchNorm's running averages as "statistics".
+      By the names of `PASSES`. The forward returns the block's outputs, the other also
+      their gradients: dx, dscale and so on. Both return BatchNorm's running averages as
+      "statistics".
     """
     graph, params, *rest = nnx.split(block, nnx.Param, ...)
 
@@ -186,8 +202,8 @@ def passes(block: Block, inputs: tuple[Any, ...], cotangents: Named) -> dict[str
         return {**outputs, **grads, "dx": dinputs[0], "statistics": statistics}
 
     return {
-        "forward": lambda: forward(params, inputs, rest),
-        "forward+backward": lambda: forward_backward(params, inputs, rest, cotangents),
+        "forward": Pass(forward, (params, inputs, rest)),
+        "forward+backward": Pass(forward_backward, (params, inputs, rest, cotangents)),
     }
 
 
@@ -197,8 +213,7 @@ def copy_of(nbytes: int) -> Pass:
     It adds a zero that XLA does not know, so that it is neither dropped nor aliased.
     """
     source, zero = jnp.zeros(nbytes // 4, jnp.float32), jnp.float32(0)
-    add = jax.jit(jnp.add)
-    return lambda: add(source, zero)
+    return Pass(jax.jit(jnp.add), (source, zero))
 
 
 class Contest:
@@ -263,7 +278,13 @@ class Contest:
             ("fusednorm", self.fused[which]),
         ]
         rounds = _suitable_rounds([function for _, function in turns], settings)
-        samples = interleave(benchmark, turns, rounds, calls=settings.calls)
+        kernels: dict[str, dict[str, float]] = {}
+        if jax.default_backend() == "gpu":
+            clock = "device"
+            samples, kernels = on_device(turns, rounds, calls=settings.calls)
+        else:
+            clock = "host"
+            samples = interleave(benchmark, turns, rounds, calls=settings.calls)
         tensors = self.case.floor and sum(self.case.floor[: PASSES.index(which) + 1])
         return Result(
             case=self.case.name,
@@ -275,10 +296,12 @@ class Contest:
             plan=self.plan,
             floor_bytes=tensors and tensors * self.tensor_bytes,
             copy_bytes=2 * self.tensor_bytes,
+            clock=clock,
             rounds=rounds,
             flax=Quantiles.of(samples["flax"]),
             fusednorm=Quantiles.of(samples["fusednorm"]),
             copy=Quantiles.of(samples["copy"]),
+            kernels=kernels,
             errors=self.errors,
         )
 
@@ -293,7 +316,7 @@ def in_words(plan: Kernel | Fallback) -> str:
 
 def interleave(
     benchmark: BenchmarkFixture,
-    turns: Sequence[tuple[str, Pass]],
+    turns: Sequence[tuple[str, Callable[[], Any]]],
     rounds: int,
     *,
     calls: int = 1,
@@ -313,7 +336,7 @@ def interleave(
     """
     order = itertools.cycle(function for _, function in turns)
 
-    def setup() -> tuple[tuple[Pass, int], dict[str, Any]]:
+    def setup() -> tuple[tuple[Callable[[], Any], int], dict[str, Any]]:
         before()
         return (next(order), calls), {}
 
@@ -323,6 +346,54 @@ def interleave(
     for i, seconds in enumerate(benchmark.stats.stats.data):
         samples[turns[i % len(turns)][0]].append(seconds / calls)
     return samples
+
+
+def on_device(
+    turns: Sequence[tuple[str, Pass]], rounds: int, *, calls: int = 1
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Times functions in turn by the clock of the GPU, kernel by kernel.
+
+    The host's clock would add what Python and the driver take for a call: 20
+    microseconds of 80 at these sizes, more where there are more arguments.
+
+    Args:
+      turns: names and functions; a name may come twice.
+      rounds: how often each turn comes.
+      calls: of the function, of each of which there is a sample; one more warms up.
+
+    Returns:
+      Seconds of a call's kernels together, by name of the turn, in the order in which
+      they were taken; and medians of each kernel, by name of the turn and of it.
+    """
+    cupti = Cupti(finalize=False)  # type: ignore[call-arg]  # mypy sees no dataclass
+    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in turns}
+    for _ in range(rounds):
+        for name, turn in turns:
+            # The warm call before, whose results are dropped, is none of the samples.
+            measure = cupti.measure(turn.function, aggregate=False, iterations=calls)
+            _, timings = measure(*turn.arguments)
+            assert timings, f"{name} launches no kernel"
+            each = timings if calls > 1 else [timings]
+            found[name] += [by_kernel(kernels) for kernels in each]
+    samples = {
+        name: [sum(one.values()) for one in each] for name, each in found.items()
+    }
+    medians = {
+        name: {
+            kernel: float(np.median([one[kernel] for one in each]))
+            for kernel in each[0]
+        }
+        for name, each in found.items()
+    }
+    return samples, medians
+
+
+def by_kernel(timings: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Seconds by name of a kernel, from CUPTI's milliseconds of each launch."""
+    seconds: dict[str, float] = {}
+    for name, milliseconds in timings:
+        seconds[name] = seconds.get(name, 0.0) + milliseconds / 1e3
+    return seconds
 
 
 def _suitable_rounds(functions: Iterable[Pass], settings: Settings) -> int:

@@ -153,12 +153,14 @@ def _show_trainings(report: Report, console: Console) -> None:
 
 def _show_results(results: Sequence[Result], console: Console) -> None:
     copies = sorted(result.copy_rate for result in results)
+    of = " of the GPU's kernels" if results[0].clock == "device" else ""
     table = Table(
         title="\nfusednorm against flax.nnx",
         title_justify="left",
-        caption="ms: median (first to last decile). ratio, GB/s and share: of first "
-        "deciles.\nGB/s: bytes that must be moved per second of fusednorm's time. "
-        f"share: of a copy's rate, {copies[len(copies) // 2] / 1e9:.1f} GB/s here.",
+        caption=f"ms{of}: median (first to last decile). ratio, GB/s and share: of "
+        "first deciles.\nGB/s: bytes that must be moved per second of fusednorm's "
+        "time. share: of a copy's rate,\n"
+        f"{copies[len(copies) // 2] / 1e9:.1f} GB/s here.",
         caption_justify="left",
         **_STYLE,
     )

@@ -21,6 +21,7 @@ for module in ("matplotlib", "optax", "pytest_benchmark", "rich", "sklearn"):
 from bench import __main__ as cli  # noqa: E402
 from bench import truth  # noqa: E402
 from bench.cases import CASES, Block, Case, draw  # noqa: E402
+from bench.contest import by_kernel, copy_of, on_device  # noqa: E402
 from bench.models import MODELS, Transformer  # noqa: E402
 
 CASE = {case.name: case for case in CASES}
@@ -57,6 +58,13 @@ def test_tensors_have_the_bytes_asked_for(case: Case) -> None:
         assert nbytes == case.sample_bytes > 6e6
 
 
+@pytest.fixture(params=[False, True], ids=["numpy", "jax"])
+def of_jax(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether jax computes float64."""
+    monkeypatch.setattr(truth, "on_device", lambda: request.param)
+    return bool(request.param)
+
+
 def small(name: str) -> Case:
     """A block like the case's, on a sample of few pixels and channels."""
     case = CASE[name]
@@ -82,12 +90,14 @@ def small(name: str) -> Case:
         "llama3_8b_add_rms",
     ],
 )
-def test_truth_is_flax_in_float64(name: str) -> None:
+def test_truth_is_flax_in_float64(name: str, of_jax: bool) -> None:
     case = small(name)
     block = Block(case, nnx.Rngs(0))
     inputs, cotangents = draw(case, TINY)
     done = truth.forward(block, inputs)
     grads = truth.backward(block, done, cotangents)
+    kind = jax.Array if of_jax else np.ndarray
+    assert all(isinstance(a, kind) and a.dtype == np.float64 for a in grads.values())
 
     with jax.enable_x64(True):
         for layer in (block.norm, getattr(block, "conv", None)):
@@ -140,6 +150,7 @@ def results(dtype: str) -> tuple[dict[str, jax.Array], dict[str, truth.Array]]:
     return {"dx": jnp.asarray(true, dtype)}, {"dx": true}
 
 
+@pytest.mark.usefixtures("of_jax")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gate_lets_a_right_result_through(dtype: str) -> None:
     right, true = results(dtype)
@@ -150,6 +161,7 @@ def test_gate_lets_a_right_result_through(dtype: str) -> None:
         truth.check(right, off_by_one, true)
 
 
+@pytest.mark.usefixtures("of_jax")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "spoil",
@@ -170,6 +182,30 @@ def test_gate_is_red_on_a_wrong_result(
     wrong = {"dx": spoil(right["dx"]).astype(dtype)}
     with pytest.raises(truth.GateError, match="dx is wrong"):
         truth.check(right, wrong, true)
+
+
+# --- the clock of a GPU ---------------------------------------------------------------
+
+
+def test_seconds_by_kernel() -> None:
+    """Of CUPTI's milliseconds, a kernel that a call launches twice in one sum."""
+    timings = [("sums", 0.5), ("combine", 0.25), ("sums", 1.0)]
+    assert by_kernel(timings) == {"sums": 1.5e-3, "combine": 0.25e-3}
+
+
+@pytest.mark.gpu
+def test_device_clock() -> None:
+    """A sample a call; four times the bytes take about four times as long."""
+    turns = [("small", copy_of(2**28)), ("large", copy_of(2**30))]
+    samples, kernels = on_device(turns, rounds=5, calls=3)
+    assert {name: len(each) for name, each in samples.items()} == dict.fromkeys(
+        ("small", "large"), 15
+    )
+    ratio = np.median(samples["large"]) / np.median(samples["small"])
+    assert 3 < ratio < 5
+    for name, each in samples.items():
+        (median,) = kernels[name].values()  # one kernel
+        assert median == pytest.approx(np.median(each))
 
 
 # --- the command line -----------------------------------------------------------------
@@ -229,6 +265,7 @@ def test_a_run(
         assert result["floor_bytes"] == floor * nbytes
         assert result["copy_bytes"] == 2 * nbytes
         assert result["backend"] == "reference"
+        assert result["clock"] == "host"
         for who in ("flax", "fusednorm", "copy"):
             times = result[who]
             assert 0 < times["p10"] <= times["p50"] <= times["p90"]
