@@ -283,7 +283,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
     tensor = bytes_of["ideal"] // (3 if workload.op == "backward" else 2)
     for one in around:
         bytes_of["rest" if one.nbytes >= tensor else "partials"] += one.nbytes
-    largest = max(found, key=lambda kernel: (kernel.threads, kernel.loaded))
+    largest = max(found, key=lambda kernel: kernel.loaded)
     registers = spilled = matrices = threads = resident = in_flight = clock = None
     cycles: tuple[int, ...] = ()
     seconds_of_bytes: tuple[float, ...] = ()
@@ -291,10 +291,14 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
     if isinstance(chip, Gpu):
         limit = chip.block_shared
         threads = largest.threads
-        registers = max(report.registers for report in compiled.registers)
+        registers = max(
+            report.registers
+            for report in compiled.registers
+            if report.kernel == largest.name
+        )
         spilled = max(report.spilled for report in compiled.registers)
         matrices = sum(report.matrices for report in compiled.registers)
-        resident = chip.resident_blocks(registers, threads, scratch)
+        resident = chip.resident_blocks(registers, threads, largest.scratch)
         blocks_of_sm = min(resident, -(-largest.blocks // chip.core_count))
         in_flight = blocks_of_sm * largest.in_flight
     else:

@@ -12,7 +12,9 @@ multiprocessors have work whatever N and G are. Sums run down the pixels, channe
 channel; the channels of a group come together last. There are two variants:
 
     resident   The blocks of a strip are a cluster, and keep its pixels in shared memory
-               from the first sum to the last store: x (and dy) is read once.
+               from the first sum to the last store: x (and dy) is read once. Several
+               blocks share a multiprocessor, so that one loads while another one waits
+               for its cluster or stores.
     two reads  `moments` reads x, and `combine` makes one mean and variance a group of
                what its blocks found. The normalization is left to XLA, which fuses it
                with what follows: it is elementwise, and a kernel could only tie. The
@@ -758,8 +760,8 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
         variant = ", two reads"
         why = (
             f"a group's {view.s} pixels do not fit the shared memory of "
-            f"{strips.MAX_CLUSTER} blocks: two reads, the second one in XLA's code, "
-            "which normalizes with what follows"
+            f"{strips.MAX_CLUSTER} blocks, two to a multiprocessor: two reads, the "
+            "second one in XLA's code, which normalizes with what follows"
         )
         if not call.wanted[0]:
             variant, why = ", sums", "sums alone are wanted: one read"

@@ -62,10 +62,10 @@ def cut(start: int, width: int, lanes: int, vector: int, spare: int) -> list[Chu
 # --- memory --------------------------------------------------------------------------
 
 
-def load(ref: Any, at: Any, layout: Any) -> jax.Array:
-    """ref[at] in float32."""
+def load(ref: Any, at: Any, layout: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """ref[at] in that dtype."""
     value = plgpu.load(ref.at[at], layout=layout, optimized=False)
-    return value.astype(jnp.float32)
+    return value.astype(dtype)
 
 
 def store(ref: Any, at: Any, value: jax.Array) -> None:

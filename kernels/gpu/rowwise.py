@@ -45,6 +45,10 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 # 65536 features on a cluster of 8 blocks is what the backward's registers hold.
 MAX_FEATURES = 65536
 
+# Registers of a thread for sums of dscale and dbias and for what is loaded ahead: with
+# more, a backward would have over 128 of them (12 columns a lane: 121), or spill.
+AHEAD = 36
+
 
 # --- how the work is cut --------------------------------------------------------------
 
@@ -76,6 +80,11 @@ class Config:
         """Whether a row takes whole warpgroups."""
         return self.lanes == WARPS * LANES
 
+    def per_lane(self, rows: int) -> int:
+        """Columns that a lane holds of a tile of so many rows."""
+        each = sum(chunk.vector for chunk in self.chunks)
+        return each * max(rows * self.lanes // (WARPS * LANES), 1)
+
     @property
     def parts(self) -> int:
         """Warpgroups that share a row."""
@@ -98,7 +107,13 @@ class Config:
 
 
 def configure(
-    features: int, itemsize: int, *, per_lane: int, in_warp: int, fill: bool = False
+    features: int,
+    itemsize: int,
+    *,
+    per_lane: int,
+    of_long: int,
+    in_warp: int,
+    fill: bool = False,
 ) -> Config:
     """Cuts rows of `features`.
 
@@ -106,6 +121,7 @@ def configure(
       features: at least 2.
       itemsize: bytes of the widest of the arrays that are loaded and stored.
       per_lane: columns that a lane should hold.
+      of_long: the same, of a row that takes whole warpgroups.
       in_warp: the longest row that one warp should hold.
       fill: whether a lane should hold columns of several rows, if they are short.
     """
@@ -114,7 +130,8 @@ def configure(
     # 8 lanes of 16 bytes fill a line of 128. Fewer would ask for many lines at once.
     threads = max(8, pl.next_power_of_2(pl.cdiv(features, per_lane)))
     if threads > LANES:
-        threads = LANES if features <= in_warp else max(threads, WARPS * LANES)
+        long = max(WARPS * LANES, pl.next_power_of_2(pl.cdiv(features, of_long)))
+        threads = LANES if features <= in_warp else long
     lanes = min(threads, WARPS * LANES)
     while lanes * vector > features:  # a chunk must fit
         if 2 < lanes <= LANES:
@@ -122,10 +139,8 @@ def configure(
         else:
             vector //= 2
 
-    # Two blocks of 4 warpgroups fit on a multiprocessor: one loads while the other one
-    # computes and stores.
     parts = threads // (WARPS * LANES) or 1
-    warpgroups = min(parts, 4)
+    warpgroups = min(parts, 4)  # of 128 registers a thread
     cluster = parts // warpgroups
     width = features if parts == 1 else features // parts // lanes * lanes
     spare = width // 16
@@ -231,7 +246,7 @@ class Part:
     # Chunks.
 
     def load(self, ref: Any, row: Any) -> list[jax.Array]:
-        """Row `row` and those after it, chunk by chunk."""
+        """Row `row` and those after it, chunk by chunk, in the dtype of ref."""
         if self.config.long:
             return [
                 memory.load_as(
@@ -239,12 +254,14 @@ class Part:
                     (row, self._columns(chunk)),
                     self._shape(chunk),
                     self._layout(chunk),
-                ).astype(jnp.float32)
+                )
                 for chunk in self.config.chunks
             ]
         rows = pl.ds(row, self.rows)
         return [
-            memory.load(ref, (rows, self._columns(chunk)), self._layout(chunk))
+            memory.load(
+                ref, (rows, self._columns(chunk)), self._layout(chunk), ref.dtype
+            )
             for chunk in self.config.chunks
         ]
 
@@ -378,6 +395,10 @@ class Part:
         return jnp.where(column >= first, value, 0.0)
 
 
+def _float32(values: Sequence[jax.Array]) -> list[jax.Array]:
+    return [value.astype(jnp.float32) for value in values]
+
+
 def _total(ref: Any, at: tuple[Any, ...], count: int) -> jax.Array:
     """ref[at, 0] + ... + ref[at, count - 1], in this order."""
     return functools.reduce(jnp.add, [ref[*at, i] for i in range(count)])
@@ -405,9 +426,12 @@ def forward(
     Blocks are many and small, one tile each, rather than few and persistent: the next
     tile's loads are those of the next block, and an uneven tail of the grid costs one
     small block. A lane holds 16 to 64 columns; by the registers of the compiled code
-    that is 24 KB (12288 features, bfloat16) to 80 KB of loads in flight on a
-    multiprocessor. Half of all traffic being loads, bandwidth times latency wants 9 KB
-    (H100: 3.35 TB/s / 2 * 700 ns / 132) to 13 KB (H200).
+    that is 48 KB (12288 features, bfloat16) to 160 KB of loads in flight on a
+    multiprocessor, in two blocks or more. Half of all traffic being loads, bandwidth
+    times latency wants 9 KB (H100: 3.35 TB/s / 2 * 700 ns / 132) to 13 KB (H200), but
+    a block loads for half of its time at best: on an H200 rows that left 24 KB in one
+    block an SM (12288 features on 4 warpgroups) took 2.2 times as long as a copy, 42 KB
+    in three blocks (7168) 1.14 times, 56 KB and more in five to nine at most 1.07.
     """
     norm, features = call.norm, config.features
     rows = x.size // features
@@ -426,7 +450,7 @@ def forward(
 
         def step(i: Any, _: None) -> None:
             row = jnp.minimum((block + i) * tile, rows - tile)
-            centred = part.load(ref["x"], row)  # chunks
+            centred = _float32(part.load(ref["x"], row))  # chunks
             if norm.center:
                 (total,) = part.sums(centred, row=row, place=0)
                 mean = total / features
@@ -494,8 +518,10 @@ def backward(
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
     of its rows in registers, 8 to 16 columns a lane. The sum over blocks is one more
-    small kernel of XLA's, in a fixed order. No atomics. Loads in flight are 24 to 32 KB
-    a multiprocessor, where bandwidth times latency wants 12 (H100) to 17 KB (H200).
+    small kernel of XLA's, in a fixed order. No atomics. Loads in flight are 12 KB (768
+    features, bfloat16) to 64 KB a multiprocessor, where bandwidth times latency wants
+    12 (H100) to 17 KB (H200); as much again where registers hold the next tile, which
+    is loaded while this one is worked on.
     """
     norm, features = call.norm, config.features
     examples = math.prod(x.shape[: call.own_params])
@@ -513,6 +539,9 @@ def backward(
     summed = [name for name in ("dscale", "dbias") if want[name]]
     partials = jax.ShapeDtypeStruct((examples * blocks, features), jnp.float32)
     outputs = dict.fromkeys(summed, partials)
+    columns = config.per_lane(tile)
+    loaded = columns * (dy.dtype.itemsize + x.dtype.itemsize) // 4
+    ahead = columns * len(summed) + loaded <= AHEAD
     if want["dx"]:
         outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
 
@@ -525,15 +554,26 @@ def backward(
             for chunk in config.chunks
         ]
 
-        def step(i: Any, totals: Any) -> Any:
-            after = jnp.minimum(block + i * blocks, tiles) * tile  # rows seen before it
-            first = jnp.minimum(after, rows - tile)
+        def first_row(i: Any) -> tuple[Any, Any]:
+            """The block's i-th tile's, and the first that no tile before has."""
+            after = jnp.minimum(block + i * blocks, tiles) * tile
+            return jnp.minimum(after, rows - tile), after
+
+        def load(i: Any) -> dict[str, Any]:
+            row = example * rows + first_row(i)[0]
+            loaded: dict[str, Any] = {n: part.load(ref[n], row) for n in ("dy", "x")}
+            for name in ("mean", "var"):
+                if name in ref:
+                    loaded[name] = part.load_statistic(ref[name], row)
+            return loaded
+
+        def step(i: Any, totals: Any, loaded: dict[str, Any]) -> Any:
+            first, after = first_row(i)
             row = example * rows + first
-            dys, xs = part.load(ref["dy"], row), part.load(ref["x"], row)
-            rstd = lax.rsqrt(part.load_statistic(ref["var"], row) + norm.epsilon)
+            dys, xs = _float32(loaded["dy"]), _float32(loaded["x"])
+            rstd = lax.rsqrt(loaded["var"] + norm.epsilon)
             if norm.center:
-                mean = part.load_statistic(ref["mean"], row)
-                xs = [x - part.across(mean, x) for x in xs]
+                xs = [x - part.across(loaded["mean"], x) for x in xs]
             x_hats = [x * part.across(rstd, x) for x in xs]
 
             if want["dx"]:
@@ -570,7 +610,16 @@ def backward(
         count = (tiles - block + blocks - 1) // blocks
         if rows % tile:
             count = count + (block == (tiles - 1) % blocks)
-        totals = lax.fori_loop(0, count, step, totals)
+
+        def in_loop(i: Any, carry: Any) -> Any:
+            totals, loaded = carry
+            following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
+            return step(i, totals, loaded), following
+
+        if ahead:  # the next tile is on its way while this one is worked on
+            totals, _ = lax.fori_loop(0, count, in_loop, (totals, load(0)))
+        else:
+            totals = lax.fori_loop(0, count, lambda i, t: step(i, t, load(i)), totals)
         for name, total in totals.items():
             for chunk, value in zip(config.chunks, total, strict=True):
                 part.store_total(ref[name], program, chunk, value)
@@ -697,7 +746,12 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
     if call.op == "forward":
         y_size = call.norm.dtype.itemsize
         config = configure(
-            features, max(x_size, y_size), per_lane=32, in_warp=2048, fill=True
+            features,
+            max(x_size, y_size),
+            per_lane=32,
+            of_long=64,
+            in_warp=2048,
+            fill=True,
         )
         launch = functools.partial(forward, config, call)
         moved = call.x.size * (x_size + y_size) + statistics * call.statistics
@@ -706,7 +760,7 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         itemsize = max(x_size, call.dy.dtype.itemsize)
         if features <= 512:
             itemsize = 4  # Mosaic adds up rows over warps by 4 columns a lane at most
-        config = configure(features, itemsize, per_lane=16, in_warp=512)
+        config = configure(features, itemsize, per_lane=16, of_long=16, in_warp=512)
         launch = functools.partial(backward, config, call, processors)
         examples = math.prod(call.x.shape[: call.own_params])
         blocks = examples * _grid(config, rows // examples, processors)[2]

@@ -30,7 +30,7 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 KB = 1024
 SECTOR = 32  # bytes: what the L2 cache fetches at least
 MAX_CLUSTER = 8  # blocks: what every GPU can do
-MAX_WARPGROUPS = 4  # of a block: 512 threads, of 128 registers each
+MAX_WARPGROUPS = 2  # of a block: two blocks of 128 registers a thread fit an SM
 MAX_CHUNKS = 8  # of a strip: each is code of its own
 PLACES = 4  # sums of channels that a block holds in shared memory
 
@@ -92,8 +92,8 @@ class Config:
         """Lines that a lane loads before it looks at the first: 32 elements of each
         array, or 64 to 128 bytes.
 
-        With 512 threads or more on a multiprocessor these are 32 to 64 KB in flight,
-        where bandwidth times latency wants 18 (H100: 3.35 TB/s * 700 ns / 132) to 25 KB
+        With 512 threads or more on an SM these are 32 to 64 KB in flight, where
+        bandwidth times latency wants 18 (H100: 3.35 TB/s * 700 ns / 132) to 25 KB
         (H200).
         """
         return max(32 // sum(chunk.vector for chunk in self.chunks), 1)
@@ -157,18 +157,22 @@ def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | 
       kept: bytes of an element of all arrays that are kept.
       shared: bytes that a block may have.
     """
+    # Two blocks at least fit an SM, so that one loads while another one adds up or
+    # stores. On an H200 blocks that had an SM for themselves took 1.9 (x: 64 bytes of a
+    # pixel) to 2.35 times (32 bytes) as long as a copy; two reads take 1.6 forward, 1.7
+    # backward.
+    limit = (shared - KB) // 2
     found = []
     for width in _multiples(view.k, view.g):
         strip = width * view.s * kept
-        if strip > MAX_CLUSTER * shared:
+        if strip > MAX_CLUSTER * limit:
             break
-        # Blocks of 32 KB or less where there can be so many: several fit an SM, and one
-        # loads while another one computes and stores.
+        # Blocks of 32 KB or less where there can be so many.
         blocks = min(pl.next_power_of_2(pl.cdiv(strip, 32 * KB)), MAX_CLUSTER)
-        wanted = pl.next_power_of_2(pl.cdiv(strip // blocks, 16 * KB))
+        wanted = pl.next_power_of_2(pl.cdiv(strip // blocks, 32 * KB))
         warpgroups = min(wanted, MAX_WARPGROUPS)
         config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
-        if config.shared(kept) <= shared and len(config.chunks) <= MAX_CHUNKS:
+        if config.shared(kept) <= limit and len(config.chunks) <= MAX_CHUNKS:
             found.append(config)
     if not found:
         return None
@@ -209,10 +213,13 @@ def in_two_reads(
     width = min(
         widths, key=lambda width: (abs(math.log2(width * itemsize / 128)), width)
     )
-    # Blocks of 512 pixels or more, whose sums are 3 % of what they read or less; no
-    # more than 4 on each of 132 multiprocessors where a sample alone can fill them.
+    # Blocks of 512 pixels or more, whose sums are below 1 % of what they read; no more
+    # than 12 on each of 132 SMs where a sample alone can fill them: whether 2, 3 or 4
+    # of them are resident, the last ones come in a full wave. Of 128 pixels or more
+    # where that gives each SM one.
     strips = view.features // width
-    blocks = max(min(view.s // 512, 4 * 132 // strips), 1)
+    many = min(view.s // 512, 12 * 132 // strips)
+    blocks = max(many, min(view.s // 128, ENOUGH // strips), 1)
     if blocks == view.features == 1:  # the sum of one block of one channel: `_vector`
         return None
     config = _config(view, width, itemsize, MAX_WARPGROUPS, blocks, resident=False)
