@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import fusednorm
+
 _ACTIVATIONS = {"relu": nnx.relu, "silu": nnx.silu}
 
 
@@ -112,17 +114,26 @@ class Block(nnx.Module):
             self.norm.bias[...] = jax.random.normal(rngs(), (channels,))
         self.case = case
 
+    def _norm_is_ours(self) -> bool:
+        """Whether it can apply the activation itself."""
+        return isinstance(self.norm, getattr(fusednorm, self.case.norm.__name__))
+
     def __call__(self, x: jax.Array, *residual: jax.Array) -> dict[str, jax.Array]:
         """y, and for a residual added before the norm also the sum, h."""
         if self.case.conv is not None:
             x = self.conv(x)
         if self.case.residual == "before":
             x = x + residual[0]
-        y = self.norm(x)
+        activation = self.case.activation
+        if activation and self.case.residual != "after" and self._norm_is_ours():
+            y = self.norm(x, activation=activation)
+            activation = None
+        else:
+            y = self.norm(x)
         if self.case.residual == "after":
             y = y + residual[0]
-        if self.case.activation is not None:
-            y = _ACTIVATIONS[self.case.activation](y)
+        if activation is not None:
+            y = _ACTIVATIONS[activation](y)
         return {"h": x, "y": y} if self.case.residual == "before" else {"y": y}
 
 

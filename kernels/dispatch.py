@@ -107,8 +107,8 @@ class Kernel:
       backend: "mosaic_gpu" or "mosaic_tpu".
       name: the kernel, e.g. "rowwise forward".
       launch: the kernel itself. Takes the operands of the reference function of the
-        same name, (x, scale, bias, mask) or (dy, x, scale, mean, var, mask), each an
-        array or None, and returns a list: y, and with `statistics` mean (if centred)
+        same name, (x, scale, bias, mask) or (dy, x, scale, bias, mean, var, mask), each
+        an array or None, and returns a list: y, and with `statistics` mean (if centred)
         and var; or those of dx, dscale and dbias that are `wanted`.
       block: what one block works on, in words.
       why: why this variant was chosen, in words.

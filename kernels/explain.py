@@ -24,12 +24,14 @@ class Choice:
       view: the sizes N, S, G, K that a kernel works on, or "" where there is no such
         view.
       plan: the kernel, or the fallback with its reason.
+      activation: that the kernel, or the reference, applies; "" where there is none.
     """
 
     op: str
     x: str
     view: str
     plan: Kernel | Fallback
+    activation: str = ""
 
     @property
     def backend(self) -> str:
@@ -37,7 +39,8 @@ class Choice:
         return self.plan.backend if isinstance(self.plan, Kernel) else "reference"
 
     def __str__(self) -> str:
-        head = f"{self.op:<8}  {self.x}  {self.view}".rstrip()
+        behind = f"  {self.activation}" if self.activation else ""
+        head = f"{self.op:<8}  {self.x}  {self.view}".rstrip() + behind
         if isinstance(self.plan, Fallback):
             return f"{head}\n  reference: {self.plan.reason}"
         kernel = self.plan
@@ -98,6 +101,7 @@ def _choice(call: dispatch.Call, target: Target, backend: str) -> Choice:
         x=_described(call.x),
         view="" if view is None else f"N={view.n} S={view.s} G={view.g} K={view.k}",
         plan=dispatch.plan(call, target, backend),
+        activation=call.norm.activation or "",
     )
 
 

@@ -11,6 +11,8 @@ calls the op of `kernels/norm.py`. What they share:
     normalized. Where it lets nothing in, the mean is 0 and the variance 1.
   axis_name, axis_index_groups: mapped axes over which statistics are combined, as for
     `jax.lax.psum`, each device weighing in with its own count of elements.
+  activation: None, "relu", "silu", "gelu" or "gelu_tanh": what y is the activation of,
+    in the arithmetic's dtype, before it is rounded to `dtype`. Real numbers only.
 
 Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) / n.
 """
@@ -26,7 +28,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fusednorm.kernels import norm as op
-from fusednorm.reference import Norm
+from fusednorm.reference import ACTIVATIONS, Norm
 
 Axes = int | Iterable[int]
 Maybe = ArrayLike | None
@@ -44,6 +46,7 @@ def layer_norm(
     mask: Maybe = None,
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
+    activation: str | None = None,
 ) -> jax.Array:
     """Layer normalization: y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
 
@@ -54,7 +57,7 @@ def layer_norm(
       epsilon: added to the variance, inside the square root.
       reduction_axes: axes that share one mean and variance.
       feature_axes: axes along which scale and bias vary.
-      dtype, mask, axis_name, axis_index_groups: see the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation: see the module's docstring.
 
     Returns:
       Array of x's shape.
@@ -77,6 +80,7 @@ def layer_norm(
         mask,
         axis_name,
         axis_index_groups,
+        activation,
     )
 
 
@@ -91,6 +95,7 @@ def rms_norm(
     mask: Maybe = None,
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
+    activation: str | None = None,
 ) -> jax.Array:
     """Root-mean-square normalization: y = x * rsqrt(mean(x^2) + epsilon) * scale.
 
@@ -110,6 +115,7 @@ def rms_norm(
         mask,
         axis_name,
         axis_index_groups,
+        activation,
     )
 
 
@@ -125,6 +131,7 @@ def group_norm(
     mask: Maybe = None,
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
+    activation: str | None = None,
 ) -> jax.Array:
     """Group normalization: statistics of each group of channels, in each sample.
 
@@ -135,7 +142,7 @@ def group_norm(
       epsilon: added to the variance, inside the square root.
       reduction_axes: axes that share one mean and variance; the last axis, of the
         channels, must be among them. None is all but the first.
-      dtype, mask, axis_name, axis_index_groups: see the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation: see the module's docstring.
 
     Returns:
       Array of x's shape.
@@ -167,6 +174,7 @@ def group_norm(
         num_groups=num_groups,
         epsilon=float(epsilon),
         dtype=dtype,
+        activation=_activation(activation, x, dtype),
     )
     return op.normalize(
         spec,
@@ -190,6 +198,7 @@ def instance_norm(
     mask: Maybe = None,
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
+    activation: str | None = None,
 ) -> jax.Array:
     """Instance normalization: statistics of each channel in each sample.
 
@@ -198,7 +207,7 @@ def instance_norm(
       scale, bias: shape (features,), or None.
       epsilon: added to the variance, inside the square root.
       feature_axes: axes of the channels; all others but the first are reduced.
-      dtype, mask, axis_name, axis_index_groups: see the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation: see the module's docstring.
 
     Returns:
       Array of x's shape.
@@ -230,6 +239,7 @@ def instance_norm(
         mask,
         axis_name,
         axis_index_groups,
+        activation,
     )
 
 
@@ -244,6 +254,7 @@ def batch_norm(
     mask: Maybe = None,
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
+    activation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch normalization with the statistics of the batch, as in training.
 
@@ -252,7 +263,7 @@ def batch_norm(
       scale, bias: shape (features,), or None.
       epsilon: added to the variance, inside the square root.
       axis: axis of the features, or several; all others are reduced.
-      dtype, mask, axis_name, axis_index_groups: see the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation: see the module's docstring.
 
     Returns:
       y: x's shape.
@@ -272,6 +283,7 @@ def batch_norm(
         feature_axes=features,
         epsilon=float(epsilon),
         dtype=dtype,
+        activation=_activation(activation, x, dtype),
     )
     y, mean, var = op.normalize_with_moments(
         spec,
@@ -300,6 +312,7 @@ def batch_norm_inference(
     epsilon: float = 1e-5,
     axis: Axes = -1,
     dtype: DTypeLike | None = None,
+    activation: str | None = None,
 ) -> jax.Array:
     """Batch normalization with given statistics, as in inference.
 
@@ -308,7 +321,7 @@ def batch_norm_inference(
     Args:
       x: array of any shape.
       mean, var: shape (features,), used in float32 at least.
-      scale, bias, epsilon, axis, dtype: as for `batch_norm`.
+      scale, bias, epsilon, axis, dtype, activation: as for `batch_norm`.
 
     Returns:
       Array of x's shape.
@@ -326,6 +339,7 @@ def batch_norm_inference(
         feature_axes=features,
         epsilon=float(epsilon),
         dtype=dtype,
+        activation=_activation(activation, x, dtype),
     )
     shape = [x.shape[a] if a in features else 1 for a in range(x.ndim)]
     statistics = [
@@ -348,6 +362,7 @@ def anything_counted(
     mask: Maybe,
     axis_name: Hashable | None,
     axis_index_groups: Any = None,
+    activation: str | None = None,
 ) -> jax.Array | bool:
     """Whether the batch statistics of each feature were taken from any element at all.
 
@@ -383,6 +398,7 @@ def _normalize_axes(
     mask: Maybe,
     axis_name: Hashable | None,
     axis_index_groups: Any,
+    activation: str | None,
 ) -> jax.Array:
     x, dtype = _promote(x, scale, bias, dtype=dtype)
     spec = Norm(
@@ -391,6 +407,7 @@ def _normalize_axes(
         center=center,
         epsilon=float(epsilon),
         dtype=dtype,
+        activation=_activation(activation, x, dtype),
     )
     return op.normalize(
         spec,
@@ -401,6 +418,23 @@ def _normalize_axes(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )
+
+
+def _activation(name: str | None, x: jax.Array, dtype: Any) -> str | None:
+    if name is None:
+        return None
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"activation={name!r} is not known; it is one of "
+            f"{', '.join(map(repr, ACTIVATIONS))}, or None."
+        )
+    for what, kind in (("x", x.dtype), ("the output", dtype)):
+        if jnp.issubdtype(kind, jnp.complexfloating):
+            raise ValueError(
+                f"activation={name!r} takes real numbers, and {what} is {kind}: call "
+                "the activation on the result."
+            )
+    return name
 
 
 def _promote(

@@ -4,6 +4,8 @@
     tangent_p    x_dot, scale_dot, bias_dot -> y_dot, linear in these three
     gradient_p   dy, x, scale, mean, var -> dx, dscale, dbias
 
+Before an activation lies the bias: the latter two are given it where there is one.
+
 How they hang together:
 
     jvp of norm_p           norm_p with statistics, and tangent_p for the tangent of y
@@ -49,7 +51,7 @@ def normalize(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
 ) -> jax.Array:
-    """y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
+    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias).
 
     Args:
       norm: what is normalized over what; see `fusednorm.reference.Norm`.
@@ -176,10 +178,10 @@ def _plain(
 def fusednorm_inference(
     norm: Norm, x: jax.Array, mean: Maybe, var: jax.Array, scale: Maybe, bias: Maybe
 ) -> jax.Array:
-    """y = (x - mean) * rsqrt(var + epsilon) * scale + bias, for statistics given.
+    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias), for statistics given.
 
     Args:
-      norm: axes of the features, epsilon, dtype of y.
+      norm: axes of the features, epsilon, activation, dtype of y.
       x: any shape.
       mean, var: x's rank, with size 1 along reduced axes.
       scale, bias: shape (features,), or None.
@@ -298,12 +300,13 @@ def call_of(
             statistics=params["statistics"],
         )
     if primitive is gradient_p:
-        dy, x, scale, _, _, mask = operands
+        dy, x, scale, bias, _, _, mask = operands
         return dispatch.Call(
             op="backward",
             norm=params["norm"],
             x=x,
             scale=scale,
+            bias=bias,
             dy=dy,
             mask=mask is not None,
             wanted=params["wanted"],
@@ -324,7 +327,9 @@ def _norm_jvp(
     backend: str,
     statistics: bool,
 ) -> tuple[list[Any], list[Any]]:
-    x, scale, _, mask = tree.unflatten(primals)
+    x, scale, bias, mask = tree.unflatten(primals)
+    if norm.activation is None:
+        bias = None  # no derivative depends on it
     x_dot, scale_dot, bias_dot, _ = tree.unflatten(
         [None if isinstance(t, ad.Zero) else t for t in tangents]
     )
@@ -333,7 +338,7 @@ def _norm_jvp(
     )
     mean, var = moments if norm.center else (None, *moments)
     flat, tangent_tree = jax.tree.flatten(
-        (x_dot, scale_dot, bias_dot, x, scale, mean, var, mask)
+        (x_dot, scale_dot, bias_dot, x, scale, bias, mean, var, mask)
     )
     (y_dot,) = tangent_p.bind(*flat, tree=tangent_tree, norm=norm, backend=backend)
     if not statistics:
@@ -350,14 +355,16 @@ def _tangent_transpose(
     cotangents: Sequence[Any], *flat: Any, tree: Any, norm: Norm, backend: str
 ) -> list[Any]:
     (dy,) = cotangents
-    *dots, x, scale, mean, var, mask = tree.unflatten(flat)
+    *dots, x, scale, bias, mean, var, mask = tree.unflatten(flat)
     wanted = tuple(ad.is_undefined_primal(dot) for dot in dots)
     avals = [dot.aval for dot in dots if ad.is_undefined_primal(dot)]
     if isinstance(dy, ad.Zero):
         found: list[Any] = [ad.Zero(aval) for aval in avals]
     else:
         params = [dot.aval for dot in dots[1:] if ad.is_undefined_primal(dot)]
-        operands, gradient_tree = jax.tree.flatten((dy, x, scale, mean, var, mask))
+        operands, gradient_tree = jax.tree.flatten(
+            (dy, x, scale, bias, mean, var, mask)
+        )
         found = gradient_p.bind(
             *operands,
             tree=gradient_tree,
@@ -420,8 +427,8 @@ for _p, _formula in ((tangent_p, _tangent_formula), (gradient_p, _gradient_formu
 # --- vmap -----------------------------------------------------------------------------
 
 # Which operands are a scale or a bias, or the tangent of one.
-_PARAMS = {norm_p: (1, 2), tangent_p: (1, 2, 4), gradient_p: (2,)}
-_MASK = {norm_p: 3, tangent_p: 7, gradient_p: 5}
+_PARAMS = {norm_p: (1, 2), tangent_p: (1, 2, 4, 5), gradient_p: (2, 3)}
+_MASK = {norm_p: 3, tangent_p: 8, gradient_p: 6}
 
 
 def _batch(

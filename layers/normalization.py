@@ -2,7 +2,9 @@
 
 Each is a subclass of flax's layer and replaces its `__call__` alone: constructor, state
 tree, metadata, `train()`, `eval()`, `nnx.view` and checkpoints are flax's own. Output
-shapes and dtypes are flax's in every case. What differs is in the numbers, and better:
+shapes and dtypes are flax's in every case. A call takes one keyword more, `activation`,
+which the kernels apply to what they have in registers. What differs is in the numbers,
+and better:
 
   - The variance is centred, whatever `use_fast_variance` says. flax's default,
     E[x^2] - E[x]^2, loses all digits where the mean is a few thousand times the
@@ -47,9 +49,12 @@ def _promote(
     return list(given), dtypes.canonicalize_dtype(*deciding, dtype=layer.dtype)
 
 
-def _shared(layer: Any, dtype: Any, mask: Any) -> dict[str, Any]:
+def _shared(
+    layer: Any, dtype: Any, mask: Any, activation: str | None
+) -> dict[str, Any]:
     """The arguments that every function takes alike."""
     return {
+        "activation": activation,
         "epsilon": layer.epsilon,
         "dtype": dtype,
         "mask": mask,
@@ -82,13 +87,21 @@ class LayerNorm(nnx.LayerNorm):
     Source: Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4.
     """
 
-    def __call__(self, x: Any, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: Any,
+        *,
+        mask: jax.Array | None = None,
+        activation: str | None = None,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
           x: array of any shape; its sizes along `feature_axes` have the product
             `num_features`.
           mask: bool, broadcastable to x: the elements that statistics are taken from.
+          activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
+            before it is rounded to its dtype.
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -105,7 +118,7 @@ class LayerNorm(nnx.LayerNorm):
             bias,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
-            **_shared(self, dtype, mask),
+            **_shared(self, dtype, mask, activation),
         )
 
 
@@ -130,7 +143,13 @@ class RMSNorm(nnx.RMSNorm):
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4.
     """
 
-    def __call__(self, x: Any, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: Any,
+        mask: jax.Array | None = None,
+        *,
+        activation: str | None = None,
+    ) -> jax.Array:
         """Normalizes x; arguments, result and errors as for `LayerNorm`."""
         (x, scale), dtype = _promote(self, x, self.scale)
         return functional.rms_norm(
@@ -138,7 +157,7 @@ class RMSNorm(nnx.RMSNorm):
             scale,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
-            **_shared(self, dtype, mask),
+            **_shared(self, dtype, mask, activation),
         )
 
 
@@ -172,12 +191,20 @@ class GroupNorm(nnx.GroupNorm):
     Source: Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3 and 7.
     """
 
-    def __call__(self, x: Any, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: Any,
+        *,
+        mask: jax.Array | None = None,
+        activation: str | None = None,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
           x: shape (batch, ..., num_features).
           mask: bool, broadcastable to x: the elements that statistics are taken from.
+          activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
+            before it is rounded to its dtype.
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -201,7 +228,7 @@ class GroupNorm(nnx.GroupNorm):
             bias,
             num_groups=self.num_groups,
             reduction_axes=self.reduction_axes,
-            **_shared(self, dtype, mask),
+            **_shared(self, dtype, mask, activation),
         )
 
 
@@ -236,12 +263,20 @@ class InstanceNorm(nnx.InstanceNorm):
     Source: Ulyanov et al. 2016 (arXiv:1607.08022), eq. 2.
     """
 
-    def __call__(self, x: Any, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: Any,
+        *,
+        mask: jax.Array | None = None,
+        activation: str | None = None,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
           x: shape (batch, ...), with the channels along `feature_axes`.
           mask: bool, broadcastable to x: the elements that statistics are taken from.
+          activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
+            before it is rounded to its dtype.
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -257,7 +292,7 @@ class InstanceNorm(nnx.InstanceNorm):
             scale,
             bias,
             feature_axes=self.feature_axes,
-            **_shared(self, dtype, mask),
+            **_shared(self, dtype, mask, activation),
         )
 
 
@@ -318,6 +353,7 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        activation: str | None = None,
     ) -> jax.Array:
         """Normalizes x, and in training moves the running averages.
 
@@ -327,6 +363,8 @@ class BatchNorm(nnx.BatchNorm):
             than the batch; goes before what the constructor, `train()` or `eval()`
             said.
           mask: bool, broadcastable to x: the elements that statistics are taken from.
+          activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
+            before it is rounded to its dtype.
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -354,9 +392,10 @@ class BatchNorm(nnx.BatchNorm):
                 epsilon=self.epsilon,
                 axis=self.axis,
                 dtype=dtype,
+                activation=activation,
             )
         y, mean, var = functional.batch_norm(
-            x, scale, bias, axis=self.axis, **_shared(self, dtype, mask)
+            x, scale, bias, axis=self.axis, **_shared(self, dtype, mask, activation)
         )
         counted = functional.anything_counted(
             x,

@@ -4,10 +4,12 @@ Every kernel is checked against these functions, and every call that no kernel t
 runs them. They themselves are checked against float64 NumPy and against flax.
 """
 
+from fusednorm.reference.activation import ACTIVATIONS, activate, slope
 from fusednorm.reference.norm import (
     Norm,
     apply,
     backward,
+    before_activation,
     combine,
     forward,
     input_gradient,
@@ -18,14 +20,18 @@ from fusednorm.reference.norm import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "Norm",
+    "activate",
     "apply",
     "backward",
+    "before_activation",
     "combine",
     "forward",
     "input_gradient",
     "moments",
     "moments_tangent",
+    "slope",
     "tangent",
     "variance",
 ]

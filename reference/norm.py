@@ -6,15 +6,17 @@ Formulas, over the elements that share one mean (a row, a group, a channel):
     var   = sum((x - mean)^2) / n            centred: no cancellation at large means
     rstd  = 1 / sqrt(var + epsilon)
     x_hat = (x - mean) * rstd
-    y     = x_hat * scale + bias
+    z     = x_hat * scale + bias
+    y     = act(z)                           z itself without an activation
 
-    wdy    = dy * scale
-    c1     = sum(wdy * x_hat) / n
-    c2     = sum(wdy) / n
-    dx     = rstd * (wdy - c2 - x_hat * c1)
-    dscale = sum(dy * x_hat),  dbias = sum(dy)    over all that share one scale
+    dz     = dy * act'(z)
+    wdz    = dz * scale
+    c1     = sum(wdz * x_hat) / n
+    c2     = sum(wdz) / n
+    dx     = rstd * (wdz - c2 - x_hat * c1)
+    dscale = sum(dz * x_hat),  dbias = sum(dz)    over all that share one scale
 
-RMSNorm leaves the mean out: mean = 0 and c2 = 0.
+RMSNorm leaves the mean out: mean = 0 and c2 = 0. activation.py has act and act'.
 
 Sources: Ioffe and Szegedy 2015 (arXiv:1502.03167), section 3, for the backward with
 batch statistics; Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4; Zhang and Sennrich
@@ -36,6 +38,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fusednorm.reference.activation import activate, slope
+
 # How many elements one statistic counts: a number where the shape tells, an array where
 # a mask or other devices have a say.
 Count = int | jax.Array
@@ -54,6 +58,7 @@ class Norm:
       center: whether the mean is subtracted; False is RMSNorm.
       epsilon: added to the variance, inside the square root.
       dtype: dtype of y. Arithmetic is at least float32, and wider where `dtype` is.
+      activation: None, or the name of one of `activation.ACTIVATIONS`.
     """
 
     reduction_axes: tuple[int, ...]
@@ -62,6 +67,7 @@ class Norm:
     center: bool = True
     epsilon: float = 1e-6
     dtype: Any = jnp.dtype("float32")
+    activation: str | None = None
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -278,7 +284,7 @@ def apply(
     scale: jax.Array | None,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
+    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias).
 
     Args:
       norm: what was normalized over.
@@ -289,16 +295,27 @@ def apply(
     Returns:
       Array of x's shape and dtype `norm.dtype`.
     """
+    z = _affine(norm, x, mean, var, scale, bias)
+    return activate(norm.activation, z).reshape(x.shape).astype(norm.dtype)
+
+
+def _affine(
+    norm: Norm,
+    x: jax.Array,
+    mean: jax.Array | None,
+    var: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """The view of z = x_hat * scale + bias, in `norm.compute_dtype`."""
     view = _split(norm, x.astype(norm.compute_dtype))
     factor = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
     if scale is not None:
         factor = factor * _spread(norm, scale, view, x.ndim)
     if mean is not None:
         view = view - _split_statistic(norm, mean)
-    y = view * factor
-    if bias is not None:
-        y = y + _spread(norm, bias, view, x.ndim)
-    return y.reshape(x.shape).astype(norm.dtype)
+    z = view * factor
+    return z if bias is None else z + _spread(norm, bias, view, x.ndim)
 
 
 def forward(
@@ -341,14 +358,18 @@ def tangent(
     bias_dot: jax.Array | None,
     x: jax.Array,
     scale: jax.Array | None,
+    bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
     mask: jax.Array | None = None,
 ) -> jax.Array:
     """The derivative of y along (x_dot, scale_dot, bias_dot); None is a zero.
 
-    y_dot = scale * rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot))
+    z_dot = scale * rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot))
             + scale_dot * x_hat + bias_dot
+    y_dot = act'(z) * z_dot
+
+    `bias` matters to an activation alone.
 
     Linear in its first three arguments; `backward` is its transpose.
     """
@@ -358,7 +379,7 @@ def tangent(
     centred = _about(norm, x, mean)
     x_hat = centred * rstd
 
-    y_dot = jnp.zeros_like(centred)
+    z_dot = jnp.zeros_like(centred)
     if x_dot is not None:
         where = None if mask is None else _split(norm, mask)
         count = _count(norm, x, mask)
@@ -367,14 +388,17 @@ def tangent(
         inner = step - x_hat * c1
         if norm.center:
             inner = inner - _over(_sum(_masked(step, where), axes), count)
-        y_dot = rstd * inner
+        z_dot = rstd * inner
         if scale is not None:
-            y_dot = y_dot * _spread(norm, scale, centred, x.ndim)
+            z_dot = z_dot * _spread(norm, scale, centred, x.ndim)
     if scale_dot is not None:
-        y_dot = y_dot + x_hat * _spread(norm, scale_dot, centred, x.ndim)
+        z_dot = z_dot + x_hat * _spread(norm, scale_dot, centred, x.ndim)
     if bias_dot is not None:
-        y_dot = y_dot + _spread(norm, bias_dot, centred, x.ndim)
-    return y_dot.reshape(x.shape).astype(norm.dtype)
+        z_dot = z_dot + _spread(norm, bias_dot, centred, x.ndim)
+    if norm.activation is not None:
+        z = _affine(norm, x, mean, var, scale, bias)
+        z_dot = z_dot * slope(norm.activation, z)
+    return z_dot.reshape(x.shape).astype(norm.dtype)
 
 
 def moments_tangent(
@@ -407,6 +431,7 @@ def backward(
     dy: jax.Array,
     x: jax.Array,
     scale: jax.Array | None,
+    bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
     mask: jax.Array | None = None,
@@ -421,6 +446,7 @@ def backward(
       dy: cotangent of y, x's shape.
       x: the input.
       scale: shape (features,), or None for ones.
+      bias: likewise, or None for zeros; it matters to an activation alone.
       mean, var: statistics of the forward.
       mask: that of the forward.
       own_params: how many leading axes of x keep a dscale and dbias of their own,
@@ -442,23 +468,24 @@ def backward(
     count = _count(norm, x, mask)
 
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
+    dz = before_activation(norm, dy, x, scale, bias, mean, var)
     if sparing:
-        dy = lax.optimization_barrier(dy)
-    dy_view = _split(norm, dy.astype(dtype))
+        dz = lax.optimization_barrier(dz)
+    dz_view = _split(norm, dz.astype(dtype))
     centred = _about(norm, x, mean)
 
     # Down the pixels first: these two sums per channel serve all that follows.
-    sum_dy = _sum(dy_view, pixel_axes)
-    sum_dy_centred = _sum(dy_view * centred, pixel_axes)
+    sum_dz = _sum(dz_view, pixel_axes)
+    sum_dz_centred = _sum(dz_view * centred, pixel_axes)
 
     weight: Any = 1 if scale is None else _spread(norm, scale, centred, x.ndim)
-    c1 = _over(_sum(weight * sum_dy_centred, channel_axes), count) * rstd
+    c1 = _over(_sum(weight * sum_dz_centred, channel_axes), count) * rstd
     c2 = None
     if norm.center:
-        c2 = _over(_sum(weight * sum_dy, channel_axes), count)
+        c2 = _over(_sum(weight * sum_dz, channel_axes), count)
         c2 = _join_statistic(norm, c2)
     c1 = _join_statistic(norm, c1)
-    dx = input_gradient(norm, dy, x, scale, mean, var, c1, c2, mask)
+    dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask)
 
     # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in
     # a tree and (samples,) in a chain, with 1.2 times the error for 32 samples.
@@ -467,14 +494,33 @@ def backward(
         *x.shape[:own_params],
         math.prod(centred.shape[axis] for axis in feature_axes),
     )
-    dscale = _sum(sum_dy_centred * rstd, sharing).reshape(params_shape)
-    dbias = _sum(sum_dy, sharing).reshape(params_shape)
+    dscale = _sum(sum_dz_centred * rstd, sharing).reshape(params_shape)
+    dbias = _sum(sum_dz, sharing).reshape(params_shape)
     return dx, dscale, dbias
+
+
+def before_activation(
+    norm: Norm,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+) -> jax.Array:
+    """dz = dy * act'(z), in `norm.compute_dtype`; dy itself without an activation.
+
+    Arguments are those of `backward`.
+    """
+    if norm.activation is None:
+        return dy
+    z = _affine(norm, x, mean, var, scale, bias).reshape(x.shape)
+    return dy.astype(norm.compute_dtype) * slope(norm.activation, z)
 
 
 def input_gradient(
     norm: Norm,
-    dy: jax.Array,
+    dz: jax.Array,
     x: jax.Array,
     scale: jax.Array | None,
     mean: jax.Array | None,
@@ -483,11 +529,12 @@ def input_gradient(
     c2: jax.Array | None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """dx = rstd * (w - c2 - x_hat * c1), w = dy * scale: the elementwise end of
+    """dx = rstd * (w - c2 - x_hat * c1), w = dz * scale: the elementwise end of
     `backward`.
 
     Args:
-      norm, dy, x, scale, mean, var, mask: as for `backward`.
+      norm, x, scale, mean, var, mask: as for `backward`.
+      dz: cotangent of z.
       c1: mean(w * x_hat), a statistic.
       c2: mean(w), or None without centring.
 
@@ -504,5 +551,5 @@ def input_gradient(
         through_statistics = through_statistics + _split_statistic(norm, c2)
     where = None if mask is None else _split(norm, mask)
     through_statistics = _masked(through_statistics, where)
-    dx = rstd * (weight * _split(norm, dy.astype(dtype)) - through_statistics)
+    dx = rstd * (weight * _split(norm, dz.astype(dtype)) - through_statistics)
     return dx.reshape(x.shape).astype(x.dtype)

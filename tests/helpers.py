@@ -85,6 +85,10 @@ class Case:
         return tuple(a for a in range(first, ndim) if a not in self.feature_axes)
 
     @property
+    def activation(self) -> str | None:
+        return dict(self.options).get("activation")
+
+    @property
     def features(self) -> int:
         return math.prod(self.shape[axis] for axis in self.feature_axes)
 
@@ -105,17 +109,20 @@ class Case:
         return result[0] if self.kind == "batch_norm" else result
 
     def data(self, seed: int, x_dtype: str, param_dtype: str) -> tuple[Any, ...]:
-        """x (mean 0.7, deviation 3), scale, bias and dy, rounded to their dtypes."""
+        """x (mean 0.7, deviation 3), scale, bias, rounded to their dtypes, and dy."""
         rng = np.random.default_rng(seed)
         x = rng.normal(0.7, 3, self.shape).astype(x_dtype)
         scale, bias = (rng.normal(1, 0.5, self.features) for _ in range(2))
+        scale = scale.astype(param_dtype) if self.params else None
+        bias = bias.astype(param_dtype) if self.has_bias else None
         dy = rng.normal(0, 1, self.shape)
-        return (
-            x,
-            scale.astype(param_dtype) if self.params else None,
-            bias.astype(param_dtype) if self.has_bias else None,
-            dy,
-        )
+        if (
+            self.activation == "relu"
+        ):  # where z is 0 but for a rounding, its slope is too
+            options = tuple(o for o in self.options if o[0] != "activation")
+            linear = dataclasses.replace(self, options=options)
+            dy = dy * (np.abs(linear.truth(x, scale, bias, dy).y) > 1e-4)
+        return x, scale, bias, dy
 
     def truth(self, x: Any, scale: Any, bias: Any, dy: Any, mask: Any = None) -> Truth:
         """The result in float64, from the definition."""
@@ -152,7 +159,9 @@ class Case:
         var = np.where(n > 0, average(m * (x - mean) ** 2), 1.0)
         rstd = 1 / np.sqrt(var + self.epsilon)
         x_hat = (x - mean) * rstd
-        y = x_hat * g + b
+        z = x_hat * g + b
+        y, slope = activated(self.activation, z)
+        given, dy = dy, dy * slope
         wdy = dy * g
         c1, c2 = average(wdy * x_hat), average(wdy) * center
         dx = rstd * (wdy - m * (c2 + x_hat * c1))
@@ -168,8 +177,9 @@ class Case:
         moved = off * (np.abs(c1) + np.abs(x_hat) * average(np.abs(wdy)))
         # ... and its square adds to the variance of a constant row.
         loss = loss + off**2
+        of_z = loss * (np.abs(x_hat * g) + np.abs(b)) + off * np.abs(g)
         bounds = {
-            "y": loss * (np.abs(x_hat * g) + np.abs(b)) + off * np.abs(g),
+            "y": of_z,
             "mean": loss * (np.abs(mean) + np.sqrt(var)),
             "var": loss * var + (MEAN_ROUNDINGS * EPS32 * np.abs(mean)) ** 2,
             "dx": rstd * (loss * size + moved),
@@ -177,6 +187,16 @@ class Case:
             + (off * np.abs(dy.sum(pixels, keepdims=True))).sum(others),
             "dbias": 16 * EPS32 * np.abs(dy).sum(others),
         }
+        if self.activation is not None:
+            # No slope is above 1.13, none changes by more than 1 for a step of 1 (but
+            # relu's, whose dy is to be 0 near z = 0). 24 roundings of act and of act'.
+            bounds["y"] = 1.13 * of_z + 24 * EPS32 * np.abs(y)
+            lost = np.abs(given) * (of_z * (self.activation != "relu") + 24 * EPS32)
+            w = lost * np.abs(g)
+            through = average(w) * center + np.abs(x_hat) * average(w * np.abs(x_hat))
+            bounds["dx"] = bounds["dx"] + rstd * (w + through)
+            bounds["dscale"] = bounds["dscale"] + (lost * np.abs(x_hat)).sum(others)
+            bounds["dbias"] = bounds["dbias"] + lost.sum(others)
         dscale = (dy * x_hat).sum(others)
         dbias = dy.sum(others)
         statistic = mean.shape if self.num_groups is None else mean.shape[:-1]
@@ -196,6 +216,25 @@ class Case:
                 for name, bound in bounds.items()
             },
         )
+
+
+def activated(name: str | None, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """act(z) and act'(z) in float64."""
+    if name is None:
+        return z, np.ones_like(z)
+    if name == "relu":
+        return np.maximum(z, 0), (z > 0).astype(np.float64)
+    if name == "silu":
+        s = 1 / (1 + np.exp(-z))
+        return z * s, s + z * s * (1 - s)
+    if name == "gelu":
+        cdf = np.vectorize(math.erfc, otypes=[np.float64])(-z / math.sqrt(2)) / 2
+        return z * cdf, cdf + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    assert name == "gelu_tanh"
+    root = math.sqrt(2 / math.pi)
+    t = np.tanh(root * (z + 0.044715 * z**3))
+    inner = root * (1 + 3 * 0.044715 * z**2)
+    return z * (1 + t) / 2, (1 + t) / 2 + z * (1 - t**2) * inner / 2
 
 
 def ulp(value: np.ndarray, dtype: Any) -> np.ndarray:

@@ -36,10 +36,10 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
         return [r for r in (y, mean, var) if r is not None] if call.statistics else [y]
 
     def backward(
-        dy: Any, x: Any, scale: Any, mean: Any, var: Any, mask: Any
+        dy: Any, x: Any, scale: Any, bias: Any, mean: Any, var: Any, mask: Any
     ) -> list[Any]:
         gradients = reference.backward(
-            call.norm, dy, x, scale, mean, var, mask, own_params=call.own_params
+            call.norm, dy, x, scale, bias, mean, var, mask, own_params=call.own_params
         )
         wanted = [g for g, want in zip(gradients, call.wanted, strict=True) if want]
         return [wanted[0] + tick(dy).astype(wanted[0].dtype), *wanted[1:]]

@@ -62,6 +62,18 @@ RAGGED = [
 # A row on a cluster of blocks: they meet in device memory.
 WIDE = list(workloads("512x65536", nnx.LayerNorm, (512, 65536), "bfloat16"))
 CASES = [workload for case in ROWWISE for workload in of_case(case)]
+# With what follows in the kernel.
+ACTIVATED = [
+    workload
+    for features, activation in ((760, "relu"), (4096, "gelu"), (12288, "gelu_tanh"))
+    for workload in workloads(
+        f"4097x{features}_{activation}",
+        nnx.LayerNorm,
+        (4097, features),
+        "bfloat16",
+        activation=activation,
+    )
+]
 FEW = {
     "alphafold_pair_64",
     "qwen3_qk_norm",
@@ -72,12 +84,15 @@ FEW = {
     "37x127",
 }
 
-CELLS: list[Cell] = [(H100, workload) for workload in CASES + RAGGED + WIDE] + [
+CELLS: list[Cell] = [
+    (H100, workload) for workload in CASES + RAGGED + WIDE + ACTIVATED
+] + [
     (chip, workload)
     for chip in (B200, RTX5090, *TPUS)
     for workload in CASES + RAGGED
     if workload.name in FEW
 ]
+CELLS += [(CHIPS["v5e"], workload) for workload in ACTIVATED]
 
 # Why a backward's partial sums may be more than 10 % of dy, x and dx.
 FEW_ROWS = "each block has a row or a few: its partial sum is as long as a row"

@@ -11,10 +11,18 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from flax import nnx
 
 from bench.aot import gate
 from bench.aot.chips import CHIPS, Chip
-from bench.aot.measure import CHANNELWISE, TENSOR_BYTES, Measurement, Op, of_case
+from bench.aot.measure import (
+    CHANNELWISE,
+    TENSOR_BYTES,
+    Measurement,
+    Op,
+    of_case,
+    workloads,
+)
 from bench.aot.whole import block
 from bench.cases import CASES, Case
 from fusednorm.kernels.tpu.memory import LANES, round_up
@@ -32,6 +40,20 @@ CELLS: list[Cell] = [
     for case in CHANNELWISE
     for work in of_case(case)
     if work.op in TRAINING and (chip == V5E or case.name in FEW)
+] + [  # with what follows in the kernel
+    (V5E, work)
+    for layer, shape, dtype, activation in (
+        (nnx.GroupNorm, (61, 32, 32, 640), "float32", "silu"),
+        (nnx.BatchNorm, (100, 28, 28, 512), "bfloat16", "relu"),
+    )
+    for work in workloads(
+        f"{layer.__name__}_{activation}",
+        layer,
+        shape,
+        dtype,
+        ops=TRAINING,
+        activation=activation,
+    )
 ]
 
 

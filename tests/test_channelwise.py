@@ -87,10 +87,14 @@ CASES = [  # one channel a group, several, all; ragged pixels and channels
     Case("group_norm", (2, 4, 8, 80), (("num_groups", 8), ("epsilon", 0.1))),
     Case("layer_norm", (2, 9, 9, 96), (("reduction_axes", (1, 2, 3)),)),  # a loop
     Case("rms_norm", (2, 37, 24), (("reduction_axes", (1, 2)),)),
+    Case("group_norm", (3, 7, 5, 24), (("num_groups", 4), ("activation", "silu"))),
+    Case("batch_norm", (6, 5, 4, 10), (("activation", "relu"),)),
+    Case("instance_norm", (2, 5, 16), (("activation", "gelu"),), params=False),
+    Case("batch_norm", (41, 33), (("activation", "gelu_tanh"),)),
 ]
 
 
-@pytest.mark.parametrize("number", [0, 6], ids=lambda n: str(CASES[n]))
+@pytest.mark.parametrize("number", [0, 6, 10], ids=lambda n: str(CASES[n]))
 def test_each_variant(every_variant: str, number: int) -> None:
     run(CASES[number], every_variant, MIXES[number % len(MIXES)])
 

@@ -90,6 +90,18 @@ forward   bfloat16[5, 4, 3, 12]  N=60 S=1 G=1 K=12
     )
 
 
+def test_it_shows_the_activation(kernels: None) -> None:
+    layer = layer_of("LayerNorm")
+    act = functools.partial(layer, activation="silu")
+    choices = fusednorm.explain(jax.grad(lambda x: loss(act, x, x)), data()).choices
+    assert [choice.op for choice in choices] == ["forward", "backward"]
+    for choice in choices:
+        assert choice.activation == "silu"
+        assert str(choice).splitlines()[0].endswith("K=12  silu")
+    (plain,) = fusednorm.explain(layer, data()).choices
+    assert plain.activation == ""
+
+
 def test_flax_has_nothing_to_explain() -> None:
     explanation = fusednorm.explain(build(nnx, "LayerNorm"), data())
     assert explanation.choices == ()

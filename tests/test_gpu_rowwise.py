@@ -172,7 +172,7 @@ def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> N
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     statistic = jax.ShapeDtypeStruct((3, 1), jnp.dtype("float32"))
-    operands = (call.dy, call.x, call.scale, statistic, statistic)
+    operands = (call.dy, call.x, call.scale, None, statistic, statistic)
     jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(*operands)
     assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
 

@@ -4,6 +4,7 @@ true."""
 import numpy as np
 import pytest
 
+from fusednorm import reference
 from tests.helpers import Case, assert_close
 
 
@@ -44,6 +45,10 @@ def test_assert_close_takes_half_an_ulp_and_no_more() -> None:
         Case("rms_norm", (3, 5)),
         Case("group_norm", (2, 3, 4), (("num_groups", 2),)),
         Case("batch_norm", (4, 3)),
+        *(
+            Case("layer_norm", (3, 5), (("activation", name),))
+            for name in reference.ACTIVATIONS
+        ),
     ],
     ids=str,
 )

@@ -135,7 +135,10 @@ def test_signatures_are_those_of_flax(name: str, method: str) -> None:
         signature = inspect.signature(function)
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
-    assert parameters(fusednorm) == parameters(nnx)
+    ours = parameters(fusednorm)
+    if method == "__call__":  # one more, which flax's callers do not give
+        assert ours.pop() == ("activation", inspect.Parameter.KEYWORD_ONLY, None)
+    assert ours == parameters(nnx)
 
 
 @each_construction
@@ -804,6 +807,51 @@ def test_promote_dtype_has_a_say_in_running_statistics() -> None:
         default = pair("BatchNorm", use_running_average=True)[0]
         with pytest.raises(AssertionError, match="elements are off"):
             assert_agrees(default(x), y_theirs)
+
+
+# --- an activation in the same call ---------------------------------------------------
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+@by_name
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_is_jax_nn_s(name: str, activation: str) -> None:
+    """Of the layer's own result; with running statistics too, which do not see it."""
+    x = data()
+    for mode in ["train", "eval"] if name == "BatchNorm" else ["train"]:
+        plain, layer = (pair(name)[1] for _ in range(2))
+        getattr(plain, mode)()
+        getattr(layer, mode)()
+        expected = ACTIVATIONS[activation](plain(x))
+        y = layer(x, activation=activation)
+        assert y.dtype == expected.dtype
+        np.testing.assert_allclose(y, expected, rtol=2e-6, atol=1e-6)
+        assert_same_state(layer, plain)
+
+
+def test_activation_comes_before_the_rounding() -> None:
+    """y in bfloat16 is the activation of the float32 norm, rounded once."""
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 2, (64, 32)), jnp.float32)
+    layer = fusednorm.LayerNorm(32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    once = jax.nn.silu(fusednorm.LayerNorm(32, rngs=nnx.Rngs(0))(x))
+    y = layer(x, activation="silu")
+    np.testing.assert_array_equal(y, once.astype(jnp.bfloat16))
+    assert (y != jax.nn.silu(layer(x))).any()  # which rounds twice
+
+
+@by_name
+def test_activation_errors(name: str) -> None:
+    _, layer = pair(name)
+    with pytest.raises(ValueError, match=r"'swish' is not known; it is one of 'relu'"):
+        layer(jnp.ones(SHAPE), activation="swish")
+    with pytest.raises(ValueError, match="takes real numbers, and x is complex64"):
+        layer(jnp.ones(SHAPE, jnp.complex64), activation="relu")
 
 
 # --- what flax gets wrong -------------------------------------------------------------

@@ -24,25 +24,41 @@ import fusednorm
 
 BATCH, PIXELS, CHANNELS = 4, 3, 6
 KINDS = ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"]
+ACTIVATED = [
+    "layer_norm gelu",
+    "group_norm silu",
+    "instance_norm gelu_tanh",
+    "batch_norm relu",
+]
+ACTIVATIONS = {
+    "": lambda y: y,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def function(kind: str) -> Callable[..., jax.Array]:
     """Ours, of x, scale and bias (RMSNorm: the bias is added afterwards)."""
+    kind, _, activation = kind.partition(" ")
+    options = {"activation": activation or None}
 
     def ours(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
         if kind == "rms_norm":
             return fusednorm.rms_norm(x, scale) + bias
         if kind == "group_norm":
-            return fusednorm.group_norm(x, scale, bias, num_groups=2)
+            return fusednorm.group_norm(x, scale, bias, num_groups=2, **options)
         if kind == "batch_norm":
-            return fusednorm.batch_norm(x, scale, bias)[0]
-        return getattr(fusednorm, kind)(x, scale, bias)
+            return fusednorm.batch_norm(x, scale, bias, **options)[0]
+        return getattr(fusednorm, kind)(x, scale, bias, **options)
 
     return ours
 
 
 def flax_function(kind: str, channels: int = CHANNELS) -> Callable[..., jax.Array]:
     """flax's, of x, scale and bias."""
+    kind, _, activation = kind.partition(" ")
     make = {
         "layer_norm": functools.partial(nnx.LayerNorm, channels),
         "rms_norm": functools.partial(nnx.RMSNorm, channels),
@@ -60,7 +76,7 @@ def flax_function(kind: str, channels: int = CHANNELS) -> Callable[..., jax.Arra
         if kind == "batch_norm":  # float64 as all else
             layer.mean = nnx.BatchStat(jnp.zeros(channels, scale.dtype))
             layer.var = nnx.BatchStat(jnp.ones(channels, scale.dtype))
-        return layer(x)
+        return ACTIVATIONS[activation](layer(x))
 
     return flax
 
@@ -277,7 +293,7 @@ TRANSFORMS: dict[str, Callable[[Fn, jax.Array], Fn]] = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ACTIVATED])
 def test_equal_to_flax(kind: str, transform: str, data: Any) -> None:
     x, scale, bias, dy = data
     transformed = TRANSFORMS[transform]
@@ -289,7 +305,7 @@ def test_equal_to_flax(kind: str, transform: str, data: Any) -> None:
 # --- export ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "group_norm silu"])
 @pytest.mark.parametrize(
     ("platforms", "shape"),
     [
@@ -336,7 +352,7 @@ def gathered(hlo: str) -> list[str]:
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "layer_norm gelu"])
 def test_sharded_by_jit(kind: str, mode: str, sharding: str) -> None:
     """8 virtual devices hold them; the result is one device's, and nothing is
     gathered."""
@@ -381,7 +397,7 @@ def sharded_data() -> list[jax.Array]:
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "group_norm silu"])
 def test_shard_map(kind: str, mode: str, check_vma: bool) -> None:
     """Data-parallel, params replicated: the gradient of a param is summed over
     devices."""

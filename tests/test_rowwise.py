@@ -114,6 +114,22 @@ def test_values_and_gradients(kernels: str, number: int) -> None:
     run(Case(kind, SHAPES[number]), MIXES[number % len(MIXES)])
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "activation"),
+    [
+        ("layer_norm", (37, 64), "relu"),
+        ("layer_norm", (5, 127), "silu"),
+        ("rms_norm", (37, 192), "gelu"),
+        ("layer_norm", (7, 1128), "gelu_tanh"),
+    ],
+)
+def test_activations(
+    kernels: str, kind: str, shape: tuple[int, int], activation: str
+) -> None:
+    number = shape[1]
+    run(Case(kind, shape, (("activation", activation),)), MIXES[number % len(MIXES)])
+
+
 # The interpreters take 20 ms or more for each tile of each warpgroup. Over 5 seconds,
 # and left to a GPU, are: 4097 rows of more than 64 features, 199 of 4096, 37 of 8200.
 MOST_FEATURES = {1: 8200, 2: 8200, 37: 4096, 199: 1128, 4097: 64}

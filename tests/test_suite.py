@@ -43,6 +43,10 @@ CASES = [
     Case("batch_norm", (41, 33)),
     Case("batch_norm", (6, 10, 4, 5), (("axis", 1),)),
     Case("batch_norm", (41, 3, 2), (("epsilon", 1e-2),), params=False),
+    Case("layer_norm", (9, 96), (("activation", "gelu"),)),
+    Case("rms_norm", (7, 64), (("activation", "gelu_tanh"),), params=False),
+    Case("group_norm", (3, 7, 24), (("num_groups", 4), ("activation", "silu"))),
+    Case("batch_norm", (6, 5, 10), (("activation", "relu"),)),
 ]
 DTYPES = [  # of x, of scale and bias, of y (None: what they promote to)
     ("float32", "float32", None),
@@ -338,6 +342,7 @@ def norm_of(case: Case) -> Norm:
         num_groups=case.num_groups,
         center=case.kind != "rms_norm",
         epsilon=case.epsilon,
+        activation=case.activation,
     )
 
 

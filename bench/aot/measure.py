@@ -65,12 +65,13 @@ class Workload:
         param = jax.ShapeDtypeStruct(self.shape[-1:], jnp.dtype("float32"))
         backward = self.op == "backward"
         center = self.norm.center
+        biased = center and (not backward or self.norm.activation is not None)
         return Call(
             op="backward" if backward else "forward",
             norm=self.norm,
             x=x,
             scale=param,
-            bias=param if center and not backward else None,
+            bias=param if biased else None,
             dy=x if backward else None,
             statistics=self.op == "forward+statistics",
             wanted=(True, True, center),
@@ -80,13 +81,13 @@ class Workload:
     def operands(self) -> tuple[Any, ...]:
         """Of the kernel's launch: arrays' shapes and dtypes, None where there is none.
 
-        (x, scale, bias, mask), or (dy, x, scale, mean, var, mask).
+        (x, scale, bias, mask), or (dy, x, scale, bias, mean, var, mask).
         """
         call = self.call
         if call.op == "forward":
             return call.x, call.scale, call.bias, None
         mean = self.statistic if self.norm.center else None
-        return call.dy, call.x, call.scale, mean, self.statistic, None
+        return call.dy, call.x, call.scale, call.bias, mean, self.statistic, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +208,7 @@ def norm_of(
     *,
     reduction_axes: tuple[int, ...] | None = None,
     num_groups: int = 32,
+    activation: str | None = None,
 ) -> Norm:
     """What a flax layer does to an array, with flax's defaults.
 
@@ -216,6 +218,7 @@ def norm_of(
       dtype: of x and y.
       reduction_axes: of a LayerNorm or an RMSNorm, None for the last.
       num_groups: of a GroupNorm.
+      activation: what follows, in the same call.
     """
     *others, last = range(len(shape))
     reduced = {
@@ -229,6 +232,7 @@ def norm_of(
         num_groups=num_groups if layer is nnx.GroupNorm else None,
         center=layer is not nnx.RMSNorm,
         dtype=jnp.dtype(dtype),
+        activation=activation,
     )
 
 

@@ -3,9 +3,10 @@
 On the view x[N, S, G, K] (samples, pixels, groups, channels of a group), with sums over
 the pixels and channels of one group of one sample:
 
-    forward   y = (x - mean) * rstd * scale + bias
-    backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dy * scale
-              dscale = sum(dy * x_hat),  dbias = sum(dy)         over pixels and samples
+    forward   y = act(z),  z = (x - mean) * rstd * scale + bias
+    backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dz * scale
+              dscale = sum(dz * x_hat),  dbias = sum(dz)         over pixels and samples
+              dz = dy * act'(z)
 
 A sample is cut into *strips* of channels, and a strip's pixels into blocks, so that all
 multiprocessors have work whatever N and G are. Sums run down the pixels, channel by
@@ -31,6 +32,7 @@ Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2
 (arXiv:1502.03167); merging of moments, Chan, Golub and LeVeque 1983, equation 2.1.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -42,6 +44,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm import reference
+from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.gpu import memory, strips
@@ -223,13 +226,15 @@ def forward(
         scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
         bias = part.load_channels(ref["bias"]) if "bias" in ref else 0.0
         factor = rstd * scale
+        act = functools.partial(activate, norm.activation)
 
         def normalize(lines: Sequence[Any], _: None) -> None:
             for line in lines:
                 y = part.kept("x", line)
                 if norm.center:
                     y = y - mean[0]
-                part.store(ref["y"], line, y * factor + bias)
+                z = y * factor + bias
+                part.store(ref["y"], line, z.map(act))
 
         part.over_lines(normalize, None)
 
@@ -317,6 +322,7 @@ def backward(
     dy: jax.Array,
     x: jax.Array,
     scale: jax.Array | None,
+    bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
     mask: None = None,
@@ -329,7 +335,7 @@ def backward(
     b) bytes a channel of each sample more, almost all of them from the L2 cache.
     """
     norm = call.norm
-    inputs = _gradient_inputs(call, dy, x, scale, mean, var)
+    inputs = _gradient_inputs(call, dy, x, scale, bias, mean, var)
     names = _summed(call)
     outputs: dict[str, Any] = {
         name: _of_each_sample(call) for name in names if _wants(call, name)
@@ -338,7 +344,8 @@ def backward(
 
     def body(ref: dict[str, Any], part: Part) -> None:
         *mean, rstd = part.by_group(_given_statistics(call, ref))
-        seen = _gradients_seen(part, names, ref, mean, keep=True)
+        dz = _before_activation(norm, part, ref, rstd)
+        seen = _gradients_seen(part, names, ref, mean, dz, keep=True)
         found = [part.total(sums) for sums in part.add_up(*seen)]
         if config.blocks > 1:
             blocks = part.exchange(found)
@@ -349,11 +356,11 @@ def backward(
 
         def store_dx(lines: Sequence[Any], _: None) -> None:
             for line in lines:
-                x_hat = part.kept("x", line)
+                centred = part.kept("x", line)
                 if norm.center:
-                    x_hat = x_hat - mean[0]
-                x_hat = x_hat * rstd
-                inner = part.kept("dy", line) * scale - x_hat * c1
+                    centred = centred - mean[0]
+                w = dz(part.kept("dy", line), centred) * scale
+                inner = w - centred * rstd * c1
                 if norm.center:
                     inner = inner - c2[0]
                 part.store(ref["dx"], line, inner * rstd)
@@ -379,6 +386,7 @@ def backward_in_two_reads(
     dy: jax.Array,
     x: jax.Array,
     scale: jax.Array | None,
+    bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
     mask: None = None,
@@ -388,14 +396,15 @@ def backward_in_two_reads(
     Bytes: x and dy for their sums, 8 a channel for each block, written and read; for
     dx both once more, and dx, in XLA's code.
     """
-    results = gradient_sums(config, last, call, dy, x, scale, mean, var)
+    results = gradient_sums(config, last, call, dy, x, scale, bias, mean, var)
     if call.wanted[0]:
+        dz = reference.before_activation(call.norm, dy, x, scale, bias, mean, var)
         shape = call.norm.statistic_shape(x.shape)
         c1, c2 = (results.get(name) for name in ("c1", "c2"))
         assert c1 is not None
         results["dx"] = reference.input_gradient(
             call.norm,
-            dy,
+            dz,
             x,
             scale,
             mean,
@@ -413,6 +422,7 @@ def gradient_sums(
     dy: jax.Array,
     x: jax.Array,
     scale: jax.Array | None,
+    bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
 ) -> dict[str, jax.Array]:
@@ -426,25 +436,37 @@ def gradient_sums(
     """
     norm, view = call.norm, _view(call)
     samples, _, channels = _shape(call)
-    inputs = _gradient_inputs(call, dy, x, scale, mean, var)
+    inputs = _gradient_inputs(call, dy, x, scale, bias, mean, var)
     names = _summed(call)
     partials = (samples, config.blocks, len(names), channels)
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        mean = [part.load_channels(ref["mean"], part.sample)] if "mean" in ref else []
-        seen = _gradients_seen(part, names, ref, mean, keep=False)
+        mean, rstd = [], None
+        if "mean" in ref:
+            mean = [part.load_channels(ref["mean"], part.sample)]
+        if "var" in ref:
+            rstd = _rstd(part.load_channels(ref["var"], part.sample), norm.epsilon)
+        dz = _before_activation(norm, part, ref, rstd)
+        seen = _gradients_seen(part, names, ref, mean, dz, keep=False)
         for i, sums in enumerate(part.add_up(*seen)):
             at = (part.sample, part.block, i)
             part.store_channels(ref["partials"], part.total(sums), *at)
 
-    of_channels = inputs.get("mean")
-    if of_channels is not None and view.k > 1:  # strips need not be of whole groups
-        of_channels = jnp.repeat(of_channels, view.k, axis=1)
+    taken = {name: inputs[name] for name in ("dy", "x")}
+    of_groups = ["mean"]
+    if norm.activation is not None:
+        of_groups.append("var")
+        taken |= {name: inputs[name] for name in ("scale", "bias") if name in inputs}
+    for name in of_groups:
+        if name in inputs:
+            taken[name] = inputs[name]
+            if view.k > 1:  # strips need not be of whole groups
+                taken[name] = jnp.repeat(inputs[name], view.k, axis=1)
     found = _launch(
         "fusednorm_channelwise_sums",
         body,
         config,
-        inputs=memory.present(dy=inputs["dy"], x=inputs["x"], mean=of_channels),
+        inputs=taken,
         outputs={"partials": jax.ShapeDtypeStruct(partials, jnp.float32)},
     )
 
@@ -463,7 +485,7 @@ def gradient_sums(
         "fusednorm_channelwise_combine",
         combine,
         last,
-        inputs=found | {n: a for n, a in inputs.items() if n not in ("dy", "x")},
+        inputs=found | {n: inputs[n] for n in inputs if n not in ("dy", "x", "bias")},
         outputs=outputs,
     )
 
@@ -479,13 +501,20 @@ def _wants(call: Call, name: str) -> bool:
 
 
 def _gradient_inputs(
-    call: Call, dy: jax.Array, x: jax.Array, scale: Any, mean: Any, var: jax.Array
+    call: Call,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: Any,
+    bias: Any,
+    mean: Any,
+    var: jax.Array,
 ) -> dict[str, jax.Array]:
     view = _view(call)
     return memory.present(
         dy=dy.reshape(_shape(call)),
         x=x.reshape(_shape(call)),
         scale=scale,
+        bias=bias,
         mean=None if mean is None else mean.reshape(view.n, view.g),
         var=var.reshape(view.n, view.g),
     )
@@ -501,17 +530,30 @@ def _given_statistics(call: Call, ref: dict[str, Any]) -> Callable[..., list[Any
     return formula
 
 
+def _before_activation(
+    norm: Norm, part: Part, ref: dict[str, Any], rstd: Any
+) -> Callable[[Columns, Columns], Columns]:
+    """The function of a line's dy and x - mean that is dz = dy * act'(z)."""
+    if norm.activation is None:
+        return lambda dy, centred: dy
+    factor = rstd * part.load_channels(ref["scale"]) if "scale" in ref else rstd
+    bias = part.load_channels(ref["bias"]) if "bias" in ref else 0.0
+    of_z = functools.partial(slope, norm.activation)
+    return lambda dy, centred: dy * (centred * factor + bias).map(of_z)
+
+
 def _gradients_seen(
     part: Part,
     names: Sequence[str],
     ref: dict[str, Any],
     mean: Sequence[Columns],
+    dz: Callable[[Columns, Columns], Columns],
     *,
     keep: bool,
 ) -> list[Columns]:
     """What each lane adds to the sums of these names, place by place in its lines.
 
-    dscale still lacks the factor rstd.
+    dscale still lacks the factor rstd. `dz` is what `_before_activation` returned.
     """
 
     def step(lines: Sequence[Any], seen: list[Columns]) -> list[Columns]:
@@ -524,6 +566,7 @@ def _gradients_seen(
                     part.keep(name, line, value)
             dy, x = here["dy"].float32(), here["x"].float32()
             centred = x - mean[0] if mean else x
+            dy = dz(dy, centred)
             terms = {"dscale": dy * centred, "dbias": dy}
             seen = [
                 a + part.once(line, terms[name])
@@ -739,6 +782,7 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
     else:
         config = None  # nothing of x's size is written: there is no second read
     if config is not None:
+        config = _with_slopes(call, config)
         launch: Any = forward if call.op == "forward" else backward
         launch = functools.partial(launch, config, call)
         size = f"{config.width * view.s * sum(sizes) / KB:.0f} KB"
@@ -753,10 +797,10 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
                 f"strips of {strips.SECTOR} bytes or more and {MAX_CHUNKS} loads or "
                 "fewer"
             )
-        config = configs[0]
+        config, last = (_with_slopes(call, config) for config in configs)
         forwards = call.op == "forward"
         launch = forward_in_two_reads if forwards else backward_in_two_reads
-        launch = functools.partial(launch, *configs, call)
+        launch = functools.partial(launch, config, last, call)
         variant = ", two reads"
         why = (
             f"a group's {view.s} pixels do not fit the shared memory of "
@@ -773,6 +817,14 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
         why=why,
         bytes_moved=_bytes_moved(call, config),
     )
+
+
+def _with_slopes(call: Call, config: Config) -> Config:
+    """Half as much at once where a backward takes an activation's slope of it: silu's
+    on 64 x 64 x 320 in bfloat16 would need 136 registers, and has 123."""
+    if call.op == "forward" or call.norm.activation is None:
+        return config
+    return dataclasses.replace(config, at_once=config.at_once // 2)
 
 
 def _bytes_moved(call: Call, config: Config) -> int:

@@ -1,8 +1,9 @@
 """LayerNorm and RMSNorm over contiguous rows, on Pallas Mosaic GPU.
 
-    forward   y = (x - mean) * rstd * scale + bias
-    backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dy * scale
-              dscale = sum(dy * x_hat),  dbias = sum(dy)            over rows
+    forward   y = act(z),  z = (x - mean) * rstd * scale + bias
+    backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dz * scale
+              dscale = sum(dz * x_hat),  dbias = sum(dz)            over rows
+              dz = dy * act'(z)
 
 Each is one kernel that reads x (and dy) once: a row lies in registers from its first
 sum to its last store. How many threads share a row depends on its length:
@@ -38,6 +39,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.gpu import memory
 from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
@@ -473,7 +475,7 @@ def forward(
                     y = y * part.load_param(ref["scale"], chunk)
                 if "bias" in ref:
                     y = y + part.load_param(ref["bias"], chunk)
-                part.store(ref["y"], row, chunk, y)
+                part.store(ref["y"], row, chunk, activate(norm.activation, y))
             for name, statistic in (("mean", mean), ("var", var)):
                 if name in ref and statistic is not None:
                     part.store_statistic(ref[name], row, statistic)
@@ -506,6 +508,7 @@ def backward(
     dy: jax.Array,
     x: jax.Array,
     scale: jax.Array | None,
+    bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
     mask: None = None,
@@ -533,6 +536,7 @@ def backward(
         dy=dy.reshape(-1, features),
         x=x.reshape(-1, features),
         scale=scale,
+        bias=bias,
         mean=None if mean is None else mean.reshape(-1),
         var=var.reshape(-1),
     )
@@ -575,6 +579,13 @@ def backward(
             if norm.center:
                 xs = [x - part.across(loaded["mean"], x) for x in xs]
             x_hats = [x * part.across(rstd, x) for x in xs]
+            if norm.activation is not None:  # from here on dy is dz
+                zs = [x * scale for x, scale in zip(x_hats, scales, strict=True)]
+                if "bias" in ref:
+                    biases = [part.load_param(ref["bias"], c) for c in config.chunks]
+                    zs = [z + bias for z, bias in zip(zs, biases, strict=True)]
+                slopes = [slope(norm.activation, z) for z in zs]
+                dys = [dy * of_z for dy, of_z in zip(dys, slopes, strict=True)]
 
             if want["dx"]:
                 ws = [dy * scale for dy, scale in zip(dys, scales, strict=True)]
@@ -760,7 +771,16 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         itemsize = max(x_size, call.dy.dtype.itemsize)
         if features <= 512:
             itemsize = 4  # Mosaic adds up rows over warps by 4 columns a lane at most
-        config = configure(features, itemsize, per_lane=16, of_long=16, in_warp=512)
+        # An activation's slope takes registers for it, and for z: half as many columns
+        # leave 128 threads and more their blocks (16 of a LayerNorm and a GELU: 163).
+        per_lane = 16 if call.norm.activation is None else 8
+        config = configure(
+            features,
+            itemsize,
+            per_lane=per_lane,
+            of_long=per_lane if features <= MAX_FEATURES // 2 else 16,
+            in_warp=32 * per_lane,
+        )
         launch = functools.partial(backward, config, call, processors)
         examples = math.prod(call.x.shape[: call.own_params])
         blocks = examples * _grid(config, rows // examples, processors)[2]

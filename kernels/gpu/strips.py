@@ -57,6 +57,7 @@ class Config:
       warpgroups: of a block.
       blocks: that share a strip; those of a cluster, if resident.
       resident: whether the pixels stay on the chip.
+      at_once: elements of each array that a lane loads before it looks at the first.
     """
 
     pixels: int
@@ -70,6 +71,7 @@ class Config:
     warpgroups: int
     blocks: int
     resident: bool
+    at_once: int = 32
 
     @property
     def workers(self) -> int:
@@ -89,14 +91,14 @@ class Config:
 
     @property
     def held(self) -> int:
-        """Lines that a lane loads before it looks at the first: 32 elements of each
-        array, or 64 to 128 bytes.
+        """Lines that a lane loads before it looks at the first: 64 to 128 bytes of each
+        array.
 
         With 512 threads or more on an SM these are 32 to 64 KB in flight, where
         bandwidth times latency wants 18 (H100: 3.35 TB/s * 700 ns / 132) to 25 KB
         (H200).
         """
-        return max(32 // sum(chunk.vector for chunk in self.chunks), 1)
+        return max(self.at_once // sum(chunk.vector for chunk in self.chunks), 1)
 
     def of_blocks(self) -> "Config":
         """Cuts what the blocks of a strip found, which are the pixels of one

@@ -44,6 +44,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm import reference
+from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.tpu import memory
@@ -102,6 +103,7 @@ def _forward_kernel(
     cut: AnyCut,
     center: bool,
     epsilon: float,
+    activation: str | None,
 ) -> None:
     """y, mean and variance."""
 
@@ -166,7 +168,7 @@ def _forward_kernel(
                 y = y * factor
                 if bias_ref is not None:
                     y = y + bias
-                memory.store(y_ref, here, cut.as_block(y))
+                memory.store(y_ref, here, cut.as_block(activate(activation, y)))
 
         cut.over_chunks(block, step, None)
 
@@ -229,6 +231,7 @@ def _backward_kernel(
     dy_ref: Any,  # a block: [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows]
     x_ref: Any,  # likewise
     scale_ref: Any,  # [1, lanes], or None
+    bias_ref: Any,  # likewise, for an activation
     mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
     var_ref: Any,  # likewise
     dx_ref: Any,  # a block, or None
@@ -239,11 +242,13 @@ def _backward_kernel(
     kept_dy: Any,  # the blocks of a unit, or None
     kept_x: Any,  # likewise
     center_at: Any,  # [unit, *places] float32: the mean of what is added up; or None
-    seen: Any,  # [2, unit, *places] float32: sum(dy * (x - mean)), sum(dy)
-    found: Any,  # [4, unit, *places] float32: mean, and the factors of dx
+    affine_at: Any,  # [2, unit, *places] float32: factor and bias of z; or None
+    seen: Any,  # [2, unit, *places] float32: sum(dz * (x - mean)), sum(dz)
+    found: Any,  # [4, or 6, unit, *places] float32: mean, the factors of dx, affine_at
     *,
     cut: AnyCut,
     epsilon: float,
+    activation: str | None,
 ) -> None:
     """Those of dx, dscale, dbias, c1 and c2 that have a reference."""
     center = mean_ref is not None
@@ -251,10 +256,27 @@ def _backward_kernel(
     def begin() -> None:
         if center:
             center_at[...] = cut.spread(cut.from_row(mean_ref[...]))
+        if affine_at is not None:
+            factor = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
+            if scale_ref is not None:
+                factor = factor * cut.from_row(memory.load(scale_ref))
+            affine_at[0] = cut.spread(factor)
+            if bias_ref is not None:
+                bias = cut.from_row(memory.load(bias_ref))
+                affine_at[1] = jnp.broadcast_to(cut.spread(bias), affine_at.shape[1:])
+
+    def before_activation(dy: jax.Array, centred: jax.Array, affine: Any) -> jax.Array:
+        """dz = dy * act'(z)."""
+        if activation is None:
+            return dy
+        factor, bias = affine
+        z = centred * factor
+        return dy * slope(activation, z if bias_ref is None else z + bias)
 
     def add_up(block: Block, sample: Any, tile: Any) -> None:
         at = sample, *cut.of_tile(tile)
         mean = center_at[at] if center else None
+        affine = None if affine_at is None else (affine_at[0, *at], affine_at[1, *at])
 
         def step(
             chunks: Any, rows: int, totals: Sequence[jax.Array]
@@ -266,7 +288,9 @@ def _backward_kernel(
                     kept_dy[cut.number(block), *here] = dy_ref[here]
                 x = cut.as_places(memory.load(x_ref, here))
                 dy = cut.as_places(memory.load(dy_ref, here))
-                terms = dy * (x if mean is None else x - mean), dy
+                centred = x if mean is None else x - mean
+                dz = before_activation(dy, centred, affine)
+                terms = dz * centred, dz
                 totals = [
                     total + cut.add_registers(term, rows)
                     for total, term in zip(totals, terms, strict=True)
@@ -298,6 +322,8 @@ def _backward_kernel(
                 found[3] = cut.spread(rstd * c2)
             found[1] = cut.spread(rstd * scale)
             found[2] = cut.spread(rstd * rstd * c1)
+            if affine_at is not None:
+                found[4], found[5] = affine_at[0], affine_at[1]
 
     def store_dx(block: Block, sample: Any, tile: Any) -> None:
         at = sample, *cut.of_tile(tile)
@@ -309,11 +335,15 @@ def _backward_kernel(
                 mean, of_dy, of_x, rest = (found[i, *at] for i in range(4))
                 here = cut.at(sample, chunk, tile)
                 x = cut.as_places(memory.load(from_x, here))
-                dx = cut.as_places(memory.load(from_dy, here)) * of_dy
+                dy = cut.as_places(memory.load(from_dy, here))
+                centred = x - mean if center else x
+                affine = None
+                if affine_at is not None:
+                    affine = found[4, *at], found[5, *at]
+                dz = before_activation(dy, centred, affine)
+                dx = dz * of_dy - centred * of_x
                 if center:
-                    dx = dx - (x - mean) * of_x - rest
-                else:
-                    dx = dx - x * of_x
+                    dx = dx - rest
                 memory.store(dx_ref, here, cut.as_block(dx))
 
         cut.over_chunks(block, step, None)
@@ -486,7 +516,11 @@ class Launch:
         places = pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32)
         return self._pallas_call(
             functools.partial(
-                _forward_kernel, cut=cut, center=norm.center, epsilon=norm.epsilon
+                _forward_kernel,
+                cut=cut,
+                center=norm.center,
+                epsilon=norm.epsilon,
+                activation=norm.activation,
             ),
             "channelwise_forward",
             operands=[
@@ -508,6 +542,7 @@ class Launch:
         dy: jax.Array,
         x: jax.Array,
         scale: jax.Array | None,
+        bias: jax.Array | None,
         mean: jax.Array | None,
         var: jax.Array,
         mask: None = None,
@@ -520,6 +555,7 @@ class Launch:
         Args:
           dy, x: of one shape, each float32, bfloat16 or float16.
           scale: shape (channels,), or None.
+          bias: likewise, for an activation.
           mean, var: the forward's statistics, float32.
           mask: None.
 
@@ -530,19 +566,21 @@ class Launch:
         wants_dx, wants_dscale, wants_dbias = self.call.wanted
         if not any(self.call.wanted):
             return []
-        dx, dscale, dbias, c1, c2 = self._backward(dy, x, scale, mean, var)
+        dx, dscale, dbias, c1, c2 = self._backward(dy, x, scale, bias, mean, var)
         params = (*x.shape[: self.call.own_params], self.cut.channels)
         found = []
         if wants_dx:
             if self.whole:
                 found = [self._from_view(dx)]
             else:
+                norm = self.call.norm
+                dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
                 c1 = self._of_groups(c1)
                 assert c1 is not None
                 found = [
                     reference.input_gradient(
-                        self.call.norm,
-                        dy,
+                        norm,
+                        dz,
                         x,
                         scale,
                         mean,
@@ -562,11 +600,13 @@ class Launch:
         dy: jax.Array,
         x: jax.Array,
         scale: jax.Array | None,
+        bias: jax.Array | None,
         mean: jax.Array | None,
         var: jax.Array,
     ) -> Any:
         cut, norm = self.cut, self.call.norm
         wants_dx, wants_dscale, wants_dbias = self.call.wanted
+        slopes = norm.activation is not None
         dy, x = self._to_view(dy), self._to_view(x)
         gradient = memory.result(
             x, (cut.cores, cut.examples, 1, cut.channels), jnp.float32
@@ -578,12 +618,18 @@ class Launch:
             return pltpu.VMEM((count, cut.unit, *cut.places), jnp.float32)
 
         dx, dscale, dbias, c1, c2 = self._pallas_call(
-            functools.partial(_backward_kernel, cut=cut, epsilon=norm.epsilon),
+            functools.partial(
+                _backward_kernel,
+                cut=cut,
+                epsilon=norm.epsilon,
+                activation=norm.activation,
+            ),
             "channelwise_backward",
             operands=[
                 (dy, cut.spec),
                 (x, cut.spec),
-                (memory.row(scale) if wants_dx else None, cut.spec_of_params),
+                (memory.row(scale) if wants_dx or slopes else None, cut.spec_of_params),
+                (memory.row(bias), cut.spec_of_params),
                 (self._of_channels(mean), cut.spec_of_statistics),
                 (self._of_channels(var), cut.spec_of_statistics),
             ],
@@ -599,8 +645,9 @@ class Launch:
                 pltpu.VMEM((cut.unit, *cut.places), jnp.float32)
                 if norm.center
                 else None,
+                places(2) if slopes else None,
                 places(2),
-                places(4) if self.whole else None,
+                places(4 + 2 * slopes) if self.whole else None,
             ],
         )
         return dx, self._add_cores(dscale), self._add_cores(dbias), c1, c2
@@ -920,7 +967,8 @@ def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
         need += cut.blocks * block * reads
     places = cut.unit * math.prod(cut.places) * 4
     # Scratch, and the values of `complete`, of which registers hold few.
-    need += (7 + SPILLED) * places
+    slopes = call.op == "backward" and call.norm.activation is not None
+    need += (7 + 4 * slopes + SPILLED) * places
     return need + OTHER_BYTES
 
 
@@ -948,7 +996,7 @@ def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
         moved += of_channels * (call.statistics or not whole)
     else:
         moved += of_channels * (2 if wants_dx and not whole else 1)
-        params = params if wants_dx else []
+        params = params if wants_dx or call.norm.activation else []
         # Of several cores written, read and added up.
         sums = 1 if cut.cores == 1 else 2 * cut.cores + 1
         moved += 4 * (wants_dscale + wants_dbias) * sums * cut.examples * cut.channels

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.tpu import memory
@@ -90,6 +91,7 @@ def _forward_kernel(
     *,
     center: bool,
     epsilon: float,
+    activation: str | None,
     blocks: Blocks,
 ) -> None:
     """y, and mean and variance of each row."""
@@ -118,7 +120,7 @@ def _forward_kernel(
                 y = y * blocks.param(scale_ref, scale_kept, piece)
             if bias_ref is not None:
                 y = y + blocks.param(bias_ref, bias_kept, piece)
-            blocks.write(y_ref, index, piece, y)
+            blocks.write(y_ref, index, piece, activate(activation, y))
 
         with jax.named_scope("statistics"):
             if center:
@@ -149,17 +151,20 @@ def _backward_kernel(
     dy_ref: Any,  # a block: [block_rows, lanes], or [block_slabs, sublanes, block_rows]
     x_ref: Any,  # a block, or None where dbias alone is wanted
     scale_ref: Any,  # [1, lanes], or None
+    bias_ref: Any,  # likewise, for an activation
     mean_ref: Any,  # float32, of a block's rows, or None
     var_ref: Any,  # likewise
     dx_ref: Any,  # a block, or None
     dscale_ref: Any,  # [1, lanes] float32, or None
     dbias_ref: Any,  # likewise
     scale_kept: Any,  # [sublanes, LANES] float32, or None
+    bias_kept: Any,  # likewise
     dscale_sum: Any,  # [SUBLANES, lanes] or [sublanes, LANES] float32, or None: kept
     dbias_sum: Any,  # likewise                                     from step to step
     *,
     center: bool,
     epsilon: float,
+    activation: str | None,
     blocks: Blocks,
 ) -> None:
     """Those of dx, dscale and dbias that are wanted."""
@@ -170,7 +175,7 @@ def _backward_kernel(
         if total is not None
     ]
 
-    _keep_params([(scale_ref, scale_kept)], blocks)
+    _keep_params([(scale_ref, scale_kept), (bias_ref, bias_kept)], blocks)
 
     @pl.when(_is_first_step())
     def _() -> None:
@@ -193,34 +198,45 @@ def _backward_kernel(
             x = read_x(piece)
             return x if mean is None else x - blocks.widen(mean, piece)
 
+        def read_dz(piece: Piece) -> jax.Array:
+            dy = read_dy(piece)
+            if activation is None:
+                return dy
+            z = read_centred(piece) * blocks.widen(rstd, piece)
+            if scale_ref is not None:
+                z = z * blocks.param(scale_ref, scale_kept, piece)
+            if bias_ref is not None:
+                z = z + blocks.param(bias_ref, bias_kept, piece)
+            return dy * slope(activation, z)
+
         def add_rows(total: Any, value: jax.Array, piece: Piece) -> None:
             if inside is not None:  # what is beyond the last row is garbage
                 value = jnp.where(inside, value, 0)
             blocks.part(total, piece)[...] += blocks.sum_rows(value)
 
         def add_up(piece: Piece, totals: Any) -> list[jax.Array]:
-            dy = read_dy(piece)
+            dz = read_dz(piece)
             if dbias_sum is not None:
-                add_rows(dbias_sum, dy, piece)
+                add_rows(dbias_sum, dz, piece)
             if x_ref is None:
                 return []
-            of_scale = dy * (read_centred(piece) * blocks.widen(rstd, piece))
+            of_scale = dz * (read_centred(piece) * blocks.widen(rstd, piece))
             if dscale_sum is not None:
                 add_rows(dscale_sum, of_scale, piece)
             if dx_ref is None:
                 return []
-            terms = [of_scale, dy][: 1 + center]
+            terms = [of_scale, dz][: 1 + center]
             if scale_ref is not None:
                 scale = blocks.param(scale_ref, scale_kept, piece)
                 terms = [term * scale for term in terms]
             return blocks.add(totals, terms, piece)
 
         def store_dx(piece: Piece, _: None) -> None:
-            dx = read_dy(piece)
+            dx = read_dz(piece)
             if scale_ref is not None:
                 dx = dx * blocks.param(scale_ref, scale_kept, piece)
-            for mean_of_wdy in c2:
-                dx = dx - blocks.widen(mean_of_wdy, piece)
+            for mean_of_wdz in c2:
+                dx = dx - blocks.widen(mean_of_wdz, piece)
             dx = dx - read_centred(piece) * blocks.widen(rstd * c1, piece)
             dx = dx * blocks.widen(rstd, piece)
             blocks.write(dx_ref, index, piece, dx)
@@ -290,7 +306,11 @@ def forward(
     )
     y, *statistics = _pallas_call(
         functools.partial(
-            _forward_kernel, center=norm.center, epsilon=norm.epsilon, blocks=blocks
+            _forward_kernel,
+            center=norm.center,
+            epsilon=norm.epsilon,
+            activation=norm.activation,
+            blocks=blocks,
         ),
         name="rowwise_forward",
         blocks=blocks,
@@ -316,6 +336,7 @@ def backward(
     dy: jax.Array,
     x: jax.Array,
     scale: jax.Array | None,
+    bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
     mask: None = None,
@@ -327,6 +348,7 @@ def backward(
       blocks: how it cuts x.
       dy, x: of one shape, each float32, bfloat16 or float16.
       scale: shape (features,), or None.
+      bias: likewise, for an activation.
       mean, var: the forward's statistics, float32.
       mask: None.
 
@@ -337,7 +359,8 @@ def backward(
     if not any(call.wanted):
         return []
     dx, dscale, dbias = call.wanted
-    reads_x = dx or dscale
+    reads_x = _reads_x(call)
+    scales = dx or call.norm.activation is not None
     view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
     param = memory.result(
@@ -351,6 +374,7 @@ def backward(
             _backward_kernel,
             center=call.norm.center,
             epsilon=call.norm.epsilon,
+            activation=call.norm.activation,
             blocks=blocks,
         ),
         name="rowwise_backward",
@@ -358,7 +382,8 @@ def backward(
         operands=[
             (dy.reshape(view), blocks.of_rows),
             (x.reshape(view) if reads_x else None, blocks.of_rows),
-            (memory.row(scale) if dx else None, blocks.of_param),
+            (memory.row(scale) if scales else None, blocks.of_param),
+            (memory.row(bias), blocks.of_param),
             (mean if reads_x else None, blocks.of_statistic),
             (var.reshape(row_of_statistics) if reads_x else None, blocks.of_statistic),
         ],
@@ -368,7 +393,8 @@ def backward(
             (param if dbias else None, blocks.of_param_gradient),
         ],
         scratch=[
-            blocks.kept_param if dx and scale is not None else None,
+            blocks.kept_param if scales and scale is not None else None,
+            blocks.kept_param if bias is not None else None,
             total if dscale else None,
             total if dbias else None,
         ],
@@ -546,7 +572,8 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
     tile_bytes += 2 * 2 * SUBLANES * LANES * 4  # mean and variance, as whole registers
     most = min(chip.blocks // tile_bytes, MOST_ROWS * LANES // tile)
     most = max(most, 1)
-    kept = 3 * tile * 4  # scale and bias; or scale, dscale and dbias
+    # Scale and bias; or scale, dscale, dbias, and before an activation bias.
+    kept = (3 + (call.norm.activation is not None)) * tile * 4
     need = most * tile_bytes + kept + OTHER_BYTES
     if need > chip.vmem:
         return None
@@ -579,10 +606,16 @@ def _streamed(call: Call) -> list[jnp.dtype]:
     if call.op == "forward":
         return [call.x.dtype, call.norm.dtype]
     assert call.dy is not None
-    dx, dscale, _ = call.wanted
+    dx, *_ = call.wanted
     streamed = [call.dy.dtype]
-    streamed += [call.x.dtype] if dx or dscale else []
+    streamed += [call.x.dtype] if _reads_x(call) else []
     return streamed + ([call.x.dtype] if dx else [])
+
+
+def _reads_x(call: Call) -> bool:
+    """Whether a backward reads x: not for dbias alone, but where dz takes it."""
+    dx, dscale, _ = call.wanted
+    return dx or dscale or call.norm.activation is not None
 
 
 def bytes_moved(call: Call, blocks: Blocks) -> int:
@@ -595,8 +628,8 @@ def bytes_moved(call: Call, blocks: Blocks) -> int:
         total += statistics * call.statistics
     else:
         dx, dscale, dbias = call.wanted
-        total += statistics * (dx or dscale)
-        params = params if dx else []
+        total += statistics * _reads_x(call)
+        params = params if dx or call.norm.activation else []
         # Of several cores written, read and added up.
         sums = 1 if blocks.cores == 1 else 2 * blocks.cores + 1
         total += (dscale + dbias) * sums * blocks.examples * blocks.features * 4
