@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.aot.chips import Chip, Gpu
 from bench.aot.measure import Measurement
@@ -57,17 +59,15 @@ def draw(chip: Chip, found: Sequence[Measurement], path: Path) -> None:
         if mine:
             x, y = np.array(mine).T
             axis.scatter(x, y, color=color, s=18, label=op)
-    for one, point in zip(found, points, strict=True):
-        if one.op != "forward+statistics":  # lies next to the forward
-            axis.annotate(
-                one.case, point, (3, 3), textcoords="offset points", fontsize=6
-            )
     axis.set_xscale("log")
     axis.set_yscale("log")
+    for text, point in _labels(axis, [one.case for one in found], points):
+        axis.annotate(text, point, (3, 3), textcoords="offset points", fontsize=6)
     for numbers in (axis.xaxis, axis.yaxis):
-        numbers.set_major_formatter("{x:.0f}")
-        numbers.set_minor_formatter("{x:.0f}")
-    axis.tick_params(which="both", labelsize=7)
+        numbers.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        numbers.set_major_formatter("{x:,.0f}")
+        numbers.set_minor_locator(NullLocator())
+    axis.tick_params(labelsize=7)
     axis.set_xlabel(
         "bytes in flight per SM, at most"
         if isinstance(chip, Gpu)
@@ -79,7 +79,30 @@ def draw(chip: Chip, found: Sequence[Measurement], path: Path) -> None:
         f"{chip.bandwidth / 1e9:.0f} GB/s, and "
         + ("the memory's latency" if isinstance(chip, Gpu) else "the core's cycles")
     )
-    axis.grid(which="both", alpha=0.2)
+    axis.grid(alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="lower right")
     figure.savefig(path, dpi=120)
+
+
+def _labels(
+    axis: Any, names: Sequence[str], points: Sequence[tuple[float, float]]
+) -> list[tuple[str, tuple[float, float]]]:
+    """One for each heap of points: the first case's name, and how many there are more.
+
+    A heap is what lies within 60 x 9 points, a label's own size, of its first one.
+    """
+    heaps: list[tuple[tuple[float, float], dict[str, None]]] = []
+    on_paper = axis.transData.transform
+    for name, point in sorted(zip(names, points, strict=True), key=lambda p: p[1]):
+        for first, heap in heaps:
+            apart = np.abs(on_paper(first) - on_paper(point)) * 72 / axis.figure.dpi
+            if (apart < (60, 9)).all():
+                heap[name] = None
+                break
+        else:
+            heaps.append((point, {name: None}))
+    return [
+        (next(iter(heap)) + (f" +{len(heap) - 1}" if len(heap) > 1 else ""), point)
+        for point, heap in heaps
+    ]
