@@ -201,8 +201,8 @@ def test_device_clock() -> None:
     assert {name: len(each) for name, each in samples.items()} == dict.fromkeys(
         ("small", "large"), 15
     )
-    ratio = np.median(samples["large"]) / np.median(samples["small"])
-    assert 3 < ratio < 5
+    # The least: other tests run on the same GPU meanwhile.
+    assert 3 < min(samples["large"]) / min(samples["small"]) < 5
     for name, each in samples.items():
         (median,) = kernels[name].values()  # one kernel
         assert median == pytest.approx(np.median(each))
