@@ -44,7 +44,7 @@ def activate(name: str | None, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -
         case None:
             return z
         case "relu":
-            return jnp.maximum(z, 0.0)
+            return jnp.where(z <= 0.0, 0.0, z)  # NaN stays, and the slope at 0 is 0
         case "silu":
             return z * lax.logistic(z)
         case "gelu":

@@ -1,0 +1,64 @@
+"""Activations and their slopes: as jax.nn has them, and as kernels compute them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusednorm import reference
+from fusednorm.kernels import activation
+from tests.helpers import activated
+
+Z = np.linspace(-9, 9, 20001)  # 0 among them
+
+
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_in_float64(name: str) -> None:
+    """Values, and slopes: those of jax's derivative too, which is 0 at relu's kink."""
+    value, slope = activated(name, Z)
+    with jax.enable_x64(True):
+        z = jnp.asarray(Z)
+        np.testing.assert_allclose(reference.activate(name, z), value, atol=1e-14)
+        np.testing.assert_allclose(reference.slope(name, z), slope, atol=1e-13)
+        derivative = jax.vmap(jax.grad(lambda z: reference.activate(name, z)))(z)
+        np.testing.assert_allclose(
+            reference.slope(name, z), derivative, rtol=1e-12, atol=1e-14
+        )
+
+
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_in_a_kernel(name: str) -> None:
+    """4 roundings of z for the value; 8 of z, or of 1, for the slope: of gelu_tanh's
+    t near 1 little is left of 1 - t^2, which is multiplied by z^3."""
+    z = jnp.asarray(Z, jnp.float32)
+    value, slope = activated(name, np.asarray(z, np.float64))
+    eps = float(jnp.finfo(jnp.float32).eps)
+    for actual, expected, bound in (
+        (activation.activate(name, z), value, 4 * eps * np.abs(z)),
+        (activation.slope(name, z), slope, 8 * eps * np.maximum(np.abs(z), 1)),
+    ):
+        assert actual.dtype == jnp.float32
+        error = np.abs(np.asarray(actual, np.float64) - expected)
+        assert (error <= bound).all()
+
+
+def test_normal_cdf_keeps_its_digits_in_the_tail() -> None:
+    z = np.linspace(-6, 6, 20001).astype("float32")
+    expected = np.array([math.erfc(-float(a) / math.sqrt(2)) / 2 for a in z])
+    found = np.asarray(activation.normal_cdf(jnp.asarray(z)), np.float64)
+    assert (np.abs(found / expected - 1) < 2.5e-6).all()
+    assert (np.abs(found - expected) < 3e-7).all()
+
+
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_nan_stays(name: str) -> None:
+    nan = jnp.full(3, jnp.nan, jnp.float32)
+    assert np.isnan(activation.activate(name, nan)).all()
+
+
+def test_unknown() -> None:
+    for function in (reference.activate, reference.slope):
+        with pytest.raises(ValueError, match="no activation 'swish'"):
+            function("swish", jnp.zeros(3))
