@@ -21,7 +21,7 @@ def activate(name: str | None, z: Any) -> Any:
     return reference.activate(name, z, normal_cdf)
 
 
-def slope(name: str | None, z: Any) -> Any:
+def slope(name: str, z: Any) -> Any:
     """act'(z)."""
     return reference.slope(name, z, normal_cdf)
 

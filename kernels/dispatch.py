@@ -64,6 +64,11 @@ class Call:
         return geometry(self.norm, self.x.shape, has_params=self.has_params)
 
     @property
+    def slopes(self) -> bool:
+        """Whether it is a backward that takes an activation's slope."""
+        return self.op == "backward" and self.norm.activation is not None
+
+    @property
     def has_params(self) -> bool:
         """Whether there is a scale or a bias, or a gradient for one is wanted."""
         given = self.scale is not None or self.bias is not None

@@ -12,7 +12,8 @@ calls the op of `kernels/norm.py`. What they share:
   axis_name, axis_index_groups: mapped axes over which statistics are combined, as for
     `jax.lax.psum`, each device weighing in with its own count of elements.
   activation: None, "relu", "silu", "gelu" or "gelu_tanh": what y is the activation of,
-    in the arithmetic's dtype, before it is rounded to `dtype`. Real numbers only.
+    in the arithmetic's dtype, before it is rounded to `dtype`. Real numbers only:
+    ValueError for others, and for another name.
 
 Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) / n.
 """
@@ -362,7 +363,6 @@ def anything_counted(
     mask: Maybe,
     axis_name: Hashable | None,
     axis_index_groups: Any = None,
-    activation: str | None = None,
 ) -> jax.Array | bool:
     """Whether the batch statistics of each feature were taken from any element at all.
 

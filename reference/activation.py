@@ -54,11 +54,9 @@ def activate(name: str | None, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -
     raise ValueError(f"no activation {name!r}")
 
 
-def slope(name: str | None, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -> Any:
+def slope(name: str, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -> Any:
     """act'(z); arguments as for `activate`. Relu has none at 0: it is taken to be 0."""
     match name:
-        case None:
-            return jnp.ones_like(z)
         case "relu":
             return jnp.where(z > 0.0, 1.0, 0.0).astype(z.dtype)
         case "silu":

@@ -308,14 +308,12 @@ def _affine(
     bias: jax.Array | None,
 ) -> jax.Array:
     """The view of z = x_hat * scale + bias, in `norm.compute_dtype`."""
-    view = _split(norm, x.astype(norm.compute_dtype))
+    centred = _about(norm, x, mean)
     factor = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
     if scale is not None:
-        factor = factor * _spread(norm, scale, view, x.ndim)
-    if mean is not None:
-        view = view - _split_statistic(norm, mean)
-    z = view * factor
-    return z if bias is None else z + _spread(norm, bias, view, x.ndim)
+        factor = factor * _spread(norm, scale, centred, x.ndim)
+    z = centred * factor
+    return z if bias is None else z + _spread(norm, bias, centred, x.ndim)
 
 
 def forward(

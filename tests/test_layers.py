@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
+from fusednorm import reference
 from tests.helpers import EPS32, Case, assert_close
 from tests.layer_helpers import (
     FEATURES,
@@ -39,6 +40,7 @@ from tests.layer_helpers import (
     randomize,
     roundings_of,
 )
+from tests.test_op import ACTIVATIONS
 
 by_name = pytest.mark.parametrize("name", NAMES)
 WITH_BIAS = tuple(name for name in NAMES if name != "RMSNorm")
@@ -811,16 +813,9 @@ def test_promote_dtype_has_a_say_in_running_statistics() -> None:
 
 # --- an activation in the same call ---------------------------------------------------
 
-ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
-
 
 @by_name
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_activation_is_jax_nn_s(name: str, activation: str) -> None:
     """Of the layer's own result; with running statistics too, which do not see it."""
     x = data()

@@ -99,7 +99,8 @@ class Measurement:
       plan: the plan's name.
       kernels: names of its kernels.
       block: what one block works on, in the plan's words.
-      registers, spilled: of a thread: count, bytes. None for a TPU.
+      registers, spilled: of a thread: count, of the kernel that loads most, as are the
+        threads and what is resident; bytes, the most of any. None for a TPU.
       matrices: instructions of a GPU's kernels that move matrices (`Registers`).
       scratch: bytes of shared memory of a block, or of VMEM.
       scratch_limit: what a block may have.

@@ -452,21 +452,18 @@ def gradient_sums(
             at = (part.sample, part.block, i)
             part.store_channels(ref["partials"], part.total(sums), *at)
 
-    taken = {name: inputs[name] for name in ("dy", "x")}
-    of_groups = ["mean"]
-    if norm.activation is not None:
-        of_groups.append("var")
-        taken |= {name: inputs[name] for name in ("scale", "bias") if name in inputs}
-    for name in of_groups:
-        if name in inputs:
-            taken[name] = inputs[name]
-            if view.k > 1:  # strips need not be of whole groups
-                taken[name] = jnp.repeat(inputs[name], view.k, axis=1)
+    taken = ["dy", "x", "mean", *(("var", "scale", "bias") if call.slopes else ())]
+
+    def of_channels(name: str) -> jax.Array:
+        if name in ("mean", "var") and view.k > 1:  # strips cut groups, too
+            return jnp.repeat(inputs[name], view.k, axis=1)
+        return inputs[name]
+
     found = _launch(
         "fusednorm_channelwise_sums",
         body,
         config,
-        inputs=taken,
+        inputs={name: of_channels(name) for name in taken if name in inputs},
         outputs={"partials": jax.ShapeDtypeStruct(partials, jnp.float32)},
     )
 
@@ -822,9 +819,11 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
 def _with_slopes(call: Call, config: Config) -> Config:
     """Half as much at once where a backward takes an activation's slope of it: silu's
     on 64 x 64 x 320 in bfloat16 would need 136 registers, and has 123."""
-    if call.op == "forward" or call.norm.activation is None:
-        return config
-    return dataclasses.replace(config, at_once=config.at_once // 2)
+    return (
+        dataclasses.replace(config, at_once=config.at_once // 2)
+        if call.slopes
+        else config
+    )
 
 
 def _bytes_moved(call: Call, config: Config) -> int:

@@ -544,8 +544,8 @@ def backward(
     partials = jax.ShapeDtypeStruct((examples * blocks, features), jnp.float32)
     outputs = dict.fromkeys(summed, partials)
     columns = config.per_lane(tile)
-    loaded = columns * (dy.dtype.itemsize + x.dtype.itemsize) // 4
-    ahead = columns * len(summed) + loaded <= AHEAD
+    next_tile = columns * (dy.dtype.itemsize + x.dtype.itemsize) // 4
+    ahead = columns * len(summed) + next_tile <= AHEAD
     if want["dx"]:
         outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
 
@@ -773,7 +773,7 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
             itemsize = 4  # Mosaic adds up rows over warps by 4 columns a lane at most
         # An activation's slope takes registers for it, and for z: half as many columns
         # leave 128 threads and more their blocks (16 of a LayerNorm and a GELU: 163).
-        per_lane = 16 if call.norm.activation is None else 8
+        per_lane = 8 if call.slopes else 16
         config = configure(
             features,
             itemsize,

@@ -146,13 +146,8 @@ def _forward_kernel(
         if y_ref is not None:
             if center:
                 found[0] = cut.spread(mean)
-            factor = lax.rsqrt(var + epsilon)
-            if scale_ref is not None:
-                factor = factor * cut.from_row(memory.load(scale_ref))
-            found[1] = cut.spread(factor)
-            if bias_ref is not None:
-                bias = cut.from_row(memory.load(bias_ref))
-                found[2] = jnp.broadcast_to(cut.spread(bias), found.shape[1:])
+            rstd = lax.rsqrt(var + epsilon)
+            _keep_affine(cut, found, 1, rstd, scale_ref, bias_ref)
 
     def normalize(block: Block, sample: Any, tile: Any) -> None:
         at = sample, *cut.of_tile(tile)
@@ -257,13 +252,8 @@ def _backward_kernel(
         if center:
             center_at[...] = cut.spread(cut.from_row(mean_ref[...]))
         if affine_at is not None:
-            factor = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
-            if scale_ref is not None:
-                factor = factor * cut.from_row(memory.load(scale_ref))
-            affine_at[0] = cut.spread(factor)
-            if bias_ref is not None:
-                bias = cut.from_row(memory.load(bias_ref))
-                affine_at[1] = jnp.broadcast_to(cut.spread(bias), affine_at.shape[1:])
+            rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
+            _keep_affine(cut, affine_at, 0, rstd, scale_ref, bias_ref)
 
     def before_activation(dy: jax.Array, centred: jax.Array, affine: Any) -> jax.Array:
         """dz = dy * act'(z)."""
@@ -369,6 +359,19 @@ def _add_samples(cut: AnyCut, unit: Any, total: Any, rows: jax.Array) -> None:
 
 
 # --- both -----------------------------------------------------------------------------
+
+
+def _keep_affine(
+    cut: AnyCut, kept: Any, first: int, rstd: Any, scale_ref: Any, bias_ref: Any
+) -> None:
+    """kept[first] and the next: the factor and the bias that make z of x - mean."""
+    factor = rstd
+    if scale_ref is not None:
+        factor = factor * cut.from_row(memory.load(scale_ref))
+    kept[first] = cut.spread(factor)
+    if bias_ref is not None:
+        bias = cut.from_row(memory.load(bias_ref))
+        kept[first + 1] = jnp.broadcast_to(cut.spread(bias), kept.shape[1:])
 
 
 def _for_each_unit(
@@ -606,7 +609,7 @@ class Launch:
     ) -> Any:
         cut, norm = self.cut, self.call.norm
         wants_dx, wants_dscale, wants_dbias = self.call.wanted
-        slopes = norm.activation is not None
+        slopes = self.call.slopes
         dy, x = self._to_view(dy), self._to_view(x)
         gradient = memory.result(
             x, (cut.cores, cut.examples, 1, cut.channels), jnp.float32
@@ -967,8 +970,7 @@ def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
         need += cut.blocks * block * reads
     places = cut.unit * math.prod(cut.places) * 4
     # Scratch, and the values of `complete`, of which registers hold few.
-    slopes = call.op == "backward" and call.norm.activation is not None
-    need += (7 + 4 * slopes + SPILLED) * places
+    need += (7 + 4 * call.slopes + SPILLED) * places
     return need + OTHER_BYTES
 
 
@@ -996,7 +998,7 @@ def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
         moved += of_channels * (call.statistics or not whole)
     else:
         moved += of_channels * (2 if wants_dx and not whole else 1)
-        params = params if wants_dx or call.norm.activation else []
+        params = params if wants_dx or call.slopes else []
         # Of several cores written, read and added up.
         sums = 1 if cut.cores == 1 else 2 * cut.cores + 1
         moved += 4 * (wants_dscale + wants_dbias) * sums * cut.examples * cut.channels

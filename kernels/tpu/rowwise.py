@@ -360,7 +360,7 @@ def backward(
         return []
     dx, dscale, dbias = call.wanted
     reads_x = _reads_x(call)
-    scales = dx or call.norm.activation is not None
+    scales = dx or call.slopes
     view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
     param = memory.result(
@@ -615,7 +615,7 @@ def _streamed(call: Call) -> list[jnp.dtype]:
 def _reads_x(call: Call) -> bool:
     """Whether a backward reads x: not for dbias alone, but where dz takes it."""
     dx, dscale, _ = call.wanted
-    return dx or dscale or call.norm.activation is not None
+    return dx or dscale or call.slopes
 
 
 def bytes_moved(call: Call, blocks: Blocks) -> int:
@@ -629,7 +629,7 @@ def bytes_moved(call: Call, blocks: Blocks) -> int:
     else:
         dx, dscale, dbias = call.wanted
         total += statistics * _reads_x(call)
-        params = params if dx or call.norm.activation else []
+        params = params if dx or call.slopes else []
         # Of several cores written, read and added up.
         sums = 1 if blocks.cores == 1 else 2 * blocks.cores + 1
         total += (dscale + dbias) * sums * blocks.examples * blocks.features * 4
