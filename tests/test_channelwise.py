@@ -46,12 +46,10 @@ def set_variant(
 ) -> str:
     """Each variant takes what would be too small for it."""
     variant: str = request.param
-    if variant == "cluster":  # 4 warpgroups: each is a thread here
-        monkeypatch.setattr(strips, "KB", 8)
-        monkeypatch.setattr(strips, "MAX_CLUSTER", 2)
-        monkeypatch.setattr(strips, "MAX_WARPGROUPS", 2)
+    if variant == "cluster":  # of 2 to 8 blocks: each is a thread here
+        monkeypatch.setattr(strips, "KB", 28)
     if variant == "two reads":
-        monkeypatch.setattr(strips, "resident", lambda *_: None)
+        monkeypatch.setattr(strips, "resident", lambda *_, **__: None)
     return variant
 
 
@@ -329,7 +327,7 @@ def test_each_pixel_and_channel_counts_once(
     view = Geometry(3, pixels, groups, group)
     both = [
         strips.resident(view, 2, 2, shared),
-        *(strips.in_two_reads(view, 2, shared) or ()),
+        *(strips.in_two_reads(view, 2, shared, arrays=1) or ()),
     ]
     for config in filter(None, both):
         assert config.strips * config.width == view.features
@@ -351,16 +349,16 @@ def test_each_pixel_and_channel_counts_once(
     ("pixels", "channels", "kept", "width", "blocks"),
     [
         (8 * 28 * 28, 512, 2, 32, 8),  # two sectors
-        (8 * 56 * 56, 256, 2, 16, 8),  # two would make 64 blocks of 132
-        (8 * 7 * 7, 2048, 4, 16, 1),  # two would make clusters
-        (8 * 7 * 7, 2048, 2, 16, 1),
+        (8 * 7 * 7, 2048, 4, 32, 2),
+        (8 * 7 * 7, 2048, 2, 32, 1),
         (9, 8, 2, 8, 1),  # all there is
     ],
 )
 def test_the_cut_of_batch_norms(
     pixels: int, channels: int, kept: int, width: int, blocks: int
 ) -> None:
-    config = strips.resident(Geometry(1, pixels, channels, 1), 2, kept, gpu.SHARED)
+    view = Geometry(1, pixels, channels, 1)
+    config = strips.resident(view, 2, kept, gpu.SHARED, alone=True)
     assert config is not None
     assert (config.width, config.blocks) == (width, blocks)
 
@@ -403,7 +401,8 @@ def test_why() -> None:
 @pytest.mark.parametrize(
     ("shape", "groups", "launched"),
     [
-        ((2, 64, 64, 64), 32, 2),
+        ((2, 32, 32, 64), 32, 2),
+        ((2, 64, 64, 64), 32, 3),  # backward two
         ((1, 512, 512, 128), 32, 4),
         ((2, 9, 8), 1, 2),  # one load holds all channels
     ],

@@ -47,12 +47,47 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 # 65536 features on a cluster of 8 blocks is what the backward's registers hold.
 MAX_FEATURES = 65536
 
-# Registers of a thread for sums of dscale and dbias and for what is loaded ahead: with
-# more, a backward would have over 128 of them (12 columns a lane: 121), or spill.
-AHEAD = 36
-
-
 # --- how the work is cut --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How a backward's rows are shared out among threads and registers.
+
+    Attributes:
+      columns: of a row that a lane should hold.
+      threads: of a multiprocessor, in persistent blocks.
+      ahead: registers of a thread for the sums of dscale and dbias and for the next
+        tile, which is loaded while this one is worked on; with too few it is not.
+    """
+
+    columns: int
+    threads: int
+    ahead: int
+
+
+# By the longest row. Blocks that the registers do not hold would come in a second wave,
+# so threads follow from the registers of the compiled code: up to 48, 64, 72 and 79 a
+# thread for 4, 6 and 8 columns and for ragged rows of 8; 102 for 8 and the next tile;
+# 128 for 16 in blocks of 512 threads, with the next tile or without; 255 for 32.
+#
+# On an H200, where a copy of as many bytes takes 111 us (x is of 160 MB), the kernel
+# took, of the rows in bench/cases.py: of 768 features 112 us so, 126 with 512 threads
+# and the next tile, 139 without it; of 64 features 120, 144 and 150; of 2048 115, and
+# 121 with 16 columns and none ahead; of 4096 120, with 16 columns 151 and 135; of 7168
+# 123, 161 without the next tile; of 12288, on a cluster, 202 and 257.
+SHARES = {
+    256: Share(columns=8, threads=896, ahead=0),
+    512: Share(columns=8, threads=1280, ahead=0),
+    768: Share(columns=8, threads=1024, ahead=0),
+    1024: Share(columns=8, threads=768, ahead=0),
+    2048: Share(columns=8, threads=512, ahead=56),
+    4096: Share(columns=32, threads=256, ahead=100),
+    MAX_FEATURES: Share(columns=16, threads=512, ahead=56),
+}
+
+# Through an activation, whose slope takes registers, and z: 16 columns have 163.
+SHARE_OF_SLOPES = Share(columns=8, threads=512, ahead=36)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -503,6 +538,7 @@ def forward(
 
 def backward(
     config: Config,
+    shared_out: Share,
     call: Call,
     processors: int,
     dy: jax.Array,
@@ -520,16 +556,15 @@ def backward(
     cluster 512 bytes a row more.
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
-    of its rows in registers, 8 to 16 columns a lane. The sum over blocks is one more
-    small kernel of XLA's, in a fixed order. No atomics. Loads in flight are 12 KB (768
-    features, bfloat16) to 64 KB a multiprocessor, where bandwidth times latency wants
-    12 (H100) to 17 KB (H200); as much again where registers hold the next tile, which
-    is loaded while this one is worked on.
+    of its rows in registers, 3 to 32 columns a lane (`SHARES`). The sum over blocks is
+    one more small kernel of XLA's, in a fixed order. No atomics. Loads in flight are 10
+    KB (1128 features, bfloat16) to 64 KB a multiprocessor, where bandwidth times
+    latency wants 12 (H100) to 17 KB (H200).
     """
     norm, features = call.norm, config.features
     examples = math.prod(x.shape[: call.own_params])
     rows = x.size // features // examples  # that share a dscale and dbias
-    tile, tiles, blocks = _grid(config, rows, processors)
+    tile, tiles, blocks = _grid(config, rows, processors, shared_out.threads)
     want = dict(zip(("dx", "dscale", "dbias"), call.wanted, strict=True))
 
     inputs = memory.present(
@@ -545,7 +580,7 @@ def backward(
     outputs = dict.fromkeys(summed, partials)
     columns = config.per_lane(tile)
     next_tile = columns * (dy.dtype.itemsize + x.dtype.itemsize) // 4
-    ahead = columns * len(summed) + next_tile <= AHEAD
+    ahead = columns * len(summed) + next_tile <= shared_out.ahead
     if want["dx"]:
         outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
 
@@ -653,16 +688,18 @@ def backward(
     return found
 
 
-def _grid(config: Config, rows: int, processors: int) -> tuple[int, int, int]:
+def _grid(
+    config: Config, rows: int, processors: int, threads: int
+) -> tuple[int, int, int]:
     """Rows of a tile, whole tiles, and blocks of a persistent grid over them.
 
-    512 threads a multiprocessor, of 128 registers each. Fewer where that would leave a
-    block less than 32 rows, whose partial sums would be over a tenth of what it moves;
-    but no multiprocessor goes without work.
+    As many blocks as are resident, of `threads` a multiprocessor. Fewer where that
+    would leave a block less than 32 rows, whose partial sums would be over a tenth of
+    what it moves; but no multiprocessor goes without work.
     """
     tile = min(config.rows, memory.power_of_2_below(rows))
     tiles = rows // tile
-    resident = processors * 4 // config.warpgroups
+    resident = processors * (threads // (WARPS * LANES * config.warpgroups))
     blocks = min(resident, max(rows // 32, processors)) // config.cluster
     return tile, tiles, max(min(blocks, tiles), 1)
 
@@ -771,19 +808,20 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         itemsize = max(x_size, call.dy.dtype.itemsize)
         if features <= 512:
             itemsize = 4  # Mosaic adds up rows over warps by 4 columns a lane at most
-        # An activation's slope takes registers for it, and for z: half as many columns
-        # leave 128 threads and more their blocks (16 of a LayerNorm and a GELU: 163).
-        per_lane = 8 if call.slopes else 16
+        shared_out = next(s for longest, s in SHARES.items() if features <= longest)
+        if call.slopes:
+            shared_out = SHARE_OF_SLOPES
         config = configure(
             features,
             itemsize,
-            per_lane=per_lane,
-            of_long=per_lane if features <= MAX_FEATURES // 2 else 16,
-            in_warp=32 * per_lane,
+            per_lane=8,
+            of_long=shared_out.columns if features <= MAX_FEATURES // 2 else 16,
+            in_warp=256,
         )
-        launch = functools.partial(backward, config, call, processors)
+        launch = functools.partial(backward, config, shared_out, call, processors)
         examples = math.prod(call.x.shape[: call.own_params])
-        blocks = examples * _grid(config, rows // examples, processors)[2]
+        grid = _grid(config, rows // examples, processors, shared_out.threads)
+        blocks = examples * grid[2]
         moved = call.x.size * (x_size * (1 + call.wanted[0]) + call.dy.dtype.itemsize)
         # Partial sums are written and read, the sum is written.
         sums = sum(call.wanted[1:]) * (2 * blocks + examples)

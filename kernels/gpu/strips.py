@@ -150,54 +150,62 @@ class Config:
         return f"{self.width} channels of {pixels}{of} pixels"
 
 
-def resident(view: Geometry, itemsize: int, kept: int, shared: int) -> Config | None:
+def resident(
+    view: Geometry,
+    itemsize: int,
+    kept: int,
+    shared: int,
+    *,
+    cluster: int = MAX_CLUSTER,
+    alone: bool = False,
+) -> Config | None:
     """Cuts a sample whose strips stay in the shared memory of a cluster, if they fit.
+
+    On an H200, where a copy of x and y of 160 MB takes 76 us: blocks of 40 KB and one
+    warpgroup took 87 us for 16 x 16 pixels in float32 (half as large ones in clusters
+    of 2: 115; with more warpgroups: 143), 156 for 32 x 32 in bfloat16, in clusters of 4
+    (half as large ones: 215). Of 8 x 8 pixels in bfloat16 strips of 160 channels took
+    131 us, of 80 206. Pieces of a pixel of 32 bytes took 157 us where of 64 they took
+    132 and two reads 117; unaligned ones of 80 bytes 155 where aligned ones took 114.
+    Backward, clusters of 8 took 209 to 256 us, two reads 193 to 225.
 
     Args:
       view: x[N, S, G, K].
       itemsize: bytes of the widest of the arrays that are loaded and stored.
       kept: bytes of an element of all arrays that are kept.
       shared: bytes that a block may have.
+      cluster: blocks of a strip at most.
+      alone: whether there is one sample whatever the batch: its blocks have the GPU for
+        themselves, and are many rather than large.
     """
     # Two blocks at least fit an SM, so that one loads while another one adds up or
-    # stores. On an H200 blocks that had an SM for themselves took 1.9 (x: 64 bytes of a
-    # pixel) to 2.35 times (32 bytes) as long as a copy; two reads take 1.6 forward, 1.7
-    # backward.
+    # stores.
     limit = (shared - KB) // 2
+    large = (32 if alone else 64) * KB
+    longest = cluster * (limit if cluster == MAX_CLUSTER else large)
     found = []
     for width in _multiples(view.k, view.g):
         strip = width * view.s * kept
-        if strip > MAX_CLUSTER * limit:
+        if strip > longest:
             break
-        # Blocks of 32 KB or less where there can be so many.
-        blocks = min(pl.next_power_of_2(pl.cdiv(strip, 32 * KB)), MAX_CLUSTER)
-        wanted = pl.next_power_of_2(pl.cdiv(strip // blocks, 32 * KB))
-        warpgroups = min(wanted, MAX_WARPGROUPS)
+        blocks = min(pl.next_power_of_2(pl.cdiv(strip, large)), cluster)
+        warpgroups = min(pl.cdiv(strip // blocks, large), MAX_WARPGROUPS)
         config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
         if config.shared(kept) <= limit and len(config.chunks) <= MAX_CHUNKS:
             found.append(config)
-    if not found:
-        return None
-
-    def narrowest(piece: int) -> Config:
-        """Whole sectors, if possible."""
-        enough = [c for c in found if c.width * itemsize >= piece]
-        aligned = [c for c in enough if c.width * itemsize % SECTOR == 0]
-        return (aligned or enough or found[-1:])[0]
-
-    # Pieces of a pixel are two sectors or more, for half as many lines of the L1 cache
-    # in a load; one sector where this makes more blocks, or blocks that need no other.
-    best = max(
-        (narrowest(2 * SECTOR), narrowest(SECTOR)),
-        key=lambda c: (min(c.strips * c.blocks, ENOUGH), c.blocks == 1),
-    )
-    if best.width * itemsize < min(SECTOR, view.features * itemsize):
-        return None
-    return best
+    # Two sectors of each pixel or more: half as many lines of the L1 cache in a load.
+    wide = [c for c in found if c.width * itemsize >= 2 * SECTOR or c.strips == 1]
+    aligned = [c for c in wide if c.width * itemsize % SECTOR == 0] or wide
+    if alone:
+        return aligned[0] if aligned else None
+    # A warpgroup goes over a strip's groups one by one.
+    few = [c for c in aligned if c.group == 1 or c.width <= 8 * c.group] or aligned[:1]
+    large_enough = [c for c in few if c.width * view.s * itemsize >= 20 * KB]
+    return next(iter(large_enough or few[-1:]), None)
 
 
 def in_two_reads(
-    view: Geometry, itemsize: int, shared: int
+    view: Geometry, itemsize: int, shared: int, *, arrays: int
 ) -> tuple[Config, Config] | None:
     """Cuts a sample whose pixels are read twice, and what its blocks find.
 
@@ -205,6 +213,7 @@ def in_two_reads(
       view: x[N, S, G, K].
       itemsize: bytes of the widest of the arrays that are loaded.
       shared: bytes of shared memory that a block may have.
+      arrays: how many are loaded.
     """
     # 128 bytes of a pixel, or as nearly so many as divides it.
     widths = [
@@ -217,14 +226,18 @@ def in_two_reads(
     )
     # Blocks of 512 pixels or more, whose sums are below 1 % of what they read; no more
     # than 12 on each of 132 SMs where a sample alone can fill them: whether 2, 3 or 4
-    # of them are resident, the last ones come in a full wave. Of 128 pixels or more
+    # of them are resident, the last ones come in a full wave. Of 256 pixels or more
     # where that gives each SM one.
     strips = view.features // width
     many = min(view.s // 512, 12 * 132 // strips)
-    blocks = max(many, min(view.s // 128, ENOUGH // strips), 1)
+    blocks = max(many, min(view.s // 256, ENOUGH // strips), 1)
+    # 16 KB or more of each warpgroup's loads in flight; of x alone in 16 bits one
+    # warpgroup a block is as good for that, and has half as much to add up: on an H200
+    # 45 to 48 us for 160 MB, with two 52.
+    warpgroups = 1 if arrays * itemsize == 2 else MAX_WARPGROUPS
     if blocks == view.features == 1:  # the sum of one block of one channel: `_vector`
         return None
-    config = _config(view, width, itemsize, MAX_WARPGROUPS, blocks, resident=False)
+    config = _config(view, width, itemsize, warpgroups, blocks, resident=False)
     groups = [width for width in _multiples(view.k, view.g) if width >= 32]
     last = _config(
         dataclasses.replace(view, s=blocks),
