@@ -62,6 +62,14 @@ RAGGED = [
 # A row on a cluster of blocks: they meet in device memory.
 WIDE = list(workloads("512x65536", nnx.LayerNorm, (512, 65536), "bfloat16"))
 CASES = [workload for case in ROWWISE for workload in of_case(case)]
+# Of models in 16 bits, whose rows lie otherwise than in 32.
+NARROW = [
+    workload
+    for features in (512, 768, 1024, 2048)
+    for workload in workloads(
+        f"{features}", nnx.LayerNorm, (80_000_000 // features, features), "bfloat16"
+    )
+]
 # With what follows in the kernel.
 ACTIVATED = [
     workload
@@ -85,7 +93,7 @@ FEW = {
 }
 
 CELLS: list[Cell] = [
-    (H100, workload) for workload in CASES + RAGGED + WIDE + ACTIVATED
+    (H100, workload) for workload in CASES + RAGGED + WIDE + NARROW + ACTIVATED
 ] + [
     (chip, workload)
     for chip in (B200, RTX5090, *TPUS)
@@ -128,6 +136,14 @@ def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
     if isinstance(cell[0], Gpu):
         assert found.resident is not None
         assert found.resident >= 1
+
+
+@each_cell
+def test_persistent_blocks_come_in_one_wave(cell: Cell, found: Measurement) -> None:
+    chip, work = cell
+    if isinstance(chip, Gpu) and work.op == "backward":
+        assert found.resident is not None
+        assert found.blocks <= found.resident * chip.core_count
 
 
 @each_cell

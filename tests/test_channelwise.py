@@ -349,8 +349,8 @@ def test_each_pixel_and_channel_counts_once(
     ("pixels", "channels", "kept", "width", "blocks"),
     [
         (8 * 28 * 28, 512, 2, 32, 8),  # two sectors
-        (8 * 7 * 7, 2048, 4, 32, 2),
-        (8 * 7 * 7, 2048, 2, 32, 1),
+        (8 * 7 * 7, 2048, 4, 16, 1),  # two would make clusters
+        (28 * 28, 512, 2, 16, 1),
         (9, 8, 2, 8, 1),  # all there is
     ],
 )
@@ -361,6 +361,31 @@ def test_the_cut_of_batch_norms(
     config = strips.resident(view, 2, kept, gpu.SHARED, alone=True)
     assert config is not None
     assert (config.width, config.blocks) == (width, blocks)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels", "itemsize", "width", "blocks", "warpgroups"),
+    [
+        (64 * 64, 320, 4, 40, 8, 2),  # whole lines of the L1 cache, aligned: 4 groups
+        (32 * 32, 640, 2, 80, 2, 2),  # 80 KB
+        (16 * 16, 1280, 4, 40, 1, 1),  # 40 KB: no cluster
+        (8 * 8, 1280, 2, 160, 1, 1),  # 20 KB
+        (2 * 2, 1280, 2, 320, 1, 1),  # no more than 8 groups
+        (128 * 128, 512, 2, None, None, None),  # half of a line does not pay
+    ],
+)
+def test_the_cut_of_group_norms(
+    pixels: int,
+    channels: int,
+    itemsize: int,
+    width: int | None,
+    blocks: int | None,
+    warpgroups: int | None,
+) -> None:
+    view = Geometry(8, pixels, 32, channels // 32)
+    config = strips.resident(view, itemsize, itemsize, gpu.SHARED)
+    found = config and (config.width, config.blocks, config.warpgroups)
+    assert found == (None if width is None else (width, blocks, warpgroups))
 
 
 def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:

@@ -47,6 +47,12 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 # 65536 features on a cluster of 8 blocks is what the backward's registers hold.
 MAX_FEATURES = 65536
 
+# Tiles whose dscale and dbias are added up in registers; then their sum goes to shared
+# memory. On an H200 all 85 tiles of a block in a row rounded dbias 1.6 times worse than
+# XLA does.
+IN_A_ROW = 16
+
+
 # --- how the work is cut --------------------------------------------------------------
 
 
@@ -66,28 +72,53 @@ class Share:
     ahead: int
 
 
-# By the longest row. Blocks that the registers do not hold would come in a second wave,
-# so threads follow from the registers of the compiled code: up to 48, 64, 72 and 79 a
-# thread for 4, 6 and 8 columns and for ragged rows of 8; 102 for 8 and the next tile;
-# 128 for 16 in blocks of 512 threads, with the next tile or without; 255 for 32.
-#
-# On an H200, where a copy of as many bytes takes 111 us (x is of 160 MB), the kernel
-# took, of the rows in bench/cases.py: of 768 features 112 us so, 126 with 512 threads
-# and the next tile, 139 without it; of 64 features 120, 144 and 150; of 2048 115, and
-# 121 with 16 columns and none ahead; of 4096 120, with 16 columns 151 and 135; of 7168
-# 123, 161 without the next tile; of 12288, on a cluster, 202 and 257.
-SHARES = {
-    256: Share(columns=8, threads=896, ahead=0),
-    512: Share(columns=8, threads=1280, ahead=0),
-    768: Share(columns=8, threads=1024, ahead=0),
-    1024: Share(columns=8, threads=768, ahead=0),
-    2048: Share(columns=8, threads=512, ahead=56),
-    4096: Share(columns=32, threads=256, ahead=100),
-    MAX_FEATURES: Share(columns=16, threads=512, ahead=56),
-}
+def share(features: int, itemsize: int, *, center: bool, slopes: bool) -> Share:
+    """That of a backward, from measurements.
 
-# Through an activation, whose slope takes registers, and z: 16 columns have 163.
-SHARE_OF_SLOPES = Share(columns=8, threads=512, ahead=36)
+    Blocks that the registers do not hold would come in a second wave: threads follow
+    from the compiled code's registers, which `make aot` checks.
+
+    On an H200 the kernel took, of 160 MB of x, where copying as much as it moves takes
+    111 us (LayerNorm, RMSNorm of 128, 2048, 4096 and 7168 features):
+
+      features  dtype     us, and with other shares
+            64  bfloat16  124; 16 columns on 512 threads 150
+           128  float32   116; 896 threads 122, 16 columns on 512 125
+           128  bfloat16  117; 896 threads 120
+           512  bfloat16  not measured; 4 columns on 1280 threads 150
+           768  float32   112; 512 threads and the next tile 126
+          1024  bfloat16  not measured; 8 columns on 768 threads 141
+          2048  float32   116; 16 columns on 512 threads 121
+          2048  bfloat16  132 (LayerNorm); 8 columns on 512 threads 149
+          4096  both      116 to 125; 16 columns on 512 threads 117 to 141
+          7168  bfloat16  123; without the next tile 161
+         12288  bfloat16  202, on a cluster; without the next tile 257
+
+    Args:
+      features: length of a row.
+      itemsize: bytes of the wider one of x and dy.
+      center: whether mean and dbias come to it.
+      slopes: whether through an activation, whose slope takes registers, and z.
+    """
+    narrow = itemsize == 2
+    if slopes:
+        return Share(columns=8, threads=512, ahead=36)
+    if features <= 256:
+        many = 896 if center or features < 128 else 1024
+        return Share(columns=8, threads=many if narrow else 640, ahead=0)
+    if features <= 512:
+        return Share(columns=16, threads=512, ahead=36)
+    if features <= 1024:
+        if narrow:  # as many instructions for each row's sums as for rows twice as long
+            return Share(columns=32, threads=256, ahead=100)
+        return Share(columns=8, threads=1024 if features <= 768 else 768, ahead=0)
+    if features <= 2048:
+        if narrow:
+            return Share(columns=16, threads=384, ahead=64)
+        return Share(columns=8, threads=512, ahead=56)
+    if features <= 4096:
+        return Share(columns=32, threads=256, ahead=100)
+    return Share(columns=16, threads=512, ahead=56)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +152,12 @@ class Config:
         """Columns that a lane holds of a tile of so many rows."""
         each = sum(chunk.vector for chunk in self.chunks)
         return each * max(rows * self.lanes // (WARPS * LANES), 1)
+
+    def shape(self, chunk: Chunk, rows: int) -> tuple[int, int]:
+        """Of a chunk of a tile of so many rows; of a long row, one line a warp."""
+        if self.long:
+            return WARPS, LANES * chunk.vector
+        return rows, self.lanes * chunk.vector
 
     @property
     def parts(self) -> int:
@@ -237,7 +274,7 @@ class Part:
       index: which part of a row this is; a Python 0 where there is one.
     """
 
-    def __init__(self, config: Config, rows: int, sums: Any, barriers: Sequence[Any]):
+    def __init__(self, config: Config, rows: int, scratch: dict[str, Any]):
         self.config = config
         self.rows = rows
         self.index: Any = 0
@@ -249,8 +286,7 @@ class Part:
             self._warpgroup = lax.axis_index("warpgroup")
         if config.parts > 1:
             self.index = self._block * config.warpgroups + self._warpgroup
-        self._sums = sums
-        self._barriers = barriers
+        self._scratch = scratch
 
     # Where a chunk lies.
 
@@ -269,9 +305,7 @@ class Part:
         return _layout(self.config.lanes, chunk.vector, self.rows)
 
     def _shape(self, chunk: Chunk) -> tuple[int, int]:
-        if self.config.long:
-            return WARPS, LANES * chunk.vector
-        return self.rows, self.config.lanes * chunk.vector
+        return self.config.shape(chunk, self.rows)
 
     def _owned(self, chunk: Chunk, do: Callable[[], None]) -> None:
         """All parts have the row's tail, and one of them writes it."""
@@ -331,6 +365,18 @@ class Part:
             else:
                 memory.store(ref, at, jnp.sum(value, axis=0))
 
+    def keep(self, name: str, values: Sequence[jax.Array]) -> None:
+        """Keeps float32 chunks in shared memory; each lane reads what it wrote."""
+        for i, value in enumerate(values):
+            memory.store(self._scratch[f"{name}_{i}"], (self._warpgroup,), value)
+
+    def kept(self, name: str) -> list[jax.Array]:
+        """Those of this name."""
+        return [
+            memory.load(self._scratch[f"{name}_{i}"], (self._warpgroup,), layout)
+            for i, layout in enumerate(self.layouts)
+        ]
+
     def zeros(self, chunk: Chunk) -> jax.Array:
         zeros = jnp.zeros(self._shape(chunk), jnp.float32)
         return plgpu.layout_cast(zeros, self._layout(chunk))
@@ -381,15 +427,16 @@ class Part:
         own = [self._sum(values) for values in terms]
         if not self.config.long:
             return own
-        in_block, in_cluster = self._sums
+        in_block = self._scratch["sums"]
         for i, warps in enumerate(own):  # (4,)
             memory.store(
                 in_block, (place + i, pl.ds(self._warpgroup * WARPS, WARPS)), warps
             )
-        self._meet(0)
+        self._meet("in_block")
         count = self.config.warpgroups * WARPS
         totals = [_total(in_block, (place + i,), count) for i in range(len(own))]
         if self.config.cluster > 1:
+            in_cluster = self._scratch["of_blocks"]
 
             @pl.when(self._warpgroup == 0)
             def _() -> None:
@@ -397,7 +444,7 @@ class Part:
                     in_cluster[row, place + i, self._block] = total
                 memory.fence()
 
-            self._meet(1)
+            self._meet("in_cluster")
             memory.fence()
             count = self.config.cluster
             totals = [
@@ -405,9 +452,9 @@ class Part:
             ]
         return totals
 
-    def _meet(self, which: int) -> None:
-        plgpu.barrier_arrive(self._barriers[which])
-        plgpu.barrier_wait(self._barriers[which])
+    def _meet(self, barrier: str) -> None:
+        plgpu.barrier_arrive(self._scratch[barrier])
+        plgpu.barrier_wait(self._scratch[barrier])
 
     def _sum(self, values: Sequence[jax.Array]) -> jax.Array:
         """Over the columns of this part, each of them once: (rows,) or (4,)."""
@@ -556,7 +603,8 @@ def backward(
     cluster 512 bytes a row more.
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
-    of its rows in registers, 3 to 32 columns a lane (`SHARES`). The sum over blocks is
+    of its rows in registers, 3 to 32 columns a lane (`share`), and the sums of some
+    tiles each (`IN_A_ROW`) in shared memory. The sum over blocks is
     one more small kernel of XLA's, in a fixed order. No atomics. Loads in flight are 10
     KB (1128 features, bfloat16) to 64 KB a multiprocessor, where bandwidth times
     latency wants 12 (H100) to 17 KB (H200).
@@ -581,6 +629,8 @@ def backward(
     columns = config.per_lane(tile)
     next_tile = columns * (dy.dtype.itemsize + x.dtype.itemsize) // 4
     ahead = columns * len(summed) + next_tile <= shared_out.ahead
+    # Mosaic would move lanes of one column in shared memory by `stmatrix`.
+    kept = all(chunk.vector > 1 for chunk in config.chunks)
     if want["dx"]:
         outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
 
@@ -649,23 +699,49 @@ def backward(
                 for name, total in totals.items()
             }
 
-        zeros = [part.zeros(chunk) for chunk in config.chunks]
-        totals = dict.fromkeys(summed, zeros)
         # Tiles block, block + blocks, ...; the ragged one goes with the last whole one,
         # which it overlaps.
         count = (tiles - block + blocks - 1) // blocks
         if rows % tile:
             count = count + (block == (tiles - 1) % blocks)
 
-        def in_loop(i: Any, carry: Any) -> Any:
-            totals, loaded = carry
-            following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
-            return step(i, totals, loaded), following
+        zeros = [part.zeros(chunk) for chunk in config.chunks]
 
-        if ahead:  # the next tile is on its way while this one is worked on
-            totals, _ = lax.fori_loop(0, count, in_loop, (totals, load(0)))
+        def sums_of(first: Any, number: Any, following: Any) -> tuple[Any, Any]:
+            """Of so many of the block's tiles, from the first-th on."""
+
+            def one(j: Any, carry: Any) -> Any:
+                i = first + j
+                if not ahead:
+                    return step(i, carry, load(i))
+                totals, loaded = carry
+                following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
+                return step(i, totals, loaded), following
+
+            totals: Any = dict.fromkeys(summed, zeros)
+            if not ahead:
+                return lax.fori_loop(0, number, one, totals), None
+            return lax.fori_loop(0, number, one, (totals, following))
+
+        def some(n: Any, following: Any) -> Any:
+            first = n * IN_A_ROW
+            number = jnp.minimum(count - first, IN_A_ROW)
+            totals, following = sums_of(first, number, following)
+            for name, total in totals.items():
+                before = part.kept(name)
+                part.keep(name, [a + b for a, b in zip(before, total, strict=True)])
+            return following
+
+        # With `ahead` a tile is on its way while the one before it is worked on.
+        following = load(0) if ahead else None
+        if kept:
+            for name in summed:
+                part.keep(name, zeros)
+            number = (count + IN_A_ROW - 1) // IN_A_ROW
+            lax.fori_loop(0, number, some, following)
+            totals = {name: part.kept(name) for name in summed}
         else:
-            totals = lax.fori_loop(0, count, lambda i, t: step(i, t, load(i)), totals)
+            totals, _ = sums_of(0, count, following)
         for name, total in totals.items():
             for chunk, value in zip(config.chunks, total, strict=True):
                 part.store_total(ref[name], program, chunk, value)
@@ -679,6 +755,7 @@ def backward(
         inputs=inputs,
         outputs=outputs,
         places=4,
+        kept=summed if kept else (),
     )
     found = [results["dx"].reshape(x.shape)] if want["dx"] else []
     if summed:
@@ -714,13 +791,21 @@ def _launch(
     inputs: dict[str, jax.Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
     places: int,
+    kept: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
     """Runs body(references by name, part) on every part of every block.
 
     Args:
       places: in which sums of a long row meet.
+      kept: names of what has room for a tile in shared memory.
     """
-    scratch: dict[str, Any] = {}
+    scratch: dict[str, Any] = {
+        f"{name}_{i}": plgpu.SMEM(
+            (config.warpgroups, *config.shape(chunk, tile)), jnp.float32
+        )
+        for name in kept
+        for i, chunk in enumerate(config.chunks)
+    }
     mesh: dict[str, Any] = {}
     outputs = dict(outputs)
     if config.warpgroups > 1:
@@ -738,12 +823,9 @@ def _launch(
         rows = inputs["x"].shape[0]
         outputs["sums"] = jax.ShapeDtypeStruct((rows, places, 32), jnp.float32)
 
-    def kernel(
-        *refs: Any, sums: Any = None, in_block: Any = None, in_cluster: Any = None
-    ) -> None:
+    def kernel(*refs: Any, **scratch: Any) -> None:
         ref = dict(zip([*inputs, *outputs], refs, strict=True))
-        part = Part(config, tile, (sums, ref.get("sums")), (in_block, in_cluster))
-        body(ref, part)
+        body(ref, Part(config, tile, scratch | {"of_blocks": ref.get("sums")}))
 
     kernel.__name__ = name
     run = plgpu.kernel(
@@ -806,17 +888,18 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
     else:
         assert call.dy is not None
         itemsize = max(x_size, call.dy.dtype.itemsize)
-        if features <= 512:
+        shared_out = share(
+            features, itemsize, center=call.norm.center, slopes=call.slopes
+        )
+        columns = shared_out.columns
+        if features <= LANES * columns:
             itemsize = 4  # Mosaic adds up rows over warps by 4 columns a lane at most
-        shared_out = next(s for longest, s in SHARES.items() if features <= longest)
-        if call.slopes:
-            shared_out = SHARE_OF_SLOPES
         config = configure(
             features,
             itemsize,
-            per_lane=8,
-            of_long=shared_out.columns if features <= MAX_FEATURES // 2 else 16,
-            in_warp=256,
+            per_lane=columns,
+            of_long=columns if features <= MAX_FEATURES // 2 else 16,
+            in_warp=LANES * columns,
         )
         launch = functools.partial(backward, config, shared_out, call, processors)
         examples = math.prod(call.x.shape[: call.own_params])

@@ -161,13 +161,17 @@ def resident(
 ) -> Config | None:
     """Cuts a sample whose strips stay in the shared memory of a cluster, if they fit.
 
-    On an H200, where a copy of x and y of 160 MB takes 76 us: blocks of 40 KB and one
-    warpgroup took 87 us for 16 x 16 pixels in float32 (half as large ones in clusters
-    of 2: 115; with more warpgroups: 143), 156 for 32 x 32 in bfloat16, in clusters of 4
-    (half as large ones: 215). Of 8 x 8 pixels in bfloat16 strips of 160 channels took
-    131 us, of 80 206. Pieces of a pixel of 32 bytes took 157 us where of 64 they took
-    132 and two reads 117; unaligned ones of 80 bytes 155 where aligned ones took 114.
-    Backward, clusters of 8 took 209 to 256 us, two reads 193 to 225.
+    Microseconds on an H200, of 160 MB of x, where a copy takes 76 (three tensors 111):
+
+      blocks: 16 x 16 x 1280 in float32, backward: one of 80 KB and 2 warpgroups 138,
+        two of 40 KB 154, four of 20 KB 183. 32 x 32 x 640 in bfloat16: two of 80 KB
+        142, four of 40 KB 154, eight of 20 KB 215. 8 x 8 x 1280 in bfloat16: of 20 KB
+        131, of 10 KB 206.
+      pieces of a pixel: 64 x 64 x 512 in float32: of 128 bytes 104, of 64 bytes 117;
+        of 80 bytes, 64 x 64 x 320, 155, of 160 114.
+      two reads: 118 there, 152 of 32 x 32 x 640, 134 of 16 x 16 x 1280; backward 192 of
+        64 x 64 x 320 (clusters of 8: 210), 214 of 32 x 32 x 640 (of 2: 216, of 4: 219
+        to 281), 198 of 16 x 16 x 1280.
 
     Args:
       view: x[N, S, G, K].
@@ -181,27 +185,44 @@ def resident(
     # Two blocks at least fit an SM, so that one loads while another one adds up or
     # stores.
     limit = (shared - KB) // 2
-    large = (32 if alone else 64) * KB
-    longest = cluster * (limit if cluster == MAX_CLUSTER else large)
+    large = (32 if alone else 96) * KB
     found = []
     for width in _multiples(view.k, view.g):
         strip = width * view.s * kept
-        if strip > longest:
+        if strip > cluster * limit:
             break
         blocks = min(pl.next_power_of_2(pl.cdiv(strip, large)), cluster)
-        warpgroups = min(pl.cdiv(strip // blocks, large), MAX_WARPGROUPS)
-        config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
-        if config.shared(kept) <= limit and len(config.chunks) <= MAX_CHUNKS:
-            found.append(config)
-    # Two sectors of each pixel or more: half as many lines of the L1 cache in a load.
-    wide = [c for c in found if c.width * itemsize >= 2 * SECTOR or c.strips == 1]
-    aligned = [c for c in wide if c.width * itemsize % SECTOR == 0] or wide
-    if alone:
-        return aligned[0] if aligned else None
+        while blocks <= cluster:
+            warpgroups = min(pl.cdiv(strip // blocks, 64 * KB), MAX_WARPGROUPS)
+            config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
+            if config.shared(kept) <= limit and len(config.chunks) <= MAX_CHUNKS:
+                found.append(config)
+                break
+            blocks *= 2
+
+    def narrowest(sectors: int, configs: Sequence[Config]) -> list[Config]:
+        """Of so many sectors a pixel or more, whole ones if possible; at most one."""
+        wide = [c for c in configs if c.width * itemsize >= sectors * SECTOR]
+        wide = wide or [c for c in configs if c.strips == 1]
+        return ([c for c in wide if c.width * itemsize % SECTOR == 0] or wide)[:1]
+
+    if alone:  # half a line of the L1 cache; one sector where that makes more blocks
+        small = [c for c in found if c.width * view.s * kept <= c.blocks * large]
+        best = narrowest(2, found) + narrowest(1, small)
+        return max(
+            best,
+            key=lambda c: (min(c.strips * c.blocks, ENOUGH), c.blocks == 1),
+            default=None,
+        )
     # A warpgroup goes over a strip's groups one by one.
-    few = [c for c in aligned if c.group == 1 or c.width <= 8 * c.group] or aligned[:1]
+    few = [
+        c
+        for c in found
+        if c.group == 1 or c.width <= 8 * c.group or c.width * itemsize <= 2 * SECTOR
+    ]
     large_enough = [c for c in few if c.width * view.s * itemsize >= 20 * KB]
-    return next(iter(large_enough or few[-1:]), None)
+    few = large_enough or few[-1:]
+    return next(iter(narrowest(4, few) or narrowest(2, few)), None)
 
 
 def in_two_reads(
