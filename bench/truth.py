@@ -6,7 +6,7 @@ NumPy; on a GPU, where NumPy would take ten seconds for tensors of 160 MB, on th
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,25 +38,29 @@ def on_device() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _in_float64[S, **P, R](
-    function: Callable[Concatenate[S, P], R],
-) -> Callable[Concatenate[S, P], R]:
+def _in_float64[**P, R](
+    *static: str,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """With jax told of float64, and the function compiled as a whole: op by op that
     takes longer than all else of a case.
 
     Args:
-      function: its first argument is static; the others are arrays.
+      static: names of its arguments that are no arrays.
     """
-    compiled = jax.jit(function, static_argnums=0)
 
-    @functools.wraps(function)
-    def run(static: S, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not on_device():
-            return function(static, *args, **kwargs)
-        with jax.enable_x64(True):
-            return compiled(static, *args, **kwargs)
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        compiled = jax.jit(function, static_argnames=static)
 
-    return run
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not on_device():
+                return function(*args, **kwargs)
+            with jax.enable_x64(True):
+                return compiled(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def _float64(a: Any) -> Array:
@@ -80,7 +84,7 @@ class Forward(NamedTuple):
     outputs: dict[str, Array]
 
 
-@_in_float64
+@_in_float64("block")
 def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
     """The block's outputs in float64.
 
@@ -117,7 +121,7 @@ def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
     return Forward(kernel, scale, x, x_hat, rstd, z, outputs)
 
 
-@_in_float64
+@_in_float64("case")
 def away_from_kinks(case: Case, done: Forward, cotangents: Named) -> Named:
     """The cotangents, with zeros where the gradient jumps."""
     if case.activation != "relu":
@@ -125,7 +129,7 @@ def away_from_kinks(case: Case, done: Forward, cotangents: Named) -> Named:
     return {"y": cotangents["y"] * (abs(done.z) > KINK).astype(case.dtype)}
 
 
-@_in_float64
+@_in_float64("block")
 def backward(block: Block, done: Forward, cotangents: Named) -> dict[str, Array]:
     """Gradients in float64, by the names of `bench.contest`.
 
@@ -202,12 +206,12 @@ def _activation_gradient(case: Case, z: Array) -> Any:
 
 def errors(result: Any, true: Array) -> tuple[float, float]:
     """Root mean square and maximum of |result - true| / (|true| + rms(true))."""
-    rms, largest = _errors(None, result, true)
+    rms, largest = _errors(result, true)
     return float(rms), float(largest)
 
 
-@_in_float64
-def _errors(_: None, result: Any, true: Array) -> tuple[Array, Array]:
+@_in_float64()
+def _errors(result: Any, true: Array) -> tuple[Array, Array]:
     true = _float64(true)
     scale = abs(true) + _xp(true).sqrt((true * true).mean())
     scale = _xp(true).where(scale == 0, 1, scale)

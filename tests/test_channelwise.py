@@ -371,7 +371,7 @@ def test_the_cut_of_batch_norms(
         (16 * 16, 1280, 4, 40, 1, 1),  # 40 KB: no cluster
         (8 * 8, 1280, 2, 160, 1, 1),  # 20 KB
         (2 * 2, 1280, 2, 320, 1, 1),  # no more than 8 groups
-        (128 * 128, 512, 2, None, None, None),  # half of a line does not pay
+        (128 * 128, 512, 2, None, None, None),  # 64 bytes of a pixel do not fit
     ],
 )
 def test_the_cut_of_group_norms(
@@ -418,6 +418,9 @@ def test_why() -> None:
     assert isinstance(huge, Kernel)
     assert whole.why == "8 blocks keep 640 KB on the chip: one read"
     assert "200704 pixels do not fit the shared memory of 8 blocks" in huge.why
+    twice = gpu.plan(calls("group_norm", (8, 64, 64, 320))[1], None)
+    assert isinstance(twice, Kernel)
+    assert "4096 pixels do not fit the shared memory of 2 blocks" in twice.why
 
 
 # --- lowered for a GPU ----------------------------------------------------------------

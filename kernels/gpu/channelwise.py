@@ -569,13 +569,12 @@ def _gradients_seen(
                 part.keep("dy", line, dy)
                 part.keep("x", line, x)
         # Lines two by two, then these: sums of few round less than one of all.
-        found: list[Columns] | None = None
-        for two in itertools.batched(zip(lines, loaded, strict=True), 2):
-            both = [terms(line, *(a.float32() for a in arrays)) for line, arrays in two]
-            pair = [strips.add(same) for same in zip(*both, strict=True)]
-            found = pair if found is None else _plus(found, pair)
-        assert found is not None
-        return _plus(seen, found)
+        pairs = (
+            [terms(line, *(a.float32() for a in arrays)) for line, arrays in two]
+            for two in itertools.batched(zip(lines, loaded, strict=True), 2)
+        )
+        sums = (functools.reduce(_plus, pair) for pair in pairs)
+        return _plus(seen, functools.reduce(_plus, sums))
 
     return part.over_lines(step, [part.zeros() for _ in names])
 
@@ -790,11 +789,11 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
     arrays = [call.x] if call.dy is None else [call.x, call.dy]
     sizes = [array.dtype.itemsize for array in arrays]
     widest = max(*sizes, call.norm.dtype.itemsize) if call.dy is None else max(sizes)
+    alone = 0 in call.norm.reduction_axes
+    cluster = strips.MAX_CLUSTER
+    if call.op == "backward" and not alone:
+        cluster = 2  # larger ones gain nothing on two reads
     if call.wanted[0]:
-        alone = 0 in call.norm.reduction_axes
-        cluster = strips.MAX_CLUSTER
-        if call.op == "backward" and not alone:
-            cluster = 2  # larger ones gain nothing on two reads
         config = strips.resident(
             view, widest, sum(sizes), shared, cluster=cluster, alone=alone
         )
@@ -823,7 +822,7 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
         variant = ", two reads"
         why = (
             f"a group's {view.s} pixels do not fit the shared memory of "
-            f"{strips.MAX_CLUSTER} blocks, two to a multiprocessor: two reads, the "
+            f"{cluster} blocks, two to a multiprocessor: two reads, the "
             "second one in XLA's code, which normalizes with what follows"
         )
         if not call.wanted[0]:
