@@ -2,6 +2,7 @@
 
 from fusednorm.layers.explain import explain
 from fusednorm.layers.fuse import FuseReport, fuse, unfuse
+from fusednorm.layers.neighbours import fuse_neighbours
 from fusednorm.layers.normalization import (
     BatchNorm,
     GroupNorm,
@@ -19,5 +20,6 @@ __all__ = [
     "RMSNorm",
     "explain",
     "fuse",
+    "fuse_neighbours",
     "unfuse",
 ]

@@ -1,13 +1,12 @@
 """explain(layer, x): which implementation runs, and why."""
 
-import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 
 from fusednorm.kernels.explain import Explanation, explain_jaxpr, target_of_arguments
+from fusednorm.layers.calls import ArrayCall
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -35,29 +34,6 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     forward   float32[8, 128, 768]  N=1024 S=1 G=1 K=768
       reference: CPU: the kernels are for NVIDIA GPUs and TPUs
     """
-    owner = getattr(fn, "__self__", None)
-    if isinstance(fn, types.MethodType) and isinstance(owner, nnx.Module):
-        fn, args = fn.__func__, (owner, *args)
-    tree: Any
-    leaves, tree = jax.tree.flatten(
-        (fn, args, kwargs), is_leaf=lambda leaf: isinstance(leaf, nnx.Module)
-    )
-    is_module = [isinstance(leaf, nnx.Module) for leaf in leaves]
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    modules = [leaf for leaf, yes in zip(leaves, is_module, strict=True) if yes]
-    arrays = [leaf for leaf, yes in zip(leaves, is_array, strict=True) if yes]
-    graph: Any
-    graph, state = nnx.split(nnx.List(modules))
-
-    def call(state: Any, arrays: list[Any]) -> Any:
-        merged, given = iter(nnx.merge(graph, state)), iter(arrays)
-        fn, args, kwargs = tree.unflatten(
-            [
-                next(merged) if module else next(given) if array else leaf
-                for leaf, module, array in zip(leaves, is_module, is_array, strict=True)
-            ]
-        )
-        fn(*args, **kwargs)
-
-    jaxpr = jax.make_jaxpr(call)(state, arrays)
-    return explain_jaxpr(jaxpr, target_of_arguments((state, arrays)))
+    call = ArrayCall(fn, args, kwargs)
+    jaxpr = jax.make_jaxpr(call)(call.state, call.arrays)
+    return explain_jaxpr(jaxpr, target_of_arguments((call.state, call.arrays)))

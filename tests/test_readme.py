@@ -7,6 +7,7 @@ import textwrap
 import jax
 import pytest
 
+import fusednorm
 from fusednorm.kernels import dispatch
 from fusednorm.kernels.explain import explain_jaxpr
 
@@ -16,7 +17,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     text = README.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -26,6 +27,9 @@ def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
         r"^    forward  .*?(?=\n\n)", text, re.DOTALL | re.MULTILINE
     )
     assert textwrap.dedent(on_cpu) + "\n" in printed
+    forward = fusednorm.explain(names["forward"], names["block"], names["images"])
+    assert [choice.activation for choice in forward.choices] == ["silu"]
+    names["gradients"](names["block"], names["images"])
     # What the second explain would print on a GPU, and the third.
     gradient = names["nnx"].grad(names["loss"])
     for said, function, *arguments in (

@@ -25,6 +25,7 @@ from fusednorm.layers import (
     RMSNorm,
     explain,
     fuse,
+    fuse_neighbours,
     unfuse,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "batch_norm_inference",
     "explain",
     "fuse",
+    "fuse_neighbours",
     "group_norm",
     "instance_norm",
     "layer_norm",

@@ -1,0 +1,251 @@
+"""Finding, in a jaxpr, what a kernel can take along: an activation behind a norm.
+
+    y = norm(x)            y = norm(x, activation="silu")
+    a = silu(y)      ->    a = y
+
+A neighbour is recognized by what it computes, equation by equation, as jax.nn's own
+function traces to: `flax.nnx.silu`, `jax.nn.swish` and `y * jax.nn.sigmoid(y)` alike.
+The pair becomes one where nothing else uses y.
+"""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from fusednorm.kernels.norm import norm_p
+
+# Before jax 0.12 a jaxpr with its constants was of another class than one without.
+ClosedJaxpr: Any = getattr(jax.extend.core, "ClosedJaxpr", Jaxpr)
+
+# What each activation looks like in a user's code.
+_WRITTEN: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("relu", jax.nn.relu),
+    ("silu", jax.nn.silu),
+    ("silu", lambda z: z * jax.nn.sigmoid(z)),
+    ("silu", lambda z: jax.nn.sigmoid(z) * z),
+    ("gelu", functools.partial(jax.nn.gelu, approximate=False)),
+    ("gelu_tanh", functools.partial(jax.nn.gelu, approximate=True)),
+)
+
+# Their derivative is a function of their own, not that of the jaxpr inside.
+_OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
+
+
+def join(program: Any) -> Any:
+    """The same jaxpr, with activations inside the norms before them.
+
+    Looks into jitted functions, scans, branches, `jax.checkpoint` and `jax.shard_map`,
+    but not into functions with a `custom_jvp` or `custom_vjp`, whose derivatives belong
+    to the program as it is.
+    """
+    return _Joiner()(program)
+
+
+class _Joiner:
+    """Joins each jaxpr once: those that a program holds twice, it still shares."""
+
+    def __init__(self) -> None:
+        self._joined: dict[int, tuple[Any, Any]] = {}
+        self._patterns: dict[Any, list[tuple[str, Jaxpr]]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        """A jaxpr, joined, or a tuple with some; anything else as it is."""
+        if isinstance(value, tuple):
+            joined = tuple(self(item) for item in value)
+            changed = any(a is not b for a, b in zip(joined, value, strict=True))
+            return joined if changed else value
+        if not isinstance(value, (Jaxpr, ClosedJaxpr)):
+            return value
+        if id(value) not in self._joined:  # with the key's object, that it lives on
+            if isinstance(value, Jaxpr):
+                now = self._open(value)
+            else:
+                inner = self(value.jaxpr)
+                same = inner is value.jaxpr
+                now = value if same else value.replace(jaxpr=inner)
+            self._joined[id(value)] = (value, now)
+        return self._joined[id(value)][1]
+
+    def _open(self, jaxpr: Jaxpr) -> Jaxpr:
+        eqns = [self._inside(eqn) for eqn in jaxpr.eqns]
+        uses = _Uses(jaxpr, eqns)
+        gone: set[int] = set()
+        for at, eqn in enumerate(eqns):
+            if at in gone or not _is_plain_norm(eqn):
+                continue
+            y = eqn.outvars[0]
+            if y.aval not in self._patterns:
+                self._patterns[y.aval] = _patterns_of(y.aval)
+            for activation, pattern in self._patterns[y.aval]:
+                matched = _match(pattern, y, uses)
+                if matched is not None:
+                    last = eqns[matched[-1]]
+                    eqns[at] = _with_activation(eqn, activation, last.outvars[0])
+                    gone.update(matched)
+                    break
+        kept = [eqn for at, eqn in enumerate(eqns) if at not in gone]
+        same = len(kept) == len(jaxpr.eqns) and all(
+            a is b for a, b in zip(kept, jaxpr.eqns, strict=True)
+        )
+        return jaxpr if same else jaxpr.replace(eqns=kept)
+
+    def _inside(self, eqn: JaxprEqn) -> JaxprEqn:
+        """The equation, with the jaxprs in its parameters joined."""
+        if eqn.primitive.name in _OWN_DERIVATIVE:
+            return eqn
+        params = {name: self(value) for name, value in eqn.params.items()}
+        same = all(params[name] is value for name, value in eqn.params.items())
+        return eqn if same else eqn.replace(params=params)
+
+
+class _Uses:
+    """Where each variable of a jaxpr is read.
+
+    Attributes:
+      eqns: the jaxpr's equations.
+      count: how often each variable is read, by equations and as a result.
+    """
+
+    def __init__(self, jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]):
+        self.eqns = list(eqns)
+        self.count: Counter[Var] = Counter()
+        self._by: dict[Var, list[int]] = {}
+        for at, eqn in enumerate(eqns):
+            for var in eqn.invars:
+                if isinstance(var, Var):
+                    self.count[var] += 1
+                    self._by.setdefault(var, []).append(at)
+        self.count.update(var for var in jaxpr.outvars if isinstance(var, Var))
+
+    def by(self, variables: Sequence[Any]) -> Iterator[int]:
+        """Equations that read the first variable among these."""
+        for var in variables:
+            if isinstance(var, Var):
+                yield from dict.fromkeys(self._by.get(var, ()))
+                return
+
+
+# --- norms ----------------------------------------------------------------------------
+
+
+def _is_plain_norm(eqn: JaxprEqn) -> bool:
+    """Whether it is `fusednorm_normalize` of real numbers, without an activation."""
+    inner = _norm_inside(eqn)
+    if inner is None or inner.params["norm"].activation is not None:
+        return False
+    y: Any = eqn.outvars[0].aval
+    return jnp.issubdtype(y.dtype, jnp.floating)
+
+
+def _norm_inside(eqn: JaxprEqn) -> JaxprEqn | None:
+    if eqn.params.get("name") != "fusednorm_normalize":
+        return None
+    inner = eqn.params["jaxpr"].jaxpr.eqns
+    return inner[0] if [e.primitive for e in inner] == [norm_p] else None
+
+
+def _with_activation(eqn: JaxprEqn, activation: str, y: Var) -> JaxprEqn:
+    """The same norm with an activation, its result named y."""
+    inner = _norm_inside(eqn)
+    assert inner is not None
+    norm = dataclasses.replace(inner.params["norm"], activation=activation)
+    closed = eqn.params["jaxpr"]
+    body = closed.jaxpr.replace(
+        eqns=[inner.replace(params=inner.params | {"norm": norm})]
+    )
+    if not isinstance(closed, Jaxpr):
+        body = closed.replace(jaxpr=body)
+    return eqn.replace(
+        params=eqn.params | {"jaxpr": body}, outvars=[y, *eqn.outvars[1:]]
+    )
+
+
+# --- patterns -------------------------------------------------------------------------
+
+
+def _patterns_of(aval: Any) -> list[tuple[str, Jaxpr]]:
+    """The jaxpr of each activation of a variable like this."""
+    return [(name, jax.make_jaxpr(f)(aval).jaxpr) for name, f in _WRITTEN]
+
+
+def _match(pattern: Jaxpr, z: Var, uses: _Uses) -> list[int] | None:
+    """The equations that compute `pattern` of z, or None.
+
+    All that they compute on the way, and z, must be read by them alone.
+    """
+    meaning: dict[Var, Var] = {pattern.invars[0]: z}
+    matched: list[int] = []
+    for wanted in pattern.eqns:
+        operands = [
+            var if isinstance(var, Literal) else meaning[var] for var in wanted.invars
+        ]
+        for at in uses.by(operands):
+            found = uses.eqns[at]
+            if at not in matched and _alike(wanted, operands, found):
+                matched.append(at)
+                meaning.update(zip(wanted.outvars, found.outvars, strict=True))
+                break
+        else:
+            return None
+    (result,) = pattern.outvars
+    reads = Counter(
+        var for at in matched for var in uses.eqns[at].invars if isinstance(var, Var)
+    )
+    inner = [var for var in meaning if var is not result]
+    if any(reads[meaning[var]] != uses.count[meaning[var]] for var in inner):
+        return None
+    return matched
+
+
+def _alike(wanted: JaxprEqn, operands: Sequence[Any], found: JaxprEqn) -> bool:
+    """Whether an equation does to these operands what a pattern's does."""
+    return (
+        found.primitive is wanted.primitive
+        and len(found.invars) == len(operands)
+        and all(map(_same_operand, operands, found.invars))
+        and all(map(_same_type, wanted.outvars, found.outvars))
+        and found.params.keys() == wanted.params.keys()
+        and all(
+            _same_param(wanted.params[name], value)
+            for name, value in found.params.items()
+        )
+    )
+
+
+def _same_operand(a: Any, b: Any) -> bool:
+    if isinstance(a, Literal) and isinstance(b, Literal):
+        return _same_type(a, b) and bool(a.val == b.val)
+    return a is b
+
+
+def _same_type(a: Any, b: Any) -> bool:
+    # A pattern is traced outside of any shard_map, and varies over no axis of it.
+    return all(
+        getattr(a.aval, name) == getattr(b.aval, name)
+        for name in ("shape", "dtype", "weak_type")
+    )
+
+
+def _same_param(a: Any, b: Any) -> bool:
+    if isinstance(a, (Jaxpr, ClosedJaxpr)):
+        # What it computes, and who wrote it: a custom derivative is known by that.
+        return type(a) is type(b) and (_text(a), _source(a)) == (_text(b), _source(b))
+    # The rule of a custom derivative is another object each time that it is traced.
+    return bool(a == b) or (hasattr(a, "call_wrapped") and hasattr(b, "call_wrapped"))
+
+
+def _text(jaxpr: Any) -> str:
+    """Printed, without the axes that types vary over, as f32[8]{V:data}."""
+    return re.sub(r"\{[A-Z]:[^{}]*\}", "", str(jaxpr))
+
+
+def _source(jaxpr: Any) -> str:
+    return str(getattr(jaxpr, "jaxpr", jaxpr).debug_info.func_src_info)

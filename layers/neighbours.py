@@ -1,0 +1,58 @@
+"""fuse_neighbours(fn): activations go into the kernels of the norms before them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import jaxpr_as_fun
+
+from fusednorm.kernels import neighbours
+from fusednorm.layers.calls import ArrayCall
+
+
+def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, with activations computed inside the norms before them.
+
+    A relu, silu or gelu of a fusednorm layer's output, which nothing else uses, becomes
+    the layer's `activation`: it is applied to what the kernel has in registers, instead
+    of in a pass of its own over memory, and so is its derivative. Results are the same
+    up to rounding; in half precision the activation is computed before y is rounded.
+
+    It is found wherever jax's trace of `fn` shows the two, in jitted functions, scans,
+    `jax.checkpoint` or `jax.shard_map` too, but not in functions with a `custom_jvp` or
+    `custom_vjp`. Left as it is: a norm whose output is used twice, is cast to another
+    dtype first or is complex.
+
+    Wrap the forward pass and differentiate the result: a derivative taken inside of
+    `fn` uses the norm's output a second time. Each call traces `fn`, so call it inside
+    of a jitted function.
+
+    Args:
+      fn: a model or its method, or any function that calls some. What it changes (a
+        BatchNorm in training, random keys) must be among its arguments.
+
+    Returns:
+      A function of the same arguments and results. Results are trees of arrays.
+
+    >>> import fusednorm, jax
+    >>> from flax import nnx
+    >>> norm = fusednorm.GroupNorm(64, num_groups=8, rngs=nnx.Rngs(0))
+    >>> forward = fusednorm.fuse_neighbours(lambda norm, x: nnx.silu(norm(x)))
+    >>> x = jax.ShapeDtypeStruct((2, 16, 16, 64), "float32")
+    >>> print(fusednorm.explain(forward, norm, x))  # doctest: +SKIP
+    forward   float32[2, 16, 16, 64]  N=2 S=256 G=8 K=8  silu
+      reference: CPU: the kernels are for NVIDIA GPUs and TPUs
+    """
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        call = ArrayCall(fn, args, kwargs)
+        operands = (call.state, call.arrays)
+        program, shapes = jax.make_jaxpr(call, return_shape=True)(*operands)
+        run = jaxpr_as_fun(neighbours.join(program))
+        results = run(*jax.tree.leaves(operands))
+        result, changed = jax.tree.unflatten(jax.tree.structure(shapes), results)
+        call.update(changed)
+        return result
+
+    return functools.update_wrapper(fused, fn, updated=())
