@@ -115,7 +115,7 @@ class Block(nnx.Module):
         self.case = case
 
     def _norm_is_ours(self) -> bool:
-        """Whether it can apply the activation itself."""
+        """Whether it can add a residual and apply an activation itself."""
         return isinstance(self.norm, getattr(fusednorm, self.case.norm.__name__))
 
     def __call__(self, x: jax.Array, *residual: jax.Array) -> dict[str, jax.Array]:
@@ -123,7 +123,12 @@ class Block(nnx.Module):
         if self.case.conv is not None:
             x = self.conv(x)
         if self.case.residual == "before":
-            x = x + residual[0]
+            if self._norm_is_ours():
+                y, h = self.norm(x, residual=residual[0])
+            else:
+                h = x + residual[0]
+                y = self.norm(h)
+            return {"h": h, "y": y}
         activation = self.case.activation
         if activation and self.case.residual != "after" and self._norm_is_ours():
             y = self.norm(x, activation=activation)
@@ -134,7 +139,7 @@ class Block(nnx.Module):
             y = y + residual[0]
         if activation is not None:
             y = _ACTIVATIONS[activation](y)
-        return {"h": x, "y": y} if self.case.residual == "before" else {"y": y}
+        return {"y": y}
 
 
 def draw(

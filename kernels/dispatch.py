@@ -41,6 +41,8 @@ class Call:
       op: "forward", or "backward" (dx, dscale, dbias).
       norm: axes, groups, epsilon, dtype of y.
       x, scale, bias, dy: shape and dtype of each, or None where there is none.
+      beside: likewise, of the residual that a forward adds to x, or of dh, to which a
+        backward adds dx.
       mask: whether a mask is given.
       statistics: whether the forward returns mean and variance too.
       wanted: which of dx, dscale and dbias the backward returns.
@@ -53,6 +55,7 @@ class Call:
     scale: jax.ShapeDtypeStruct | None = None
     bias: jax.ShapeDtypeStruct | None = None
     dy: jax.ShapeDtypeStruct | None = None
+    beside: jax.ShapeDtypeStruct | None = None
     mask: bool = False
     statistics: bool = False
     wanted: tuple[bool, bool, bool] = (True, True, True)
@@ -62,6 +65,12 @@ class Call:
     def geometry(self) -> Geometry | None:
         """The view x[N, S, G, K], or None where a transpose would be needed."""
         return geometry(self.norm, self.x.shape, has_params=self.has_params)
+
+    @property
+    def sum_dtype(self) -> jnp.dtype:
+        """Dtype of h = x + residual."""
+        dtypes = [a.dtype for a in (self.x, self.beside) if a is not None]
+        return jnp.result_type(*dtypes)
 
     @property
     def slopes(self) -> bool:
@@ -113,8 +122,9 @@ class Kernel:
       name: the kernel, e.g. "rowwise forward".
       launch: the kernel itself. Takes the operands of the reference function of the
         same name, (x, scale, bias, mask) or (dy, x, scale, bias, mean, var, mask), each
-        an array or None, and returns a list: y, and with `statistics` mean (if centred)
-        and var; or those of dx, dscale and dbias that are `wanted`.
+        an array or None, and the one that is `beside` x, if any. Returns a list: y, of
+        a sum that too, and with `statistics` mean (if centred) and var; or those of dx,
+        dscale and dbias that are `wanted`.
       block: what one block works on, in words.
       why: why this variant was chosen, in words.
       bytes_moved: bytes read from and written to device memory.
@@ -266,9 +276,11 @@ def _refusal(call: Call) -> str | None:
     """Why no kernel of any platform takes the call, or None."""
     if call.mask:
         return "mask given"
-    for name in ("x", "scale", "bias", "dy"):
+    for name in ("x", "scale", "bias", "dy", "beside"):
         operand = getattr(call, name)
         if operand is not None and operand.dtype.name not in _KERNEL_DTYPES:
+            if name == "beside":
+                name = "residual" if call.op == "forward" else "dh"
             return (
                 f"{operand.dtype.name} {name}; kernels take {_either(_KERNEL_DTYPES)}"
             )

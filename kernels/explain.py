@@ -25,6 +25,7 @@ class Choice:
         view.
       plan: the kernel, or the fallback with its reason.
       activation: that the kernel, or the reference, applies; "" where there is none.
+      residual: whether it adds a residual to x, or dx to the cotangent of the sum.
     """
 
     op: str
@@ -32,6 +33,7 @@ class Choice:
     view: str
     plan: Kernel | Fallback
     activation: str = ""
+    residual: bool = False
 
     @property
     def backend(self) -> str:
@@ -39,7 +41,8 @@ class Choice:
         return self.plan.backend if isinstance(self.plan, Kernel) else "reference"
 
     def __str__(self) -> str:
-        behind = f"  {self.activation}" if self.activation else ""
+        behind = "  residual" if self.residual else ""
+        behind += f"  {self.activation}" if self.activation else ""
         head = f"{self.op:<8}  {self.x}  {self.view}".rstrip() + behind
         if isinstance(self.plan, Fallback):
             return f"{head}\n  reference: {self.plan.reason}"
@@ -102,6 +105,7 @@ def _choice(call: dispatch.Call, target: Target, backend: str) -> Choice:
         view="" if view is None else f"N={view.n} S={view.s} G={view.g} K={view.k}",
         plan=dispatch.plan(call, target, backend),
         activation=call.norm.activation or "",
+        residual=call.beside is not None,
     )
 
 

@@ -14,6 +14,9 @@ calls the op of `kernels/norm.py`. What they share:
   activation: None, "relu", "silu", "gelu" or "gelu_tanh": what y is the activation of,
     in the arithmetic's dtype, before it is rounded to `dtype`. Real numbers only:
     ValueError for others, and for another name.
+  residual: an array of x's shape. h = x + residual is what is normalized, rounded to
+    the dtype that the two promote to, and returned behind y: `y, h = ...`. A kernel
+    adds them as it reads them, and backward adds dx to the cotangent of h.
 
 Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) / n.
 """
@@ -48,7 +51,8 @@ def layer_norm(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
     activation: str | None = None,
-) -> jax.Array:
+    residual: Maybe = None,
+) -> Any:
     """Layer normalization: y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
 
     Args:
@@ -58,14 +62,16 @@ def layer_norm(
       epsilon: added to the variance, inside the square root.
       reduction_axes: axes that share one mean and variance.
       feature_axes: axes along which scale and bias vary.
-      dtype, mask, axis_name, axis_index_groups, activation: see the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation, residual: see the module's
+        docstring.
 
     Returns:
-      Array of x's shape.
+      Array of x's shape; with a residual (y, h).
 
     Raises:
       TypeError: scale or bias does not fit x along `feature_axes`.
-      ValueError: an axis is out of range, or the mask does not broadcast to x.
+      ValueError: an axis is out of range, the mask does not broadcast to x, or the
+        residual has another shape.
 
     Source: Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4.
     """
@@ -82,6 +88,7 @@ def layer_norm(
         axis_name,
         axis_index_groups,
         activation,
+        residual,
     )
 
 
@@ -97,7 +104,8 @@ def rms_norm(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
     activation: str | None = None,
-) -> jax.Array:
+    residual: Maybe = None,
+) -> Any:
     """Root-mean-square normalization: y = x * rsqrt(mean(x^2) + epsilon) * scale.
 
     Arguments, result and errors are those of `layer_norm`, without a bias.
@@ -117,6 +125,7 @@ def rms_norm(
         axis_name,
         axis_index_groups,
         activation,
+        residual,
     )
 
 
@@ -399,8 +408,9 @@ def _normalize_axes(
     axis_name: Hashable | None,
     axis_index_groups: Any,
     activation: str | None,
-) -> jax.Array:
-    x, dtype = _promote(x, scale, bias, dtype=dtype)
+    residual: Maybe = None,
+) -> Any:
+    x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
     spec = Norm(
         reduction_axes=_axes(reduction_axes, x.ndim, "reduction_axes"),
         feature_axes=_axes(feature_axes, x.ndim, "feature_axes"),
@@ -409,15 +419,25 @@ def _normalize_axes(
         dtype=dtype,
         activation=_activation(activation, x, dtype),
     )
-    return op.normalize(
-        spec,
-        x,
+    operands = (
         _param(scale, "scale", spec, x),
         _param(bias, "bias", spec, x),
         _mask(mask, x),
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
     )
+    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    if residual is None:
+        return op.normalize(spec, x, *operands, **over)
+    return op.normalize_sum(spec, x, _residual(residual, x), *operands, **over)
+
+
+def _residual(residual: ArrayLike, x: jax.Array) -> jax.Array:
+    residual = jnp.asarray(residual)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual has shape {residual.shape}, expected that of x, {x.shape}: "
+            "broadcast it first."
+        )
+    return residual
 
 
 def _activation(name: str | None, x: jax.Array, dtype: Any) -> str | None:

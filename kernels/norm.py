@@ -5,6 +5,9 @@
     gradient_p   dy, x, scale, mean, var -> dx, dscale, dbias
 
 Before an activation lies the bias: the latter two are given it where there is one.
+With a residual norm_p returns h = x + residual too, which is what it normalizes. The
+tangent of h goes through tangent_p unchanged, so that the transpose of that primitive
+has its cotangent in hand: gradient_p adds dx to it.
 
 How they hang together:
 
@@ -35,6 +38,7 @@ from jax.interpreters import ad, batching, mlir
 
 from fusednorm import reference
 from fusednorm.kernels import dispatch
+from fusednorm.kernels.geometry import geometry
 from fusednorm.reference import Norm
 
 # An array, or None where there is none: no bias, a tangent that is zero.
@@ -97,6 +101,35 @@ def normalize_with_moments(
     return y, mean, var
 
 
+def normalize_sum(
+    norm: Norm,
+    x: jax.Array,
+    residual: jax.Array,
+    scale: Maybe = None,
+    bias: Maybe = None,
+    mask: Maybe = None,
+    *,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`normalize` of h = x + residual, and h.
+
+    Returns:
+      y: x's shape, dtype `norm.dtype`.
+      h: x's shape, in the dtype that x and residual promote to.
+    """
+    has_params = scale is not None or bias is not None
+    view = geometry(norm, x.shape, has_params=has_params)
+    rowwise = view is not None and view.family == "rowwise"
+    if axis_name is not None or not rowwise or _is_complex(norm.dtype):
+        h = reference.add(x, residual)
+        crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+        return normalize(norm, h, scale, bias, mask, **crossing), h
+    operands = _alike_over_devices(x, scale, bias, mask, residual)
+    y, h = fusednorm_normalize(norm, dispatch.current_backend(), *operands)
+    return y, h
+
+
 def _is_complex(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.complexfloating))
 
@@ -131,9 +164,10 @@ def fusednorm_normalize(
     scale: Maybe,
     bias: Maybe,
     mask: Maybe,
+    residual: Maybe = None,
     statistics: bool = False,
 ) -> list[jax.Array]:
-    operands, tree = jax.tree.flatten((x, scale, bias, mask))
+    operands, tree = jax.tree.flatten((x, scale, bias, mask, residual))
     return norm_p.bind(
         *operands, tree=tree, norm=norm, backend=backend, statistics=statistics
     )
@@ -197,12 +231,18 @@ def fusednorm_inference(
 def _norm_formula(
     operands: tuple[Any, ...], *, norm: Norm, statistics: bool, sparing: bool = False
 ) -> list[jax.Array]:
-    y, mean, var = reference.forward(norm, *operands, sparing=sparing)
-    return [r for r in (y, mean, var) if r is not None] if statistics else [y]
+    x, scale, bias, mask, residual = operands
+    h = x if residual is None else reference.add(x, residual)
+    y, mean, var = reference.forward(norm, h, scale, bias, mask, sparing=sparing)
+    found = [y] if residual is None else [y, h]
+    return found + [r for r in (mean, var) if statistics and r is not None]
 
 
-def _tangent_formula(operands: tuple[Any, ...], *, norm: Norm) -> list[jax.Array]:
-    return [reference.tangent(norm, *operands)]
+def _tangent_formula(
+    operands: tuple[Any, ...], *, norm: Norm, passes: bool
+) -> list[jax.Array]:
+    y_dot = reference.tangent(norm, *operands)
+    return [y_dot, operands[0]] if passes else [y_dot]
 
 
 def _gradient_formula(
@@ -232,6 +272,7 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
             "tree",
             "norm",
             "statistics",
+            "passes",
             "sparing",
             "wanted",
             "own_params",
@@ -275,7 +316,8 @@ def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
 
 
 def _launch(kernel: dispatch.Kernel, tree: Any, *flat: jax.Array) -> list[jax.Array]:
-    return kernel.launch(*tree.unflatten(flat))
+    *operands, beside = tree.unflatten(flat)  # the residual, or dh
+    return kernel.launch(*operands, *([] if beside is None else [beside]))
 
 
 norm_p = _primitive("norm", _norm_formula)
@@ -289,18 +331,19 @@ def call_of(
     """What `plan` must know of one bound primitive; None for what no kernel does."""
     operands = [dispatch.describe(aval) for aval in params["tree"].unflatten(avals)]
     if primitive is norm_p:
-        x, scale, bias, mask = operands
+        x, scale, bias, mask, residual = operands
         return dispatch.Call(
             op="forward",
             norm=params["norm"],
             x=x,
             scale=scale,
             bias=bias,
+            beside=residual,
             mask=mask is not None,
             statistics=params["statistics"],
         )
     if primitive is gradient_p:
-        dy, x, scale, bias, _, _, mask = operands
+        dy, x, scale, bias, _, _, mask, dh = operands
         return dispatch.Call(
             op="backward",
             norm=params["norm"],
@@ -308,6 +351,7 @@ def call_of(
             scale=scale,
             bias=bias,
             dy=dy,
+            beside=dh,
             mask=mask is not None,
             wanted=params["wanted"],
             own_params=params["own_params"],
@@ -327,43 +371,64 @@ def _norm_jvp(
     backend: str,
     statistics: bool,
 ) -> tuple[list[Any], list[Any]]:
-    x, scale, bias, mask = tree.unflatten(primals)
+    h, scale, bias, mask, residual = tree.unflatten(primals)
     if norm.activation is None:
         bias = None  # no derivative depends on it
-    x_dot, scale_dot, bias_dot, _ = tree.unflatten(
+    h_dot, scale_dot, bias_dot, _, residual_dot = tree.unflatten(
         [None if isinstance(t, ad.Zero) else t for t in tangents]
     )
     y, *moments = norm_p.bind(
         *primals, tree=tree, norm=norm, backend=backend, statistics=True
     )
+    if residual is not None:
+        h, *moments = moments
+        dots = [d.astype(h.dtype) for d in (h_dot, residual_dot) if d is not None]
+        h_dot = functools.reduce(jnp.add, dots) if dots else None
     mean, var = moments if norm.center else (None, *moments)
+    passes = residual is not None and h_dot is not None
     flat, tangent_tree = jax.tree.flatten(
-        (x_dot, scale_dot, bias_dot, x, scale, bias, mean, var, mask)
+        (h_dot, scale_dot, bias_dot, h, scale, bias, mean, var, mask)
     )
-    (y_dot,) = tangent_p.bind(*flat, tree=tangent_tree, norm=norm, backend=backend)
+    dots = tangent_p.bind(
+        *flat, tree=tangent_tree, norm=norm, backend=backend, passes=passes
+    )
+    found = [y]
+    if residual is not None:
+        found.append(h)
+        dots += [] if passes else [ad.Zero(jax.typeof(h))]
     if not statistics:
-        return [y], [y_dot]
-    if x_dot is None:
+        return found, dots
+    if h_dot is None:
         moments_dot: list[Any] = [ad.Zero(jax.typeof(moment)) for moment in moments]
     else:
-        mean_dot, var_dot = reference.moments_tangent(norm, x_dot, x, mean, mask)
+        mean_dot, var_dot = reference.moments_tangent(norm, h_dot, h, mean, mask)
         moments_dot = [mean_dot, var_dot] if norm.center else [var_dot]
-    return [y, *moments], [y_dot, *moments_dot]
+    return [*found, *moments], [*dots, *moments_dot]
 
 
 def _tangent_transpose(
-    cotangents: Sequence[Any], *flat: Any, tree: Any, norm: Norm, backend: str
+    cotangents: Sequence[Any],
+    *flat: Any,
+    tree: Any,
+    norm: Norm,
+    backend: str,
+    passes: bool,
 ) -> list[Any]:
-    (dy,) = cotangents
+    dy, *others = cotangents
     *dots, x, scale, bias, mean, var, mask = tree.unflatten(flat)
     wanted = tuple(ad.is_undefined_primal(dot) for dot in dots)
     avals = [dot.aval for dot in dots if ad.is_undefined_primal(dot)]
+    # That of x_dot as it is passed on.
+    dh = others[0] if passes and wanted[0] else None
+    dh = None if isinstance(dh, ad.Zero) else dh
     if isinstance(dy, ad.Zero):
         found: list[Any] = [ad.Zero(aval) for aval in avals]
+        if dh is not None:
+            found[0] = dh
     else:
         params = [dot.aval for dot in dots[1:] if ad.is_undefined_primal(dot)]
         operands, gradient_tree = jax.tree.flatten(
-            (dy, x, scale, bias, mean, var, mask)
+            (dy, x, scale, bias, mean, var, mask, dh)
         )
         found = gradient_p.bind(
             *operands,

@@ -3,8 +3,8 @@
 Each is a subclass of flax's layer and replaces its `__call__` alone: constructor, state
 tree, metadata, `train()`, `eval()`, `nnx.view` and checkpoints are flax's own. Output
 shapes and dtypes are flax's in every case. A call takes one keyword more, `activation`,
-which the kernels apply to what they have in registers. What differs is in the numbers,
-and better:
+and LayerNorm's and RMSNorm's another, `residual`: what the kernels do to what they have
+in registers. What differs is in the numbers, and better:
 
   - The variance is centred, whatever `use_fast_variance` says. flax's default,
     E[x^2] - E[x]^2, loses all digits where the mean is a few thousand times the
@@ -93,7 +93,8 @@ class LayerNorm(nnx.LayerNorm):
         *,
         mask: jax.Array | None = None,
         activation: str | None = None,
-    ) -> jax.Array:
+        residual: Any = None,
+    ) -> Any:
         """Normalizes x.
 
         Args:
@@ -102,22 +103,27 @@ class LayerNorm(nnx.LayerNorm):
           mask: bool, broadcastable to x: the elements that statistics are taken from.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
+          residual: array of x's shape. h = x + residual is normalized, and returned
+            too, in the dtype that the two promote to: `y, h = layer(x, residual=r)`.
 
         Returns:
-          Array of x's shape; dtype as flax promotes it.
+          Array of x's shape; dtype as flax promotes it. With a residual (y, h).
 
         Raises:
           TypeError: x does not fit scale or bias along `feature_axes`.
-          ValueError: an axis is out of range, the mask does not broadcast to x, or
-            `dtype` is not a float or complex type.
+          ValueError: an axis is out of range, the mask does not broadcast to x, the
+            residual has another shape, or `dtype` is not a float or complex type.
         """
-        (x, scale, bias), dtype = _promote(self, x, self.scale, self.bias)
+        (x, scale, bias, residual), dtype = _promote(
+            self, x, self.scale, self.bias, residual
+        )
         return functional.layer_norm(
             x,
             scale,
             bias,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
+            residual=residual,
             **_shared(self, dtype, mask, activation),
         )
 
@@ -149,14 +155,16 @@ class RMSNorm(nnx.RMSNorm):
         mask: jax.Array | None = None,
         *,
         activation: str | None = None,
-    ) -> jax.Array:
+        residual: Any = None,
+    ) -> Any:
         """Normalizes x; arguments, result and errors as for `LayerNorm`."""
-        (x, scale), dtype = _promote(self, x, self.scale)
+        (x, scale, residual), dtype = _promote(self, x, self.scale, residual)
         return functional.rms_norm(
             x,
             scale,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
+            residual=residual,
             **_shared(self, dtype, mask, activation),
         )
 

@@ -7,6 +7,7 @@ runs them. They themselves are checked against float64 NumPy and against flax.
 from fusednorm.reference.activation import ACTIVATIONS, activate, slope
 from fusednorm.reference.norm import (
     Norm,
+    add,
     apply,
     backward,
     before_activation,
@@ -23,6 +24,7 @@ __all__ = [
     "ACTIVATIONS",
     "Norm",
     "activate",
+    "add",
     "apply",
     "backward",
     "before_activation",

@@ -316,6 +316,20 @@ def _affine(
     return z if bias is None else z + _spread(norm, bias, centred, x.ndim)
 
 
+def add(x: jax.Array, residual: jax.Array) -> jax.Array:
+    """h = x + residual, rounded to the dtype that the two promote to.
+
+    In half precision XLA may leave out a rounding that is followed by arithmetic in
+    float32: a backward would then find another h than the forward normalized.
+    """
+    h = x + residual
+    if jnp.finfo(h.dtype).bits >= 32:
+        return h
+    wide = x.astype(jnp.float32) + residual.astype(jnp.float32)
+    to = jnp.finfo(h.dtype)
+    return lax.reduce_precision(wide, to.nexp, to.nmant).astype(h.dtype)
+
+
 def forward(
     norm: Norm,
     x: jax.Array,
@@ -433,6 +447,7 @@ def backward(
     mean: jax.Array | None,
     var: jax.Array,
     mask: jax.Array | None = None,
+    dh: jax.Array | None = None,
     *,
     own_params: int = 0,
     sparing: bool = False,
@@ -447,6 +462,7 @@ def backward(
       bias: likewise, or None for zeros; it matters to an activation alone.
       mean, var: statistics of the forward.
       mask: that of the forward.
+      dh: cotangent of x itself, where it goes on beside the norm; dx is added to it.
       own_params: how many leading axes of x keep a dscale and dbias of their own,
         rather than add up into one (`jax.vmap` of a gradient).
       sparing: compute dy once. XLA's CPU code otherwise repeats what made it, such as
@@ -483,7 +499,7 @@ def backward(
         c2 = _over(_sum(weight * sum_dz, channel_axes), count)
         c2 = _join_statistic(norm, c2)
     c1 = _join_statistic(norm, c1)
-    dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask)
+    dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
 
     # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in
     # a tree and (samples,) in a chain, with 1.2 times the error for 32 samples.
@@ -526,12 +542,13 @@ def input_gradient(
     c1: jax.Array,
     c2: jax.Array | None,
     mask: jax.Array | None = None,
+    dh: jax.Array | None = None,
 ) -> jax.Array:
-    """dx = rstd * (w - c2 - x_hat * c1), w = dz * scale: the elementwise end of
+    """dx = rstd * (w - c2 - x_hat * c1) + dh, w = dz * scale: the elementwise end of
     `backward`.
 
     Args:
-      norm, x, scale, mean, var, mask: as for `backward`.
+      norm, x, scale, mean, var, mask, dh: as for `backward`.
       dz: cotangent of z.
       c1: mean(w * x_hat), a statistic.
       c2: mean(w), or None without centring.
@@ -550,4 +567,7 @@ def input_gradient(
     where = None if mask is None else _split(norm, mask)
     through_statistics = _masked(through_statistics, where)
     dx = rstd * (weight * _split(norm, dz.astype(dtype)) - through_statistics)
-    return dx.reshape(x.shape).astype(x.dtype)
+    dx = dx.reshape(x.shape)
+    if dh is not None:
+        dx = dx + dh.astype(dtype)
+    return dx.astype(x.dtype)

@@ -17,7 +17,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     text = README.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

@@ -38,6 +38,7 @@ class Workload:
       norm: what it does; with a bias if it centres.
       shape: of x.
       dtype: of x, y, dy and dx; parameters are float32.
+      residual: whether one is added to x, and dx to the cotangent of the sum.
     """
 
     name: str
@@ -46,6 +47,14 @@ class Workload:
     norm: Norm
     shape: tuple[int, ...]
     dtype: str
+    residual: bool = False
+
+    @property
+    def tensors(self) -> int:
+        """Arrays of x's size: x and y, or dy, x and dx, and what a residual adds."""
+        if self.op == "backward":
+            return 4 if self.residual else 3
+        return 4 if self.residual else 2
 
     @property
     def statistic(self) -> jax.ShapeDtypeStruct:
@@ -73,6 +82,7 @@ class Workload:
             scale=param,
             bias=param if biased else None,
             dy=x if backward else None,
+            beside=x if self.residual else None,
             statistics=self.op == "forward+statistics",
             wanted=(True, True, center),
         )
@@ -81,13 +91,16 @@ class Workload:
     def operands(self) -> tuple[Any, ...]:
         """Of the kernel's launch: arrays' shapes and dtypes, None where there is none.
 
-        (x, scale, bias, mask), or (dy, x, scale, bias, mean, var, mask).
+        (x, scale, bias, mask), or (dy, x, scale, bias, mean, var, mask); then the
+        residual, or dh.
         """
         call = self.call
+        beside = [] if call.beside is None else [call.beside]
         if call.op == "forward":
-            return call.x, call.scale, call.bias, None
+            return call.x, call.scale, call.bias, None, *beside
         mean = self.statistic if self.norm.center else None
-        return call.dy, call.x, call.scale, call.bias, mean, self.statistic, None
+        params = call.scale, call.bias
+        return call.dy, call.x, *params, mean, self.statistic, None, *beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +123,7 @@ class Measurement:
       cycles: of a TPU's kernels, over all steps of a core; () for a GPU.
       seconds_of_bytes: that the DMAs of each of these kernels take at least.
       clock: of the TPU, GHz; None for a GPU.
-      ideal: bytes of x and y, or of dy, x and dx.
+      ideal: bytes of x and y, or of dy, x and dx; with a residual, of 4 tensors.
       tensors: bytes of these that the kernels access, each element once.
       again: bytes of these that a GPU's access once more: of ragged rows' overlaps. A
         TPU has no cache to have them from: there they are among `tensors`.
@@ -244,11 +257,14 @@ def workloads(
     dtype: str,
     *,
     ops: Sequence[Op] = OPS,
+    residual: bool = False,
     **options: Any,
 ) -> tuple[Workload, ...]:
     """The ops of one shape; `options` are those of `norm_of`."""
     norm = norm_of(layer, shape, dtype, **options)
-    return tuple(Workload(name, op, layer, norm, tuple(shape), dtype) for op in ops)
+    return tuple(
+        Workload(name, op, layer, norm, tuple(shape), dtype, residual) for op in ops
+    )
 
 
 def of_case(case: Case, tensor_bytes: float = TENSOR_BYTES) -> tuple[Workload, ...]:
@@ -285,7 +301,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
     compiled = compile_for(chip, answer.launch, *operands)
     around = hlo.surroundings(compiled.hlo)
     bytes_of = _sort(workload, found, cached=isinstance(chip, Gpu))
-    tensor = bytes_of["ideal"] // (3 if workload.op == "backward" else 2)
+    tensor = bytes_of["ideal"] // workload.tensors
     for one in around:
         bytes_of["rest" if one.nbytes >= tensor else "partials"] += one.nbytes
     largest = max(found, key=lambda kernel: kernel.loaded)
@@ -364,7 +380,7 @@ def _sort(
     size = math.prod(workload.shape)
     features = workload.shape[-1]
     itemsize = jnp.dtype(workload.dtype).itemsize
-    tensors = 3 if workload.op == "backward" else 2
+    tensors = workload.tensors
     result = dict.fromkeys(
         ("tensors", "again", "rest", "statistics", "params", "partials"), 0
     ) | {"ideal": tensors * size * itemsize}

@@ -5,8 +5,10 @@
               dscale = sum(dz * x_hat),  dbias = sum(dz)            over rows
               dz = dy * act'(z)
 
-Each is one kernel that reads x (and dy) once: a row lies in registers from its first
-sum to its last store. How many threads share a row depends on its length:
+With a residual h = x + residual takes the place of x, and to dx its cotangent dh is
+added. Each is one kernel that reads x (and dy, and what is added) once: a row lies in
+registers from its first sum to its last store. How many threads share a row depends on
+its length:
 
     short   8 to 32 lanes of a warp; its sums are shuffles, there is no barrier
     long    1 to 4 warpgroups of a block; their warps' sums meet in shared memory
@@ -72,7 +74,9 @@ class Share:
     ahead: int
 
 
-def share(features: int, itemsize: int, *, center: bool, slopes: bool) -> Share:
+def share(
+    features: int, itemsize: int, *, center: bool, slopes: bool, beside: bool
+) -> Share:
     """That of a backward, from measurements.
 
     Blocks that the registers do not hold would come in a second wave: threads follow
@@ -100,26 +104,30 @@ def share(features: int, itemsize: int, *, center: bool, slopes: bool) -> Share:
       itemsize: bytes of the wider one of x and dy.
       center: whether mean and dbias come to it.
       slopes: whether through an activation, whose slope takes registers, and z.
+      beside: whether dx is added to dh, which takes registers too. Not measured: the
+        shares are those without, as far as the registers hold them.
     """
     narrow = itemsize == 2
     if slopes:
-        return Share(columns=8, threads=512, ahead=36)
+        return Share(columns=8, threads=384 if beside else 512, ahead=36)
     if features <= 256:
         many = 896 if center or features < 128 else 1024
+        many = 768 if beside else many
         return Share(columns=8, threads=many if narrow else 640, ahead=0)
     if features <= 512:
         return Share(columns=16, threads=512, ahead=36)
     if features <= 1024:
         if narrow:  # as many instructions for each row's sums as for rows twice as long
             return Share(columns=32, threads=256, ahead=100)
-        return Share(columns=8, threads=1024 if features <= 768 else 768, ahead=0)
+        many = 768 if beside else 1024
+        return Share(columns=8, threads=many if features <= 768 else 768, ahead=0)
     if features <= 2048:
         if narrow:
             return Share(columns=16, threads=384, ahead=64)
         return Share(columns=8, threads=512, ahead=56)
     if features <= 4096:
         return Share(columns=32, threads=256, ahead=100)
-    return Share(columns=16, threads=512, ahead=56)
+    return Share(columns=16, threads=512, ahead=40 if beside else 56)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -499,11 +507,13 @@ def forward(
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: None = None,
+    residual: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """y, and with `call.statistics` mean (if centred) and var: one read of x.
+    """y, of a sum that too, and with `call.statistics` mean (if centred) and var: one
+    read of x.
 
-    Bytes: x and y, once each; scale and bias once a tile, from the caches; 4 bytes a
-    statistic. For a cluster 384 bytes a row more.
+    Bytes: x and y, once each, and the residual and the sum; scale and bias once a tile,
+    from the caches; 4 bytes a statistic. For a cluster 384 bytes a row more.
 
     The mean is corrected by the mean of what it leaves over, so that it is right to the
     last bit but one wherever it lies: x_hat keeps its digits at mean/std of 5000.
@@ -525,6 +535,9 @@ def forward(
 
     inputs = memory.present(x=x.reshape(rows, features), scale=scale, bias=bias)
     outputs = {"y": jax.ShapeDtypeStruct((rows, features), norm.dtype)}
+    if residual is not None:
+        inputs["residual"] = residual.reshape(rows, features)
+        outputs["h"] = jax.ShapeDtypeStruct((rows, features), call.sum_dtype)
     if call.statistics:
         statistic = jax.ShapeDtypeStruct((rows,), jnp.float32)
         outputs |= {"mean": statistic} if norm.center else {}
@@ -536,6 +549,16 @@ def forward(
         def step(i: Any, _: None) -> None:
             row = jnp.minimum((block + i) * tile, rows - tile)
             centred = _float32(part.load(ref["x"], row))  # chunks
+            if "residual" in ref:
+                beside = _float32(part.load(ref["residual"], row))
+                # What is normalized is what a backward will read: rounded.
+                hs = [
+                    (c + r).astype(ref["h"].dtype)
+                    for c, r in zip(centred, beside, strict=True)
+                ]
+                for chunk, h in zip(config.chunks, hs, strict=True):
+                    part.store(ref["h"], row, chunk, h)
+                centred = _float32(hs)
             if norm.center:
                 (total,) = part.sums(centred, row=row, place=0)
                 mean = total / features
@@ -579,7 +602,7 @@ def forward(
         outputs=outputs,
         places=3,
     )
-    shapes = {"y": x.shape}
+    shapes = {"y": x.shape, "h": x.shape}
     statistic_shape = norm.statistic_shape(x.shape)
     return [r.reshape(shapes.get(name, statistic_shape)) for name, r in results.items()]
 
@@ -596,12 +619,13 @@ def backward(
     mean: jax.Array | None,
     var: jax.Array,
     mask: None = None,
+    dh: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Those of dx, dscale and dbias that `call.wanted` names: one read of x and dy.
 
-    Bytes: x, dy and dx, once each; 4 bytes a statistic; for dscale and dbias each 8 *
-    features a block, of which there are as many as are resident (`_grid`). For a
-    cluster 512 bytes a row more.
+    Bytes: x, dy and dx, once each, and dh; 4 bytes a statistic; for dscale and dbias
+    each 8 * features a block, of which there are as many as are resident (`_grid`). For
+    a cluster 512 bytes a row more.
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
     of its rows in registers, 3 to 32 columns a lane (`share`), and the sums of some
@@ -623,6 +647,7 @@ def backward(
         bias=bias,
         mean=None if mean is None else mean.reshape(-1),
         var=var.reshape(-1),
+        dh=None if dh is None else dh.reshape(-1, features),
     )
     summed = [name for name in ("dscale", "dbias") if want[name]]
     partials = jax.ShapeDtypeStruct((examples * blocks, features), jnp.float32)
@@ -674,6 +699,8 @@ def backward(
                 dys = [dy * of_z for dy, of_z in zip(dys, slopes, strict=True)]
 
             if want["dx"]:
+                # On its way while the sums are taken.
+                dhs = part.load(ref["dh"], row) if "dh" in ref else None
                 ws = [dy * scale for dy, scale in zip(dys, scales, strict=True)]
                 terms = [[w * x_hat for w, x_hat in zip(ws, x_hats, strict=True)]]
                 if norm.center:
@@ -681,11 +708,15 @@ def backward(
                 # Two places in turn: a warp may still read the sums of the row before.
                 sums = part.sums(*terms, row=row, place=2 * (i % 2))
                 c1, *c2 = [total / features for total in sums]
-                for chunk, w, x_hat in zip(config.chunks, ws, x_hats, strict=True):
+                for i_chunk, chunk in enumerate(config.chunks):
+                    w, x_hat = ws[i_chunk], x_hats[i_chunk]
                     inner = w - x_hat * part.across(c1, w)
                     if norm.center:
                         inner = inner - part.across(c2[0], w)
-                    part.store(ref["dx"], row, chunk, inner * part.across(rstd, w))
+                    dx = inner * part.across(rstd, w)
+                    if dhs is not None:
+                        dx = dx + dhs[i_chunk].astype(jnp.float32)
+                    part.store(ref["dx"], row, chunk, dx)
 
             more = {"dbias": dys}
             more["dscale"] = [dy * x for dy, x in zip(dys, x_hats, strict=True)]
@@ -875,22 +906,29 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
     statistics = 4 * rows * (1 + call.norm.center)
     x_size = call.x.dtype.itemsize
     if call.op == "forward":
-        y_size = call.norm.dtype.itemsize
+        streamed = [x_size, call.norm.dtype.itemsize]
+        if call.beside is not None:
+            streamed += [call.beside.dtype.itemsize, call.sum_dtype.itemsize]
         config = configure(
             features,
-            max(x_size, y_size),
+            max(streamed),
             per_lane=32,
             of_long=64,
             in_warp=2048,
             fill=True,
         )
         launch = functools.partial(forward, config, call)
-        moved = call.x.size * (x_size + y_size) + statistics * call.statistics
+        moved = call.x.size * sum(streamed) + statistics * call.statistics
     else:
         assert call.dy is not None
-        itemsize = max(x_size, call.dy.dtype.itemsize)
+        beside = 0 if call.beside is None else call.beside.dtype.itemsize
+        itemsize = max(x_size, call.dy.dtype.itemsize, beside)
         shared_out = share(
-            features, itemsize, center=call.norm.center, slopes=call.slopes
+            features,
+            itemsize,
+            center=call.norm.center,
+            slopes=call.slopes,
+            beside=call.beside is not None,
         )
         columns = shared_out.columns
         if features <= LANES * columns:
@@ -906,7 +944,9 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         examples = math.prod(call.x.shape[: call.own_params])
         grid = _grid(config, rows // examples, processors, shared_out.threads)
         blocks = examples * grid[2]
-        moved = call.x.size * (x_size * (1 + call.wanted[0]) + call.dy.dtype.itemsize)
+        moved = call.x.size * (
+            x_size * (1 + call.wanted[0]) + call.dy.dtype.itemsize + beside
+        )
         # Partial sums are written and read, the sum is written.
         sums = sum(call.wanted[1:]) * (2 * blocks + examples)
         moved += statistics + 4 * features * sums

@@ -151,7 +151,9 @@ def load(ref: Any, here: Any = slice(None)) -> jax.Array:
 
 def store(ref: Any, here: Any, value: jax.Array) -> None:
     """Stores float32 rows in the dtype of the ref, rounded to nearest even."""
-    if ref.dtype == jnp.float16:
+    if ref.dtype == jnp.int16:  # scratch, or what is read again
+        ref[here] = _to_float16(value).astype(jnp.int16)
+    elif ref.dtype == jnp.float16:
         store_bits(ref, here, _to_float16(value).astype(jnp.int16))
     else:
         ref[here] = value.astype(ref.dtype)

@@ -6,7 +6,8 @@
     dscale = sum(dy * x_hat),  dbias = sum(dy)  over the rows
 
 One row's mean and variance are taken over its own features; RMSNorm leaves out mean
-and c2. For the sources of the formulas see reference/norm.py.
+and c2. With a residual h = x + residual takes the place of x, and to dx its cotangent
+dh is added. For the sources of the formulas see reference/norm.py.
 
 The array is seen as x[examples, slabs, rows, features], or with features before rows
 where XLA has it so in memory: blocks.py has both, and what a kernel asks of either. A
@@ -83,7 +84,9 @@ def _forward_kernel(
     x_ref: Any,  # a block: [block_rows, lanes], or [block_slabs, sublanes, block_rows]
     scale_ref: Any,  # [1, lanes], or None
     bias_ref: Any,  # [1, lanes], or None
+    residual_ref: Any,  # a block, or None
     y_ref: Any,  # a block
+    h_ref: Any,  # a block, or None: x + residual
     mean_ref: Any,  # float32, of a block's rows, or None
     var_ref: Any,  # likewise
     scale_kept: Any,  # [sublanes, LANES] float32, or None
@@ -100,6 +103,16 @@ def _forward_kernel(
 
     def chunk(index: Any) -> None:
         read = blocks.reader(x_ref, index)
+        if residual_ref is not None:
+            read_x, read_residual = read, blocks.reader(residual_ref, index)
+
+            def add_residual(piece: Piece, _: None) -> None:
+                h = read_x(piece) + read_residual(piece)
+                blocks.write(h_ref, index, piece, h)
+
+            # What is normalized is what a backward will read: rounded.
+            blocks.over_pieces(add_residual)
+            read = blocks.reader(h_ref, index)
 
         def add_up(piece: Piece, totals: Any) -> list[jax.Array]:
             return blocks.add(totals, [read(piece)], piece)
@@ -154,6 +167,7 @@ def _backward_kernel(
     bias_ref: Any,  # likewise, for an activation
     mean_ref: Any,  # float32, of a block's rows, or None
     var_ref: Any,  # likewise
+    dh_ref: Any,  # a block, or None
     dx_ref: Any,  # a block, or None
     dscale_ref: Any,  # [1, lanes] float32, or None
     dbias_ref: Any,  # likewise
@@ -193,6 +207,7 @@ def _backward_kernel(
             mean = blocks.get_statistic(mean_ref, index)
         inside = blocks.is_inside(index) if blocks.is_ragged else None
         read_x, read_dy = blocks.reader(x_ref, index), blocks.reader(dy_ref, index)
+        read_dh = blocks.reader(dh_ref, index)
 
         def read_centred(piece: Piece) -> jax.Array:
             x = read_x(piece)
@@ -239,6 +254,8 @@ def _backward_kernel(
                 dx = dx - blocks.widen(mean_of_wdz, piece)
             dx = dx - read_centred(piece) * blocks.widen(rstd * c1, piece)
             dx = dx * blocks.widen(rstd, piece)
+            if dh_ref is not None:
+                dx = dx + read_dh(piece)
             blocks.write(dx_ref, index, piece, dx)
 
         totals = blocks.over_pieces(add_up)
@@ -288,6 +305,7 @@ def forward(
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: None = None,
+    residual: jax.Array | None = None,
 ) -> list[jax.Array]:
     """y, and with `call.statistics` mean (if centred) and var.
 
@@ -297,14 +315,19 @@ def forward(
       x: any shape; float32, bfloat16 or float16, as are all that follow.
       scale, bias: shape (features,), or None.
       mask: None.
+      residual: x's shape, or None.
     """
     norm = call.norm
     view = blocks.view
+    beside = h_shape = None
+    if residual is not None:
+        beside = residual.reshape(view)
+        h_shape = memory.result(x, view, memory.kept_as(call.sum_dtype))
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
     statistic = (
         memory.result(x, row_of_statistics, jnp.float32) if call.statistics else None
     )
-    y, *statistics = _pallas_call(
+    y, h, *statistics = _pallas_call(
         functools.partial(
             _forward_kernel,
             center=norm.center,
@@ -318,16 +341,20 @@ def forward(
             (x.reshape(view), blocks.of_rows),
             (memory.row(scale), blocks.of_param),
             (memory.row(bias), blocks.of_param),
+            (beside, blocks.of_rows),
         ],
         results=[
             (memory.result(x, view, norm.dtype), blocks.of_rows),
+            (h_shape, blocks.of_rows),
             (statistic if norm.center else None, blocks.of_statistic),
             (statistic, blocks.of_statistic),
         ],
         scratch=[blocks.kept_param if p is not None else None for p in (scale, bias)],
     )
-    shapes = [x.shape, *[norm.statistic_shape(x.shape)] * 2]
-    return _present([y, *statistics], shapes)
+    if h is not None and h.dtype == jnp.int16:
+        h = lax.bitcast_convert_type(h, jnp.float16)
+    shapes = [x.shape, x.shape, *[norm.statistic_shape(x.shape)] * 2]
+    return _present([y, h, *statistics], shapes)
 
 
 def backward(
@@ -340,6 +367,7 @@ def backward(
     mean: jax.Array | None,
     var: jax.Array,
     mask: None = None,
+    dh: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Those of dx, dscale and dbias that are wanted.
 
@@ -351,6 +379,7 @@ def backward(
       bias: likewise, for an activation.
       mean, var: the forward's statistics, float32.
       mask: None.
+      dh: x's shape, or None.
 
     Returns:
       dx in x's shape and dtype; dscale and dbias float32 of shape (features,), behind
@@ -386,6 +415,7 @@ def backward(
             (memory.row(bias), blocks.of_param),
             (mean if reads_x else None, blocks.of_statistic),
             (var.reshape(row_of_statistics) if reads_x else None, blocks.of_statistic),
+            (None if dh is None else dh.reshape(view), blocks.of_rows),
         ],
         results=[
             (memory.result(x, view, x.dtype) if dx else None, blocks.of_rows),
@@ -489,8 +519,8 @@ def _transposed(call: Call, order: Sequence[int]) -> Call:
         reduction_axes=tuple(order.index(axis) for axis in call.norm.reduction_axes),
         feature_axes=tuple(order.index(axis) for axis in call.norm.feature_axes),
     )
-    x, dy = transposed(call.x), transposed(call.dy)
-    return dataclasses.replace(call, norm=norm, x=x, dy=dy)
+    arrays = {name: transposed(getattr(call, name)) for name in ("x", "dy", "beside")}
+    return dataclasses.replace(call, norm=norm, **arrays)
 
 
 def _launch_transposed(
@@ -498,7 +528,7 @@ def _launch_transposed(
     order: Sequence[int],
     *operands: jax.Array | None,
 ) -> list[jax.Array]:
-    """Launches with x, dy, mean and var in `order`; y, dx, mean and var come back."""
+    """Launches with arrays of x's rank in `order`, as their results come back."""
     back = inverse(order)
 
     def transpose(array: Any, axes: Sequence[int]) -> Any:
@@ -603,13 +633,15 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
 
 def _streamed(call: Call) -> list[jnp.dtype]:
     """Dtypes of the arrays of x's size that the kernel reads or writes."""
+    beside = [] if call.beside is None else [call.beside.dtype]
     if call.op == "forward":
-        return [call.x.dtype, call.norm.dtype]
+        of_sum = [call.sum_dtype] if beside else []
+        return [call.x.dtype, call.norm.dtype, *beside, *of_sum]
     assert call.dy is not None
     dx, *_ = call.wanted
     streamed = [call.dy.dtype]
     streamed += [call.x.dtype] if _reads_x(call) else []
-    return streamed + ([call.x.dtype] if dx else [])
+    return streamed + ([call.x.dtype] if dx else []) + beside
 
 
 def _reads_x(call: Call) -> bool:
