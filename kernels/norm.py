@@ -5,9 +5,9 @@
     gradient_p   dy, x, scale, mean, var -> dx, dscale, dbias
 
 Before an activation lies the bias: the latter two are given it where there is one.
-With a residual norm_p returns h = x + residual too, which is what it normalizes. The
-tangent of h goes through tangent_p unchanged, so that the transpose of that primitive
-has its cotangent in hand: gradient_p adds dx to it.
+With a residual norm_p normalizes h = x + residual. It can return h too, or x where
+there is none (`carries`): its tangent goes through tangent_p unchanged, so that the
+transpose of that primitive has its cotangent in hand, and gradient_p adds dx to it.
 
 How they hang together:
 
@@ -119,15 +119,22 @@ def normalize_sum(
       h: x's shape, in the dtype that x and residual promote to.
     """
     has_params = scale is not None or bias is not None
-    view = geometry(norm, x.shape, has_params=has_params)
-    rowwise = view is not None and view.family == "rowwise"
+    rowwise = is_rowwise(norm, x.shape, has_params)
     if axis_name is not None or not rowwise or _is_complex(norm.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         return normalize(norm, h, scale, bias, mask, **crossing), h
     operands = _alike_over_devices(x, scale, bias, mask, residual)
-    y, h = fusednorm_normalize(norm, dispatch.current_backend(), *operands)
+    y, h = fusednorm_normalize(
+        norm, dispatch.current_backend(), *operands, carries=True
+    )
     return y, h
+
+
+def is_rowwise(norm: Norm, shape: Sequence[int], has_params: bool) -> bool:
+    """Whether the rowwise kernels, which take a residual and dh, may be asked."""
+    view = geometry(norm, shape, has_params=has_params)
+    return view is not None and view.family == "rowwise"
 
 
 def _is_complex(dtype: Any) -> bool:
@@ -156,7 +163,9 @@ def _varies(a: Maybe) -> frozenset[Hashable]:
 
 # One jit around each op: its cache makes the second norm of a shape cheap to trace. Its
 # name is what profiles and HLO show.
-@functools.partial(jax.jit, static_argnames=("norm", "backend", "statistics"))
+@functools.partial(
+    jax.jit, static_argnames=("norm", "backend", "carries", "statistics")
+)
 def fusednorm_normalize(
     norm: Norm,
     backend: str,
@@ -165,11 +174,17 @@ def fusednorm_normalize(
     bias: Maybe,
     mask: Maybe,
     residual: Maybe = None,
+    carries: bool = False,
     statistics: bool = False,
 ) -> list[jax.Array]:
     operands, tree = jax.tree.flatten((x, scale, bias, mask, residual))
     return norm_p.bind(
-        *operands, tree=tree, norm=norm, backend=backend, statistics=statistics
+        *operands,
+        tree=tree,
+        norm=norm,
+        backend=backend,
+        carries=carries,
+        statistics=statistics,
     )
 
 
@@ -229,20 +244,25 @@ def fusednorm_inference(
 
 
 def _norm_formula(
-    operands: tuple[Any, ...], *, norm: Norm, statistics: bool, sparing: bool = False
+    operands: tuple[Any, ...],
+    *,
+    norm: Norm,
+    carries: bool,
+    statistics: bool,
+    sparing: bool = False,
 ) -> list[jax.Array]:
     x, scale, bias, mask, residual = operands
     h = x if residual is None else reference.add(x, residual)
     y, mean, var = reference.forward(norm, h, scale, bias, mask, sparing=sparing)
-    found = [y] if residual is None else [y, h]
+    found = [y, h] if carries else [y]
     return found + [r for r in (mean, var) if statistics and r is not None]
 
 
 def _tangent_formula(
-    operands: tuple[Any, ...], *, norm: Norm, passes: bool
+    operands: tuple[Any, ...], *, norm: Norm, carries: bool
 ) -> list[jax.Array]:
     y_dot = reference.tangent(norm, *operands)
-    return [y_dot, operands[0]] if passes else [y_dot]
+    return [y_dot, operands[0]] if carries else [y_dot]
 
 
 def _gradient_formula(
@@ -271,8 +291,8 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
         static_argnames=(
             "tree",
             "norm",
+            "carries",
             "statistics",
-            "passes",
             "sparing",
             "wanted",
             "own_params",
@@ -293,7 +313,7 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
             if _spares(call, target):
                 implementation = functools.partial(implementation, sparing=True)
             if isinstance(answer, dispatch.Kernel):
-                implementation = functools.partial(_launch, answer, params["tree"])
+                implementation = functools.partial(_launch, answer, params)
         return mlir.lower_fun(implementation, multiple_results=True)(ctx, *flat)
 
     def run(*flat: Any, backend: str, **params: Any) -> list[jax.Array]:
@@ -315,9 +335,16 @@ def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
     return target == dispatch.ONE_CPU and not converts
 
 
-def _launch(kernel: dispatch.Kernel, tree: Any, *flat: jax.Array) -> list[jax.Array]:
-    *operands, beside = tree.unflatten(flat)  # the residual, or dh
-    return kernel.launch(*operands, *([] if beside is None else [beside]))
+def _launch(
+    kernel: dispatch.Kernel, params: dict[str, Any], *flat: jax.Array
+) -> list[jax.Array]:
+    *operands, beside = params["tree"].unflatten(flat)  # the residual, or dh
+    if beside is not None:
+        return kernel.launch(*operands, beside)
+    results: list[jax.Array] = kernel.launch(*operands)
+    if params.get("carries"):
+        results.insert(1, operands[0])
+    return results
 
 
 norm_p = _primitive("norm", _norm_formula)
@@ -369,6 +396,7 @@ def _norm_jvp(
     tree: Any,
     norm: Norm,
     backend: str,
+    carries: bool,
     statistics: bool,
 ) -> tuple[list[Any], list[Any]]:
     h, scale, bias, mask, residual = tree.unflatten(primals)
@@ -378,22 +406,28 @@ def _norm_jvp(
         [None if isinstance(t, ad.Zero) else t for t in tangents]
     )
     y, *moments = norm_p.bind(
-        *primals, tree=tree, norm=norm, backend=backend, statistics=True
+        *primals,
+        tree=tree,
+        norm=norm,
+        backend=backend,
+        carries=carries,
+        statistics=True,
     )
-    if residual is not None:
+    if carries:
         h, *moments = moments
+    if residual is not None:
         dots = [d.astype(h.dtype) for d in (h_dot, residual_dot) if d is not None]
         h_dot = functools.reduce(jnp.add, dots) if dots else None
     mean, var = moments if norm.center else (None, *moments)
-    passes = residual is not None and h_dot is not None
+    passes = carries and h_dot is not None
     flat, tangent_tree = jax.tree.flatten(
         (h_dot, scale_dot, bias_dot, h, scale, bias, mean, var, mask)
     )
     dots = tangent_p.bind(
-        *flat, tree=tangent_tree, norm=norm, backend=backend, passes=passes
+        *flat, tree=tangent_tree, norm=norm, backend=backend, carries=passes
     )
     found = [y]
-    if residual is not None:
+    if carries:
         found.append(h)
         dots += [] if passes else [ad.Zero(jax.typeof(h))]
     if not statistics:
@@ -412,14 +446,13 @@ def _tangent_transpose(
     tree: Any,
     norm: Norm,
     backend: str,
-    passes: bool,
+    carries: bool,
 ) -> list[Any]:
     dy, *others = cotangents
     *dots, x, scale, bias, mean, var, mask = tree.unflatten(flat)
     wanted = tuple(ad.is_undefined_primal(dot) for dot in dots)
     avals = [dot.aval for dot in dots if ad.is_undefined_primal(dot)]
-    # That of x_dot as it is passed on.
-    dh = others[0] if passes and wanted[0] else None
+    dh = others[0] if carries and wanted[0] else None  # of x_dot as it went through
     dh = None if isinstance(dh, ad.Zero) else dh
     if isinstance(dy, ad.Zero):
         found: list[Any] = [ad.Zero(aval) for aval in avals]

@@ -1,4 +1,4 @@
-"""fuse_neighbours(fn): activations go into the kernels of the norms before them."""
+"""fuse_neighbours(fn): what stands around a norm goes into its kernels."""
 
 import functools
 from collections.abc import Callable
@@ -12,17 +12,23 @@ from fusednorm.layers.calls import ArrayCall
 
 
 def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, with activations computed inside the norms before them.
+    """The same function, with what stands around its norms inside their kernels.
 
     A relu, silu or gelu of a fusednorm layer's output, which nothing else uses, becomes
     the layer's `activation`: it is applied to what the kernel has in registers, instead
-    of in a pass of its own over memory, and so is its derivative. Results are the same
-    up to rounding; in half precision the activation is computed before y is rounded.
+    of in a pass of its own over memory, and so is its derivative.
 
-    It is found wherever jax's trace of `fn` shows the two, in jitted functions, scans,
+    Where x goes on beside a norm of rows, as in `x + f(norm(x))`, the backward kernel
+    adds dx to what comes to x from there, as it writes it.
+
+    Results are the same up to rounding; in half precision an activation is computed,
+    and dx added, before they are rounded.
+
+    Both are found wherever jax's trace of `fn` shows them, in jitted functions, scans,
     `jax.checkpoint` or `jax.shard_map` too, but not in functions with a `custom_jvp` or
-    `custom_vjp`. Left as it is: a norm whose output is used twice, is cast to another
-    dtype first or is complex.
+    `custom_vjp`. Left as it is: an activation of an output that is used twice, is cast
+    to another dtype first or is complex; the sum before a norm, which XLA takes into a
+    product before it (`residual=` adds it in the norm).
 
     Wrap the forward pass and differentiate the result: a derivative taken inside of
     `fn` uses the norm's output a second time. Each call traces `fn`, so call it inside

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import fusednorm
 from fusednorm.kernels import neighbours
+from tests import interpreters
 from tests.layer_helpers import assert_agrees, build, data, outputs_and_gradients
 
 SHAPE = (2, 4, 4, 12)
@@ -102,6 +103,15 @@ def test_a_model_is_the_same_but_for_rounding(model: str) -> None:
         expected = [""] * len(activations(forward, fused, images))
     assert activations(joined, fused, images) == expected
 
+    if model == "transformer":  # the stream, two norms a block
+
+        def loss(model: Any, x: Any) -> Any:
+            return jnp.sum(joined(model, x) ** 2)
+
+        gradients = fusednorm.explain(nnx.grad(loss), fused, images).choices
+        backward = [c.residual for c in gradients if c.op == "backward"]
+        assert (backward.count(True), len(backward)) == (6, 13)
+
     ours = outputs_and_gradients(fused, images, call=joined)
     theirs = outputs_and_gradients(fused, images)
     assert ours["state"].keys() == theirs["state"].keys()
@@ -184,6 +194,100 @@ def test_derivatives_of_every_order() -> None:
         lambda f: jax.vmap(jax.grad(lambda x: (f(x) ** 3).sum()))(jnp.stack([x, v])),
     ):
         assert_agrees(derivative(joined), derivative(apart), roundings=256)
+
+
+# --- what goes on beside a norm -------------------------------------------------------
+
+ROWS = (3, 5, 24)
+
+
+def rows_norm(x: Any, scale: Any = None) -> jax.Array:
+    return fusednorm.layer_norm(x, scale)
+
+
+def _pre_norm(x: Any) -> Any:
+    x = jnp.sin(x)
+    return x + jnp.tanh(rows_norm(x, jnp.linspace(0.5, 1.5, 24)))
+
+
+def _two_norms(x: Any) -> Any:
+    x = jnp.sin(x)
+    return x * rows_norm(x) + jnp.tanh(fusednorm.rms_norm(x)), x
+
+
+def _stream(x: Any) -> Any:
+    return jax.lax.scan(lambda h, _: (jax.checkpoint(_pre_norm)(h), None), x, length=2)
+
+
+def _sharded(x: Any) -> Any:
+    mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Auto,))
+    spec = P("data")
+    return jax.shard_map(_pre_norm, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+
+CARRIED = {
+    "a sum": (_pre_norm, 1),
+    "two norms": (_two_norms, 2),
+    "a result": (lambda x: (rows_norm(x), x), 1),
+    "with a residual": (
+        lambda x: (y := fusednorm.layer_norm(x, residual=x**2), y[0] + y[1])[1],
+        1,
+    ),
+    "an activation": (lambda x: (x, nnx.silu(rows_norm(x))), 1),
+    "a stream": (_stream, 1),
+    "a shard_map": (_sharded, 1),
+}
+
+
+def _loss(f: Callable[..., Any]) -> Callable[[Any], jax.Array]:
+    return lambda x: sum(jnp.sum(a**3) for a in jax.tree.leaves(f(x)))  # type: ignore
+
+
+@pytest.mark.parametrize("what", CARRIED)
+def test_adds_dx_to_what_comes_to_x_elsewhere(what: str) -> None:
+    apart, count = CARRIED[what]
+    joined = fusednorm.fuse_neighbours(apart)
+    x, v = data(ROWS), data(ROWS, seed=4)
+    gradient = jax.grad(_loss(joined))
+    choices = fusednorm.explain(gradient, x).choices
+    added = [c.residual for c in choices if c.op == "backward"]
+    assert added == [True] * count
+    assert_agrees(jax.jit(joined)(x), jax.jit(apart)(x)) if what == "a sum" else None
+    for derivative in (
+        lambda f: jax.grad(_loss(f))(x),
+        lambda f: jax.jvp(jax.grad(_loss(f)), (x,), (v,))[1],
+    ):
+        assert_agrees(
+            jax.jit(lambda: derivative(joined))(),  # noqa: B023
+            jax.jit(lambda: derivative(apart))(),  # noqa: B023
+            roundings=2048,
+        )
+
+
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "mosaic_tpu"])
+def test_kernels_add_it(backend: str) -> None:
+    x = data((37, 24))
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(jax.grad(_loss(_pre_norm)))(x)
+    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
+        joined = fusednorm.fuse_neighbours(_pre_norm)
+        assert_agrees(jax.jit(jax.grad(_loss(joined)))(x), expected, roundings=256)
+        assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+
+
+NOT_CARRIED = {
+    "no other use": lambda x: rows_norm(jnp.sin(x)),
+    "an earlier use": lambda x: (h := jnp.sin(x), jnp.tanh(h), rows_norm(h))[1:],
+    "pixels": lambda x: (x, fusednorm.layer_norm(x, SCALE, reduction_axes=(1, 2, 3))),
+    "groups": lambda x: x + norm(x),
+    "complex": lambda x: (z := x + 1j * x, fusednorm.layer_norm(z), z)[1:],
+}
+
+
+@pytest.mark.parametrize("what", NOT_CARRIED)
+def test_carries_nothing_else(what: str) -> None:
+    program = jax.make_jaxpr(NOT_CARRIED[what])(data(SHAPE))
+    assert neighbours.join(program) is program
 
 
 # --- what is not ----------------------------------------------------------------------

@@ -179,6 +179,8 @@ class Transformer(nnx.Module):
 def training_step(chip: Chip, batch: int, tokens: int, *, fused: bool) -> Whole:
     """One step of the transformer's training: its loss and all gradients."""
     function, params = pure(nnx.eval_shape(Transformer), fused=fused)
+    if fused:
+        function = fusednorm.fuse_neighbours(function)
     data = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
 
     def loss(params: Any, data: Any, labels: Any) -> jax.Array:
