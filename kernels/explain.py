@@ -25,6 +25,7 @@ class Choice:
         view.
       plan: the kernel, or the fallback with its reason.
       activation: that the kernel, or the reference, applies; "" where there is none.
+      scale_offset: what it adds to the scale.
       residual: whether it adds a residual to x, or dx to the cotangent of the sum.
     """
 
@@ -33,6 +34,7 @@ class Choice:
     view: str
     plan: Kernel | Fallback
     activation: str = ""
+    scale_offset: float = 0.0
     residual: bool = False
 
     @property
@@ -42,6 +44,7 @@ class Choice:
 
     def __str__(self) -> str:
         behind = "  residual" if self.residual else ""
+        behind += f"  {self.scale_offset:g} + scale" if self.scale_offset else ""
         behind += f"  {self.activation}" if self.activation else ""
         head = f"{self.op:<8}  {self.x}  {self.view}".rstrip() + behind
         if isinstance(self.plan, Fallback):
@@ -105,6 +108,7 @@ def _choice(call: dispatch.Call, target: Target, backend: str) -> Choice:
         view="" if view is None else f"N={view.n} S={view.s} G={view.g} K={view.k}",
         plan=dispatch.plan(call, target, backend),
         activation=call.norm.activation or "",
+        scale_offset=call.norm.scale_offset,
         residual=call.beside is not None,
     )
 

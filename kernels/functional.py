@@ -14,6 +14,8 @@ calls the op of `kernels/norm.py`. What they share:
   activation: None, "relu", "silu", "gelu" or "gelu_tanh": what y is the activation of,
     in the arithmetic's dtype, before it is rounded to `dtype`. Real numbers only:
     ValueError for others, and for another name.
+  scale_offset: added to the scale, in float32: 1.0 where the scale is kept as its
+    distance from 1, which weight decay then pulls to 1. ValueError without a scale.
   residual: an array of x's shape. h = x + residual is what is normalized, rounded to
     the dtype that the two promote to, and returned behind y: `y, h = ...`. A kernel
     adds them as it reads them, and backward adds dx to the cotangent of h.
@@ -51,6 +53,7 @@ def layer_norm(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
     activation: str | None = None,
+    scale_offset: float = 0.0,
     residual: Maybe = None,
 ) -> Any:
     """Layer normalization: y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
@@ -62,8 +65,8 @@ def layer_norm(
       epsilon: added to the variance, inside the square root.
       reduction_axes: axes that share one mean and variance.
       feature_axes: axes along which scale and bias vary.
-      dtype, mask, axis_name, axis_index_groups, activation, residual: see the module's
-        docstring.
+      dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
+        residual: see the module's docstring.
 
     Returns:
       Array of x's shape; with a residual (y, h).
@@ -88,6 +91,7 @@ def layer_norm(
         axis_name,
         axis_index_groups,
         activation,
+        scale_offset,
         residual,
     )
 
@@ -104,6 +108,7 @@ def rms_norm(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
     activation: str | None = None,
+    scale_offset: float = 0.0,
     residual: Maybe = None,
 ) -> Any:
     """Root-mean-square normalization: y = x * rsqrt(mean(x^2) + epsilon) * scale.
@@ -125,6 +130,7 @@ def rms_norm(
         axis_name,
         axis_index_groups,
         activation,
+        scale_offset,
         residual,
     )
 
@@ -142,6 +148,7 @@ def group_norm(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
     activation: str | None = None,
+    scale_offset: float = 0.0,
 ) -> jax.Array:
     """Group normalization: statistics of each group of channels, in each sample.
 
@@ -152,7 +159,8 @@ def group_norm(
       epsilon: added to the variance, inside the square root.
       reduction_axes: axes that share one mean and variance; the last axis, of the
         channels, must be among them. None is all but the first.
-      dtype, mask, axis_name, axis_index_groups, activation: see the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation, scale_offset: see
+        the module's docstring.
 
     Returns:
       Array of x's shape.
@@ -185,6 +193,7 @@ def group_norm(
         epsilon=float(epsilon),
         dtype=dtype,
         activation=_activation(activation, x, dtype),
+        scale_offset=_offset(scale_offset, scale),
     )
     return op.normalize(
         spec,
@@ -209,6 +218,7 @@ def instance_norm(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
     activation: str | None = None,
+    scale_offset: float = 0.0,
 ) -> jax.Array:
     """Instance normalization: statistics of each channel in each sample.
 
@@ -217,7 +227,8 @@ def instance_norm(
       scale, bias: shape (features,), or None.
       epsilon: added to the variance, inside the square root.
       feature_axes: axes of the channels; all others but the first are reduced.
-      dtype, mask, axis_name, axis_index_groups, activation: see the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation, scale_offset: see
+        the module's docstring.
 
     Returns:
       Array of x's shape.
@@ -250,6 +261,7 @@ def instance_norm(
         axis_name,
         axis_index_groups,
         activation,
+        scale_offset,
     )
 
 
@@ -265,6 +277,7 @@ def batch_norm(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
     activation: str | None = None,
+    scale_offset: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch normalization with the statistics of the batch, as in training.
 
@@ -273,7 +286,8 @@ def batch_norm(
       scale, bias: shape (features,), or None.
       epsilon: added to the variance, inside the square root.
       axis: axis of the features, or several; all others are reduced.
-      dtype, mask, axis_name, axis_index_groups, activation: see the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation, scale_offset: see
+        the module's docstring.
 
     Returns:
       y: x's shape.
@@ -294,6 +308,7 @@ def batch_norm(
         epsilon=float(epsilon),
         dtype=dtype,
         activation=_activation(activation, x, dtype),
+        scale_offset=_offset(scale_offset, scale),
     )
     y, mean, var = op.normalize_with_moments(
         spec,
@@ -323,6 +338,7 @@ def batch_norm_inference(
     axis: Axes = -1,
     dtype: DTypeLike | None = None,
     activation: str | None = None,
+    scale_offset: float = 0.0,
 ) -> jax.Array:
     """Batch normalization with given statistics, as in inference.
 
@@ -331,7 +347,7 @@ def batch_norm_inference(
     Args:
       x: array of any shape.
       mean, var: shape (features,), used in float32 at least.
-      scale, bias, epsilon, axis, dtype, activation: as for `batch_norm`.
+      scale, bias, epsilon, axis, dtype, activation, scale_offset: as for `batch_norm`.
 
     Returns:
       Array of x's shape.
@@ -350,6 +366,7 @@ def batch_norm_inference(
         epsilon=float(epsilon),
         dtype=dtype,
         activation=_activation(activation, x, dtype),
+        scale_offset=_offset(scale_offset, scale),
     )
     shape = [x.shape[a] if a in features else 1 for a in range(x.ndim)]
     statistics = [
@@ -408,6 +425,7 @@ def _normalize_axes(
     axis_name: Hashable | None,
     axis_index_groups: Any,
     activation: str | None,
+    scale_offset: float,
     residual: Maybe = None,
 ) -> Any:
     x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
@@ -418,6 +436,7 @@ def _normalize_axes(
         epsilon=float(epsilon),
         dtype=dtype,
         activation=_activation(activation, x, dtype),
+        scale_offset=_offset(scale_offset, scale),
     )
     operands = (
         _param(scale, "scale", spec, x),
@@ -455,6 +474,12 @@ def _activation(name: str | None, x: jax.Array, dtype: Any) -> str | None:
                 "the activation on the result."
             )
     return name
+
+
+def _offset(offset: float, scale: Maybe) -> float:
+    if offset and scale is None:
+        raise ValueError(f"scale_offset={offset} is added to a scale: give one.")
+    return float(offset)
 
 
 def _promote(

@@ -2,9 +2,9 @@
 
 Each is a subclass of flax's layer and replaces its `__call__` alone: constructor, state
 tree, metadata, `train()`, `eval()`, `nnx.view` and checkpoints are flax's own. Output
-shapes and dtypes are flax's in every case. A call takes one keyword more, `activation`,
-and LayerNorm's and RMSNorm's another, `residual`: what the kernels do to what they have
-in registers. What differs is in the numbers, and better:
+shapes and dtypes are flax's in every case. A call takes more keywords, `activation` and
+`scale_offset`, and `residual` for LayerNorm and RMSNorm: what the kernels do to what
+they have in registers. What differs is in the numbers, and better:
 
   - The variance is centred, whatever `use_fast_variance` says. flax's default,
     E[x^2] - E[x]^2, loses all digits where the mean is a few thousand times the
@@ -50,11 +50,12 @@ def _promote(
 
 
 def _shared(
-    layer: Any, dtype: Any, mask: Any, activation: str | None
+    layer: Any, dtype: Any, mask: Any, activation: str | None, scale_offset: float
 ) -> dict[str, Any]:
     """The arguments that every function takes alike."""
     return {
         "activation": activation,
+        "scale_offset": scale_offset,
         "epsilon": layer.epsilon,
         "dtype": dtype,
         "mask": mask,
@@ -93,6 +94,7 @@ class LayerNorm(nnx.LayerNorm):
         *,
         mask: jax.Array | None = None,
         activation: str | None = None,
+        scale_offset: float = 0.0,
         residual: Any = None,
     ) -> Any:
         """Normalizes x.
@@ -103,6 +105,8 @@ class LayerNorm(nnx.LayerNorm):
           mask: bool, broadcastable to x: the elements that statistics are taken from.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
+          scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
+            its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
           residual: array of x's shape. h = x + residual is normalized, and returned
             too, in the dtype that the two promote to: `y, h = layer(x, residual=r)`.
 
@@ -124,7 +128,7 @@ class LayerNorm(nnx.LayerNorm):
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             residual=residual,
-            **_shared(self, dtype, mask, activation),
+            **_shared(self, dtype, mask, activation, scale_offset),
         )
 
 
@@ -155,6 +159,7 @@ class RMSNorm(nnx.RMSNorm):
         mask: jax.Array | None = None,
         *,
         activation: str | None = None,
+        scale_offset: float = 0.0,
         residual: Any = None,
     ) -> Any:
         """Normalizes x; arguments, result and errors as for `LayerNorm`."""
@@ -165,7 +170,7 @@ class RMSNorm(nnx.RMSNorm):
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             residual=residual,
-            **_shared(self, dtype, mask, activation),
+            **_shared(self, dtype, mask, activation, scale_offset),
         )
 
 
@@ -205,6 +210,7 @@ class GroupNorm(nnx.GroupNorm):
         *,
         mask: jax.Array | None = None,
         activation: str | None = None,
+        scale_offset: float = 0.0,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -213,6 +219,8 @@ class GroupNorm(nnx.GroupNorm):
           mask: bool, broadcastable to x: the elements that statistics are taken from.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
+          scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
+            its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -236,7 +244,7 @@ class GroupNorm(nnx.GroupNorm):
             bias,
             num_groups=self.num_groups,
             reduction_axes=self.reduction_axes,
-            **_shared(self, dtype, mask, activation),
+            **_shared(self, dtype, mask, activation, scale_offset),
         )
 
 
@@ -277,6 +285,7 @@ class InstanceNorm(nnx.InstanceNorm):
         *,
         mask: jax.Array | None = None,
         activation: str | None = None,
+        scale_offset: float = 0.0,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -285,6 +294,8 @@ class InstanceNorm(nnx.InstanceNorm):
           mask: bool, broadcastable to x: the elements that statistics are taken from.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
+          scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
+            its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -300,7 +311,7 @@ class InstanceNorm(nnx.InstanceNorm):
             scale,
             bias,
             feature_axes=self.feature_axes,
-            **_shared(self, dtype, mask, activation),
+            **_shared(self, dtype, mask, activation, scale_offset),
         )
 
 
@@ -362,6 +373,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
         activation: str | None = None,
+        scale_offset: float = 0.0,
     ) -> jax.Array:
         """Normalizes x, and in training moves the running averages.
 
@@ -373,6 +385,8 @@ class BatchNorm(nnx.BatchNorm):
           mask: bool, broadcastable to x: the elements that statistics are taken from.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
+          scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
+            its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -401,9 +415,14 @@ class BatchNorm(nnx.BatchNorm):
                 axis=self.axis,
                 dtype=dtype,
                 activation=activation,
+                scale_offset=scale_offset,
             )
         y, mean, var = functional.batch_norm(
-            x, scale, bias, axis=self.axis, **_shared(self, dtype, mask, activation)
+            x,
+            scale,
+            bias,
+            axis=self.axis,
+            **_shared(self, dtype, mask, activation, scale_offset),
         )
         counted = functional.anything_counted(
             x,

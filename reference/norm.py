@@ -59,6 +59,8 @@ class Norm:
       epsilon: added to the variance, inside the square root.
       dtype: dtype of y. Arithmetic is at least float32, and wider where `dtype` is.
       activation: None, or the name of one of `activation.ACTIVATIONS`.
+      scale_offset: what is added to the scale, if there is one: 1 where it is kept as
+        its distance from 1.
     """
 
     reduction_axes: tuple[int, ...]
@@ -68,11 +70,16 @@ class Norm:
     epsilon: float = 1e-6
     dtype: Any = jnp.dtype("float32")
     activation: str | None = None
+    scale_offset: float = 0.0
 
     @property
     def compute_dtype(self) -> jnp.dtype:
         """Dtype of the arithmetic and the statistics: `dtype`, float32 at least."""
         return jnp.promote_types(self.dtype, jnp.float32)
+
+    def weight(self, scale: Any) -> Any:
+        """scale + scale_offset, of a scale in `compute_dtype`."""
+        return scale + self.scale_offset if self.scale_offset else scale
 
     def statistic_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the mean and the variance of an x of `shape`."""
@@ -311,7 +318,7 @@ def _affine(
     centred = _about(norm, x, mean)
     factor = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
     if scale is not None:
-        factor = factor * _spread(norm, scale, centred, x.ndim)
+        factor = factor * norm.weight(_spread(norm, scale, centred, x.ndim))
     z = centred * factor
     return z if bias is None else z + _spread(norm, bias, centred, x.ndim)
 
@@ -402,7 +409,7 @@ def tangent(
             inner = inner - _over(_sum(_masked(step, where), axes), count)
         z_dot = rstd * inner
         if scale is not None:
-            z_dot = z_dot * _spread(norm, scale, centred, x.ndim)
+            z_dot = z_dot * norm.weight(_spread(norm, scale, centred, x.ndim))
     if scale_dot is not None:
         z_dot = z_dot + x_hat * _spread(norm, scale_dot, centred, x.ndim)
     if bias_dot is not None:
@@ -492,7 +499,9 @@ def backward(
     sum_dz = _sum(dz_view, pixel_axes)
     sum_dz_centred = _sum(dz_view * centred, pixel_axes)
 
-    weight: Any = 1 if scale is None else _spread(norm, scale, centred, x.ndim)
+    weight: Any = 1
+    if scale is not None:
+        weight = norm.weight(_spread(norm, scale, centred, x.ndim))
     c1 = _over(_sum(weight * sum_dz_centred, channel_axes), count) * rstd
     c2 = None
     if norm.center:
@@ -559,7 +568,9 @@ def input_gradient(
     dtype = norm.compute_dtype
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
     centred = _about(norm, x, mean)
-    weight: Any = 1 if scale is None else _spread(norm, scale, centred, x.ndim)
+    weight: Any = 1
+    if scale is not None:
+        weight = norm.weight(_spread(norm, scale, centred, x.ndim))
     # with rstd drawn out of x_hat
     through_statistics = centred * (rstd * _split_statistic(norm, c1))
     if c2 is not None:

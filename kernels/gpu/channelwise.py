@@ -224,7 +224,7 @@ def forward(
             found = _of_blocks(blocks, config, ref["partials"], to=part)
         *mean, rstd = part.by_group(_group_statistics(norm, config, ref), *found)
 
-        scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
+        scale = _weight(norm, part, ref)
         bias = part.load_channels(ref["bias"]) if "bias" in ref else 0.0
         factor = rstd * scale
         act = functools.partial(activate, norm.activation)
@@ -351,9 +351,9 @@ def backward(
         if config.blocks > 1:
             blocks = part.exchange(found)
             found = _sums_of_blocks(blocks, ref["partials"], to=part)
-        terms = _store_gradients(part, names, ref, rstd, found)
+        terms = _store_gradients(norm, part, names, ref, rstd, found)
         c1, *c2 = part.by_group(_inner_products(config, ref), *terms)
-        scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
+        scale = _weight(norm, part, ref)
 
         def store_dx(lines: Sequence[Any], _: None) -> None:
             for line in lines:
@@ -475,7 +475,7 @@ def gradient_sums(
     def combine(ref: dict[str, Any], part: Part) -> None:
         *_, rstd = part.by_group(_given_statistics(call, ref))
         found = _sums_of_blocks(part, ref["partials"])
-        terms = _store_gradients(part, names, ref, rstd, found)
+        terms = _store_gradients(norm, part, names, ref, rstd, found)
         if call.wanted[0]:
             part.by_group(_inner_products(config, ref), *terms)
 
@@ -528,13 +528,18 @@ def _given_statistics(call: Call, ref: dict[str, Any]) -> Callable[..., list[Any
     return formula
 
 
+def _weight(norm: Norm, part: Part, ref: dict[str, Any]) -> Columns | float:
+    """The scale of the block's channels, and 1 where there is none."""
+    return norm.weight(part.load_channels(ref["scale"])) if "scale" in ref else 1.0
+
+
 def _before_activation(
     norm: Norm, part: Part, ref: dict[str, Any], rstd: Any
 ) -> Callable[[Columns, Columns], Columns]:
     """The function of a line's dy and x - mean that is dz = dy * act'(z)."""
     if norm.activation is None:
         return lambda dy, centred: dy
-    factor = rstd * part.load_channels(ref["scale"]) if "scale" in ref else rstd
+    factor = rstd * _weight(norm, part, ref)
     bias = part.load_channels(ref["bias"]) if "bias" in ref else 0.0
     of_z = functools.partial(slope, norm.activation)
     return lambda dy, centred: dy * (centred * factor + bias).map(of_z)
@@ -596,6 +601,7 @@ def _sums_of_blocks(part: Part, partials: Any, to: Part | None = None) -> list[C
 
 
 def _store_gradients(
+    norm: Norm,
     part: Part,
     names: Sequence[str],
     ref: dict[str, Any],
@@ -607,7 +613,7 @@ def _store_gradients(
     Returns:
       The terms of dx's inner products: both times scale.
     """
-    scale = part.load_channels(ref["scale"]) if "scale" in ref else 1.0
+    scale = _weight(norm, part, ref)
     found = [found[0] * rstd, *found[1:]]
     for name, value in zip(names, found, strict=True):
         if name in ref:

@@ -578,7 +578,7 @@ def forward(
             for chunk, c in zip(config.chunks, centred, strict=True):
                 y = c * part.across(rstd, c)
                 if "scale" in ref:
-                    y = y * part.load_param(ref["scale"], chunk)
+                    y = y * norm.weight(part.load_param(ref["scale"], chunk))
                 if "bias" in ref:
                     y = y + part.load_param(ref["bias"], chunk)
                 part.store(ref["y"], row, chunk, activate(norm.activation, y))
@@ -665,7 +665,7 @@ def backward(
         program = lax.axis_index("block")
         example, block = lax.div(program, blocks), lax.rem(program, blocks)
         scales: list[Any] = [
-            part.load_param(ref["scale"], chunk) if "scale" in ref else 1.0
+            norm.weight(part.load_param(ref["scale"], chunk)) if "scale" in ref else 1.0
             for chunk in config.chunks
         ]
 

@@ -104,6 +104,7 @@ def _forward_kernel(
     center: bool,
     epsilon: float,
     activation: str | None,
+    weight: Callable[[Any], Any],
 ) -> None:
     """y, mean and variance."""
 
@@ -147,7 +148,7 @@ def _forward_kernel(
             if center:
                 found[0] = cut.spread(mean)
             rstd = lax.rsqrt(var + epsilon)
-            _keep_affine(cut, found, 1, rstd, scale_ref, bias_ref)
+            _keep_affine(cut, found, 1, rstd, scale_ref, bias_ref, weight)
 
     def normalize(block: Block, sample: Any, tile: Any) -> None:
         at = sample, *cut.of_tile(tile)
@@ -244,6 +245,7 @@ def _backward_kernel(
     cut: AnyCut,
     epsilon: float,
     activation: str | None,
+    weight: Callable[[Any], Any],
 ) -> None:
     """Those of dx, dscale, dbias, c1 and c2 that have a reference."""
     center = mean_ref is not None
@@ -253,7 +255,7 @@ def _backward_kernel(
             center_at[...] = cut.spread(cut.from_row(mean_ref[...]))
         if affine_at is not None:
             rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
-            _keep_affine(cut, affine_at, 0, rstd, scale_ref, bias_ref)
+            _keep_affine(cut, affine_at, 0, rstd, scale_ref, bias_ref, weight)
 
     def before_activation(dy: jax.Array, centred: jax.Array, affine: Any) -> jax.Array:
         """dz = dy * act'(z)."""
@@ -299,7 +301,7 @@ def _backward_kernel(
                 _add_samples(cut, unit, ref, cut.to_row(value))
         scale: Any = 1.0
         if scale_ref is not None:
-            scale = cut.from_row(memory.load(scale_ref))
+            scale = weight(cut.from_row(memory.load(scale_ref)))
         per_group = 1 / (cut.pixels * cut.group)
         c1 = cut.sum_groups(dscale * scale) * per_group
         c2 = cut.sum_groups(dbias * scale) * per_group
@@ -362,12 +364,18 @@ def _add_samples(cut: AnyCut, unit: Any, total: Any, rows: jax.Array) -> None:
 
 
 def _keep_affine(
-    cut: AnyCut, kept: Any, first: int, rstd: Any, scale_ref: Any, bias_ref: Any
+    cut: AnyCut,
+    kept: Any,
+    first: int,
+    rstd: Any,
+    scale_ref: Any,
+    bias_ref: Any,
+    weight: Callable[[Any], Any],
 ) -> None:
     """kept[first] and the next: the factor and the bias that make z of x - mean."""
     factor = rstd
     if scale_ref is not None:
-        factor = factor * cut.from_row(memory.load(scale_ref))
+        factor = factor * weight(cut.from_row(memory.load(scale_ref)))
     kept[first] = cut.spread(factor)
     if bias_ref is not None:
         bias = cut.from_row(memory.load(bias_ref))
@@ -524,6 +532,7 @@ class Launch:
                 center=norm.center,
                 epsilon=norm.epsilon,
                 activation=norm.activation,
+                weight=norm.weight,
             ),
             "channelwise_forward",
             operands=[
@@ -626,6 +635,7 @@ class Launch:
                 cut=cut,
                 epsilon=norm.epsilon,
                 activation=norm.activation,
+                weight=norm.weight,
             ),
             "channelwise_backward",
             operands=[

@@ -95,6 +95,7 @@ def _forward_kernel(
     center: bool,
     epsilon: float,
     activation: str | None,
+    weight: Callable[[Any], Any],
     blocks: Blocks,
 ) -> None:
     """y, and mean and variance of each row."""
@@ -130,7 +131,7 @@ def _forward_kernel(
                 y = y - blocks.widen(mean, piece) - blocks.widen(shift, piece)
             y = y * blocks.widen(rstd, piece)
             if scale_ref is not None:
-                y = y * blocks.param(scale_ref, scale_kept, piece)
+                y = y * weight(blocks.param(scale_ref, scale_kept, piece))
             if bias_ref is not None:
                 y = y + blocks.param(bias_ref, bias_kept, piece)
             blocks.write(y_ref, index, piece, activate(activation, y))
@@ -179,6 +180,7 @@ def _backward_kernel(
     center: bool,
     epsilon: float,
     activation: str | None,
+    weight: Callable[[Any], Any],
     blocks: Blocks,
 ) -> None:
     """Those of dx, dscale and dbias that are wanted."""
@@ -219,7 +221,7 @@ def _backward_kernel(
                 return dy
             z = read_centred(piece) * blocks.widen(rstd, piece)
             if scale_ref is not None:
-                z = z * blocks.param(scale_ref, scale_kept, piece)
+                z = z * weight(blocks.param(scale_ref, scale_kept, piece))
             if bias_ref is not None:
                 z = z + blocks.param(bias_ref, bias_kept, piece)
             return dy * slope(activation, z)
@@ -242,14 +244,14 @@ def _backward_kernel(
                 return []
             terms = [of_scale, dz][: 1 + center]
             if scale_ref is not None:
-                scale = blocks.param(scale_ref, scale_kept, piece)
+                scale = weight(blocks.param(scale_ref, scale_kept, piece))
                 terms = [term * scale for term in terms]
             return blocks.add(totals, terms, piece)
 
         def store_dx(piece: Piece, _: None) -> None:
             dx = read_dz(piece)
             if scale_ref is not None:
-                dx = dx * blocks.param(scale_ref, scale_kept, piece)
+                dx = dx * weight(blocks.param(scale_ref, scale_kept, piece))
             for mean_of_wdz in c2:
                 dx = dx - blocks.widen(mean_of_wdz, piece)
             dx = dx - read_centred(piece) * blocks.widen(rstd * c1, piece)
@@ -333,6 +335,7 @@ def forward(
             center=norm.center,
             epsilon=norm.epsilon,
             activation=norm.activation,
+            weight=norm.weight,
             blocks=blocks,
         ),
         name="rowwise_forward",
@@ -404,6 +407,7 @@ def backward(
             center=call.norm.center,
             epsilon=call.norm.epsilon,
             activation=call.norm.activation,
+            weight=call.norm.weight,
             blocks=blocks,
         ),
         name="rowwise_backward",
