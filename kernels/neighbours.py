@@ -31,7 +31,7 @@ import jax
 import jax.extend.core
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from fusednorm.kernels.norm import is_rowwise, norm_p
+from fusednorm.kernels.norm import norm_p
 
 # Before jax 0.12 a jaxpr with its constants was of another class than one without.
 ClosedJaxpr: Any = getattr(jax.extend.core, "ClosedJaxpr", Jaxpr)
@@ -157,8 +157,11 @@ def _is_plain_norm(eqn: JaxprEqn) -> bool:
 def _norm_inside(eqn: JaxprEqn) -> JaxprEqn | None:
     if eqn.params.get("name") != "fusednorm_normalize":
         return None
-    inner = eqn.params["jaxpr"].jaxpr.eqns
-    return inner[0] if [e.primitive for e in inner] == [norm_p] else None
+    body = eqn.params["jaxpr"].jaxpr
+    if [e.primitive for e in body.eqns] != [norm_p]:
+        return None
+    (inner,) = body.eqns
+    return inner if list(body.outvars) == list(inner.outvars) else None
 
 
 def _with_activation(eqn: JaxprEqn, activation: str, y: Var) -> JaxprEqn:
@@ -214,16 +217,11 @@ def _carried(
 
 
 def _may_carry(eqn: JaxprEqn) -> bool:
-    """Whether it is a norm of rows that does not carry its x yet."""
+    """Whether it is a norm that does not carry its x yet."""
     inner = _norm_inside(eqn)
     if inner is None or inner.params["carries"]:
         return False
-    x, scale, bias, *_ = inner.params["tree"].unflatten(inner.invars)
-    if x is not eqn.params["jaxpr"].jaxpr.invars[0]:
-        return False
-    has_params = scale is not None or bias is not None
-    aval: Any = x.aval
-    return is_rowwise(inner.params["norm"], aval.shape, has_params)
+    return inner.invars[0] is eqn.params["jaxpr"].jaxpr.invars[0]
 
 
 def _carrying(eqn: JaxprEqn, h: Var) -> JaxprEqn:

@@ -119,7 +119,8 @@ def normalize_sum(
       h: x's shape, in the dtype that x and residual promote to.
     """
     has_params = scale is not None or bias is not None
-    rowwise = is_rowwise(norm, x.shape, has_params)
+    view = geometry(norm, x.shape, has_params=has_params)
+    rowwise = view is not None and view.family == "rowwise"
     if axis_name is not None or not rowwise or _is_complex(norm.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
@@ -129,12 +130,6 @@ def normalize_sum(
         norm, dispatch.current_backend(), *operands, carries=True
     )
     return y, h
-
-
-def is_rowwise(norm: Norm, shape: Sequence[int], has_params: bool) -> bool:
-    """Whether the rowwise kernels, which take a residual and dh, may be asked."""
-    view = geometry(norm, shape, has_params=has_params)
-    return view is not None and view.family == "rowwise"
 
 
 def _is_complex(dtype: Any) -> bool:

@@ -18,8 +18,8 @@ def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
     the layer's `activation`: it is applied to what the kernel has in registers, instead
     of in a pass of its own over memory, and so is its derivative.
 
-    Where x goes on beside a norm of rows, as in `x + f(norm(x))`, the backward kernel
-    adds dx to what comes to x from there, as it writes it.
+    Where x goes on beside a norm, as in `x + f(norm(x))`, the backward kernel adds dx
+    to what comes to x from there, as it writes it.
 
     Results are the same up to rounding; in half precision an activation is computed,
     and dx added, before they are rounded.

@@ -58,6 +58,8 @@ SHAPES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "ragged_group": (nnx.GroupNorm, (3, 7, 9, 24), {"num_groups": 4}),
     "sd_unet_64_silu": (nnx.GroupNorm, (8, 64, 64, 320), {"activation": "silu"}),
     "sd_vae_256_gelu": (nnx.GroupNorm, (2, 256, 256, 256), {"activation": "gelu"}),
+    # With dh, to which dx is added.
+    "sd_unet_16_beside": (nnx.GroupNorm, (64, 16, 16, 1280), {"residual": True}),
     "resnet50_28_relu": (nnx.BatchNorm, (64, 28, 28, 512), {"activation": "relu"}),
 }
 IN_FLOAT32 = (
@@ -75,7 +77,8 @@ ON_RTX5090 = ("resnet50_28_of_8", "sd_unet_32", "sd_vae_128", "ragged_group")
 def works(shape: str, dtype: str) -> Iterator[Workload]:
     layer, size, options = SHAPES[shape]
     suffix = "_f32" if dtype == "float32" else ""
-    yield from workloads(shape + suffix, layer, size, dtype, ops=TRAINING, **options)
+    ops = TRAINING[1:] if "residual" in options else TRAINING
+    yield from workloads(shape + suffix, layer, size, dtype, ops=ops, **options)
 
 
 # The plan of a B200 is that of an H100, and float32 differs from bfloat16 in the plan.

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import fusednorm
 from fusednorm.kernels import neighbours
 from tests import interpreters
+from tests.helpers import EPS32, Case, assert_close
 from tests.layer_helpers import assert_agrees, build, data, outputs_and_gradients
 
 SHAPE = (2, 4, 4, 12)
@@ -199,6 +200,7 @@ def test_derivatives_of_every_order() -> None:
 # --- what goes on beside a norm -------------------------------------------------------
 
 ROWS = (3, 5, 24)
+grouped = fusednorm.group_norm
 
 
 def rows_norm(x: Any, scale: Any = None) -> jax.Array:
@@ -234,6 +236,9 @@ CARRIED = {
         1,
     ),
     "an activation": (lambda x: (x, nnx.silu(rows_norm(x))), 1),
+    "groups": (lambda x: x + nnx.silu(grouped(x, num_groups=3)), 1),
+    "instances": (lambda x: x + jnp.tanh(fusednorm.instance_norm(x)), 1),
+    "batches": (lambda x: (fusednorm.batch_norm(x), jnp.sin(x)), 1),
     "a stream": (_stream, 1),
     "a shard_map": (_sharded, 1),
 }
@@ -264,22 +269,64 @@ def test_adds_dx_to_what_comes_to_x_elsewhere(what: str) -> None:
         )
 
 
+OF_KERNELS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "rows": (_pre_norm, (37, 24)),
+    "groups": (lambda x: x + nnx.silu(grouped(x, num_groups=3)), (2, 5, 7, 24)),
+    "groups of many": (lambda x: x + jnp.tanh(grouped(x, num_groups=2)), (1, 9000, 8)),
+    "batches": (
+        lambda x: x + jnp.tanh(fusednorm.batch_norm(x)[0]),
+        (2, 9, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("of", OF_KERNELS)
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "mosaic_tpu"])
-def test_kernels_add_it(backend: str) -> None:
-    x = data((37, 24))
-    with fusednorm.use_backend("reference"):
-        expected = jax.jit(jax.grad(_loss(_pre_norm)))(x)
+def test_kernels_add_it(backend: str, of: str) -> None:
+    function, shape = OF_KERNELS[of]
+    x, dy = data(shape), data(shape, seed=4)
+
+    def gradient(function: Any) -> Any:
+        return jax.jit(lambda x: jax.vjp(function, x)[1](dy)[0])(x)
+
     with interpreters.interpreted(backend), fusednorm.use_backend(backend):
-        joined = fusednorm.fuse_neighbours(_pre_norm)
-        assert_agrees(jax.jit(jax.grad(_loss(joined)))(x), expected, roundings=256)
-        assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+        ours = gradient(fusednorm.fuse_neighbours(function))
+        ran = {name.split(",")[0] for name in interpreters.runs}
+    family = "rowwise" if of == "rows" else "channelwise"
+    assert ran == {f"{family} forward", f"{family} backward"}
+    with fusednorm.use_backend("reference"):
+        assert_agrees(ours, gradient(function), roundings=512)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        ("mosaic_gpu", Case("layer_norm", (37, 24))),
+        ("mosaic_tpu", Case("layer_norm", (37, 24))),
+        ("mosaic_gpu", Case("group_norm", (2, 5, 7, 24), (("num_groups", 3),))),
+    ],
+    ids=str,
+)
+def test_half_precision_is_rounded_once(backend: str, case: Case) -> None:
+    x, scale, bias, dy = case.data(3, jnp.dtype("bfloat16"), "float32")
+    x, dy = jnp.asarray(x), jnp.asarray(dy, "bfloat16")
+    dh = data(case.shape, "bfloat16", seed=5)
+    truth = case.truth(x, scale, bias, dy)
+
+    @fusednorm.fuse_neighbours
+    def both(x: Any) -> Any:
+        return case.run(x, scale, bias, dtype=x.dtype), x
+
+    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
+        (dx,) = jax.jit(lambda x: jax.vjp(both, x)[1]((dy, dh)))(x)
+    given = np.asarray(dh, np.float64)
+    bound = truth.bounds["dx"] + EPS32 * np.abs(given)
+    assert_close(dx, truth.dx + given, bound)
 
 
 NOT_CARRIED = {
     "no other use": lambda x: rows_norm(jnp.sin(x)),
     "an earlier use": lambda x: (h := jnp.sin(x), jnp.tanh(h), rows_norm(h))[1:],
-    "pixels": lambda x: (x, fusednorm.layer_norm(x, SCALE, reduction_axes=(1, 2, 3))),
-    "groups": lambda x: x + norm(x),
     "complex": lambda x: (z := x + 1j * x, fusednorm.layer_norm(z), z)[1:],
 }
 
@@ -334,7 +381,7 @@ NOT = {
     "a part is used": _used_within,
     "another dtype": lambda x: nnx.silu(norm(x).astype("bfloat16")),
     "a part of y": lambda x: nnx.silu(norm(x)[:, 1:]),
-    "another's product": lambda x: norm(x) * nnx.sigmoid(x),
+    "another's product": lambda x: (s := nnx.sigmoid(x), norm(x) * s)[1],
     "a square": lambda x: (y := norm(x), y * y)[1],
     "another's relu": lambda x: _own_relu(norm(x)),
     "another's silu": lambda x: _own_silu(norm(x)),

@@ -327,13 +327,14 @@ def backward(
     mean: jax.Array | None,
     var: jax.Array,
     mask: None = None,
+    dh: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Those of dx, dscale and dbias that `call.wanted` names: resident, one read of x
     and dy.
 
-    Bytes: x, dy and dx, once each; 4 bytes a statistic; for dscale and dbias each 4
-    a channel of each sample, which XLA adds up. For a cluster of b blocks 8 * (b + b *
-    b) bytes a channel of each sample more, almost all of them from the L2 cache.
+    Bytes: x, dy and dx, once each, and dh; 4 bytes a statistic; for dscale and dbias
+    each 4 a channel of each sample, which XLA adds up. For a cluster of b blocks 8 * (b
+    + b * b) bytes a channel of each sample more, almost all of them from the L2 cache.
     """
     norm = call.norm
     inputs = _gradient_inputs(call, dy, x, scale, bias, mean, var)
@@ -342,6 +343,8 @@ def backward(
         name: _of_each_sample(call) for name in names if _wants(call, name)
     }
     outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
+    if dh is not None:
+        inputs["dh"] = dh.reshape(inputs["x"].shape)
 
     def body(ref: dict[str, Any], part: Part) -> None:
         *mean, rstd = part.by_group(_given_statistics(call, ref))
@@ -356,7 +359,10 @@ def backward(
         scale = _weight(norm, part, ref)
 
         def store_dx(lines: Sequence[Any], _: None) -> None:
-            for line in lines:
+            dhs: list[Any] = [0.0] * len(lines)
+            if "dh" in ref:
+                dhs = [part.load(ref["dh"], line) for line in lines]
+            for line, beside in zip(lines, dhs, strict=True):
                 centred = part.kept("x", line)
                 if norm.center:
                     centred = centred - mean[0]
@@ -364,7 +370,10 @@ def backward(
                 inner = w - centred * rstd * c1
                 if norm.center:
                     inner = inner - c2[0]
-                part.store(ref["dx"], line, inner * rstd)
+                dx = inner * rstd
+                if "dh" in ref:
+                    dx = dx + beside.float32()
+                part.store(ref["dx"], line, dx)
 
         part.over_lines(store_dx, None)
 
@@ -391,11 +400,12 @@ def backward_in_two_reads(
     mean: jax.Array | None,
     var: jax.Array,
     mask: None = None,
+    dh: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Those of dx, dscale and dbias that `call.wanted` names: x and dy are read twice.
 
     Bytes: x and dy for their sums, 8 a channel for each block, written and read; for
-    dx both once more, and dx, in XLA's code.
+    dx both once more, dh, and dx, in XLA's code.
     """
     results = gradient_sums(config, last, call, dy, x, scale, bias, mean, var)
     if call.wanted[0]:
@@ -412,6 +422,7 @@ def backward_in_two_reads(
             var,
             c1.reshape(shape),
             None if c2 is None else c2.reshape(shape),
+            dh=dh,
         )
     return _wanted(call, results)
 
@@ -794,7 +805,8 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
     view = _view(call)
     arrays = [call.x] if call.dy is None else [call.x, call.dy]
     sizes = [array.dtype.itemsize for array in arrays]
-    widest = max(*sizes, call.norm.dtype.itemsize) if call.dy is None else max(sizes)
+    beside = 0 if call.beside is None else call.beside.dtype.itemsize
+    widest = max(*sizes, call.norm.dtype.itemsize if call.dy is None else beside)
     alone = 0 in call.norm.reduction_axes
     cluster = strips.MAX_CLUSTER
     if call.op == "backward" and not alone:
@@ -872,6 +884,8 @@ def _bytes_moved(call: Call, config: Config) -> int:
         values = len(_summed(call))
         moved += size * reads * (x_size + call.dy.dtype.itemsize)
         moved += size * x_size * call.wanted[0] + statistics
+        if call.beside is not None:
+            moved += size * call.beside.dtype.itemsize
         examples = math.prod(call.x.shape[: call.own_params])
         rows = samples if samples == examples else 2 * samples + examples
         moved += 4 * channels * sum(call.wanted[1:]) * rows

@@ -558,11 +558,12 @@ class Launch:
         mean: jax.Array | None,
         var: jax.Array,
         mask: None = None,
+        dh: jax.Array | None = None,
     ) -> list[jax.Array]:
         """Those of dx, dscale and dbias that are wanted.
 
         Bytes: x, dy and dx, each once (in two reads x and dy once more); 4 bytes a
-        statistic, of each channel.
+        statistic, of each channel. XLA adds dx to dh: dh, and after one read dx twice.
 
         Args:
           dy, x: of one shape, each float32, bfloat16 or float16.
@@ -570,6 +571,7 @@ class Launch:
           bias: likewise, for an activation.
           mean, var: the forward's statistics, float32.
           mask: None.
+          dh: x's shape, or None.
 
         Returns:
           dx in x's shape and dtype; dscale and dbias float32 of shape (channels,),
@@ -583,7 +585,10 @@ class Launch:
         found = []
         if wants_dx:
             if self.whole:
-                found = [self._from_view(dx)]
+                dx = self._from_view(dx)
+                if dh is not None:
+                    dx = dx.astype(jnp.float32) + dh.astype(jnp.float32)
+                found = [dx.astype(x.dtype)]
             else:
                 norm = self.call.norm
                 dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
@@ -599,6 +604,7 @@ class Launch:
                         var,
                         c1,
                         self._of_groups(c2),
+                        dh=dh,
                     )
                 ]
         if wants_dscale:
@@ -1007,6 +1013,8 @@ def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
     if call.op == "forward":
         moved += of_channels * (call.statistics or not whole)
     else:
+        if call.beside is not None:
+            moved += size * (call.beside.dtype.itemsize + 2 * writes * whole)
         moved += of_channels * (2 if wants_dx and not whole else 1)
         params = params if wants_dx or call.slopes else []
         # Of several cores written, read and added up.
