@@ -118,8 +118,9 @@ class LayerNorm(nnx.LayerNorm):
           ValueError: an axis is out of range, the mask does not broadcast to x, the
             residual has another shape, or `dtype` is not a float or complex type.
         """
-        (x, scale, bias, residual), dtype = _promote(
-            self, x, self.scale, self.bias, residual
+        given = [] if residual is None else [residual]
+        (x, scale, bias, *given), dtype = _promote(
+            self, x, self.scale, self.bias, *given
         )
         return functional.layer_norm(
             x,
@@ -127,7 +128,7 @@ class LayerNorm(nnx.LayerNorm):
             bias,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
-            residual=residual,
+            residual=given[0] if given else None,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
 
@@ -163,13 +164,14 @@ class RMSNorm(nnx.RMSNorm):
         residual: Any = None,
     ) -> Any:
         """Normalizes x; arguments, result and errors as for `LayerNorm`."""
-        (x, scale, residual), dtype = _promote(self, x, self.scale, residual)
+        given = [] if residual is None else [residual]
+        (x, scale, *given), dtype = _promote(self, x, self.scale, *given)
         return functional.rms_norm(
             x,
             scale,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
-            residual=residual,
+            residual=given[0] if given else None,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
 
