@@ -308,6 +308,28 @@ def test_kernels_add_it(backend: str, of: str) -> None:
     ids=str,
 )
 def test_half_precision_is_rounded_once(backend: str, case: Case) -> None:
+    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
+        check_carried(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm", (4097, 768)),
+        Case("group_norm", (2, 64, 64, 320), (("num_groups", 32),)),
+        Case("group_norm", (2, 8, 8, 1280), (("num_groups", 32),)),
+        Case("batch_norm", (8, 14, 14, 64)),
+    ],
+    ids=str,
+)
+def test_gpu_rounds_once(case: Case) -> None:
+    with fusednorm.use_backend("mosaic_gpu"):
+        check_carried(case)
+
+
+def check_carried(case: Case) -> None:
+    """The gradient of x where y and x itself have cotangents."""
     x, scale, bias, dy = case.data(3, jnp.dtype("bfloat16"), "float32")
     x, dy = jnp.asarray(x), jnp.asarray(dy, "bfloat16")
     dh = data(case.shape, "bfloat16", seed=5)
@@ -317,8 +339,7 @@ def test_half_precision_is_rounded_once(backend: str, case: Case) -> None:
     def both(x: Any) -> Any:
         return case.run(x, scale, bias, dtype=x.dtype), x
 
-    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
-        (dx,) = jax.jit(lambda x: jax.vjp(both, x)[1]((dy, dh)))(x)
+    (dx,) = jax.jit(lambda x: jax.vjp(both, x)[1]((dy, dh)))(x)
     given = np.asarray(dh, np.float64)
     bound = truth.bounds["dx"] + EPS32 * np.abs(given)
     assert_close(dx, truth.dx + given, bound)

@@ -120,6 +120,16 @@ def test_a_kernel_of_many_features(kernels: str) -> None:
     assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", MIXES[:3], ids="-".join)
+@pytest.mark.parametrize("features", [64, 128, 512, 760, 2048, 7168, 12288, 65536])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_gpu_values_and_gradients(kind: str, features: int, mix: Any) -> None:
+    rows = 4097 if features < 1024 else 37
+    with fusednorm.use_backend("mosaic_gpu"):
+        check(Case(kind, (rows, features)), mix)
+
+
 def test_what_no_cotangent_comes_to(kernels: str) -> None:
     x, r = data((6, 64)), data((6, 64), seed=3)
     dy = data((6, 64), seed=4)

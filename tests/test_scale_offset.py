@@ -45,9 +45,8 @@ def results(
     return [np.asarray(a) for a in (y, *vjp(dy))]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_if_added_before(backend: str, case: Case, dtype: str) -> None:
+def check(case: Case, dtype: str) -> None:
+    """y and all gradients, to the bit."""
     x, scale, bias, dy = case.data(3, jnp.dtype(dtype), jnp.dtype("bfloat16"))
     x, scale, dy = jnp.asarray(x), jnp.asarray(scale) / 8, jnp.asarray(dy, dtype)
     bias = None if bias is None else jnp.asarray(bias)
@@ -57,6 +56,19 @@ def test_as_if_added_before(backend: str, case: Case, dtype: str) -> None:
     added[2] = added[2].astype("bfloat16")  # dscale, in the dtype of its parameter
     for a, b in zip(given, added, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_if_added_before(backend: str, case: Case, dtype: str) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gpu_as_if_added_before(case: Case) -> None:
+    with fusednorm.use_backend("mosaic_gpu"):
+        check(case, "bfloat16")
 
 
 def test_derivatives_of_every_order() -> None:
