@@ -451,7 +451,7 @@ def test_a_sum_and_its_norm_move_less_than_flax(
     assert ours.ours == (1 if which == "forward" else 2)
     floor = (4 if which == "forward" else 8) * tensor
     assert floor <= ours.nbytes - copied <= 1.02 * floor
-    less = 1.24 if which == "forward" else 1.37
+    less = 1.24 if which == "forward" else 1.36
     if which != "forward" and case.norm is nnx.RMSNorm and chip is H100:
         less = 1.6
     assert ours.nbytes - copied <= (flax.nbytes - copied) / less
