@@ -68,7 +68,7 @@ def normalize(
     Returns:
       Array of x's shape, dtype `norm.dtype`.
     """
-    if axis_name is not None or jnp.iscomplexobj(x) or _is_complex(norm.dtype):
+    if _is_plain(axis_name, norm.dtype, x.dtype):
         return _plain(norm, x, scale, bias, mask, axis_name, axis_index_groups)[0]
     operands = _alike_over_devices(x, scale, bias, mask)
     return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
@@ -91,7 +91,7 @@ def normalize_with_moments(
       mean, var: x's rank, with size 1 along reduced axes; mean is None without
         centring.
     """
-    if axis_name is not None or jnp.iscomplexobj(x) or _is_complex(norm.dtype):
+    if _is_plain(axis_name, norm.dtype, x.dtype):
         return _plain(norm, x, scale, bias, mask, axis_name, axis_index_groups)
     operands = _alike_over_devices(x, scale, bias, mask)
     y, *statistics = fusednorm_normalize(
@@ -121,7 +121,7 @@ def normalize_sum(
     has_params = scale is not None or bias is not None
     view = geometry(norm, x.shape, has_params=has_params)
     rowwise = view is not None and view.family == "rowwise"
-    if axis_name is not None or not rowwise or _is_complex(norm.dtype):
+    if not rowwise or _is_plain(axis_name, norm.dtype, x.dtype, residual.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         return normalize(norm, h, scale, bias, mask, **crossing), h
@@ -132,8 +132,11 @@ def normalize_sum(
     return y, h
 
 
-def _is_complex(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.complexfloating))
+def _is_plain(axis_name: Hashable | None, *dtypes: Any) -> bool:
+    """Whether it is no primitive's: over devices, or of complex numbers."""
+    return axis_name is not None or any(
+        jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes
+    )
 
 
 def _alike_over_devices(x: jax.Array, *others: Maybe) -> tuple[Maybe, ...]:

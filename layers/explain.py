@@ -35,5 +35,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
       reference: CPU: the kernels are for NVIDIA GPUs and TPUs
     """
     call = ArrayCall(fn, args, kwargs)
-    jaxpr = jax.make_jaxpr(call)(call.state, call.arrays)
+
+    def run(state: Any, arrays: Any) -> None:  # what `fn` returns need be no array
+        call(state, arrays)
+
+    jaxpr = jax.make_jaxpr(run)(call.state, call.arrays)
     return explain_jaxpr(jaxpr, target_of_arguments((call.state, call.arrays)))

@@ -337,3 +337,10 @@ def test_it_plans_and_launches_nothing(kernels: None) -> None:
     standin.runs.clear()
     fusednorm.explain(nnx.grad(loss), layer_of("LayerNorm"), data(), data())
     assert not standin.runs
+
+
+def test_of_a_function_that_returns_no_array() -> None:
+    def report(x: jax.Array) -> str:
+        return f"normalized {fusednorm.layer_norm(x).shape}"
+
+    assert len(fusednorm.explain(report, jnp.ones((2, 3))).choices) == 1

@@ -295,6 +295,19 @@ def test_numbers_promote_as_they_add() -> None:
     assert_agrees(y, fusednorm.rms_norm(h))
 
 
+@pytest.mark.filterwarnings("ignore:Casting from complex to real")
+@pytest.mark.parametrize("complex_one", ["x", "residual"])
+def test_complex_numbers_are_never_a_primitives(complex_one: str) -> None:
+    given = {"x": X, "residual": R}
+    given[complex_one] = (1 + 1j) * given[complex_one]
+
+    def norm(x: Any, residual: Any) -> Any:
+        return fusednorm.layer_norm(x, residual=residual, dtype="float32")
+
+    (choice,) = fusednorm.explain(norm, **given).choices
+    assert "complex numbers" in str(choice)
+
+
 @pytest.mark.parametrize("function", [fusednorm.layer_norm, fusednorm.rms_norm])
 def test_another_shape_is_refused(function: Any) -> None:
     with pytest.raises(ValueError, match=r"\(24,\), expected that of x, \(3, 4, 24\)"):

@@ -359,10 +359,8 @@ def backward(
         scale = _weight(norm, part, ref)
 
         def store_dx(lines: Sequence[Any], _: None) -> None:
-            dhs: list[Any] = [0.0] * len(lines)
-            if "dh" in ref:
-                dhs = [part.load(ref["dh"], line) for line in lines]
-            for line, beside in zip(lines, dhs, strict=True):
+            dhs = [part.load(ref["dh"], line) for line in lines if "dh" in ref]
+            for i, line in enumerate(lines):
                 centred = part.kept("x", line)
                 if norm.center:
                     centred = centred - mean[0]
@@ -371,8 +369,8 @@ def backward(
                 if norm.center:
                     inner = inner - c2[0]
                 dx = inner * rstd
-                if "dh" in ref:
-                    dx = dx + beside.float32()
+                if dhs:
+                    dx = dx + dhs[i].float32()
                 part.store(ref["dx"], line, dx)
 
         part.over_lines(store_dx, None)
