@@ -28,6 +28,8 @@ class Case:
       conv: channels that a 1x1 convolution makes into x's, or None for no convolution.
       residual: where a second input is added: before the norm, after it, or nowhere.
       activation: what follows, if anything.
+      modulated: whether each sample has its own scale and bias, which are inputs, as in
+        a diffusion transformer (adaLN): norm(x) * (1 + scale) + bias.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Case:
     conv: int | None = None
     residual: Literal["before", "after"] | None = None
     activation: Literal["relu", "silu"] | None = None
+    modulated: bool = False
 
     def shape(self, tensor_bytes: float) -> tuple[int, ...]:
         """The norm's input, where the block's largest tensor has about `tensor_bytes`.
@@ -59,6 +62,7 @@ class Case:
             "conv" if self.conv is not None else "",
             "add" if self.residual == "before" else "",
             self.norm.__name__,
+            "modulate" if self.modulated else "",
             "add" if self.residual == "after" else "",
             self.activation or "",
         ]
@@ -107,39 +111,59 @@ class Block(nnx.Module):
                 dtype=jnp.dtype(case.dtype),
                 rngs=rngs,
             )
-        self.norm = case.norm(channels, dtype=jnp.dtype(case.dtype), rngs=rngs)
+        params = {"use_scale": False, "use_bias": False} if case.modulated else {}
+        self.norm = case.norm(
+            channels, dtype=jnp.dtype(case.dtype), rngs=rngs, **params
+        )
         # As after some training: at ones and zeros a kernel that forgets them is right.
-        self.norm.scale[...] = jax.random.uniform(rngs(), (channels,), minval=0.5)
+        if self.norm.scale is not None:
+            self.norm.scale[...] = jax.random.uniform(rngs(), (channels,), minval=0.5)
         if getattr(self.norm, "bias", None) is not None:
             self.norm.bias[...] = jax.random.normal(rngs(), (channels,))
         self.case = case
 
     def _norm_is_ours(self) -> bool:
-        """Whether it can add a residual and apply an activation itself."""
+        """Whether it can do itself what stands beside it."""
         return isinstance(self.norm, getattr(fusednorm, self.case.norm.__name__))
 
-    def __call__(self, x: jax.Array, *residual: jax.Array) -> dict[str, jax.Array]:
-        """y, and for a residual added before the norm also the sum, h."""
+    def __call__(self, x: jax.Array, *others: jax.Array) -> dict[str, jax.Array]:
+        """y, and for a residual added before the norm also the sum, h.
+
+        Args:
+          x: the input.
+          others: the residual; or scale and bias.
+        """
         if self.case.conv is not None:
             x = self.conv(x)
+        if self._norm_is_ours():
+            return self._by_norm(x, *others)
         if self.case.residual == "before":
-            if self._norm_is_ours():
-                y, h = self.norm(x, residual=residual[0])
-            else:
-                h = x + residual[0]
-                y = self.norm(h)
-            return {"h": h, "y": y}
-        activation = self.case.activation
-        if activation and self.case.residual != "after" and self._norm_is_ours():
-            y = self.norm(x, activation=activation)
-            activation = None
-        else:
-            y = self.norm(x)
+            h = x + others[0]
+            return {"h": h, "y": self.norm(h)}
+        y = self.norm(x)
+        if self.case.modulated:
+            scale, bias = others
+            y = y * (1 + scale) + bias
         if self.case.residual == "after":
-            y = y + residual[0]
-        if activation is not None:
-            y = _ACTIVATIONS[activation](y)
+            y = y + others[0]
+        if self.case.activation is not None:
+            y = _ACTIVATIONS[self.case.activation](y)
         return {"y": y}
+
+    def _by_norm(self, x: jax.Array, *others: jax.Array) -> dict[str, jax.Array]:
+        """The same, with all behind the convolution in one call."""
+        options: dict[str, Any] = {}
+        if self.case.activation is not None:
+            options["activation"] = self.case.activation
+        if self.case.modulated:
+            scale, bias = others
+            options |= {"scale": scale, "bias": bias, "scale_offset": 1.0}
+        if self.case.residual is not None:
+            options["residual"] = others[0]
+        if self.case.residual == "before":
+            y, h = self.norm(x, **options)
+            return {"h": h, "y": y}
+        return {"y": self.norm(x, **options)}
 
 
 def draw(
@@ -148,10 +172,11 @@ def draw(
     """Inputs of the case's block and the cotangents of its outputs, all O(1).
 
     Returns:
-      inputs: x, whose mean is not 0, and the residual if there is one.
+      inputs: x, whose mean is not 0; and the residual, or scale and bias of each
+        sample, where the case has them.
       cotangents: by the names of the block's outputs.
     """
-    keys = iter(jax.random.split(jax.random.key(seed), 4))
+    keys = iter(jax.random.split(jax.random.key(seed), 5))
     shape = case.shape(tensor_bytes)
 
     def normal(shape: tuple[int, ...], mean: float = 0.0) -> jax.Array:
@@ -161,6 +186,10 @@ def draw(
     inputs: tuple[Any, ...] = (normal((*shape[:-1], channels), mean=0.5),)
     if case.residual is not None:
         inputs = (*inputs, normal(shape))
+    if case.modulated:
+        ones = (1,) * (len(shape) - 2)
+        of_samples = (shape[0], *ones, shape[-1])
+        inputs = (*inputs, normal(of_samples), normal(of_samples))
     outputs = ("h", "y") if case.residual == "before" else ("y",)
     return inputs, {name: normal(shape) for name in outputs}
 
@@ -230,4 +259,6 @@ CASES = (
         activation="silu",
     ),
     Case("llama3_8b_add_rms", nnx.RMSNorm, (4096,), "bfloat16", residual="before"),
+    # A diffusion transformer on latents of 256x256 pixels.
+    Case("dit_xl_2_adaln", nnx.LayerNorm, (256, 1152), "bfloat16", modulated=True),
 )

@@ -200,6 +200,8 @@ def passes(block: Block, inputs: tuple[Any, ...], cotangents: Named) -> dict[str
         grads = {f"d{path[-1]}": leaf[...] for path, leaf in nnx.to_flat_state(dparams)}
         if block.case.residual == "after":  # added before, its gradient is dx itself
             grads["dresidual"] = dinputs[1]
+        if block.case.modulated:
+            grads |= {"dscale": dinputs[1], "dbias": dinputs[2]}
         return {**outputs, **grads, "dx": dinputs[0], "statistics": statistics}
 
     return {

@@ -76,7 +76,7 @@ class Forward(NamedTuple):
     """The forward of a block in float64, and what its backward needs of it."""
 
     kernel: Array | None  # (channels in, channels)
-    scale: Array  # (G, K)
+    scale: Array  # (G, K), or (N, S, G, K)
     x: Array  # the block's input
     x_hat: Array  # (N, S, G, K)
     rstd: Array  # (N, 1, G, 1)
@@ -90,32 +90,37 @@ def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
 
     Args:
       block: parameters are taken from it, nothing else.
-      inputs: x and perhaps a residual, in any float dtype.
+      inputs: x, and perhaps a residual, or scale and bias, in any float dtype.
     """
     case = block.case
-    x, *residuals = (_float64(a) for a in inputs)
+    x, *others = (_float64(a) for a in inputs)
     kernel = None
     h = x
     if case.conv is not None:
         kernel = _float64(block.conv.kernel[...])[0, 0]
         h = x @ kernel
     if case.residual == "before":
-        h = h + residuals[0]
+        h = h + others[0]
 
     n, s, g, k = _view(block.norm, h.shape)
     rows = h.reshape(n, s, g, k)
-    scale = _float64(block.norm.scale[...]).reshape(g, k)
+    xp = _xp(h)
+    if case.modulated:
+        of_samples, bias = (xp.broadcast_to(a, h.shape) for a in others)
+        scale, bias = 1 + of_samples.reshape(rows.shape), bias.reshape(rows.shape)
+    else:
+        scale = _float64(block.norm.scale[...]).reshape(g, k)
+        bias = 0.0
+        if getattr(block.norm, "bias", None) is not None:
+            bias = _float64(block.norm.bias[...]).reshape(g, k)
     if not isinstance(block.norm, nnx.RMSNorm):
         rows = rows - rows.mean((1, 3), keepdims=True)
     var = (rows * rows).mean((1, 3), keepdims=True)
-    rstd = 1 / _xp(var).sqrt(var + block.norm.epsilon)
+    rstd = 1 / xp.sqrt(var + block.norm.epsilon)
     x_hat = rows * rstd
-    z = x_hat * scale
-    if getattr(block.norm, "bias", None) is not None:
-        z = z + _float64(block.norm.bias[...]).reshape(g, k)
-    z = z.reshape(h.shape)
+    z = (x_hat * scale + bias).reshape(h.shape)
     if case.residual == "after":
-        z = z + residuals[0]
+        z = z + others[0]
     outputs = {"h": h} if case.residual == "before" else {}
     outputs["y"] = _activate(case, z)
     return Forward(kernel, scale, x, x_hat, rstd, z, outputs)
@@ -150,9 +155,15 @@ def backward(block: Block, done: Forward, cotangents: Named) -> dict[str, Array]
     if not isinstance(block.norm, nnx.RMSNorm):
         dx = dx - wdy.mean((1, 3), keepdims=True)
     dx = (done.rstd * dx).reshape(done.z.shape)
-    grads["dscale"] = (dy * done.x_hat).sum((0, 1)).reshape(-1)
-    if getattr(block.norm, "bias", None) is not None:
-        grads["dbias"] = dy.sum((0, 1)).reshape(-1)
+    if case.modulated:
+        shared = tuple(range(1, dz.ndim - 1))
+        of_scale = (dy * done.x_hat).reshape(dz.shape)
+        grads["dscale"] = of_scale.sum(shared, keepdims=True)
+        grads["dbias"] = dz.sum(shared, keepdims=True)
+    else:
+        grads["dscale"] = (dy * done.x_hat).sum((0, 1)).reshape(-1)
+        if getattr(block.norm, "bias", None) is not None:
+            grads["dbias"] = dy.sum((0, 1)).reshape(-1)
 
     if case.residual == "before":
         dx = dx + _float64(cotangents["h"])

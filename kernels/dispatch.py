@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.interpreters import mlir
 
 from fusednorm.kernels.geometry import Geometry, geometry
-from fusednorm.reference import Norm
+from fusednorm.reference import Norm, each_its_own
 
 BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
 
@@ -43,9 +43,10 @@ class Call:
       x, scale, bias, dy: shape and dtype of each, or None where there is none.
       beside: likewise, of the residual that a forward adds to x, or of dh, to which a
         backward adds dx.
+      shortcut: likewise, of what is added to z, before the activation.
       mask: whether a mask is given.
       statistics: whether the forward returns mean and variance too.
-      wanted: which of dx, dscale and dbias the backward returns.
+      wanted: which of dx, dscale, dbias and dshortcut the backward returns.
       own_params: leading axes of x that keep a dscale and dbias of their own.
     """
 
@@ -56,9 +57,10 @@ class Call:
     bias: jax.ShapeDtypeStruct | None = None
     dy: jax.ShapeDtypeStruct | None = None
     beside: jax.ShapeDtypeStruct | None = None
+    shortcut: jax.ShapeDtypeStruct | None = None
     mask: bool = False
     statistics: bool = False
-    wanted: tuple[bool, bool, bool] = (True, True, True)
+    wanted: tuple[bool, bool, bool, bool] = (True, True, True, False)
     own_params: int = 0
 
     @property
@@ -81,7 +83,27 @@ class Call:
     def has_params(self) -> bool:
         """Whether there is a scale or a bias, or a gradient for one is wanted."""
         given = self.scale is not None or self.bias is not None
-        return given or (self.op == "backward" and any(self.wanted[1:]))
+        return given or (self.op == "backward" and any(self.wanted[1:3]))
+
+    @property
+    def scales_each(self) -> bool:
+        """Whether each element of x has its own scale."""
+        return self.scale is not None and each_its_own(self.scale, self.x)
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Those of dscale and dbias that a backward returns, and adds up."""
+        _, dscale, dbias, _ = self.wanted
+        wanted = ("dscale", dscale and not self.scales_each), ("dbias", dbias)
+        return tuple(name for name, want in wanted if want)
+
+    @property
+    def own(self) -> int:
+        """Leading axes of x along which scale, bias or what their gradients add up to
+        vary."""
+        given = [self.bias, None if self.scales_each else self.scale]
+        leads = [len(p.shape) - 1 for p in given if p is not None]
+        return max(self.own_params, *leads, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +144,9 @@ class Kernel:
       name: the kernel, e.g. "rowwise forward".
       launch: the kernel itself. Takes the operands of the reference function of the
         same name, (x, scale, bias, mask) or (dy, x, scale, bias, mean, var, mask), each
-        an array or None, and the one that is `beside` x, if any. Returns a list: y, of
-        a sum that too, and with `statistics` mean (if centred) and var; or those of dx,
-        dscale and dbias that are `wanted`.
+        an array or None, and by name what else there is: residual or dh, and shortcut.
+        Returns a list: y, of a sum that too, and with `statistics` mean (if centred)
+        and var; or those of dx, dscale, dbias and dshortcut that are `wanted`.
       block: what one block works on, in words.
       why: why this variant was chosen, in words.
       bytes_moved: bytes read from and written to device memory.
@@ -276,7 +298,7 @@ def _refusal(call: Call) -> str | None:
     """Why no kernel of any platform takes the call, or None."""
     if call.mask:
         return "mask given"
-    for name in ("x", "scale", "bias", "dy", "beside"):
+    for name in ("x", "scale", "bias", "dy", "beside", "shortcut"):
         operand = getattr(call, name)
         if operand is not None and operand.dtype.name not in _KERNEL_DTYPES:
             if name == "beside":
@@ -286,12 +308,19 @@ def _refusal(call: Call) -> str | None:
             )
     if call.norm.dtype.name not in _KERNEL_DTYPES:
         return f"{call.norm.dtype.name} output; kernels give {_either(_KERNEL_DTYPES)}"
-    if any(
-        param is not None and len(param.shape) > 1 for param in (call.scale, call.bias)
-    ):
-        return "scale or bias differ along an axis mapped by vmap"
     if not all(isinstance(size, int) for size in call.x.shape):
         return f"symbolic shape {call.x.shape}"
+    for name in ("scale", "bias"):
+        param = getattr(call, name)
+        if param is None or len(param.shape) == 1:
+            continue
+        lead = param.shape[:-1]
+        reduced = [axis for axis in call.norm.reduction_axes if call.x.shape[axis] > 1]
+        if lead != call.x.shape[: len(lead)] or any(a < len(lead) for a in reduced):
+            return (
+                f"{name} varies along other axes than the first ones, or along reduced "
+                f"ones: its shape is {param.shape}, that of x {call.x.shape}"
+            )
     if 0 in call.x.shape:
         return "x is empty"
     if call.geometry is None:

@@ -27,6 +27,9 @@ class Choice:
       activation: that the kernel, or the reference, applies; "" where there is none.
       scale_offset: what it adds to the scale.
       residual: whether it adds a residual to x, or dx to the cotangent of the sum.
+      own: shape of a scale, or bias, that does not hold for all samples or rows; "" of
+        one that does.
+      shortcut: whether it adds a residual, or a bias of each row, behind the norm.
     """
 
     op: str
@@ -36,6 +39,8 @@ class Choice:
     activation: str = ""
     scale_offset: float = 0.0
     residual: bool = False
+    own: str = ""
+    shortcut: bool = False
 
     @property
     def backend(self) -> str:
@@ -45,6 +50,8 @@ class Choice:
     def __str__(self) -> str:
         behind = "  residual" if self.residual else ""
         behind += f"  {self.scale_offset:g} + scale" if self.scale_offset else ""
+        behind += f"  scale or bias {self.own}" if self.own else ""
+        behind += "  shortcut" if self.shortcut else ""
         behind += f"  {self.activation}" if self.activation else ""
         head = f"{self.op:<8}  {self.x}  {self.view}".rstrip() + behind
         if isinstance(self.plan, Fallback):
@@ -102,6 +109,7 @@ def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
 
 def _choice(call: dispatch.Call, target: Target, backend: str) -> Choice:
     view = call.geometry
+    params = [param for param in (call.scale, call.bias) if param is not None]
     return Choice(
         op=call.op,
         x=_described(call.x),
@@ -110,6 +118,8 @@ def _choice(call: dispatch.Call, target: Target, backend: str) -> Choice:
         activation=call.norm.activation or "",
         scale_offset=call.norm.scale_offset,
         residual=call.beside is not None,
+        own=next((str(p.shape) for p in params if len(p.shape) > 1), ""),
+        shortcut=call.shortcut is not None,
     )
 
 

@@ -6,6 +6,9 @@ calls the op of `kernels/norm.py`. What they share:
   x: float32, bfloat16, float16, float64 or complex; integers are taken as float32.
   scale, bias: real or complex, each with its own dtype, or None for none. They are used
     in float32 (float64 where the output is), not rounded to the output's dtype first.
+    Of x's rank, they may vary along the axes before the features too, as (batch, 1,
+    features) or (batch, tokens, features): adaptive layer norm (Peebles and Xie 2022,
+    arXiv:2212.09748, section 3.2), with `scale_offset=1.0` for 1 + scale.
   dtype: dtype of the output; None is what jax.numpy promotes x, scale and bias to.
   mask: bool, broadcastable to x: which elements the statistics are taken from. All are
     normalized. Where it lets nothing in, the mean is 0 and the variance 1.
@@ -16,9 +19,11 @@ calls the op of `kernels/norm.py`. What they share:
     ValueError for others, and for another name.
   scale_offset: added to the scale, in float32: 1.0 where the scale is kept as its
     distance from 1, which weight decay then pulls to 1. ValueError without a scale.
-  residual: an array of x's shape. h = x + residual is what is normalized, rounded to
-    the dtype that the two promote to, and returned behind y: `y, h = ...`. A kernel
-    adds them as it reads them, and backward adds dx to the cotangent of h.
+  residual: an array of x's shape. In `layer_norm` and `rms_norm` it is added before,
+    as pre-norm transformers do: h = x + residual is what is normalized, rounded to the
+    dtype that the two promote to, and returned behind y: `y, h = ...`. A kernel adds
+    them as it reads them, and backward adds dx to the cotangent of h. In the others it
+    is added behind, as in a ResNet: y = act(norm(x) + residual), in float32.
 
 Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) / n.
 """
@@ -34,7 +39,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fusednorm.kernels import norm as op
-from fusednorm.reference import ACTIVATIONS, Norm
+from fusednorm.reference import ACTIVATIONS, Norm, each_its_own
 
 Axes = int | Iterable[int]
 Maybe = ArrayLike | None
@@ -61,7 +66,8 @@ def layer_norm(
     Args:
       x: array of any shape.
       scale, bias: shape (features,), features being the product of x's sizes along
-        `feature_axes`; or None.
+        `feature_axes`; or of x's rank and broadcasting to x, if these are its last
+        axes; or None.
       epsilon: added to the variance, inside the square root.
       reduction_axes: axes that share one mean and variance.
       feature_axes: axes along which scale and bias vary.
@@ -100,6 +106,7 @@ def rms_norm(
     x: ArrayLike,
     scale: Maybe = None,
     *,
+    bias: Maybe = None,
     epsilon: float = 1e-6,
     reduction_axes: Axes = -1,
     feature_axes: Axes = -1,
@@ -113,14 +120,14 @@ def rms_norm(
 ) -> Any:
     """Root-mean-square normalization: y = x * rsqrt(mean(x^2) + epsilon) * scale.
 
-    Arguments, result and errors are those of `layer_norm`, without a bias.
+    Arguments, result and errors are those of `layer_norm`; a bias has to be named.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4.
     """
     return _normalize_axes(
         x,
         scale,
-        None,
+        bias,
         reduction_axes,
         feature_axes,
         False,
@@ -149,18 +156,19 @@ def group_norm(
     axis_index_groups: Any = None,
     activation: str | None = None,
     scale_offset: float = 0.0,
+    residual: Maybe = None,
 ) -> jax.Array:
     """Group normalization: statistics of each group of channels, in each sample.
 
     Args:
       x: shape (batch, ..., channels).
-      scale, bias: shape (channels,), or None.
+      scale, bias: shape (channels,), or of x's rank and broadcasting to x; or None.
       num_groups: into how many groups of equal size the channels are split.
       epsilon: added to the variance, inside the square root.
       reduction_axes: axes that share one mean and variance; the last axis, of the
         channels, must be among them. None is all but the first.
-      dtype, mask, axis_name, axis_index_groups, activation, scale_offset: see
-        the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
+        residual: see the module's docstring.
 
     Returns:
       Array of x's shape.
@@ -168,11 +176,12 @@ def group_norm(
     Raises:
       TypeError: scale or bias does not fit the channels.
       ValueError: the groups do not divide the channels, `reduction_axes` lacks the last
-        axis, an axis is out of range, or the mask does not broadcast to x.
+        axis, an axis is out of range, the mask does not broadcast to x, or the residual
+        has another shape.
 
     Source: Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3 and 7.
     """
-    x, dtype = _promote(x, scale, bias, dtype=dtype)
+    x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
     if x.ndim == 0 or num_groups < 1 or x.shape[-1] % num_groups:
         raise ValueError(
             f"num_groups={num_groups} must divide the channels, the last axis of x "
@@ -198,9 +207,7 @@ def group_norm(
     return op.normalize(
         spec,
         x,
-        _param(scale, "scale", spec, x),
-        _param(bias, "bias", spec, x),
-        _mask(mask, x),
+        *_params(scale, bias, mask, residual, spec, x),
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )
@@ -219,24 +226,25 @@ def instance_norm(
     axis_index_groups: Any = None,
     activation: str | None = None,
     scale_offset: float = 0.0,
+    residual: Maybe = None,
 ) -> jax.Array:
     """Instance normalization: statistics of each channel in each sample.
 
     Args:
       x: shape (batch, ...), with the channels along `feature_axes`.
-      scale, bias: shape (features,), or None.
+      scale, bias: shape (features,), or of x's rank and broadcasting to x; or None.
       epsilon: added to the variance, inside the square root.
       feature_axes: axes of the channels; all others but the first are reduced.
-      dtype, mask, axis_name, axis_index_groups, activation, scale_offset: see
-        the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
+        residual: see the module's docstring.
 
     Returns:
       Array of x's shape.
 
     Raises:
       TypeError: scale or bias does not fit x along `feature_axes`.
-      ValueError: `feature_axes` includes the first axis, an axis is out of range, or
-        the mask does not broadcast to x.
+      ValueError: `feature_axes` includes the first axis, an axis is out of range, the
+        mask does not broadcast to x, or the residual has another shape.
 
     Source: Ulyanov et al. 2016 (arXiv:1607.08022), eq. 2.
     """
@@ -262,6 +270,7 @@ def instance_norm(
         axis_index_groups,
         activation,
         scale_offset,
+        shortcut=residual,
     )
 
 
@@ -278,16 +287,17 @@ def batch_norm(
     axis_index_groups: Any = None,
     activation: str | None = None,
     scale_offset: float = 0.0,
+    residual: Maybe = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch normalization with the statistics of the batch, as in training.
 
     Args:
       x: array of any shape.
-      scale, bias: shape (features,), or None.
+      scale, bias: shape (features,), or of x's rank and broadcasting to x; or None.
       epsilon: added to the variance, inside the square root.
       axis: axis of the features, or several; all others are reduced.
-      dtype, mask, axis_name, axis_index_groups, activation, scale_offset: see
-        the module's docstring.
+      dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
+        residual: see the module's docstring.
 
     Returns:
       y: x's shape.
@@ -296,11 +306,12 @@ def batch_norm(
 
     Raises:
       TypeError: scale or bias does not fit x along `axis`.
-      ValueError: an axis is out of range, or the mask does not broadcast to x.
+      ValueError: an axis is out of range, the mask does not broadcast to x, or the
+        residual has another shape.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1.
     """
-    x, dtype = _promote(x, scale, bias, dtype=dtype)
+    x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
     features = _axes(axis, x.ndim, "axis")
     spec = Norm(
         reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
@@ -313,9 +324,7 @@ def batch_norm(
     y, mean, var = op.normalize_with_moments(
         spec,
         x,
-        _param(scale, "scale", spec, x),
-        _param(bias, "bias", spec, x),
-        _mask(mask, x),
+        *_params(scale, bias, mask, residual, spec, x),
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )
@@ -339,6 +348,7 @@ def batch_norm_inference(
     dtype: DTypeLike | None = None,
     activation: str | None = None,
     scale_offset: float = 0.0,
+    residual: Maybe = None,
 ) -> jax.Array:
     """Batch normalization with given statistics, as in inference.
 
@@ -347,18 +357,19 @@ def batch_norm_inference(
     Args:
       x: array of any shape.
       mean, var: shape (features,), used in float32 at least.
-      scale, bias, epsilon, axis, dtype, activation, scale_offset: as for `batch_norm`.
+      scale, bias, epsilon, axis, dtype, activation, scale_offset, residual: as for
+        `batch_norm`.
 
     Returns:
       Array of x's shape.
 
     Raises:
       TypeError: mean, var, scale or bias does not fit x along `axis`.
-      ValueError: an axis is out of range.
+      ValueError: an axis is out of range, or the residual has another shape.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 2.
     """
-    x, dtype = _promote(x, scale, bias, dtype=dtype)
+    x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
     features = _axes(axis, x.ndim, "axis")
     spec = Norm(
         reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
@@ -370,16 +381,11 @@ def batch_norm_inference(
     )
     shape = [x.shape[a] if a in features else 1 for a in range(x.ndim)]
     statistics = [
-        jnp.reshape(_param(value, name, spec, x), shape).astype(spec.compute_dtype)
+        jnp.reshape(_shared(value, name, spec, x), shape).astype(spec.compute_dtype)
         for value, name in ((mean, "mean"), (var, "var"))
     ]
-    return op.fusednorm_inference(
-        spec,
-        x,
-        *statistics,
-        _param(scale, "scale", spec, x),
-        _param(bias, "bias", spec, x),
-    )
+    scale, bias, _, shortcut = _params(scale, bias, None, residual, spec, x)
+    return op.fusednorm_inference(spec, x, *statistics, scale, bias, shortcut)
 
 
 def anything_counted(
@@ -427,8 +433,9 @@ def _normalize_axes(
     activation: str | None,
     scale_offset: float,
     residual: Maybe = None,
+    shortcut: Maybe = None,
 ) -> Any:
-    x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
+    x, dtype = _promote(x, scale, bias, residual, shortcut, dtype=dtype)
     spec = Norm(
         reduction_axes=_axes(reduction_axes, x.ndim, "reduction_axes"),
         feature_axes=_axes(feature_axes, x.ndim, "feature_axes"),
@@ -438,11 +445,7 @@ def _normalize_axes(
         activation=_activation(activation, x, dtype),
         scale_offset=_offset(scale_offset, scale),
     )
-    operands = (
-        _param(scale, "scale", spec, x),
-        _param(bias, "bias", spec, x),
-        _mask(mask, x),
-    )
+    operands = _params(scale, bias, mask, shortcut, spec, x)
     over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
     if residual is None:
         return op.normalize(spec, x, *operands, **over)
@@ -511,16 +514,54 @@ def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
     return tuple(sorted({axis % ndim for axis in given}))
 
 
+def _params(
+    scale: Maybe, bias: Maybe, mask: Maybe, shortcut: Maybe, spec: Norm, x: jax.Array
+) -> tuple[Any, Any, Any, Any]:
+    """Scale, bias, mask and shortcut as the op takes them.
+
+    A bias of each element's own is a shortcut.
+    """
+    shared = _param(bias, "bias", spec, x)
+    added: Any = None if shortcut is None else _residual(shortcut, x)
+    if shared is not None and each_its_own(shared, x):
+        own, shared = shared, None
+        added = own if added is None else own.astype(spec.compute_dtype) + added
+    if added is not None and not jnp.issubdtype(added.dtype, jnp.inexact):
+        added = added.astype(spec.compute_dtype)
+    return _param(scale, "scale", spec, x), shared, _mask(mask, x), added
+
+
 def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
+    """Shape (features,), behind those of x's leading axes along which it varies."""
     if param is None:
         return None
+    param = jnp.asarray(param)
+    first = x.ndim - len(spec.feature_axes)  # the first feature axis, if they are last
+    before, sizes = x.shape[:first], x.shape[first:]
+    varies = (
+        param.ndim == x.ndim
+        and spec.feature_axes == tuple(range(first, x.ndim))
+        and all(own in (1, n) for own, n in zip(param.shape, x.shape, strict=True))
+    )
+    if not varies:
+        return _shared(param, name, spec, x)
+    lead = param.shape[:first]
+    param = jnp.broadcast_to(param, (*lead, *sizes))
+    while lead and lead[-1] == 1 and (lead != before or set(lead) == {1}):
+        lead = lead[:-1]
+    return param.reshape(*lead, math.prod(sizes))
+
+
+def _shared(param: ArrayLike, name: str, spec: Norm, x: jax.Array) -> jax.Array:
+    """Shape (features,)."""
     param = jnp.asarray(param)
     sizes = tuple(x.shape[axis] for axis in spec.feature_axes)
     if param.size != math.prod(sizes):
         raise TypeError(
             f"{name} has shape {param.shape}, expected ({math.prod(sizes)},): x with "
             f"shape {x.shape} has sizes {sizes} along its feature axes "
-            f"{spec.feature_axes}."
+            f"{spec.feature_axes}. One that varies along other axes must have x's rank "
+            "and broadcast to it, and the feature axes be the last."
         )
     return param.reshape(-1)
 

@@ -4,10 +4,14 @@
     tangent_p    x_dot, scale_dot, bias_dot -> y_dot, linear in these three
     gradient_p   dy, x, scale, mean, var -> dx, dscale, dbias
 
-Before an activation lies the bias: the latter two are given it where there is one.
-With a residual norm_p normalizes h = x + residual. It can return h too, or x where
-there is none (`carries`): its tangent goes through tangent_p unchanged, so that the
-transpose of that primitive has its cotangent in hand, and gradient_p adds dx to it.
+To x_hat * scale + bias a shortcut can be added, of x's shape. Before an activation lie
+bias and shortcut: the latter two are given them where there are any. With a residual
+norm_p normalizes h = x + residual. It can return h too, or x where there is none
+(`carries`): its tangent goes through tangent_p unchanged, so that the transpose of that
+primitive has its cotangent in hand, and gradient_p adds dx to it.
+
+A scale or bias can have leading axes, those of x along which it varies: of each sample,
+or of each row, or what vmap has made of it.
 
 How they hang together:
 
@@ -51,17 +55,20 @@ def normalize(
     scale: Maybe = None,
     bias: Maybe = None,
     mask: Maybe = None,
+    shortcut: Maybe = None,
     *,
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
 ) -> jax.Array:
-    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias).
+    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias + shortcut).
 
     Args:
       norm: what is normalized over what; see `fusednorm.reference.Norm`.
       x: float or complex array of any shape.
-      scale, bias: shape (features,), or None.
+      scale, bias: shape (features,), behind leading axes of x along which they vary; or
+        None.
       mask: None, or bool of x's rank that broadcasts to x.
+      shortcut: x's shape, or None.
       axis_name: mapped axes over which the statistics are combined too.
       axis_index_groups: as for `jax.lax.psum`.
 
@@ -69,8 +76,9 @@ def normalize(
       Array of x's shape, dtype `norm.dtype`.
     """
     if _is_plain(axis_name, norm.dtype, x.dtype):
-        return _plain(norm, x, scale, bias, mask, axis_name, axis_index_groups)[0]
-    operands = _alike_over_devices(x, scale, bias, mask)
+        operands = (x, scale, bias, mask, shortcut)
+        return _plain(norm, *operands, axis_name, axis_index_groups)[0]
+    operands = _alike_over_devices(x, scale, bias, mask, None, shortcut)
     return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
 
 
@@ -80,6 +88,7 @@ def normalize_with_moments(
     scale: Maybe = None,
     bias: Maybe = None,
     mask: Maybe = None,
+    shortcut: Maybe = None,
     *,
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
@@ -92,8 +101,9 @@ def normalize_with_moments(
         centring.
     """
     if _is_plain(axis_name, norm.dtype, x.dtype):
-        return _plain(norm, x, scale, bias, mask, axis_name, axis_index_groups)
-    operands = _alike_over_devices(x, scale, bias, mask)
+        operands = (x, scale, bias, mask, shortcut)
+        return _plain(norm, *operands, axis_name, axis_index_groups)
+    operands = _alike_over_devices(x, scale, bias, mask, None, shortcut)
     y, *statistics = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, statistics=True
     )
@@ -108,6 +118,7 @@ def normalize_sum(
     scale: Maybe = None,
     bias: Maybe = None,
     mask: Maybe = None,
+    shortcut: Maybe = None,
     *,
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
@@ -124,8 +135,8 @@ def normalize_sum(
     if not rowwise or _is_plain(axis_name, norm.dtype, x.dtype, residual.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
-        return normalize(norm, h, scale, bias, mask, **crossing), h
-    operands = _alike_over_devices(x, scale, bias, mask, residual)
+        return normalize(norm, h, scale, bias, mask, shortcut, **crossing), h
+    operands = _alike_over_devices(x, scale, bias, mask, residual, shortcut)
     y, h = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, carries=True
     )
@@ -139,7 +150,7 @@ def _is_plain(axis_name: Hashable | None, *dtypes: Any) -> bool:
     )
 
 
-def _alike_over_devices(x: jax.Array, *others: Maybe) -> tuple[Maybe, ...]:
+def _alike_over_devices(x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
     """Makes all operands vary over the same manual axes of a `jax.shard_map`.
 
     Parameters are the same on every device of the axis, x is not: the cast says so, and
@@ -172,10 +183,11 @@ def fusednorm_normalize(
     bias: Maybe,
     mask: Maybe,
     residual: Maybe = None,
+    shortcut: Maybe = None,
     carries: bool = False,
     statistics: bool = False,
 ) -> list[jax.Array]:
-    operands, tree = jax.tree.flatten((x, scale, bias, mask, residual))
+    operands, tree = jax.tree.flatten((x, scale, bias, mask, residual, shortcut))
     return norm_p.bind(
         *operands,
         tree=tree,
@@ -195,15 +207,16 @@ def fusednorm_plain(
     scale: Maybe,
     bias: Maybe,
     mask: Maybe,
+    shortcut: Maybe,
     axis_name: Hashable | None,
     groups: Any,
 ) -> tuple[jax.Array, Maybe, jax.Array]:
     if axis_name is None:
-        return reference.forward(norm, x, scale, bias, mask)
+        return reference.forward(norm, x, scale, bias, mask, shortcut)
     moments = reference.moments(norm, x, mask)
     count, mean, m2 = reference.combine(*moments, axis_name, groups)
     var = reference.variance(count, m2)
-    return reference.apply(norm, x, mean, var, scale, bias), mean, var
+    return reference.apply(norm, x, mean, var, scale, bias, shortcut), mean, var
 
 
 def _plain(
@@ -212,28 +225,35 @@ def _plain(
     scale: Maybe,
     bias: Maybe,
     mask: Maybe,
+    shortcut: Maybe,
     axis_name: Hashable | None,
     axis_index_groups: Any,
 ) -> tuple[jax.Array, Maybe, jax.Array]:
     groups = axis_index_groups and tuple(tuple(group) for group in axis_index_groups)
-    return fusednorm_plain(norm, x, scale, bias, mask, axis_name, groups)
+    return fusednorm_plain(norm, x, scale, bias, mask, shortcut, axis_name, groups)
 
 
 # BatchNorm with running statistics is elementwise, and XLA fuses it with its
 # neighbours.
 @functools.partial(jax.jit, static_argnames="norm")
 def fusednorm_inference(
-    norm: Norm, x: jax.Array, mean: Maybe, var: jax.Array, scale: Maybe, bias: Maybe
+    norm: Norm,
+    x: jax.Array,
+    mean: Maybe,
+    var: jax.Array,
+    scale: Maybe,
+    bias: Maybe,
+    shortcut: Maybe = None,
 ) -> jax.Array:
-    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias), for statistics given.
+    """`normalize` for statistics given.
 
     Args:
       norm: axes of the features, epsilon, activation, dtype of y.
       x: any shape.
       mean, var: x's rank, with size 1 along reduced axes.
-      scale, bias: shape (features,), or None.
+      scale, bias, shortcut: as for `normalize`.
     """
-    return reference.apply(norm, x, mean, var, scale, bias)
+    return reference.apply(norm, x, mean, var, scale, bias, shortcut)
 
 
 # --- the primitives -------------------------------------------------------------------
@@ -249,9 +269,11 @@ def _norm_formula(
     statistics: bool,
     sparing: bool = False,
 ) -> list[jax.Array]:
-    x, scale, bias, mask, residual = operands
+    x, scale, bias, mask, residual, shortcut = operands
     h = x if residual is None else reference.add(x, residual)
-    y, mean, var = reference.forward(norm, h, scale, bias, mask, sparing=sparing)
+    y, mean, var = reference.forward(
+        norm, h, scale, bias, mask, shortcut, sparing=sparing
+    )
     found = [y, h] if carries else [y]
     return found + [r for r in (mean, var) if statistics and r is not None]
 
@@ -267,7 +289,7 @@ def _gradient_formula(
     operands: tuple[Any, ...],
     *,
     norm: Norm,
-    wanted: tuple[bool, bool, bool],
+    wanted: tuple[bool, bool, bool, bool],
     own_params: int,
     sparing: bool = False,
 ) -> list[jax.Array]:
@@ -336,11 +358,12 @@ def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
 def _launch(
     kernel: dispatch.Kernel, params: dict[str, Any], *flat: jax.Array
 ) -> list[jax.Array]:
-    *operands, beside = params["tree"].unflatten(flat)  # the residual, or dh
-    if beside is not None:
-        return kernel.launch(*operands, beside)
-    results: list[jax.Array] = kernel.launch(*operands)
-    if params.get("carries"):
+    *operands, beside, shortcut = params["tree"].unflatten(flat)
+    name = "dh" if "wanted" in params else "residual"
+    others = {name: beside, "shortcut": shortcut}
+    given = {name: array for name, array in others.items() if array is not None}
+    results: list[jax.Array] = kernel.launch(*operands, **given)
+    if params.get("carries") and beside is None:
         results.insert(1, operands[0])
     return results
 
@@ -356,7 +379,7 @@ def call_of(
     """What `plan` must know of one bound primitive; None for what no kernel does."""
     operands = [dispatch.describe(aval) for aval in params["tree"].unflatten(avals)]
     if primitive is norm_p:
-        x, scale, bias, mask, residual = operands
+        x, scale, bias, mask, residual, shortcut = operands
         return dispatch.Call(
             op="forward",
             norm=params["norm"],
@@ -364,11 +387,12 @@ def call_of(
             scale=scale,
             bias=bias,
             beside=residual,
+            shortcut=shortcut,
             mask=mask is not None,
             statistics=params["statistics"],
         )
     if primitive is gradient_p:
-        dy, x, scale, bias, _, _, mask, dh = operands
+        dy, x, scale, bias, _, _, mask, dh, shortcut = operands
         return dispatch.Call(
             op="backward",
             norm=params["norm"],
@@ -377,6 +401,7 @@ def call_of(
             bias=bias,
             dy=dy,
             beside=dh,
+            shortcut=shortcut,
             mask=mask is not None,
             wanted=params["wanted"],
             own_params=params["own_params"],
@@ -397,10 +422,10 @@ def _norm_jvp(
     carries: bool,
     statistics: bool,
 ) -> tuple[list[Any], list[Any]]:
-    h, scale, bias, mask, residual = tree.unflatten(primals)
+    h, scale, bias, mask, residual, shortcut = tree.unflatten(primals)
     if norm.activation is None:
-        bias = None  # no derivative depends on it
-    h_dot, scale_dot, bias_dot, _, residual_dot = tree.unflatten(
+        bias = shortcut = None  # no derivative depends on them
+    h_dot, scale_dot, bias_dot, _, residual_dot, shortcut_dot = tree.unflatten(
         [None if isinstance(t, ad.Zero) else t for t in tangents]
     )
     y, *moments = norm_p.bind(
@@ -418,8 +443,9 @@ def _norm_jvp(
         h_dot = functools.reduce(jnp.add, dots) if dots else None
     mean, var = moments if norm.center else (None, *moments)
     passes = carries and h_dot is not None
+    moving = (h_dot, scale_dot, bias_dot, shortcut_dot)
     flat, tangent_tree = jax.tree.flatten(
-        (h_dot, scale_dot, bias_dot, h, scale, bias, mean, var, mask)
+        (*moving, h, scale, bias, mean, var, mask, shortcut)
     )
     dots = tangent_p.bind(
         *flat, tree=tangent_tree, norm=norm, backend=backend, carries=passes
@@ -447,8 +473,8 @@ def _tangent_transpose(
     carries: bool,
 ) -> list[Any]:
     dy, *others = cotangents
-    *dots, x, scale, bias, mean, var, mask = tree.unflatten(flat)
-    wanted = tuple(ad.is_undefined_primal(dot) for dot in dots)
+    *dots, x, scale, bias, mean, var, mask, shortcut = tree.unflatten(flat)
+    wanted = [ad.is_undefined_primal(dot) for dot in dots]
     avals = [dot.aval for dot in dots if ad.is_undefined_primal(dot)]
     dh = others[0] if carries and wanted[0] else None  # of x_dot as it went through
     dh = None if isinstance(dh, ad.Zero) else dh
@@ -457,18 +483,30 @@ def _tangent_transpose(
         if dh is not None:
             found[0] = dh
     else:
-        params = [dot.aval for dot in dots[1:] if ad.is_undefined_primal(dot)]
+        # Without an activation dz is dy.
+        adds_dy = wanted[3] and norm.activation is None
+        wanted[3] = wanted[3] and not adds_dy
+        # Nothing adds up where each element has its own scale.
+        each = scale is not None and reference.each_its_own(scale, x)
+        summed = [
+            dot.aval
+            for dot in (dots[2:3] if each else dots[1:3])
+            if ad.is_undefined_primal(dot)
+        ]
         operands, gradient_tree = jax.tree.flatten(
-            (dy, x, scale, bias, mean, var, mask, dh)
+            (dy, x, scale, bias, mean, var, mask, dh, shortcut)
         )
-        found = gradient_p.bind(
-            *operands,
-            tree=gradient_tree,
-            norm=norm,
-            backend=backend,
-            wanted=wanted,
-            own_params=max((len(aval.shape) - 1 for aval in params), default=0),
-        )
+        found = []
+        if any(wanted):
+            found = gradient_p.bind(
+                *operands,
+                tree=gradient_tree,
+                norm=norm,
+                backend=backend,
+                wanted=tuple(wanted),
+                own_params=max((len(aval.shape) - 1 for aval in summed), default=0),
+            )
+        found += [dy] if adds_dy else []
         found = [_sum_to(value, aval) for value, aval in zip(found, avals, strict=True)]
     next_found = iter(found)
     return [next(next_found) if ad.is_undefined_primal(a) else None for a in flat]
@@ -523,8 +561,8 @@ for _p, _formula in ((tangent_p, _tangent_formula), (gradient_p, _gradient_formu
 # --- vmap -----------------------------------------------------------------------------
 
 # Which operands are a scale or a bias, or the tangent of one.
-_PARAMS = {norm_p: (1, 2), tangent_p: (1, 2, 4, 5), gradient_p: (2, 3)}
-_MASK = {norm_p: 3, tangent_p: 8, gradient_p: 6}
+_PARAMS = {norm_p: (1, 2), tangent_p: (1, 2, 5, 6), gradient_p: (2, 3)}
+_MASK = {norm_p: 3, tangent_p: 9, gradient_p: 6}
 
 
 def _batch(
@@ -552,8 +590,8 @@ def _batch(
             return None
         if dim is not None:
             return jnp.moveaxis(operand, dim, 0)
-        if index in _PARAMS[primitive]:
-            return operand if operand.ndim == 1 else operand[None]
+        if index in _PARAMS[primitive] and operand.ndim == 1:
+            return operand
         if index == _MASK[primitive]:
             return operand[None]
         return jnp.broadcast_to(operand, (size, *operand.shape))

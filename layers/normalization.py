@@ -2,9 +2,10 @@
 
 Each is a subclass of flax's layer and replaces its `__call__` alone: constructor, state
 tree, metadata, `train()`, `eval()`, `nnx.view` and checkpoints are flax's own. Output
-shapes and dtypes are flax's in every case. A call takes more keywords, `activation` and
-`scale_offset`, and `residual` for LayerNorm and RMSNorm: what the kernels do to what
-they have in registers. What differs is in the numbers, and better:
+shapes and dtypes are flax's in every case. A call takes more keywords, `activation`,
+`scale_offset` and `residual`, and `scale` and `bias` for LayerNorm and RMSNorm: what
+the kernels do to what they have in registers. What differs is in the numbers, and
+better:
 
   - The variance is centred, whatever `use_fast_variance` says. flax's default,
     E[x^2] - E[x]^2, loses all digits where the mean is a few thousand times the
@@ -47,6 +48,17 @@ def _promote(
     given = layer.promote_dtype(given, dtype=layer.dtype)
     deciding = (given[0], *given[1 + statistics :])
     return list(given), dtypes.canonicalize_dtype(*deciding, dtype=layer.dtype)
+
+
+def _own_or_given(layer: Any, name: str, given: Any) -> Any:
+    """The scale or bias of a layer, or that of a call where the layer has none."""
+    own = getattr(layer, name, None)
+    if own is not None and given is not None:
+        raise ValueError(
+            f"The layer has a {name}, and the call gives it another one of shape "
+            f"{jnp.shape(given)}: construct the layer with use_{name}=False."
+        )
+    return own if given is None else jnp.asarray(given)
 
 
 def _shared(
@@ -96,6 +108,8 @@ class LayerNorm(nnx.LayerNorm):
         activation: str | None = None,
         scale_offset: float = 0.0,
         residual: Any = None,
+        scale: Any = None,
+        bias: Any = None,
     ) -> Any:
         """Normalizes x.
 
@@ -109,6 +123,8 @@ class LayerNorm(nnx.LayerNorm):
             its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
           residual: array of x's shape. h = x + residual is normalized, and returned
             too, in the dtype that the two promote to: `y, h = layer(x, residual=r)`.
+          scale, bias: arrays of x's rank that broadcast to x, for a layer that has none
+            of its own (`use_scale=False, use_bias=False`): adaptive layer norm.
 
         Returns:
           Array of x's shape; dtype as flax promotes it. With a residual (y, h).
@@ -116,12 +132,13 @@ class LayerNorm(nnx.LayerNorm):
         Raises:
           TypeError: x does not fit scale or bias along `feature_axes`.
           ValueError: an axis is out of range, the mask does not broadcast to x, the
-            residual has another shape, or `dtype` is not a float or complex type.
+            residual has another shape, the layer has a scale or bias and another one is
+            given, or `dtype` is not a float or complex type.
         """
         given = [] if residual is None else [residual]
-        (x, scale, bias, *given), dtype = _promote(
-            self, x, self.scale, self.bias, *given
-        )
+        scale = _own_or_given(self, "scale", scale)
+        bias = _own_or_given(self, "bias", bias)
+        (x, scale, bias, *given), dtype = _promote(self, x, scale, bias, *given)
         return functional.layer_norm(
             x,
             scale,
@@ -162,13 +179,18 @@ class RMSNorm(nnx.RMSNorm):
         activation: str | None = None,
         scale_offset: float = 0.0,
         residual: Any = None,
+        scale: Any = None,
+        bias: Any = None,
     ) -> Any:
         """Normalizes x; arguments, result and errors as for `LayerNorm`."""
-        given = [] if residual is None else [residual]
-        (x, scale, *given), dtype = _promote(self, x, self.scale, *given)
+        given = [array for array in (bias, residual) if array is not None]
+        scale = _own_or_given(self, "scale", scale)
+        (x, scale, *given), dtype = _promote(self, x, scale, *given)
+        bias = None if bias is None else given.pop(0)
         return functional.rms_norm(
             x,
             scale,
+            bias=bias,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             residual=given[0] if given else None,
@@ -213,6 +235,7 @@ class GroupNorm(nnx.GroupNorm):
         mask: jax.Array | None = None,
         activation: str | None = None,
         scale_offset: float = 0.0,
+        residual: Any = None,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -223,6 +246,8 @@ class GroupNorm(nnx.GroupNorm):
             before it is rounded to its dtype.
           scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
             its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
+          residual: array of x's shape, added to the result before the activation, in
+            the arithmetic's dtype.
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -230,7 +255,8 @@ class GroupNorm(nnx.GroupNorm):
         Raises:
           TypeError: x's last axis is not `num_features` long.
           ValueError: `reduction_axes` lacks the last axis or is out of range, the mask
-            does not broadcast to x, or `dtype` is not a float or complex type.
+            does not broadcast to x, the residual has another shape, or `dtype` is not a
+            float or complex type.
         """
         channels = self.num_groups * self.group_size
         if jnp.shape(x)[-1:] != (channels,):
@@ -239,13 +265,17 @@ class GroupNorm(nnx.GroupNorm):
                 f"last axis: num_groups={self.num_groups} of "
                 f"group_size={self.group_size}."
             )
-        (x, scale, bias), dtype = _promote(self, x, self.scale, self.bias)
+        given = [] if residual is None else [residual]
+        (x, scale, bias, *given), dtype = _promote(
+            self, x, self.scale, self.bias, *given
+        )
         return functional.group_norm(
             x,
             scale,
             bias,
             num_groups=self.num_groups,
             reduction_axes=self.reduction_axes,
+            residual=given[0] if given else None,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
 
@@ -288,6 +318,7 @@ class InstanceNorm(nnx.InstanceNorm):
         mask: jax.Array | None = None,
         activation: str | None = None,
         scale_offset: float = 0.0,
+        residual: Any = None,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -298,6 +329,8 @@ class InstanceNorm(nnx.InstanceNorm):
             before it is rounded to its dtype.
           scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
             its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
+          residual: array of x's shape, added to the result before the activation, in
+            the arithmetic's dtype.
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -305,14 +338,19 @@ class InstanceNorm(nnx.InstanceNorm):
         Raises:
           TypeError: x does not fit scale or bias along `feature_axes`.
           ValueError: `feature_axes` includes the first axis or is out of range, the
-            mask does not broadcast to x, or `dtype` is not a float or complex type.
+            mask does not broadcast to x, the residual has another shape, or `dtype` is
+            not a float or complex type.
         """
-        (x, scale, bias), dtype = _promote(self, x, self.scale, self.bias)
+        given = [] if residual is None else [residual]
+        (x, scale, bias, *given), dtype = _promote(
+            self, x, self.scale, self.bias, *given
+        )
         return functional.instance_norm(
             x,
             scale,
             bias,
             feature_axes=self.feature_axes,
+            residual=given[0] if given else None,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
 
@@ -376,6 +414,7 @@ class BatchNorm(nnx.BatchNorm):
         mask: jax.Array | None = None,
         activation: str | None = None,
         scale_offset: float = 0.0,
+        residual: Any = None,
     ) -> jax.Array:
         """Normalizes x, and in training moves the running averages.
 
@@ -389,6 +428,8 @@ class BatchNorm(nnx.BatchNorm):
             before it is rounded to its dtype.
           scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
             its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
+          residual: array of x's shape, added to the result before the activation, in
+            the arithmetic's dtype.
 
         Returns:
           Array of x's shape; dtype as flax promotes it.
@@ -396,16 +437,19 @@ class BatchNorm(nnx.BatchNorm):
         Raises:
           TypeError: x is not `num_features` long along `axis`.
           ValueError: `use_running_average` was given nowhere, the axis is out of range,
-            the mask does not broadcast to x, or `dtype` is not a float or complex type.
+            the mask does not broadcast to x, the residual has another shape, or `dtype`
+            is not a float or complex type.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
         if use_running_average is None:
             return super().__call__(x)  # flax's error, which says what to do
 
-        (x, mean, var, scale, bias), dtype = _promote(
-            self, x, self.mean, self.var, self.scale, self.bias, statistics=2
+        given = [] if residual is None else [residual]
+        (x, mean, var, scale, bias, *given), dtype = _promote(
+            self, x, self.mean, self.var, self.scale, self.bias, *given, statistics=2
         )
+        residual = given[0] if given else None
         if use_running_average:
             return functional.batch_norm_inference(
                 x,
@@ -418,12 +462,14 @@ class BatchNorm(nnx.BatchNorm):
                 dtype=dtype,
                 activation=activation,
                 scale_offset=scale_offset,
+                residual=residual,
             )
         y, mean, var = functional.batch_norm(
             x,
             scale,
             bias,
             axis=self.axis,
+            residual=residual,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
         counted = functional.anything_counted(

@@ -6,7 +6,7 @@ Formulas, over the elements that share one mean (a row, a group, a channel):
     var   = sum((x - mean)^2) / n            centred: no cancellation at large means
     rstd  = 1 / sqrt(var + epsilon)
     x_hat = (x - mean) * rstd
-    z     = x_hat * scale + bias
+    z     = x_hat * scale + bias             + shortcut, where something is added
     y     = act(z)                           z itself without an activation
 
     dz     = dy * act'(z)
@@ -15,6 +15,7 @@ Formulas, over the elements that share one mean (a row, a group, a channel):
     c2     = sum(wdz) / n
     dx     = rstd * (wdz - c2 - x_hat * c1)
     dscale = sum(dz * x_hat),  dbias = sum(dz)    over all that share one scale
+    dshortcut = dz
 
 RMSNorm leaves the mean out: mean = 0 and c2 = 0. activation.py has act and act'.
 
@@ -137,7 +138,8 @@ def _about(norm: Norm, x: jax.Array, mean: jax.Array | None) -> jax.Array:
 def _spread(norm: Norm, param: jax.Array, view: jax.Array, ndim: int) -> jax.Array:
     """A scale or bias (..., features), shaped to broadcast against the view.
 
-    Leading axes, if any, belong to x's leading axes: `jax.vmap` over the parameters.
+    Leading axes, if any, belong to x's leading axes: those of each sample or row, and
+    `jax.vmap` over the parameters.
     """
     _, feature_axes = _view_axes(norm, ndim)
     lead = param.shape[:-1]
@@ -290,19 +292,22 @@ def apply(
     var: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
+    shortcut: jax.Array | None = None,
 ) -> jax.Array:
-    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias).
+    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias + shortcut).
 
     Args:
       norm: what was normalized over.
       x: any shape.
       mean, var: statistics as `moments` and `variance` return them; mean may be None.
-      scale, bias: shape (features,), or None.
+      scale, bias: shape (features,), or None; with leading axes of x before it where
+        they vary along these.
+      shortcut: x's shape, or None.
 
     Returns:
       Array of x's shape and dtype `norm.dtype`.
     """
-    z = _affine(norm, x, mean, var, scale, bias)
+    z = _affine(norm, x, mean, var, scale, bias, shortcut)
     return activate(norm.activation, z).reshape(x.shape).astype(norm.dtype)
 
 
@@ -313,14 +318,19 @@ def _affine(
     var: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
+    shortcut: jax.Array | None,
 ) -> jax.Array:
-    """The view of z = x_hat * scale + bias, in `norm.compute_dtype`."""
+    """The view of z = x_hat * scale + bias + shortcut, in `norm.compute_dtype`."""
     centred = _about(norm, x, mean)
     factor = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
     if scale is not None:
         factor = factor * norm.weight(_spread(norm, scale, centred, x.ndim))
     z = centred * factor
-    return z if bias is None else z + _spread(norm, bias, centred, x.ndim)
+    if bias is not None:
+        z = z + _spread(norm, bias, centred, x.ndim)
+    if shortcut is not None:
+        z = z + _split(norm, shortcut.astype(norm.compute_dtype))
+    return z
 
 
 def add(x: jax.Array, residual: jax.Array) -> jax.Array:
@@ -343,6 +353,7 @@ def forward(
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
     *,
     sparing: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
@@ -351,7 +362,7 @@ def forward(
     Args:
       norm: what to normalize over.
       x: any shape.
-      scale, bias: shape (features,), or None; any real dtype.
+      scale, bias, shortcut: as for `apply`; any real dtype.
       mask: None, or bool of x's rank that broadcasts to x: the elements that the
         statistics are taken from. All elements are normalized.
       sparing: as for `moments`.
@@ -364,7 +375,7 @@ def forward(
     """
     count, mean, m2 = moments(norm, x, mask, sparing=sparing)
     var = variance(count, m2)
-    return apply(norm, x, mean, var, scale, bias), mean, var
+    return apply(norm, x, mean, var, scale, bias, shortcut), mean, var
 
 
 # --- derivatives ----------------------------------------------------------------------
@@ -375,22 +386,24 @@ def tangent(
     x_dot: jax.Array | None,
     scale_dot: jax.Array | None,
     bias_dot: jax.Array | None,
+    shortcut_dot: jax.Array | None,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
     mask: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
 ) -> jax.Array:
-    """The derivative of y along (x_dot, scale_dot, bias_dot); None is a zero.
+    """The derivative of y along the arguments that end in _dot; None is a zero.
 
     z_dot = scale * rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot))
-            + scale_dot * x_hat + bias_dot
+            + scale_dot * x_hat + bias_dot + shortcut_dot
     y_dot = act'(z) * z_dot
 
-    `bias` matters to an activation alone.
+    `bias` and `shortcut` matter to an activation alone.
 
-    Linear in its first three arguments; `backward` is its transpose.
+    Linear in its first four arguments; `backward` is its transpose.
     """
     axes, _ = _view_axes(norm, x.ndim)
     dtype = norm.compute_dtype
@@ -414,8 +427,10 @@ def tangent(
         z_dot = z_dot + x_hat * _spread(norm, scale_dot, centred, x.ndim)
     if bias_dot is not None:
         z_dot = z_dot + _spread(norm, bias_dot, centred, x.ndim)
+    if shortcut_dot is not None:
+        z_dot = z_dot + _split(norm, shortcut_dot.astype(dtype))
     if norm.activation is not None:
-        z = _affine(norm, x, mean, var, scale, bias)
+        z = _affine(norm, x, mean, var, scale, bias, shortcut)
         z_dot = z_dot * slope(norm.activation, z)
     return z_dot.reshape(x.shape).astype(norm.dtype)
 
@@ -455,41 +470,44 @@ def backward(
     var: jax.Array,
     mask: jax.Array | None = None,
     dh: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
     *,
     own_params: int = 0,
     sparing: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of <dy, y> with respect to x, scale and bias.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of <dy, y> with respect to x, scale, bias and shortcut.
 
     Args:
       norm: what was normalized over.
       dy: cotangent of y, x's shape.
       x: the input.
-      scale: shape (features,), or None for ones.
-      bias: likewise, or None for zeros; it matters to an activation alone.
+      scale: that of the forward, or None for ones.
+      bias, shortcut: likewise, or None for zeros; they matter to an activation alone.
       mean, var: statistics of the forward.
       mask: that of the forward.
       dh: cotangent of x itself, where it goes on beside the norm; dx is added to it.
       own_params: how many leading axes of x keep a dscale and dbias of their own,
-        rather than add up into one (`jax.vmap` of a gradient).
+        rather than add up into one.
       sparing: compute dy once. XLA's CPU code otherwise repeats what made it, such as
         an activation's derivative, in each of the loops below: 1.2 against 1.07 times
         flax's time for GroupNorm and SiLU.
 
     Returns:
       dx: x's shape, in x's dtype.
-      dscale, dbias: shape (*leading, features), in `norm.compute_dtype`.
+      dscale, dbias: shape (*leading, features), in `norm.compute_dtype`. Of a scale of
+        x's shape nothing adds up, and dscale has its shape and dtype.
+      dshortcut: x's shape, in the shortcut's dtype, or dy's without one.
     """
     axes, feature_axes = _view_axes(norm, x.ndim)
     dtype = norm.compute_dtype
-    pixel_axes = [
-        axis for axis in axes if axis not in feature_axes
-    ]  # S of x[N, S, G, K]
-    channel_axes = [axis for axis in axes if axis in feature_axes]  # K
+    # S of x[N, S, G, K], without what scale or bias varies along; and the others.
+    own = max(own_params, 0 if scale is None else scale.ndim - 1)
+    pixel_axes = [axis for axis in axes if axis not in feature_axes and axis >= own]
+    other_axes = [axis for axis in axes if axis not in pixel_axes]
     count = _count(norm, x, mask)
 
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
-    dz = before_activation(norm, dy, x, scale, bias, mean, var)
+    dz = before_activation(norm, dy, x, scale, bias, mean, var, shortcut)
     if sparing:
         dz = lax.optimization_barrier(dz)
     dz_view = _split(norm, dz.astype(dtype))
@@ -502,10 +520,10 @@ def backward(
     weight: Any = 1
     if scale is not None:
         weight = norm.weight(_spread(norm, scale, centred, x.ndim))
-    c1 = _over(_sum(weight * sum_dz_centred, channel_axes), count) * rstd
+    c1 = _over(_sum(weight * sum_dz_centred, other_axes), count) * rstd
     c2 = None
     if norm.center:
-        c2 = _over(_sum(weight * sum_dz, channel_axes), count)
+        c2 = _over(_sum(weight * sum_dz, other_axes), count)
         c2 = _join_statistic(norm, c2)
     c1 = _join_statistic(norm, c1)
     dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
@@ -517,9 +535,19 @@ def backward(
         *x.shape[:own_params],
         math.prod(centred.shape[axis] for axis in feature_axes),
     )
-    dscale = _sum(sum_dz_centred * rstd, sharing).reshape(params_shape)
+    if scale is not None and each_its_own(scale, x):
+        dscale = (dz_view * (centred * rstd)).reshape(x.shape).astype(scale.dtype)
+    else:
+        dscale = _sum(sum_dz_centred * rstd, sharing)
+        dscale = dscale.reshape(params_shape)
     dbias = _sum(sum_dz, sharing).reshape(params_shape)
-    return dx, dscale, dbias
+    dshortcut = dz.astype(dy.dtype if shortcut is None else shortcut.dtype)
+    return dx, dscale, dbias, dshortcut
+
+
+def each_its_own(param: Any, x: Any) -> bool:
+    """Whether each element of x has its own scale."""
+    return len(param.shape) > 1 and param.shape == x.shape
 
 
 def before_activation(
@@ -530,6 +558,7 @@ def before_activation(
     bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
+    shortcut: jax.Array | None = None,
 ) -> jax.Array:
     """dz = dy * act'(z), in `norm.compute_dtype`; dy itself without an activation.
 
@@ -537,7 +566,7 @@ def before_activation(
     """
     if norm.activation is None:
         return dy
-    z = _affine(norm, x, mean, var, scale, bias).reshape(x.shape)
+    z = _affine(norm, x, mean, var, scale, bias, shortcut).reshape(x.shape)
     return dy.astype(norm.compute_dtype) * slope(norm.activation, z)
 
 

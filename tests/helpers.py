@@ -26,7 +26,8 @@ class Truth:
 
     Attributes:
       y, dx: x's shape.
-      dscale, dbias: shape (features,).
+      dscale, dbias: shape (features,), or that of a scale or bias of x's rank.
+      dshortcut: x's shape.
       mean, var: x's rank, size 1 along reduced axes (one a group on the last axis).
       bounds: by name, the error allowed before the result is rounded to its dtype.
     """
@@ -37,6 +38,7 @@ class Truth:
     dx: np.ndarray
     dscale: np.ndarray
     dbias: np.ndarray
+    dshortcut: np.ndarray
     bounds: dict[str, np.ndarray]
 
 
@@ -105,6 +107,8 @@ class Case:
         """fusednorm's y."""
         options = {**dict(self.options), **options}
         params = [scale] if self.kind == "rms_norm" else [scale, bias]
+        if self.kind == "rms_norm" and bias is not None:
+            options["bias"] = bias
         result = getattr(fusednorm, self.kind)(x, *params, **options)
         return result[0] if self.kind == "batch_norm" else result
 
@@ -124,8 +128,21 @@ class Case:
             dy = dy * (np.abs(linear.truth(x, scale, bias, dy).y) > 1e-4)
         return x, scale, bias, dy
 
-    def truth(self, x: Any, scale: Any, bias: Any, dy: Any, mask: Any = None) -> Truth:
-        """The result in float64, from the definition."""
+    def truth(
+        self,
+        x: Any,
+        scale: Any,
+        bias: Any,
+        dy: Any,
+        mask: Any = None,
+        shortcut: Any = None,
+    ) -> Truth:
+        """The result in float64, from the definition.
+
+        scale and bias may be of x's rank, and broadcast to it; the shortcut is what is
+        added before the activation.
+        """
+        given_scale, given_bias = scale, bias
         shape, reduced = list(self.shape), list(self.reduction_axes)
         features = list(self.feature_axes)
         if self.num_groups is not None:
@@ -138,9 +155,19 @@ class Case:
         def view(array: Any) -> np.ndarray:
             return np.asarray(array, np.float64).reshape(shape)
 
+        def shape_of(param: Any) -> list[int]:
+            """In the view."""
+            if param is None or param.size == self.features:
+                return spread
+            assert features == list(range(features[0], len(shape)))
+            lead = list(param.shape[: features[0]])
+            assert len(lead) == len(param.shape[:-1])
+            return lead + shape[features[0] :]
+
         def param(value: Any, default: float) -> np.ndarray:
+            into = shape_of(value)
             value = np.full(self.features, default) if value is None else value
-            return np.asarray(value, np.float64).reshape(spread)
+            return np.asarray(value, np.float64).reshape(into)
 
         axes = tuple(reduced)
         x, dy = view(x), view(dy)
@@ -159,14 +186,32 @@ class Case:
         var = np.where(n > 0, average(m * (x - mean) ** 2), 1.0)
         rstd = 1 / np.sqrt(var + self.epsilon)
         x_hat = (x - mean) * rstd
-        z = x_hat * g + b
+        beside = 0.0 if shortcut is None else view(shortcut)
+        z = x_hat * g + b + beside
         y, slope = activated(self.activation, z)
         given, dy = dy, dy * slope
         wdy = dy * g
         c1, c2 = average(wdy * x_hat), average(wdy) * center
         dx = rstd * (wdy - m * (c2 + x_hat * c1))
-        others = tuple(a for a in range(len(shape)) if a not in features)
         pixels = tuple(a for a in axes if a not in features)  # share mean and scale
+
+        def for_param(value: np.ndarray, param: Any) -> np.ndarray:
+            """Added up over all that share one element of a scale or bias."""
+            into = shape_of(param)
+            shared = tuple(a for a, n in enumerate(into) if n == 1)
+            value = value.sum(shared, keepdims=True)
+            shape = (self.features,) if into is spread else param.shape
+            return value.reshape(shape)
+
+        def for_scale(value: np.ndarray) -> np.ndarray:
+            return for_param(value, given_scale)
+
+        def for_bias(value: np.ndarray) -> np.ndarray:
+            return for_param(value, given_bias)
+
+        of_pixels = dy  # whose sum meets what the mean is off by
+        if shape_of(given_scale) is spread or not pixels:
+            of_pixels = dy.sum(pixels, keepdims=True)
 
         # What float32 arithmetic may lose: 16 roundings of each term, and of the mean
         # (a float32 number is off by eps * |mean|) what it moves x_hat by.
@@ -177,15 +222,17 @@ class Case:
         moved = off * (np.abs(c1) + np.abs(x_hat) * average(np.abs(wdy)))
         # ... and its square adds to the variance of a constant row.
         loss = loss + off**2
-        of_z = loss * (np.abs(x_hat * g) + np.abs(b)) + off * np.abs(g)
+        of_z = loss * (np.abs(x_hat * g) + np.abs(b) + np.abs(beside))
+        of_z = of_z + off * np.abs(g)
         bounds = {
             "y": of_z,
             "mean": loss * (np.abs(mean) + np.sqrt(var)),
             "var": loss * var + (MEAN_ROUNDINGS * EPS32 * np.abs(mean)) ** 2,
             "dx": rstd * (loss * size + moved),
-            "dscale": (loss * np.abs(dy * x_hat)).sum(others)
-            + (off * np.abs(dy.sum(pixels, keepdims=True))).sum(others),
-            "dbias": 16 * EPS32 * np.abs(dy).sum(others),
+            "dscale": for_scale(loss * np.abs(dy * x_hat))
+            + for_scale(off * np.abs(of_pixels)),
+            "dbias": 16 * EPS32 * for_bias(np.abs(dy)),
+            "dshortcut": 0 * dy,
         }
         if self.activation is not None:
             # No slope is above 1.13, none changes by more than 1 for a step of 1 (but
@@ -195,20 +242,22 @@ class Case:
             w = lost * np.abs(g)
             through = average(w) * center + np.abs(x_hat) * average(w * np.abs(x_hat))
             bounds["dx"] = bounds["dx"] + rstd * (w + through)
-            bounds["dscale"] = bounds["dscale"] + (lost * np.abs(x_hat)).sum(others)
-            bounds["dbias"] = bounds["dbias"] + lost.sum(others)
-        dscale = (dy * x_hat).sum(others)
-        dbias = dy.sum(others)
+            bounds["dscale"] = bounds["dscale"] + for_scale(lost * np.abs(x_hat))
+            bounds["dbias"] = bounds["dbias"] + for_bias(lost)
+            bounds["dshortcut"] = lost
+        dscale, dbias = for_scale(dy * x_hat), for_bias(dy)
         statistic = mean.shape if self.num_groups is None else mean.shape[:-1]
         shapes = {
             "y": self.shape,
             "dx": self.shape,
+            "dshortcut": self.shape,
             "mean": statistic,
             "var": statistic,
-            "dscale": (self.features,),
-            "dbias": (self.features,),
+            "dscale": dscale.shape,
+            "dbias": dbias.shape,
         }
         values = dict(mean=mean, var=var, y=y, dx=dx, dscale=dscale, dbias=dbias)
+        values["dshortcut"] = dy
         return Truth(
             **{name: value.reshape(shapes[name]) for name, value in values.items()},
             bounds={

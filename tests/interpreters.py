@@ -52,16 +52,16 @@ def interpret(
         return kernel
     launch = kernel.launch
 
-    def run(*operands: Any) -> list[np.ndarray]:
+    def run(*operands: Any, **named: Any) -> list[np.ndarray]:
         runs[kernel.name] += 1
         # Not the device that waits for this callback.
         with jax.default_device(jax.devices()[-1]), mode():
-            return [np.asarray(result) for result in launch(*operands)]
+            return [np.asarray(result) for result in launch(*operands, **named)]
 
-    def behind_callback(*operands: Any) -> list[jax.Array]:
+    def behind_callback(*operands: Any, **named: Any) -> list[jax.Array]:
         with mode():
-            results = jax.eval_shape(launch, *operands)
-        return jax.pure_callback(run, results, *operands)
+            results = jax.eval_shape(launch, *operands, **named)
+        return jax.pure_callback(run, results, *operands, **named)
 
     return dataclasses.replace(kernel, launch=behind_callback)
 

@@ -112,6 +112,25 @@ RESIDUAL = [
         residual=True,
     )
 ]
+# adaLN: scale and bias of each sample, and of each row.
+MODULATED = [
+    workload
+    for own, shape, dtype, options in (
+        ("sample", (256, 256, 1152), "bfloat16", {}),  # DiT-XL/2 of 256x256 pixels
+        ("sample", (16, 4096, 128), "bfloat16", {}),
+        ("sample", (64, 256, 1536), "float32", {}),
+        ("sample", (8, 1024, 3072), "bfloat16", {"activation": "silu"}),
+        ("sample", (2, 4096, 12288), "bfloat16", {}),
+        ("row", (64, 256, 768), "bfloat16", {}),  # AlphaFold 3's tokens
+        ("row", (64, 1024, 128), "bfloat16", {}),
+        ("row", (64, 256, 1536), "float32", {}),
+        ("row", (8, 512, 3072), "bfloat16", {"activation": "gelu_tanh"}),
+        ("row", (2, 512, 12288), "bfloat16", {}),
+    )
+    for workload in workloads(
+        f"{shape[-1]}_own_{own}", nnx.LayerNorm, shape, dtype, own=own, **options
+    )
+]
 FEW = {
     "alphafold_pair_64",
     "qwen3_qk_norm",
@@ -124,14 +143,14 @@ FEW = {
 
 CELLS: list[Cell] = [
     (H100, workload)
-    for workload in CASES + RAGGED + WIDE + NARROW + ACTIVATED + RESIDUAL
+    for workload in (CASES + RAGGED + WIDE + NARROW + ACTIVATED + RESIDUAL + MODULATED)
 ] + [
     (chip, workload)
     for chip in (B200, RTX5090, *TPUS)
     for workload in CASES + RAGGED
     if workload.name in FEW
 ]
-CELLS += [(CHIPS["v5e"], workload) for workload in ACTIVATED + RESIDUAL]
+CELLS += [(CHIPS["v5e"], work) for work in ACTIVATED + RESIDUAL + MODULATED]
 
 # Why a backward's partial sums may be more than 10 % of dy, x and dx.
 FEW_ROWS = "each block has a row or a few: its partial sum is as long as a row"
@@ -455,6 +474,29 @@ def test_a_sum_and_its_norm_move_less_than_flax(
     if which != "forward" and case.norm is nnx.RMSNorm and chip is H100:
         less = 1.6
     assert ours.nbytes - copied <= (flax.nbytes - copied) / less
+
+
+MODULATED_BLOCKS = [
+    next(case for case in CASES_OF_BENCH if case.modulated),
+    Case("own_128", nnx.LayerNorm, (1024, 128), "bfloat16", modulated=True),
+    Case("own_1536", nnx.LayerNorm, (256, 1536), "float32", modulated=True),
+]
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("whole", [block])
+@pytest.mark.parametrize("case", MODULATED_BLOCKS, ids=name)
+@pytest.mark.parametrize("chip", [H100, CHIPS["v5e"]], ids=name)
+def test_a_modulated_norm_moves_less_than_flax(
+    begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str, whole: Any
+) -> None:
+    """adaLN: x -> y; and dy, x -> dx. flax moves 3 and 5 or more."""
+    flax, ours = layers(begun, chip, case, which, whole=whole)
+    tensor = math.prod(case.shape(TENSOR_BYTES)) * jnp.dtype(case.dtype).itemsize
+    assert ours.ours == (1 if which == "forward" else 2)
+    floor = (2 if which == "forward" else 5) * tensor
+    assert floor <= ours.nbytes <= 1.04 * floor
+    assert ours.nbytes <= flax.nbytes / 1.48
 
 
 def test_training_step_of_a_transformer() -> None:

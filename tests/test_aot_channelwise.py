@@ -61,6 +61,24 @@ SHAPES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "sd_vae_256_gelu": (nnx.GroupNorm, (2, 256, 256, 256), {"activation": "gelu"}),
     # With dh, to which dx is added.
     "sd_unet_16_beside": (nnx.GroupNorm, (64, 16, 16, 1280), {"residual": True}),
+    # y = relu(norm(x) + residual): in one read, and in two.
+    "resnet50_14_added": (
+        nnx.BatchNorm,
+        (32, 14, 14, 1024),
+        {"activation": "relu", "shortcut": True},
+    ),
+    "resnet50_28_added": (
+        nnx.BatchNorm,
+        (64, 28, 28, 512),
+        {"activation": "relu", "shortcut": True},
+    ),
+    "resnet_gn_added": (
+        nnx.GroupNorm,
+        (64, 14, 14, 1024),
+        {"activation": "silu", "shortcut": True},
+    ),
+    # Scale and bias of each sample.
+    "adm_32_own": (nnx.GroupNorm, (64, 32, 32, 640), {"own": "sample"}),
     "resnet50_28_relu": (nnx.BatchNorm, (64, 28, 28, 512), {"activation": "relu"}),
 }
 IN_FLOAT32 = (
@@ -140,7 +158,7 @@ LARGE = {
     *("resnet50_56_of_8", "resnet50_56_of_8_f32", "resnet50_56_of_64"),
     *("resnet50_28_of_64", "sd_vae_512", "sd_vae_256", "sd_vae_128"),
     *("video", "style", "sd_vae_512_f32", "sd_vae_128_f32", "style_f32"),
-    *("sd_vae_256_gelu", "resnet50_28_relu"),
+    *("sd_vae_256_gelu", "resnet50_28_relu", "resnet50_28_added"),
 }
 LARGE_IN_BACKWARD = {
     *("resnet50_14_of_64", "sd_unet_64", "sd_unet_64_f32", "sd_unet_64_silu"),
@@ -152,9 +170,18 @@ LARGE_ON_RTX5090 = {  # which has less
 }
 
 
-def tensors(found: Measurement) -> int:
-    """x and y; or dy, x and dx."""
-    return 3 if found.op == "backward" else 2
+def in_kernels(work: Workload) -> int:
+    """Tensors that those of a plan in two reads access: x; or dy and x, and with a
+    shortcut that and dz."""
+    return 1 if work.op != "backward" else 4 if work.shortcut else 2
+
+
+def in_all(work: Workload) -> int:
+    """And those that XLA's code accesses too: x, shortcut and y; or dy, x and dx, but
+    dz for dy with a shortcut."""
+    return (5 if work.op == "backward" else 3) + work.shortcut * (
+        1 + (work.op == "backward")
+    )
 
 
 @each_cell
@@ -193,12 +220,14 @@ def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
 
 
 @each_cell
-def test_each_element_crosses_the_pins_once_in_a_kernel(found: Measurement) -> None:
-    if found.in_two_reads:  # x; or dy and x
-        once = found.ideal * (tensors(found) - 1) // tensors(found)
-        assert found.tensors == once
-        limit = 5.1 if found.op == "backward" else 3.1
-        assert found.total <= limit * found.ideal / tensors(found)
+def test_each_element_crosses_the_pins_once_in_a_kernel(
+    cell: Cell, found: Measurement
+) -> None:
+    _, work = cell
+    if found.in_two_reads:
+        tensor = found.ideal // work.tensors
+        assert found.tensors == in_kernels(work) * tensor
+        assert found.total <= (in_all(work) + 0.1) * tensor
     else:
         assert found.tensors == found.ideal
         assert found.rest == 0
@@ -227,7 +256,7 @@ def test_partial_sums_are_few(found: Measurement) -> None:
 
 @each_cell
 def test_xla_touches_x_only_to_normalize_it(cell: Cell, found: Measurement) -> None:
-    tensor = found.ideal // tensors(found)
+    tensor = found.ideal // cell[1].tensors
     large = [nbytes for _, nbytes in found.around if nbytes >= tensor]
     small = len(found.around) - len(large)
     assert {opcode for opcode, _ in found.around} <= {"fusion", "reduce"}
@@ -287,6 +316,12 @@ def by_name(wanted: str, **changes: Any) -> Case:
     return dataclasses.replace(case, **changes)
 
 
+def with_size(case: Case, sample: tuple[int, ...], dtype: str) -> Case:
+    size = "x".join(map(str, sample))
+    name = f"{case.name}_{size}_{dtype}"
+    return dataclasses.replace(case, name=name, sample=sample, dtype=dtype)
+
+
 @pytest.mark.parametrize("which", ["forward", "forward+backward"])
 @pytest.mark.parametrize("whole", [block])
 @pytest.mark.parametrize(
@@ -323,6 +358,44 @@ class Residual(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + self.linear(nnx.silu(self.norm(x)))
+
+
+BN_ADD_RELU = by_name("resnet50_bn_add_relu")
+
+
+@pytest.mark.parametrize("which", ["forward", "forward+backward"])
+@pytest.mark.parametrize("whole", [block])
+@pytest.mark.parametrize(
+    ("case", "nbytes"),
+    [
+        # 32 images: 13, 6 and 26 MB, of which the strips of channels stay on the chip.
+        (with_size(BN_ADD_RELU, (14, 14, 1024), "bfloat16"), 13e6),
+        (with_size(BN_ADD_RELU, (7, 7, 2048), "bfloat16"), 6.4e6),
+        (with_size(BN_ADD_RELU, (14, 14, 1024), "float32"), 26e6),
+        (BN_ADD_RELU, 160e6),
+    ],
+    ids=name,
+)
+@pytest.mark.parametrize("chip", [H100], ids=name)
+def test_the_end_of_a_resnet_block_moves_less_than_flax(
+    begun: dict[Any, Future[Any]],
+    chip: Chip,
+    case: Case,
+    nbytes: float,
+    which: str,
+    whole: Any,
+) -> None:
+    """relu(norm(x) + r). In one read x, r -> y, then dy, x, r -> dx, dr: 3 and 5
+    tensors, where flax moves 4 and 8 or more. In two reads 4, and 7 with dz stored."""
+    flax, ours = layers(begun, chip, case, which, nbytes, whole)
+    tensor = math.prod(case.shape(nbytes)) * jnp.dtype(case.dtype).itemsize
+    once = case is not BN_ADD_RELU
+    floor = (3 if once else 4) if which == "forward" else (8 if once else 11)
+    assert ours.ours == (1 if once else 2) * (1 if which == "forward" else 2)
+    assert floor * tensor <= ours.nbytes <= 1.01 * floor * tensor
+    assert ours.nbytes <= flax.nbytes
+    if which == "forward+backward":
+        assert ours.nbytes <= flax.nbytes / (1.5 if once else 1.18)
 
 
 def test_a_block_with_its_neighbours_moves_less_than_flax() -> None:

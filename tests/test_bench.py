@@ -88,6 +88,7 @@ def small(name: str) -> Case:
         "resnet50_bn_add_relu",
         "sd_unet_gn_silu",
         "llama3_8b_add_rms",
+        "dit_xl_2_adaln",
     ],
 )
 def test_truth_is_flax_in_float64(name: str, of_jax: bool) -> None:
@@ -114,14 +115,13 @@ def test_truth_is_flax_in_float64(name: str, of_jax: bool) -> None:
 
         outputs, vjp = jax.vjp(run, params, inputs)
         dparams, dinputs = vjp(cotangents)
-    expected = {
-        "dx": dinputs[0],
-        "dscale": dparams["norm"]["scale"],
-    }
-    if "bias" in dparams["norm"]:
-        expected["dbias"] = dparams["norm"]["bias"]
+    expected = {"dx": dinputs[0]}
+    for param, gradient in dparams.get("norm", {}).items():
+        expected[f"d{param}"] = gradient
     if case.residual == "after":
         expected["dresidual"] = dinputs[1]
+    if case.modulated:
+        expected |= {"dscale": dinputs[1], "dbias": dinputs[2]}
     if case.conv is not None:
         expected["dkernel"] = dparams["conv"]["kernel"]
     assert grads.keys() == expected.keys()

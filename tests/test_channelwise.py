@@ -402,7 +402,7 @@ def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
 def test_what_falls_back() -> None:
     many = calls("batch_norm", (4, 5, 5, 1019))[0]
     one = calls("batch_norm", (4, 5, 5, 1))[1]  # of one block: no two lanes have work
-    one = dataclasses.replace(one, wanted=(False, True, True))
+    one = dataclasses.replace(one, wanted=(False, True, True, False))
     for call, channels in ((many, 1019), (one, 1)):
         answer = dispatch.plan(call, Target(("cuda",)))
         assert isinstance(answer, Fallback)

@@ -123,9 +123,9 @@ def test_statistics_are_written_for_a_derivative_alone(kernels: Any) -> None:
 @pytest.mark.parametrize(
     ("wrt", "wanted"),
     [
-        (0, (True, False, False)),
-        ((1, 2), (False, True, True)),
-        (2, (False, False, True)),
+        (0, (True, False, False, False)),
+        ((1, 2), (False, True, True, False)),
+        (2, (False, False, True, False)),
     ],
 )
 def test_only_gradients_that_are_wanted(wrt: Any, wanted: tuple, kernels: Any) -> None:
@@ -272,8 +272,12 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
     assert refusal(call(norm={"dtype": jnp.dtype("float64")})) == (
         "float64 output; kernels give float32, bfloat16 or float16"
     )
-    assert refusal(call(scale=jax.ShapeDtypeStruct((8, 24), "float32"))) == (
-        "scale or bias differ along an axis mapped by vmap"
+    of_each = jax.ShapeDtypeStruct((8, 24), "float32")
+    assert isinstance(dispatch.plan(call(scale=of_each), CPU), Kernel)
+    of_places = jax.ShapeDtypeStruct((1, 8, 24), "float32")
+    assert refusal(call((4, 8, 24), scale=of_places)) == (
+        "scale varies along other axes than the first ones, or along reduced ones: "
+        "its shape is (1, 8, 24), that of x (4, 8, 24)"
     )
     assert refusal(call((8, 13))) == "13 features bring bad luck"
     assert refusal(call(), Target(("cpu", "cuda"))) == (

@@ -139,8 +139,9 @@ def test_signatures_are_those_of_flax(name: str, method: str) -> None:
 
     ours = parameters(fusednorm)
     if method == "__call__":  # some more, which flax's callers do not give
-        more = [("activation", None), ("scale_offset", 0.0)]
-        more += [("residual", None)] if name in ("LayerNorm", "RMSNorm") else []
+        more = [("activation", None), ("scale_offset", 0.0), ("residual", None)]
+        if name in ("LayerNorm", "RMSNorm"):
+            more += [("scale", None), ("bias", None)]
         for option, off in reversed(more):
             assert ours.pop() == (option, inspect.Parameter.KEYWORD_ONLY, off)
     assert ours == parameters(nnx)

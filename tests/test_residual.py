@@ -229,6 +229,11 @@ TRANSFORMED: dict[str, Callable[[Norm], Any]] = {
         lambda x: jnp.sum(jax.grad(lambda r: _loss(f, x, r))(R) ** 2)
     )(X),
     "scan and checkpoint": lambda f: jax.grad(lambda x: _scan(f, x))(X),
+    "export": lambda f: jax.export.deserialize(
+        jax.export.export(jax.jit(jax.grad(lambda *a: _loss(f, *a), (0, 1))))(
+            X, R
+        ).serialize()
+    ).call(X, R),
 }
 
 

@@ -428,7 +428,7 @@ def test_what_falls_back(platform: str, call: Call, reason: str) -> None:
             Norm((1, 2), (2,)),
             jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
             dy=jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
-            wanted=(True, False, True),
+            wanted=(True, False, True, False),
         ),
     ],
     ids=["forward", "bias alone"],

@@ -39,6 +39,9 @@ class Workload:
       shape: of x.
       dtype: of x, y, dy and dx; parameters are float32.
       residual: whether one is added to x, and dx to the cotangent of the sum.
+      shortcut: whether one is added behind the norm, before the activation.
+      own: whether all rows share scale and bias, or those of one sample do, or each row
+        has its own, in x's dtype. A bias of each row is a shortcut.
     """
 
     name: str
@@ -48,13 +51,20 @@ class Workload:
     shape: tuple[int, ...]
     dtype: str
     residual: bool = False
+    shortcut: bool = False
+    own: Literal["all", "sample", "row"] = "all"
 
     @property
     def tensors(self) -> int:
-        """Arrays of x's size: x and y, or dy, x and dx, and what a residual adds."""
-        if self.op == "backward":
-            return 4 if self.residual else 3
-        return 4 if self.residual else 2
+        """Arrays of x's size that are read or written."""
+        call = self.call
+        given = [call.x, call.dy, call.beside, call.shortcut]
+        given += [call.scale] if call.scales_each else []
+        count = sum(array is not None for array in given)
+        if call.op == "forward":
+            return count + 1 + self.residual
+        _, dscale, _, dshortcut = call.wanted
+        return count + 1 + (dscale and call.scales_each) + dshortcut
 
     @property
     def statistic(self) -> jax.ShapeDtypeStruct:
@@ -72,35 +82,51 @@ class Workload:
         """What `plan` is asked."""
         x = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
         param = jax.ShapeDtypeStruct(self.shape[-1:], jnp.dtype("float32"))
+        if self.own == "sample":
+            param = jax.ShapeDtypeStruct((self.shape[0], self.shape[-1]), x.dtype)
         backward = self.op == "backward"
         center = self.norm.center
-        biased = center and (not backward or self.norm.activation is not None)
+        for_z = not backward or self.norm.activation is not None
+        behind = self.shortcut or self.own == "row"
+        biased = center and for_z and self.own != "row"
         return Call(
             op="backward" if backward else "forward",
             norm=self.norm,
             x=x,
-            scale=param,
+            scale=x if self.own == "row" else param,
             bias=param if biased else None,
             dy=x if backward else None,
             beside=x if self.residual else None,
+            shortcut=x if behind and for_z else None,
             statistics=self.op == "forward+statistics",
-            wanted=(True, True, center),
+            wanted=(
+                True,
+                True,
+                center and self.own != "row",
+                behind and backward and for_z,
+            ),
         )
 
     @property
     def operands(self) -> tuple[Any, ...]:
         """Of the kernel's launch: arrays' shapes and dtypes, None where there is none.
 
-        (x, scale, bias, mask), or (dy, x, scale, bias, mean, var, mask); then the
-        residual, or dh.
+        (x, scale, bias, mask), or (dy, x, scale, bias, mean, var, mask).
         """
         call = self.call
-        beside = [] if call.beside is None else [call.beside]
         if call.op == "forward":
-            return call.x, call.scale, call.bias, None, *beside
+            return call.x, call.scale, call.bias, None
         mean = self.statistic if self.norm.center else None
         params = call.scale, call.bias
-        return call.dy, call.x, *params, mean, self.statistic, None, *beside
+        return call.dy, call.x, *params, mean, self.statistic, None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Likewise, those that it takes by name."""
+        call = self.call
+        beside = "residual" if call.op == "forward" else "dh"
+        others = {beside: call.beside, "shortcut": call.shortcut}
+        return {name: array for name, array in others.items() if array is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +149,7 @@ class Measurement:
       cycles: of a TPU's kernels, over all steps of a core; () for a GPU.
       seconds_of_bytes: that the DMAs of each of these kernels take at least.
       clock: of the TPU, GHz; None for a GPU.
-      ideal: bytes of x and y, or of dy, x and dx; with a residual, of 4 tensors.
+      ideal: bytes of x and y, or of dy, x and dx, and of all else of x's size.
       tensors: bytes of these that the kernels access, each element once.
       again: bytes of these that a GPU's access once more: of ragged rows' overlaps. A
         TPU has no cache to have them from: there they are among `tensors`.
@@ -258,18 +284,27 @@ def workloads(
     *,
     ops: Sequence[Op] = OPS,
     residual: bool = False,
+    shortcut: bool = False,
+    own: Literal["all", "sample", "row"] = "all",
     **options: Any,
 ) -> tuple[Workload, ...]:
     """The ops of one shape; `options` are those of `norm_of`."""
     norm = norm_of(layer, shape, dtype, **options)
     return tuple(
-        Workload(name, op, layer, norm, tuple(shape), dtype, residual) for op in ops
+        Workload(name, op, layer, norm, tuple(shape), dtype, residual, shortcut, own)
+        for op in ops
     )
 
 
 def of_case(case: Case, tensor_bytes: float = TENSOR_BYTES) -> tuple[Workload, ...]:
     """The three ops of a benchmark case's norm."""
-    return workloads(case.name, case.norm, case.shape(tensor_bytes), case.dtype)
+    return workloads(
+        case.name,
+        case.norm,
+        case.shape(tensor_bytes),
+        case.dtype,
+        own="sample" if case.modulated else "all",
+    )
 
 
 ROWWISE = [case for case in CASES if case.norm in (nnx.LayerNorm, nnx.RMSNorm)]
@@ -296,9 +331,13 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
 
 def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measurement:
     """Compiles and counts what does the workload, planned by us or not."""
-    operands = workload.operands
-    found = traffic.kernels(answer.launch, *operands)
-    compiled = compile_for(chip, answer.launch, *operands)
+    arrays = workload.named, *workload.operands
+
+    def launch(named: dict[str, Any], *operands: Any) -> Any:
+        return answer.launch(*operands, **named)
+
+    found = traffic.kernels(launch, *arrays)
+    compiled = compile_for(chip, launch, *arrays)
     around = hlo.surroundings(compiled.hlo)
     bytes_of = _sort(workload, found, cached=isinstance(chip, Gpu))
     tensor = bytes_of["ideal"] // workload.tensors

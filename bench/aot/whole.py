@@ -1,6 +1,7 @@
 """Layers and a model as a user compiles them: ours, and flax's as XLA compiles them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import fusednorm
 from bench.aot import hlo
 from bench.aot.chips import Chip
 from bench.aot.compile import compile_for
-from bench.cases import Block, Case
+from bench.cases import Block, Case, draw
 from fusednorm.kernels import dispatch
 
 Pass = Literal["forward", "forward+backward"]
@@ -86,10 +87,7 @@ def block(
       fused: whether by our layers, which choose what runs, or by flax's.
     """
     function, params = pure(Block(case, nnx.Rngs(0)), fused=fused)
-    shape, dtype = case.shape(tensor_bytes), jnp.dtype(case.dtype)
-    residual = jax.ShapeDtypeStruct(shape, dtype)
-    x = jax.ShapeDtypeStruct((*shape[:-1], case.conv or shape[-1]), dtype)
-    inputs = (x,) if case.residual is None else (x, residual)
+    inputs, _ = jax.eval_shape(functools.partial(draw, case, tensor_bytes))
     if which == "forward":
         return Whole.of(compile_for(chip, function, params, *inputs).hlo)
     dy = jax.eval_shape(function, params, *inputs)

@@ -8,6 +8,9 @@ the pixels and channels of one group of one sample:
               dscale = sum(dz * x_hat),  dbias = sum(dz)         over pixels and samples
               dz = dy * act'(z)
 
+A shortcut, of x's shape, is added to z, and its gradient is dz. Scale and bias may be
+those of a sample.
+
 A sample is cut into *strips* of channels, and a strip's pixels into blocks, so that all
 multiprocessors have work whatever N and G are. Sums run down the pixels, channel by
 channel; the channels of a group come together last. There are two variants:
@@ -202,17 +205,17 @@ def forward(
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: None = None,
+    shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
     """y, and with `call.statistics` mean (if centred) and var: resident, one read of x.
 
-    Bytes: x and y, once each; scale and bias once a block, from the caches; 4 bytes a
-    statistic. For a cluster of b blocks 8 * (b + b * b) bytes a channel of each sample
-    more, almost all of them reads that hit the L2 cache.
+    Bytes: x and y, once each, and the shortcut; scale and bias once a block, from the
+    caches; 4 bytes a statistic. For a cluster of b blocks 8 * (b + b * b) bytes a
+    channel of each sample more, almost all of them reads that hit the L2 cache.
     """
     norm = call.norm
-    view = x.reshape(_shape(call))
-    inputs = memory.present(x=view, scale=scale, bias=bias)
-    outputs = {"y": jax.ShapeDtypeStruct(view.shape, norm.dtype)}
+    inputs = _inputs(call, x=x, shortcut=shortcut, scale=scale, bias=bias)
+    outputs = {"y": jax.ShapeDtypeStruct(_shape(call), norm.dtype)}
     if call.statistics:
         outputs |= _moments(call)
 
@@ -225,16 +228,19 @@ def forward(
         *mean, rstd = part.by_group(_group_statistics(norm, config, ref), *found)
 
         scale = _weight(norm, part, ref)
-        bias = part.load_channels(ref["bias"]) if "bias" in ref else 0.0
+        bias = _of_sample(part, ref["bias"]) if "bias" in ref else 0.0
         factor = rstd * scale
         act = functools.partial(activate, norm.activation)
 
         def normalize(lines: Sequence[Any], _: None) -> None:
-            for line in lines:
+            beside = [part.load(ref["shortcut"], i) for i in lines if "shortcut" in ref]
+            for number, line in enumerate(lines):
                 y = part.kept("x", line)
                 if norm.center:
                     y = y - mean[0]
                 z = y * factor + bias
+                if beside:
+                    z = z + beside[number].float32()
                 part.store(ref["y"], line, z.map(act))
 
         part.over_lines(normalize, None)
@@ -259,13 +265,14 @@ def forward_in_two_reads(
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: None = None,
+    shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
     """y, and with `call.statistics` mean (if centred) and var: x is read twice.
 
-    Bytes: x once for the moments; once more, and y, in XLA's code.
+    Bytes: x once for the moments; once more, and the shortcut and y, in XLA's code.
     """
     mean, var = moments(config, last, call, x)
-    y = reference.apply(call.norm, x, mean, var, scale, bias)
+    y = reference.apply(call.norm, x, mean, var, scale, bias, shortcut)
     if not call.statistics:
         return [y]
     return [y, var] if mean is None else [y, mean, var]
@@ -328,23 +335,33 @@ def backward(
     var: jax.Array,
     mask: None = None,
     dh: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Those of dx, dscale and dbias that `call.wanted` names: resident, one read of x
-    and dy.
+    """Those of dx, dscale, dbias and dshortcut that `call.wanted` names: resident, one
+    read of x and dy.
 
-    Bytes: x, dy and dx, once each, and dh; 4 bytes a statistic; for dscale and dbias
-    each 4 a channel of each sample, which XLA adds up. For a cluster of b blocks 8 * (b
-    + b * b) bytes a channel of each sample more, almost all of them from the L2 cache.
+    With a shortcut dz is kept, in the place of dy: to find it again would take another
+    read of the shortcut. Slopes of ReLU that the forward kept, a bit each, would spare
+    the first read too, one of five; but Pallas has no operation that packs bits.
+
+    Bytes: x, dy and dx, once each, and dh, the shortcut and its gradient; 4 bytes a
+    statistic; for dscale and dbias each 4 a channel of each sample, which XLA adds up.
+    For a cluster of b blocks 8 * (b + b * b) bytes a channel of each sample more,
+    almost all of them from the L2 cache.
     """
     norm = call.norm
-    inputs = _gradient_inputs(call, dy, x, scale, bias, mean, var)
+    inputs = _inputs(
+        call,
+        **{"dy": dy, "x": x, "dh": dh, "shortcut": shortcut},
+        **{"scale": scale, "bias": bias, "mean": mean, "var": var},
+    )
     names = _summed(call)
     outputs: dict[str, Any] = {
         name: _of_each_sample(call) for name in names if _wants(call, name)
     }
     outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
-    if dh is not None:
-        inputs["dh"] = dh.reshape(inputs["x"].shape)
+    if shortcut is not None and _wants(call, "dshortcut"):
+        outputs["dshortcut"] = jax.ShapeDtypeStruct(outputs["dx"].shape, shortcut.dtype)
 
     def body(ref: dict[str, Any], part: Part) -> None:
         *mean, rstd = part.by_group(_given_statistics(call, ref))
@@ -364,7 +381,8 @@ def backward(
                 centred = part.kept("x", line)
                 if norm.center:
                     centred = centred - mean[0]
-                w = dz(part.kept("dy", line), centred) * scale
+                kept = part.kept("dy", line)  # dz, with a shortcut
+                w = (kept if "shortcut" in ref else dz(kept, centred)) * scale
                 inner = w - centred * rstd * c1
                 if norm.center:
                     inner = inner - c2[0]
@@ -382,7 +400,7 @@ def backward(
         inputs=inputs,
         outputs=outputs,
         exchanged=len(names),
-        kept={"x": x.dtype, "dy": dy.dtype},
+        kept={"x": x.dtype, "dy": _kept_as(call)},
     )
     return _wanted(call, results)
 
@@ -399,15 +417,25 @@ def backward_in_two_reads(
     var: jax.Array,
     mask: None = None,
     dh: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Those of dx, dscale and dbias that `call.wanted` names: x and dy are read twice.
+    """Those of dx, dscale, dbias and dshortcut that `call.wanted` names: x and dy are
+    read twice.
 
     Bytes: x and dy for their sums, 8 a channel for each block, written and read; for
-    dx both once more, dh, and dx, in XLA's code.
+    dx both once more, dh, and dx, in XLA's code. With a shortcut that and its gradient
+    dz, which then serves for dx in the place of dy, if it loses nothing by rounding.
     """
-    results = gradient_sums(config, last, call, dy, x, scale, bias, mean, var)
+    operands = (dy, x, scale, bias, mean, var)
+    results = gradient_sums(config, last, call, *operands, shortcut)
+    dz: Any = results.pop("dz", None)
+    if dz is None and (call.wanted[0] or call.wanted[3]):
+        dz = reference.before_activation(call.norm, *operands, shortcut)
+    if call.wanted[3]:
+        assert shortcut is not None
+        results["dshortcut"] = dz.reshape(x.shape).astype(shortcut.dtype)
     if call.wanted[0]:
-        dz = reference.before_activation(call.norm, dy, x, scale, bias, mean, var)
+        dz = dz.reshape(x.shape)
         shape = call.norm.statistic_shape(x.shape)
         c1, c2 = (results.get(name) for name in ("c1", "c2"))
         assert c1 is not None
@@ -435,20 +463,30 @@ def gradient_sums(
     bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
+    shortcut: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """One read of x and dy.
 
-    Bytes: x and dy; 8 a channel for each block, written and read.
+    Bytes: x and dy, the shortcut and dz; 8 a channel for each block, written and read.
 
     Returns:
       dscale, dbias: if wanted; of each sample, (samples, channels).
       c1, c2: mean(w * x_hat) and mean(w), if dx is wanted; (samples, groups).
+      dz: if dshortcut is wanted, and dz is exact in dy's dtype; (samples, pixels,
+        channels).
     """
     norm, view = call.norm, _view(call)
     samples, _, channels = _shape(call)
-    inputs = _gradient_inputs(call, dy, x, scale, bias, mean, var)
+    inputs = _inputs(
+        call,
+        **{"dy": dy, "x": x, "shortcut": shortcut},
+        **{"scale": scale, "bias": bias, "mean": mean, "var": var},
+    )
     names = _summed(call)
     partials = (samples, config.blocks, len(names), channels)
+    outputs = {"partials": jax.ShapeDtypeStruct(partials, jnp.float32)}
+    if _wants(call, "dshortcut") and _kept_as(call) == dy.dtype:
+        outputs["dz"] = jax.ShapeDtypeStruct(_shape(call), dy.dtype)
 
     def body(ref: dict[str, Any], part: Part) -> None:
         mean, rstd = [], None
@@ -462,7 +500,8 @@ def gradient_sums(
             at = (part.sample, part.block, i)
             part.store_channels(ref["partials"], part.total(sums), *at)
 
-    taken = ["dy", "x", "mean", *(("var", "scale", "bias") if call.slopes else ())]
+    taken = ["dy", "x", "shortcut", "mean"]
+    taken += ["var", "scale", "bias"] if call.slopes else []
 
     def of_channels(name: str) -> jax.Array:
         if name in ("mean", "var") and view.k > 1:  # strips cut groups, too
@@ -474,8 +513,9 @@ def gradient_sums(
         body,
         config,
         inputs={name: of_channels(name) for name in taken if name in inputs},
-        outputs={"partials": jax.ShapeDtypeStruct(partials, jnp.float32)},
+        outputs=outputs,
     )
+    exact = {name: found.pop(name) for name in ("dz",) if name in found}
 
     outputs = {name: _of_each_sample(call) for name in names if _wants(call, name)}
     if call.wanted[0]:
@@ -488,13 +528,15 @@ def gradient_sums(
         if call.wanted[0]:
             part.by_group(_inner_products(config, ref), *terms)
 
-    return _launch(
+    needed = ("scale", "mean", "var")
+    results = _launch(
         "fusednorm_channelwise_combine",
         combine,
         last,
-        inputs=found | {n: inputs[n] for n in inputs if n not in ("dy", "x", "bias")},
+        inputs=found | {name: inputs[name] for name in needed if name in inputs},
         outputs=outputs,
     )
+    return results | exact
 
 
 def _summed(call: Call) -> tuple[str, ...]:
@@ -504,27 +546,46 @@ def _summed(call: Call) -> tuple[str, ...]:
 
 
 def _wants(call: Call, name: str) -> bool:
-    return dict(zip(("dx", "dscale", "dbias"), call.wanted, strict=True))[name]
+    return dict(zip(_GRADIENTS, call.wanted, strict=True))[name]
 
 
-def _gradient_inputs(
-    call: Call,
-    dy: jax.Array,
-    x: jax.Array,
-    scale: Any,
-    bias: Any,
-    mean: Any,
-    var: jax.Array,
-) -> dict[str, jax.Array]:
+_GRADIENTS = ("dx", "dscale", "dbias", "dshortcut")
+
+
+def _kept_as(call: Call) -> jnp.dtype:
+    """Dtype in which dy is kept, or with a shortcut dz: one that rounds nothing.
+
+    ReLU's dz is dy or 0.
+    """
+    assert call.dy is not None
+    if call.shortcut is None or call.norm.activation == "relu":
+        return call.dy.dtype
+    return jnp.dtype(jnp.float32)
+
+
+def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
+    """Those there are, as kernels see them: those of x's size, (samples, pixels,
+    channels), first; statistics (samples, groups); scale and bias (channels,), or with
+    one for so many samples behind another (n, channels)."""
     view = _view(call)
-    return memory.present(
-        dy=dy.reshape(_shape(call)),
-        x=x.reshape(_shape(call)),
-        scale=scale,
-        bias=bias,
-        mean=None if mean is None else mean.reshape(view.n, view.g),
-        var=var.reshape(view.n, view.g),
-    )
+
+    def seen(name: str, array: jax.Array) -> jax.Array:
+        if name in ("mean", "var"):
+            return array.reshape(view.n, view.g)
+        if name in ("scale", "bias"):
+            return array if array.ndim == 1 else array.reshape(-1, view.features)
+        return array.reshape(_shape(call))
+
+    return {
+        name: seen(name, array) for name, array in memory.present(**operands).items()
+    }
+
+
+def _of_sample(part: Part, ref: Any) -> Columns:
+    """Scale or bias of the part's sample, for the block's channels."""
+    if len(ref.shape) == 1:
+        return part.load_channels(ref)
+    return part.load_channels(ref, lax.div(part.sample, part.samples // ref.shape[0]))
 
 
 def _given_statistics(call: Call, ref: dict[str, Any]) -> Callable[..., list[Any]]:
@@ -539,19 +600,24 @@ def _given_statistics(call: Call, ref: dict[str, Any]) -> Callable[..., list[Any
 
 def _weight(norm: Norm, part: Part, ref: dict[str, Any]) -> Columns | float:
     """The scale of the block's channels, and 1 where there is none."""
-    return norm.weight(part.load_channels(ref["scale"])) if "scale" in ref else 1.0
+    return norm.weight(_of_sample(part, ref["scale"])) if "scale" in ref else 1.0
 
 
 def _before_activation(
     norm: Norm, part: Part, ref: dict[str, Any], rstd: Any
-) -> Callable[[Columns, Columns], Columns]:
-    """The function of a line's dy and x - mean that is dz = dy * act'(z)."""
+) -> Callable[..., Columns]:
+    """The function of a line's dy and x - mean, and shortcut if there is one, that is
+    dz = dy * act'(z)."""
     if norm.activation is None:
         return lambda dy, centred: dy
     factor = rstd * _weight(norm, part, ref)
-    bias = part.load_channels(ref["bias"]) if "bias" in ref else 0.0
+    bias = _of_sample(part, ref["bias"]) if "bias" in ref else 0.0
     of_z = functools.partial(slope, norm.activation)
-    return lambda dy, centred: dy * (centred * factor + bias).map(of_z)
+
+    def dz(dy: Columns, centred: Columns, *shortcut: Columns) -> Columns:
+        return dy * strips.add([centred * factor + bias, *shortcut]).map(of_z)
+
+    return dz
 
 
 def _gradients_seen(
@@ -559,28 +625,35 @@ def _gradients_seen(
     names: Sequence[str],
     ref: dict[str, Any],
     mean: Sequence[Columns],
-    dz: Callable[[Columns, Columns], Columns],
+    dz: Callable[..., Columns],
     *,
     keep: bool,
 ) -> list[Columns]:
     """What each lane adds to the sums of these names, place by place in its lines.
 
-    dscale still lacks the factor rstd. `dz` is what `_before_activation` returned.
+    dscale still lacks the factor rstd. `dz` is what `_before_activation` returned. With
+    a shortcut it is stored as dshortcut, or dz, where there is such a reference, and
+    kept in the place of dy.
     """
+    streamed = [name for name in ("dy", "x", "shortcut") if name in ref]
 
-    def terms(line: Any, dy: Columns, x: Columns) -> list[Columns]:
+    def terms(line: Any, dy: Columns, x: Columns, *shortcut: Columns) -> list[Columns]:
         centred = x - mean[0] if mean else x
-        dy = dz(dy, centred)
+        dy = dz(dy, centred, *shortcut)
+        for name in ("dshortcut", "dz"):
+            if name in ref:
+                part.store(ref[name], line, dy)
+        if keep and shortcut:
+            part.keep("dy", line, dy)
         both = {"dscale": dy * centred, "dbias": dy}
         return [part.once(line, both[name]) for name in names]
 
     def step(lines: Sequence[Any], seen: list[Columns]) -> list[Columns]:
-        loaded = [
-            [part.load(ref[name], line) for name in ("dy", "x")] for line in lines
-        ]
+        loaded = [[part.load(ref[name], line) for name in streamed] for line in lines]
         if keep:
-            for line, (dy, x) in zip(lines, loaded, strict=True):
-                part.keep("dy", line, dy)
+            for line, (dy, x, *shortcut) in zip(lines, loaded, strict=True):
+                if not shortcut:
+                    part.keep("dy", line, dy)
                 part.keep("x", line, x)
         # Lines two by two, then these: sums of few round less than one of all.
         pairs = (
@@ -651,8 +724,12 @@ def _inner_products(config: Config, ref: dict[str, Any]) -> Callable[..., list[A
 
 
 def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
-    """dx in x's shape, and the sums over the samples of each example."""
-    found = [results["dx"].reshape(call.x.shape)] if call.wanted[0] else []
+    """dx and dshortcut in x's shape, and the sums over the samples of each example."""
+    of_x = [
+        results[name].reshape(call.x.shape)
+        for name in ("dx", "dshortcut")
+        if _wants(call, name)
+    ]
     names = [name for name in ("dscale", "dbias") if _wants(call, name)]
     samples, _, channels = _shape(call)
     lead = call.x.shape[: call.own_params]
@@ -660,7 +737,9 @@ def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
     each = [results[n].reshape(examples, samples // examples, channels) for n in names]
     if samples > examples:
         each = list(memory.sum_over_blocks(*each)) if each else []
-    return found + [total.reshape(*lead, channels) for total in each]
+    sums = [total.reshape(*lead, channels) for total in each]
+    first = int(call.wanted[0])
+    return of_x[:first] + sums + of_x[first:]
 
 
 # --- launches -------------------------------------------------------------------------
@@ -763,7 +842,7 @@ def _launch(
         warpgroup: Any = 0
         if config.warpgroups > 1:
             warpgroup = lax.axis_index("warpgroup")
-        body(ref, Part(config, rest, strip, block, warpgroup, scratch))
+        body(ref, Part(config, rest, strip, block, warpgroup, scratch, samples))
 
     kernel.__name__ = name
     run = plgpu.kernel(
@@ -801,17 +880,23 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
       shared: bytes of shared memory that a block may have.
     """
     view = _view(call)
-    arrays = [call.x] if call.dy is None else [call.x, call.dy]
-    sizes = [array.dtype.itemsize for array in arrays]
-    beside = 0 if call.beside is None else call.beside.dtype.itemsize
-    widest = max(*sizes, call.norm.dtype.itemsize if call.dy is None else beside)
+    loaded, kept = [call.x.dtype.itemsize], [call.x.dtype.itemsize]
+    others = [a.dtype.itemsize for a in (call.beside, call.shortcut) if a is not None]
+    if call.dy is None:
+        others.append(call.norm.dtype.itemsize)
+    else:
+        loaded.append(call.dy.dtype.itemsize)
+        kept.append(_kept_as(call).itemsize)
+        if call.shortcut is not None:
+            loaded.append(call.shortcut.dtype.itemsize)
+    widest = max(*loaded, *others, 0)
     alone = 0 in call.norm.reduction_axes
     cluster = strips.MAX_CLUSTER
     if call.op == "backward" and not alone:
         cluster = 2  # larger ones gain nothing on two reads
     if call.wanted[0]:
         config = strips.resident(
-            view, widest, sum(sizes), shared, cluster=cluster, alone=alone
+            view, widest, sum(kept), shared, cluster=cluster, alone=alone
         )
     else:
         config = None  # nothing of x's size is written: there is no second read
@@ -819,12 +904,12 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
         config = _at_once(call, config)
         launch: Any = forward if call.op == "forward" else backward
         launch = functools.partial(launch, config, call)
-        size = f"{config.width * view.s * sum(sizes) / KB:.0f} KB"
+        size = f"{config.width * view.s * sum(kept) / KB:.0f} KB"
         where = "the block" if config.blocks == 1 else f"{config.blocks} blocks"
         variant = ""
         why = f"{where} keep{'s' * (config.blocks == 1)} {size} on the chip: one read"
     else:
-        configs = strips.in_two_reads(view, max(sizes), shared, arrays=len(sizes))
+        configs = strips.in_two_reads(view, max(loaded), shared, arrays=len(loaded))
         if configs is None:
             return Fallback(
                 f"{view.features} channels in groups of {view.k} cannot be cut into "
@@ -886,7 +971,11 @@ def _bytes_moved(call: Call, config: Config) -> int:
             moved += size * call.beside.dtype.itemsize
         examples = math.prod(call.x.shape[: call.own_params])
         rows = samples if samples == examples else 2 * samples + examples
-        moved += 4 * channels * sum(call.wanted[1:]) * rows
+        moved += 4 * channels * len(call.summed) * rows
+    if call.shortcut is not None:
+        again = call.dy is not None and _kept_as(call) != call.dy.dtype
+        moved += size * call.shortcut.dtype.itemsize * (reads if again else 1)
+        moved += size * call.shortcut.dtype.itemsize * call.wanted[3]
     if config.blocks > 1 or not config.resident:  # written and read
         moved += 2 * values * 4 * samples * channels * config.blocks
     return moved

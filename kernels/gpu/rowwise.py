@@ -6,7 +6,11 @@
               dz = dy * act'(z)
 
 With a residual h = x + residual takes the place of x, and to dx its cotangent dh is
-added. Each is one kernel that reads x (and dy, and what is added) once: a row lies in
+added. A shortcut is added to z, and its gradient is dz. Scale and bias may be those of
+an *example*, so many rows one behind the other; or each row has its own scale, which is
+then read as x is, and its gradient dz * x_hat written as dx is.
+
+Each is one kernel that reads x (and dy, and all else of x's size) once: a row lies in
 registers from its first sum to its last store. How many threads share a row depends on
 its length:
 
@@ -104,8 +108,9 @@ def share(
       itemsize: bytes of the wider one of x and dy.
       center: whether mean and dbias come to it.
       slopes: whether through an activation, whose slope takes registers, and z.
-      beside: whether dx is added to dh, which takes registers too. Not measured: the
-        shares are those without, as far as the registers hold them.
+      beside: whether more of x's size is read than x and dy, or examples have their
+        own scale, which takes registers too. Not measured: the shares are those
+        without, as far as the registers hold them.
     """
     narrow = itemsize == 2
     if slopes:
@@ -354,13 +359,21 @@ class Part:
             rows = pl.ds(row, self.rows)
             self._owned(chunk, lambda: memory.store(ref, (rows, columns), value))
 
-    def load_param(self, ref: Any, chunk: Chunk) -> jax.Array:
-        """Scale or bias, alike on all rows of the chunk."""
-        columns = self._columns(chunk)
+    def load_param(
+        self, ref: Any, chunk: Chunk, example: Any, examples: int
+    ) -> jax.Array:
+        """Scale or bias of the example, alike on all rows of the chunk.
+
+        Args:
+          ref: (features,), or (n, features), each for examples / n of the examples.
+        """
+        at: tuple[Any, ...] = (self._columns(chunk),)
+        if len(ref.shape) > 1:
+            at = (lax.div(example, examples // ref.shape[0]), *at)
         if self.config.long:
             shape, layout = self._shape(chunk), self._layout(chunk)
-            return memory.load_as(ref, (columns,), shape, layout).astype(jnp.float32)
-        row = memory.load(ref, (columns,), self._layout(chunk).reduce(0))
+            return memory.load_as(ref, at, shape, layout).astype(jnp.float32)
+        row = memory.load(ref, at, self._layout(chunk).reduce(0))
         return lax.broadcast_in_dim(row, self._shape(chunk), (1,))
 
     def store_total(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
@@ -508,12 +521,14 @@ def forward(
     bias: jax.Array | None,
     mask: None = None,
     residual: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
     """y, of a sum that too, and with `call.statistics` mean (if centred) and var: one
     read of x.
 
-    Bytes: x and y, once each, and the residual and the sum; scale and bias once a tile,
-    from the caches; 4 bytes a statistic. For a cluster 384 bytes a row more.
+    Bytes: x and y, once each, and what there is of the residual, the sum, the shortcut
+    and a scale of each row; other scales and biases once a tile, from the caches; 4
+    bytes a statistic. For a cluster 384 bytes a row more.
 
     The mean is corrected by the mean of what it leaves over, so that it is right to the
     last bit but one wherever it lies: x_hat keeps its digits at mean/std of 5000.
@@ -529,26 +544,31 @@ def forward(
     in three blocks (7168) 1.14 times, 56 KB and more in five to nine at most 1.07.
     """
     norm, features = call.norm, config.features
-    rows = x.size // features
+    examples = math.prod(x.shape[: call.own])
+    rows = x.size // features // examples  # that share a scale and bias
     tile = min(config.rows, memory.power_of_2_below(rows))
-    blocks = rows // tile
+    blocks = rows // tile  # of an example
 
-    inputs = memory.present(x=x.reshape(rows, features), scale=scale, bias=bias)
-    outputs = {"y": jax.ShapeDtypeStruct((rows, features), norm.dtype)}
+    operands: dict[str, Any] = {"x": x, "scale": scale, "bias": bias}
+    operands |= {"residual": residual, "shortcut": shortcut}
+    inputs = _rows(features, **operands)
+    shape = inputs["x"].shape
+    outputs = {"y": jax.ShapeDtypeStruct(shape, norm.dtype)}
     if residual is not None:
-        inputs["residual"] = residual.reshape(rows, features)
-        outputs["h"] = jax.ShapeDtypeStruct((rows, features), call.sum_dtype)
+        outputs["h"] = jax.ShapeDtypeStruct(shape, call.sum_dtype)
     if call.statistics:
-        statistic = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        statistic = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
         outputs |= {"mean": statistic} if norm.center else {}
         outputs |= {"var": statistic}
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        block = lax.axis_index("block")
+        example, block = _example_and_block(examples, blocks)
 
         def step(i: Any, _: None) -> None:
-            row = jnp.minimum((block + i) * tile, rows - tile)
+            row = example * rows + jnp.minimum((block + i) * tile, rows - tile)
             centred = _float32(part.load(ref["x"], row))  # chunks
+            # What is needed last is on its way while the sums are taken.
+            own = {name: part.load(ref[name], row) for name in _streamed(call)}
             if "residual" in ref:
                 beside = _float32(part.load(ref["residual"], row))
                 # What is normalized is what a backward will read: rounded.
@@ -575,12 +595,19 @@ def forward(
                 mean, var = None, m2 / features
             rstd = lax.rsqrt(var + norm.epsilon)
 
-            for chunk, c in zip(config.chunks, centred, strict=True):
-                y = c * part.across(rstd, c)
+            def param(name: str, number: int) -> jax.Array:
+                if name in own:
+                    return own[name][number].astype(jnp.float32)
+                chunk = config.chunks[number]
+                return part.load_param(ref[name], chunk, example, examples)
+
+            for number, chunk in enumerate(config.chunks):
+                y = centred[number] * part.across(rstd, centred[number])
                 if "scale" in ref:
-                    y = y * norm.weight(part.load_param(ref["scale"], chunk))
-                if "bias" in ref:
-                    y = y + part.load_param(ref["bias"], chunk)
+                    y = y * norm.weight(param("scale", number))
+                for name in ("bias", "shortcut"):
+                    if name in ref:
+                        y = y + param(name, number)
                 part.store(ref["y"], row, chunk, activate(norm.activation, y))
             for name, statistic in (("mean", mean), ("var", var)):
                 if name in ref and statistic is not None:
@@ -597,7 +624,7 @@ def forward(
         body,
         config,
         tile=tile,
-        blocks=blocks,
+        blocks=examples * blocks,
         inputs=inputs,
         outputs=outputs,
         places=3,
@@ -620,12 +647,15 @@ def backward(
     var: jax.Array,
     mask: None = None,
     dh: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Those of dx, dscale and dbias that `call.wanted` names: one read of x and dy.
+    """Those of dx, dscale, dbias and dshortcut that `call.wanted` names: one read of x
+    and dy.
 
-    Bytes: x, dy and dx, once each, and dh; 4 bytes a statistic; for dscale and dbias
-    each 8 * features a block, of which there are as many as are resident (`_grid`). For
-    a cluster 512 bytes a row more.
+    Bytes: x, dy and dx, once each, and what there is of dh, the shortcut, a scale of
+    each row, and the gradients of the latter two; 4 bytes a statistic; for dscale and
+    dbias that add up each 8 * features a block, of which there are as many as are
+    resident (`_grid`). For a cluster 512 bytes a row more.
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
     of its rows in registers, 3 to 32 columns a lane (`share`), and the sums of some
@@ -635,39 +665,42 @@ def backward(
     12 (H100) to 17 KB (H200).
     """
     norm, features = call.norm, config.features
-    examples = math.prod(x.shape[: call.own_params])
-    rows = x.size // features // examples  # that share a dscale and dbias
-    tile, tiles, blocks = _grid(config, rows, processors, shared_out.threads)
-    want = dict(zip(("dx", "dscale", "dbias"), call.wanted, strict=True))
+    examples = math.prod(x.shape[: call.own])
+    rows = x.size // features // examples  # that share a scale, bias and their sums
+    tile, tiles, blocks = _grid(config, rows, examples, processors, shared_out.threads)
+    names = ("dx", "dscale", "dbias", "dshortcut")
+    want = dict(zip(names, call.wanted, strict=True))
 
-    inputs = memory.present(
-        dy=dy.reshape(-1, features),
-        x=x.reshape(-1, features),
-        scale=scale,
-        bias=bias,
-        mean=None if mean is None else mean.reshape(-1),
-        var=var.reshape(-1),
-        dh=None if dh is None else dh.reshape(-1, features),
+    operands: dict[str, Any] = {"dy": dy, "x": x, "scale": scale, "bias": bias}
+    operands |= {"dh": dh, "shortcut": shortcut}
+    inputs = _rows(features, **operands)
+    inputs |= memory.present(
+        mean=None if mean is None else mean.reshape(-1), var=var.reshape(-1)
     )
-    summed = [name for name in ("dscale", "dbias") if want[name]]
+    summed = call.summed
     partials = jax.ShapeDtypeStruct((examples * blocks, features), jnp.float32)
     outputs = dict.fromkeys(summed, partials)
+    for name, like in (("dx", x), ("dscale", scale), ("dshortcut", shortcut)):
+        if want[name] and name not in summed:
+            assert like is not None
+            outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, like.dtype)
+    loaded_at_once = ("dy", "x", *_streamed(call))
     columns = config.per_lane(tile)
-    next_tile = columns * (dy.dtype.itemsize + x.dtype.itemsize) // 4
+    next_tile = columns * sum(inputs[n].dtype.itemsize for n in loaded_at_once) // 4
     ahead = columns * len(summed) + next_tile <= shared_out.ahead
     # Mosaic would move lanes of one column in shared memory by `stmatrix`.
     kept = all(chunk.vector > 1 for chunk in config.chunks)
-    if want["dx"]:
-        outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        # One axis: the second one of a grid would end at 65535.
-        program = lax.axis_index("block")
-        example, block = lax.div(program, blocks), lax.rem(program, blocks)
-        scales: list[Any] = [
-            norm.weight(part.load_param(ref["scale"], chunk)) if "scale" in ref else 1.0
-            for chunk in config.chunks
-        ]
+        example, block = _example_and_block(examples, blocks)
+
+        def params(name: str) -> list[jax.Array]:
+            chunks = config.chunks
+            return [part.load_param(ref[name], c, example, examples) for c in chunks]
+
+        of_example: list[Any] = [1.0] * len(config.chunks)
+        if "scale" in ref and not call.scales_each:
+            of_example = [norm.weight(scale) for scale in params("scale")]
 
         def first_row(i: Any) -> tuple[Any, Any]:
             """The block's i-th tile's, and the first that no tile before has."""
@@ -676,7 +709,7 @@ def backward(
 
         def load(i: Any) -> dict[str, Any]:
             row = example * rows + first_row(i)[0]
-            loaded: dict[str, Any] = {n: part.load(ref[n], row) for n in ("dy", "x")}
+            loaded: dict[str, Any] = {n: part.load(ref[n], row) for n in loaded_at_once}
             for name in ("mean", "var"):
                 if name in ref:
                     loaded[name] = part.load_statistic(ref[name], row)
@@ -690,11 +723,16 @@ def backward(
             if norm.center:
                 xs = [x - part.across(loaded["mean"], x) for x in xs]
             x_hats = [x * part.across(rstd, x) for x in xs]
+            scales = of_example
+            if call.scales_each:
+                scales = [norm.weight(scale) for scale in _float32(loaded["scale"])]
             if norm.activation is not None:  # from here on dy is dz
                 zs = [x * scale for x, scale in zip(x_hats, scales, strict=True)]
                 if "bias" in ref:
-                    biases = [part.load_param(ref["bias"], c) for c in config.chunks]
-                    zs = [z + bias for z, bias in zip(zs, biases, strict=True)]
+                    zs = [z + bias for z, bias in zip(zs, params("bias"), strict=True)]
+                if "shortcut" in ref:
+                    added = _float32(loaded["shortcut"])
+                    zs = [z + more for z, more in zip(zs, added, strict=True)]
                 slopes = [slope(norm.activation, z) for z in zs]
                 dys = [dy * of_z for dy, of_z in zip(dys, slopes, strict=True)]
 
@@ -718,8 +756,12 @@ def backward(
                         dx = dx + dhs[i_chunk].astype(jnp.float32)
                     part.store(ref["dx"], row, chunk, dx)
 
-            more = {"dbias": dys}
+            more = {"dbias": dys, "dshortcut": dys}
             more["dscale"] = [dy * x for dy, x in zip(dys, x_hats, strict=True)]
+            for name in ("dscale", "dshortcut"):
+                if want[name] and name not in summed:
+                    for chunk, value in zip(config.chunks, more[name], strict=True):
+                        part.store(ref[name], row, chunk, value)
             if rows % tile:  # the ragged tile has rows that were added before
                 for name, added in more.items():
                     more[name] = [
@@ -774,6 +816,7 @@ def backward(
             totals = {name: part.kept(name) for name in summed}
         else:
             totals, _ = sums_of(0, count, following)
+        program = lax.axis_index("block")
         for name, total in totals.items():
             for chunk, value in zip(config.chunks, total, strict=True):
                 part.store_total(ref[name], program, chunk, value)
@@ -789,18 +832,52 @@ def backward(
         places=4,
         kept=summed if kept else (),
     )
-    found = [results["dx"].reshape(x.shape)] if want["dx"] else []
     if summed:
-        each = [results[n].reshape(examples, blocks, features) for n in summed]
-        shape = (*x.shape[: call.own_params], features)
-        found += [total.reshape(shape) for total in memory.sum_over_blocks(*each)]
-    return found
+        own = x.shape[: call.own_params]
+        each = [results[n].reshape(math.prod(own), -1, features) for n in summed]
+        sums = memory.sum_over_blocks(*each)
+        results |= {
+            name: total.reshape(*own, features)
+            for name, total in zip(summed, sums, strict=True)
+        }
+    return [
+        results[name] if name in summed else results[name].reshape(x.shape)
+        for name in names
+        if want[name]
+    ]
+
+
+def _rows(features: int, **operands: jax.Array | None) -> dict[str, jax.Array]:
+    """Those there are, as (rows, features); a scale or bias of all rows as it is."""
+
+    def is_shared(name: str, array: jax.Array) -> bool:
+        return name in ("scale", "bias") and array.ndim == 1
+
+    return {
+        name: array if is_shared(name, array) else array.reshape(-1, features)
+        for name, array in memory.present(**operands).items()
+    }
+
+
+def _streamed(call: Call) -> tuple[str, ...]:
+    """What each row has of its own, beside x, and is needed to find z."""
+    scale = ("scale",) if call.scales_each else ()
+    return scale if call.shortcut is None else (*scale, "shortcut")
+
+
+def _example_and_block(examples: int, blocks: int) -> tuple[Any, Any]:
+    """Of the program at hand, where an example has so many blocks."""
+    # One axis: the second one of a grid would end at 65535.
+    program = lax.axis_index("block")
+    if examples == 1:
+        return 0, program
+    return lax.div(program, blocks), lax.rem(program, blocks)
 
 
 def _grid(
-    config: Config, rows: int, processors: int, threads: int
+    config: Config, rows: int, examples: int, processors: int, threads: int
 ) -> tuple[int, int, int]:
-    """Rows of a tile, whole tiles, and blocks of a persistent grid over them.
+    """Rows of a tile, and of an example whole tiles, and blocks of a persistent grid.
 
     As many blocks as are resident, of `threads` a multiprocessor. Fewer where that
     would leave a block less than 32 rows, whose partial sums would be over a tenth of
@@ -809,7 +886,8 @@ def _grid(
     tile = min(config.rows, memory.power_of_2_below(rows))
     tiles = rows // tile
     resident = processors * (threads // (WARPS * LANES * config.warpgroups))
-    blocks = min(resident, max(rows // 32, processors)) // config.cluster
+    least = pl.cdiv(processors, examples)
+    blocks = min(resident // examples, max(rows // 32, least)) // config.cluster
     return tile, tiles, max(min(blocks, tiles), 1)
 
 
@@ -905,10 +983,12 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         return Fallback(f"{features} features; kernels take at most {MAX_FEATURES}")
     statistics = 4 * rows * (1 + call.norm.center)
     x_size = call.x.dtype.itemsize
+    own = [getattr(call, name).dtype.itemsize for name in _streamed(call)]
     if call.op == "forward":
         streamed = [x_size, call.norm.dtype.itemsize]
         if call.beside is not None:
             streamed += [call.beside.dtype.itemsize, call.sum_dtype.itemsize]
+        streamed += own
         config = configure(
             features,
             max(streamed),
@@ -921,14 +1001,14 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         moved = call.x.size * sum(streamed) + statistics * call.statistics
     else:
         assert call.dy is not None
-        beside = 0 if call.beside is None else call.beside.dtype.itemsize
-        itemsize = max(x_size, call.dy.dtype.itemsize, beside)
+        beside = own + ([] if call.beside is None else [call.beside.dtype.itemsize])
+        itemsize = max(x_size, call.dy.dtype.itemsize, *beside)
         shared_out = share(
             features,
             itemsize,
             center=call.norm.center,
             slopes=call.slopes,
-            beside=call.beside is not None,
+            beside=bool(beside) or call.own > 0,
         )
         columns = shared_out.columns
         if features <= LANES * columns:
@@ -941,16 +1021,24 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
             in_warp=LANES * columns,
         )
         launch = functools.partial(backward, config, shared_out, call, processors)
-        examples = math.prod(call.x.shape[: call.own_params])
-        grid = _grid(config, rows // examples, processors, shared_out.threads)
+        examples = math.prod(call.x.shape[: call.own])
+        grid = _grid(config, rows // examples, examples, processors, shared_out.threads)
         blocks = examples * grid[2]
+        written = [
+            getattr(call, name).dtype.itemsize
+            for name, want in zip(
+                ("x", "scale", "bias", "shortcut"), call.wanted, strict=True
+            )
+            if want and f"d{name}" not in call.summed
+        ]
         moved = call.x.size * (
-            x_size * (1 + call.wanted[0]) + call.dy.dtype.itemsize + beside
+            x_size + call.dy.dtype.itemsize + sum(beside) + sum(written)
         )
         # Partial sums are written and read, the sum is written.
-        sums = sum(call.wanted[1:]) * (2 * blocks + examples)
+        examples = math.prod(call.x.shape[: call.own_params])
+        sums = len(call.summed) * (2 * blocks + examples)
         moved += statistics + 4 * features * sums
-    for param in (call.scale, call.bias):
+    for param in (None if call.scales_each else call.scale, call.bias):
         moved += 0 if param is None else param.size * param.dtype.itemsize
     return Kernel(
         backend="mosaic_gpu",

@@ -399,7 +399,7 @@ class Part:
 
     Attributes:
       config: how the sample is cut.
-      sample, strip, block: which.
+      sample, strip, block: which; of so many samples.
       warpgroup: which of the block's; a Python 0 where there is one.
       pixels: of the block.
     """
@@ -412,8 +412,10 @@ class Part:
         block: Any,
         warpgroup: Any,
         scratch: Any,
+        samples: int,
     ):
         self.config = config
+        self.samples = samples
         self.sample, self.strip, self.block = sample, strip, block
         self.warpgroup = warpgroup
         self.pixels = config.count(block)
@@ -674,6 +676,7 @@ class Part:
             0,
             self.warpgroup,
             self._scratch,
+            self.samples,
         )
         part._places = self._places  # those before are in use
         return part

@@ -132,13 +132,15 @@ class Chunks:
 
     Attributes:
       vmem: bytes that a kernel needs.
-      cores: that share it: each has blocks of slabs, or where there is one, of rows.
-      examples: parts of the array with a dscale and dbias of their own.
+      cores: that share an example: each has blocks of its slabs, or where there is one,
+        of its rows.
+      examples: parts of the array with a scale, bias, dscale or dbias of their own.
       slabs: parts of an example.
       rows: rows of a slab.
       features: length of a row.
       block_rows: rows of a slab in VMEM at a time; a multiple of chunk_rows.
       chunk_rows: rows that are normalized together.
+      apart: cores each of which has examples of its own; 1 where they share them.
     """
 
     vmem: int
@@ -149,6 +151,7 @@ class Chunks:
     features: int
     block_rows: int
     chunk_rows: int
+    apart: int = dataclasses.field(default=1, kw_only=True)
 
     # --- blocks ---
 
@@ -159,13 +162,13 @@ class Chunks:
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        """Cores, examples, and a core's blocks of slabs and of rows."""
+        """Cores, and a core's examples and blocks of slabs and of rows."""
         slabs, rows = self.blocks
         if slabs > 1:
             slabs = pl.cdiv(slabs, self.cores)
         elif self.cores > 1:
             rows = round_up(pl.cdiv(rows, self.cores), self.blocks_together)
-        return self.cores, self.examples, slabs, rows
+        return self.cores * self.apart, self.examples // self.apart, slabs, rows
 
     @property
     def blocks_together(self) -> int:
@@ -173,11 +176,21 @@ class Chunks:
         return 1
 
     def shared_by(self, cores: int) -> Self:
-        """By so many cores, if each of them gets a block, or by one."""
+        """By so many cores: each gets blocks of every example, or where there are too
+        few, as many examples as the others, or one gets all."""
         shared = dataclasses.replace(self, cores=cores)
         first = shared.block_at(cores - 1, 0, 0)  # of the last core
-        has_some = all(i < n for i, n in zip(first, self.blocks, strict=True))
-        return shared if has_some else self
+        if all(i < n for i, n in zip(first, self.blocks, strict=True)):
+            return shared
+        if self.examples % cores == 0:
+            return dataclasses.replace(self, apart=cores)
+        return self
+
+    def example_at(self, core: Any, example: Any) -> Any:
+        """Which of all examples a step has."""
+        if self.apart > 1:
+            example += core * (self.examples // self.apart)
+        return example
 
     def block_at(self, core: Any, slab: Any, row: Any) -> tuple[Any, Any]:
         """Which of the example's blocks a step has; the last core's last ones may be
@@ -204,25 +217,51 @@ class Chunks:
                 slabs, rows = self.blocks
                 row = jnp.where(slab < slabs, jnp.minimum(row, rows - 1), rows - 1)
                 slab = jnp.minimum(slab, slabs - 1)
-            return at(example, slab, row)
+            return at(self.example_at(core, example), slab, row)
 
         return pl.BlockSpec(tuple(shape), index)
 
-    def spec_of_param(self, lanes: int) -> pl.BlockSpec:
-        """For scale and bias [1, features], fetched once."""
-        return pl.BlockSpec((1, lanes), lambda *_: (0, 0))
+    @property
+    def param_lanes(self) -> int:
+        """Of a row of one number a feature."""
+        return round_up(self.features, LANES)
 
-    def spec_of_param_gradient(self, lanes: int) -> pl.BlockSpec:
+    def of_param(self, count: int) -> pl.BlockSpec:
+        """For scale or bias [count, 1, features], each for as many examples one behind
+        the other, and fetched once."""
+        shared_by = self.examples // count
+
+        def index(core: Any, example: Any, *_: Any) -> Any:
+            if count == 1:
+                return 0, 0, 0
+            return lax.div(self.example_at(core, example), shared_by), 0, 0
+
+        return pl.BlockSpec((None, 1, self.param_lanes), index)
+
+    @property
+    def of_param_gradient(self) -> pl.BlockSpec:
         """For dscale and dbias [cores, examples, 1, features]."""
-        return pl.BlockSpec(
-            (None, None, 1, lanes), lambda core, example, *_: (core, example, 0, 0)
-        )
 
-    def add_cores(self, of_cores: jax.Array | None) -> jax.Array | None:
-        """dscale or dbias."""
-        if of_cores is None or self.cores == 1:
-            return of_cores
-        return of_cores.sum(0)
+        def index(core: Any, example: Any, *_: Any) -> Any:
+            sharer = core if self.cores > 1 else 0
+            return sharer, self.example_at(core, example), 0, 0
+
+        return pl.BlockSpec((None, None, 1, self.param_lanes), index)
+
+    def add_parts(self, parts: jax.Array | None, count: int) -> jax.Array | None:
+        """dscale or dbias: those of all cores, and of examples that share one.
+
+        Args:
+          parts: [cores, examples, 1, features], or None.
+          count: of the results, each for as many examples one behind the other.
+        """
+        if parts is None:
+            return None
+        if self.cores > 1:
+            parts = parts.sum(0)
+        if count < self.examples:
+            parts = parts.reshape(count, -1, self.features).sum(1)
+        return parts
 
     # --- chunks ---
 
@@ -324,7 +363,7 @@ class AcrossLanes(Chunks):
 
     @property
     def view(self) -> tuple[int, int, int, int]:
-        """Of x, y, dy and dx."""
+        """Of x, y, and all else of their size."""
         return self.examples, self.slabs, self.rows, self.features
 
     @property
@@ -334,7 +373,7 @@ class AcrossLanes(Chunks):
 
     @property
     def of_rows(self) -> pl.BlockSpec:
-        """For x, y, dy and dx."""
+        """For x, y, and all else of their size."""
         return self.spec(
             (None, None, self.block_rows, self.lanes),
             lambda example, slab, row: (example, slab, row, 0),
@@ -344,14 +383,6 @@ class AcrossLanes(Chunks):
         return f"{self.block_rows} rows of {self.features} features"
 
     # --- one number a feature ---
-
-    @property
-    def of_param(self) -> pl.BlockSpec:
-        return self.spec_of_param(self.lanes)
-
-    @property
-    def of_param_gradient(self) -> pl.BlockSpec:
-        return self.spec_of_param_gradient(self.lanes)
 
     @property
     def kept_param(self) -> None:
@@ -508,7 +539,7 @@ class DownSublanes(Chunks):
 
     @property
     def view(self) -> tuple[int, int, int, int]:
-        """Of x, y, dy and dx."""
+        """Of x, y, and all else of their size."""
         return self.examples, self.slabs, self.features, self.rows
 
     @property
@@ -524,7 +555,7 @@ class DownSublanes(Chunks):
 
     @property
     def of_rows(self) -> pl.BlockSpec:
-        """For x, y, dy and dx."""
+        """For x, y, and all else of their size."""
         return self.spec(
             (None, self.block_slabs, self.sublanes, self.block_rows),
             lambda example, slab, row: (example, slab, 0, row),
@@ -534,14 +565,6 @@ class DownSublanes(Chunks):
         return f"{self.block_slabs * self.block_rows} rows of {self.features} features"
 
     # --- one number a feature ---
-
-    @property
-    def of_param(self) -> pl.BlockSpec:
-        return self.spec_of_param(round_up(self.features, LANES))
-
-    @property
-    def of_param_gradient(self) -> pl.BlockSpec:
-        return self.spec_of_param_gradient(round_up(self.features, LANES))
 
     @property
     def kept_param(self) -> Any:
@@ -692,12 +715,12 @@ class Turned(DownSublanes):
 
     @property
     def view(self) -> tuple[int, int, int, int]:
-        """Of x, y, dy and dx."""
+        """Of x, y, and all else of their size."""
         return self.examples, self.slabs, self.rows, self.features
 
     @property
     def of_rows(self) -> pl.BlockSpec:
-        """For x, y, dy and dx."""
+        """For x, y, and all else of their size."""
         return self.spec(
             (None, self.block_slabs, self.block_rows, LANES),
             lambda example, slab, row: (example, slab, row, 0),

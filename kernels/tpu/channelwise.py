@@ -577,7 +577,7 @@ class Launch:
           dx in x's shape and dtype; dscale and dbias float32 of shape (channels,),
           behind the leading axes of x that `call.own_params` counts.
         """
-        wants_dx, wants_dscale, wants_dbias = self.call.wanted
+        wants_dx, wants_dscale, wants_dbias, _ = self.call.wanted
         if not any(self.call.wanted):
             return []
         dx, dscale, dbias, c1, c2 = self._backward(dy, x, scale, bias, mean, var)
@@ -623,7 +623,7 @@ class Launch:
         var: jax.Array,
     ) -> Any:
         cut, norm = self.cut, self.call.norm
-        wants_dx, wants_dscale, wants_dbias = self.call.wanted
+        wants_dx, wants_dscale, wants_dbias, _ = self.call.wanted
         slopes = self.call.slopes
         dy, x = self._to_view(dy), self._to_view(x)
         gradient = memory.result(
@@ -790,6 +790,18 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
       view: x[N, S, G, K].
       chip: for which.
     """
+    if call.shortcut is not None:
+        return Fallback(
+            "no kernel for TPUs yet that adds a residual behind a channelwise norm: "
+            "add it to the norm's result"
+        )
+    for name, param in (("scale", call.scale), ("bias", call.bias)):
+        if param is not None and len(param.shape) > 1:
+            return Fallback(
+                f"no kernel for TPUs yet for a channelwise norm whose {name} differs "
+                f"from sample to sample: it has shape {param.shape}, a shared one is "
+                f"({view.features},)"
+            )
     shape = _in_memory(call, view)
     cuts = [
         _cut(call, shape, view, strip, chip.blocks)
@@ -1003,7 +1015,7 @@ def _streamed(call: Call) -> list[jnp.dtype]:
 
 def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
     """Bytes read from and written to HBM."""
-    wants_dx, wants_dscale, wants_dbias = call.wanted
+    wants_dx, wants_dscale, wants_dbias, _ = call.wanted
     reads = sum(dtype.itemsize for dtype in _read(call))
     writes = sum(dtype.itemsize for dtype in _streamed(call)) - reads
     size = math.prod(call.x.shape)

@@ -7,14 +7,21 @@
 
 One row's mean and variance are taken over its own features; RMSNorm leaves out mean
 and c2. With a residual h = x + residual takes the place of x, and to dx its cotangent
-dh is added. For the sources of the formulas see reference/norm.py.
+dh is added. A shortcut is added to y, before an activation; then dy * act'(z) takes the
+place of dy, and is the shortcut's gradient. For the sources of the formulas see
+reference/norm.py.
+
+Scale and bias are those of all rows, or of an example's: of so many one behind the
+other, whose dscale and dbias add up by themselves. Or each row has its own scale, which
+is then read as x is, and its gradient dy * x_hat written as dx is.
 
 The array is seen as x[examples, slabs, rows, features], or with features before rows
 where XLA has it so in memory: blocks.py has both, and what a kernel asks of either. A
 grid step has a block of rows in VMEM, whole rows; Pallas fetches the next block and
 writes back the last one meanwhile. So HBM sees each element once: the forward reads x
-and writes y, the backward reads x and dy and writes dx. Statistics add 4 bytes a row
-each, parameters and their gradients once their own size.
+and writes y, the backward reads x and dy and writes dx; and so it is with all else of
+x's size. Statistics add 4 bytes a row each, parameters and their gradients once their
+own size.
 
 Inside a block a loop takes a chunk of rows at a time, and goes over it two or three
 times, 128 features (a piece) at a time: for sums, and to normalize. Each time VMEM is
@@ -73,7 +80,8 @@ LEAST_ROWS = 64
 OTHER_BYTES = 2**20  # of VMEM: statistics, and what Mosaic has itself
 
 # Below this size in bytes a slab is not worth a step of its own (0.35 us): the slabs
-# are joined, for which XLA copies an array whose rows do not fill their tiles.
+# are joined, for which XLA copies an array whose rows do not fill their tiles. Nor is
+# an example with its own scale or bias, which cannot be joined to others.
 SLAB_BYTES = 64 * 2**10
 
 
@@ -82,9 +90,10 @@ SLAB_BYTES = 64 * 2**10
 
 def _forward_kernel(
     x_ref: Any,  # a block: [block_rows, lanes], or [block_slabs, sublanes, block_rows]
-    scale_ref: Any,  # [1, lanes], or None
+    scale_ref: Any,  # [1, lanes], or a block if `scales_each`, or None
     bias_ref: Any,  # [1, lanes], or None
     residual_ref: Any,  # a block, or None
+    shortcut_ref: Any,  # likewise
     y_ref: Any,  # a block
     h_ref: Any,  # a block, or None: x + residual
     mean_ref: Any,  # float32, of a block's rows, or None
@@ -96,6 +105,7 @@ def _forward_kernel(
     epsilon: float,
     activation: str | None,
     weight: Callable[[Any], Any],
+    scales_each: bool,
     blocks: Blocks,
 ) -> None:
     """y, and mean and variance of each row."""
@@ -104,6 +114,8 @@ def _forward_kernel(
 
     def chunk(index: Any) -> None:
         read = blocks.reader(x_ref, index)
+        read_shortcut = blocks.reader(shortcut_ref, index)
+        read_scale = _scale_reader(scale_ref, scale_kept, index, scales_each, blocks)
         if residual_ref is not None:
             read_x, read_residual = read, blocks.reader(residual_ref, index)
 
@@ -131,9 +143,11 @@ def _forward_kernel(
                 y = y - blocks.widen(mean, piece) - blocks.widen(shift, piece)
             y = y * blocks.widen(rstd, piece)
             if scale_ref is not None:
-                y = y * weight(blocks.param(scale_ref, scale_kept, piece))
+                y = y * weight(read_scale(piece))
             if bias_ref is not None:
                 y = y + blocks.param(bias_ref, bias_kept, piece)
+            if shortcut_ref is not None:
+                y = y + read_shortcut(piece)
             blocks.write(y_ref, index, piece, activate(activation, y))
 
         with jax.named_scope("statistics"):
@@ -164,14 +178,16 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ref: Any,  # a block: [block_rows, lanes], or [block_slabs, sublanes, block_rows]
     x_ref: Any,  # a block, or None where dbias alone is wanted
-    scale_ref: Any,  # [1, lanes], or None
-    bias_ref: Any,  # likewise, for an activation
+    scale_ref: Any,  # [1, lanes], or a block if `scales_each`, or None
+    bias_ref: Any,  # [1, lanes], or None; for an activation
     mean_ref: Any,  # float32, of a block's rows, or None
     var_ref: Any,  # likewise
     dh_ref: Any,  # a block, or None
+    shortcut_ref: Any,  # likewise, for an activation
     dx_ref: Any,  # a block, or None
-    dscale_ref: Any,  # [1, lanes] float32, or None
-    dbias_ref: Any,  # likewise
+    dscale_ref: Any,  # [1, lanes] float32, or a block if `scales_each`, or None
+    dbias_ref: Any,  # [1, lanes] float32, or None
+    dshortcut_ref: Any,  # a block, or None
     scale_kept: Any,  # [sublanes, LANES] float32, or None
     bias_kept: Any,  # likewise
     dscale_sum: Any,  # [SUBLANES, lanes] or [sublanes, LANES] float32, or None: kept
@@ -181,9 +197,10 @@ def _backward_kernel(
     epsilon: float,
     activation: str | None,
     weight: Callable[[Any], Any],
+    scales_each: bool,
     blocks: Blocks,
 ) -> None:
-    """Those of dx, dscale and dbias that are wanted."""
+    """Those of dx, dscale, dbias and dshortcut that are wanted."""
     per_feature = 1 / blocks.features
     sums = [
         (total, result)
@@ -210,6 +227,8 @@ def _backward_kernel(
         inside = blocks.is_inside(index) if blocks.is_ragged else None
         read_x, read_dy = blocks.reader(x_ref, index), blocks.reader(dy_ref, index)
         read_dh = blocks.reader(dh_ref, index)
+        read_shortcut = blocks.reader(shortcut_ref, index)
+        read_scale = _scale_reader(scale_ref, scale_kept, index, scales_each, blocks)
 
         def read_centred(piece: Piece) -> jax.Array:
             x = read_x(piece)
@@ -221,9 +240,11 @@ def _backward_kernel(
                 return dy
             z = read_centred(piece) * blocks.widen(rstd, piece)
             if scale_ref is not None:
-                z = z * weight(blocks.param(scale_ref, scale_kept, piece))
+                z = z * weight(read_scale(piece))
             if bias_ref is not None:
                 z = z + blocks.param(bias_ref, bias_kept, piece)
+            if shortcut_ref is not None:
+                z = z + read_shortcut(piece)
             return dy * slope(activation, z)
 
         def add_rows(total: Any, value: jax.Array, piece: Piece) -> None:
@@ -235,23 +256,27 @@ def _backward_kernel(
             dz = read_dz(piece)
             if dbias_sum is not None:
                 add_rows(dbias_sum, dz, piece)
+            if dshortcut_ref is not None:
+                blocks.write(dshortcut_ref, index, piece, dz)
             if x_ref is None:
                 return []
             of_scale = dz * (read_centred(piece) * blocks.widen(rstd, piece))
             if dscale_sum is not None:
                 add_rows(dscale_sum, of_scale, piece)
+            elif dscale_ref is not None:
+                blocks.write(dscale_ref, index, piece, of_scale)
             if dx_ref is None:
                 return []
             terms = [of_scale, dz][: 1 + center]
             if scale_ref is not None:
-                scale = weight(blocks.param(scale_ref, scale_kept, piece))
+                scale = weight(read_scale(piece))
                 terms = [term * scale for term in terms]
             return blocks.add(totals, terms, piece)
 
         def store_dx(piece: Piece, _: None) -> None:
             dx = read_dz(piece)
             if scale_ref is not None:
-                dx = dx * weight(blocks.param(scale_ref, scale_kept, piece))
+                dx = dx * weight(read_scale(piece))
             for mean_of_wdz in c2:
                 dx = dx - blocks.widen(mean_of_wdz, piece)
             dx = dx - read_centred(piece) * blocks.widen(rstd * c1, piece)
@@ -287,6 +312,15 @@ def _keep_params(pairs: Sequence[tuple[Any, Any]], blocks: Blocks) -> None:
                 blocks.keep_param(scratch, memory.load(ref))
 
 
+def _scale_reader(
+    ref: Any, kept: Any, index: Any, each: bool, blocks: Blocks
+) -> Callable[[Piece], jax.Array]:
+    """Reads pieces of a chunk's scale: of each of its rows, or one for all."""
+    if each:
+        return blocks.reader(ref, index)
+    return lambda piece: blocks.param(ref, kept, piece)
+
+
 def _is_first_step() -> jax.Array:
     """Of those that a core has of one example."""
     return (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
@@ -308,22 +342,23 @@ def forward(
     bias: jax.Array | None,
     mask: None = None,
     residual: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """y, and with `call.statistics` mean (if centred) and var.
+    """y, of a sum that too, and with `call.statistics` mean (if centred) and var.
 
     Args:
       call: one that `plan` takes.
       blocks: how it cuts x.
       x: any shape; float32, bfloat16 or float16, as are all that follow.
-      scale, bias: shape (features,), or None.
+      scale, bias: shape (features,), behind the leading axes of x along which they
+        vary, or None.
       mask: None.
-      residual: x's shape, or None.
+      residual, shortcut: x's shape, or None.
     """
     norm = call.norm
     view = blocks.view
-    beside = h_shape = None
+    h_shape = None
     if residual is not None:
-        beside = residual.reshape(view)
         h_shape = memory.result(x, view, memory.kept_as(call.sum_dtype))
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
     statistic = (
@@ -336,15 +371,17 @@ def forward(
             epsilon=norm.epsilon,
             activation=norm.activation,
             weight=norm.weight,
+            scales_each=call.scales_each,
             blocks=blocks,
         ),
         name="rowwise_forward",
         blocks=blocks,
         operands=[
-            (x.reshape(view), blocks.of_rows),
-            (memory.row(scale), blocks.of_param),
-            (memory.row(bias), blocks.of_param),
-            (beside, blocks.of_rows),
+            _rows(x, blocks),
+            (_rows if call.scales_each else _param)(scale, blocks),
+            _param(bias, blocks),
+            _rows(residual, blocks),
+            _rows(shortcut, blocks),
         ],
         results=[
             (memory.result(x, view, norm.dtype), blocks.of_rows),
@@ -352,7 +389,10 @@ def forward(
             (statistic if norm.center else None, blocks.of_statistic),
             (statistic, blocks.of_statistic),
         ],
-        scratch=[blocks.kept_param if p is not None else None for p in (scale, bias)],
+        scratch=[
+            None if scale is None or call.scales_each else blocks.kept_param,
+            None if bias is None else blocks.kept_param,
+        ],
     )
     if h is not None and h.dtype == jnp.int16:
         h = lax.bitcast_convert_type(h, jnp.float16)
@@ -371,34 +411,45 @@ def backward(
     var: jax.Array,
     mask: None = None,
     dh: jax.Array | None = None,
+    shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Those of dx, dscale and dbias that are wanted.
+    """Those of dx, dscale, dbias and dshortcut that are wanted.
 
     Args:
       call: one that `plan` takes.
       blocks: how it cuts x.
       dy, x: of one shape, each float32, bfloat16 or float16.
-      scale: shape (features,), or None.
+      scale: shape (features,), behind the leading axes of x along which it varies, or
+        None.
       bias: likewise, for an activation.
       mean, var: the forward's statistics, float32.
       mask: None.
       dh: x's shape, or None.
+      shortcut: likewise, for an activation.
 
     Returns:
       dx in x's shape and dtype; dscale and dbias float32 of shape (features,), behind
-      the leading axes of x that `call.own_params` counts.
+      the leading axes of x that `call.own_params` counts, or dscale in the shape and
+      dtype of a scale of x's shape; dshortcut in the shortcut's shape and dtype.
     """
     if not any(call.wanted):
         return []
-    dx, dscale, dbias = call.wanted
+    dx, dscale, dbias, dshortcut = call.wanted
     reads_x = _reads_x(call)
-    scales = dx or call.slopes
+    scale_given = scale if _reads_scale(call) else None
     view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
     param = memory.result(
         x, (blocks.cores, blocks.examples, 1, blocks.features), jnp.float32
     )
-    total = blocks.kept_sum
+    of_scale = param if dscale else None, blocks.of_param_gradient
+    if dscale and call.scales_each:
+        assert scale is not None
+        of_scale = memory.result(x, view, scale.dtype), blocks.of_rows
+    of_shortcut = None
+    if dshortcut:
+        assert shortcut is not None
+        of_shortcut = memory.result(x, view, shortcut.dtype)
     if mean is not None:
         mean = mean.reshape(row_of_statistics)
     results = _pallas_call(
@@ -408,35 +459,55 @@ def backward(
             epsilon=call.norm.epsilon,
             activation=call.norm.activation,
             weight=call.norm.weight,
+            scales_each=call.scales_each,
             blocks=blocks,
         ),
         name="rowwise_backward",
         blocks=blocks,
         operands=[
-            (dy.reshape(view), blocks.of_rows),
-            (x.reshape(view) if reads_x else None, blocks.of_rows),
-            (memory.row(scale) if scales else None, blocks.of_param),
-            (memory.row(bias), blocks.of_param),
+            _rows(dy, blocks),
+            _rows(x if reads_x else None, blocks),
+            (_rows if call.scales_each else _param)(scale_given, blocks),
+            _param(bias, blocks),
             (mean if reads_x else None, blocks.of_statistic),
             (var.reshape(row_of_statistics) if reads_x else None, blocks.of_statistic),
-            (None if dh is None else dh.reshape(view), blocks.of_rows),
+            _rows(dh, blocks),
+            _rows(shortcut, blocks),
         ],
         results=[
             (memory.result(x, view, x.dtype) if dx else None, blocks.of_rows),
-            (param if dscale else None, blocks.of_param_gradient),
+            of_scale,
             (param if dbias else None, blocks.of_param_gradient),
+            (of_shortcut, blocks.of_rows),
         ],
         scratch=[
-            blocks.kept_param if scales and scale is not None else None,
-            blocks.kept_param if bias is not None else None,
-            total if dscale else None,
-            total if dbias else None,
+            None if scale_given is None or call.scales_each else blocks.kept_param,
+            None if bias is None else blocks.kept_param,
+            *[
+                blocks.kept_sum if n in call.summed else None
+                for n in ("dscale", "dbias")
+            ],
         ],
     )
-    of_x, *of_params = results
-    params = (*x.shape[: call.own_params], blocks.features)
-    found = [of_x, *map(blocks.add_cores, of_params)]
-    return _present(found, [x.shape, params, params])
+    found = dict(zip(("dx", "dscale", "dbias", "dshortcut"), results, strict=True))
+    shapes = dict.fromkeys(found, x.shape)
+    own = x.shape[: call.own_params]
+    for name in call.summed:
+        found[name] = blocks.add_parts(found[name], math.prod(own))
+        shapes[name] = (*own, blocks.features)
+    return _present([*found.values()], [*shapes.values()])
+
+
+def _rows(array: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
+    """An operand of x's size, and how it is cut."""
+    return None if array is None else array.reshape(blocks.view), blocks.of_rows
+
+
+def _param(param: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
+    """Scale or bias [n, 1, features], each for as many examples, and how it is cut."""
+    # As [features], Pallas would ask which TPU it compiles for; see `memory.row`.
+    rows = None if param is None else param.reshape(-1, 1, blocks.features)
+    return rows, blocks.of_param(1 if rows is None else rows.shape[0])
 
 
 def _present(
@@ -475,13 +546,13 @@ def _pallas_call(
 
 
 def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
-    """Chooses blocks for a call whose view has S = 1 and one set of parameters."""
+    """Chooses blocks for a call whose view has S = 1 and G = 1, or no parameters."""
     vmem, blocks_bytes = max(chip.vmem, VMEM_BYTES), max(chip.blocks, BLOCKS_BYTES)
     chip = dataclasses.replace(chip, vmem=vmem, blocks=blocks_bytes)
-    own, natural = call.own_params, tuple(range(call.x.ndim))
+    natural = tuple(range(call.x.ndim))
     order = natural
     if call.norm.reduction_axes == natural[-1:]:  # no groups, nor several axes
-        order = order_of_axes(call.x.shape, call.x.dtype.itemsize, own)
+        order = order_of_axes(call.x.shape, call.x.dtype.itemsize, call.own)
     down = None
     if order[-1] != natural[-1]:
         down = down_sublanes(_transposed(call, order), chip)
@@ -506,11 +577,24 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         block=str(blocks),
         why=f"{lie}; {blocks.chunk_rows} rows at a time",
         bytes_moved=bytes_moved(call, blocks),
+        unless_named=_not_worth_it(call, blocks),
+    )
+
+
+def _not_worth_it(call: Call, blocks: Blocks) -> str:
+    """Why the reference is expected to be faster, or ""."""
+    rows = blocks.slabs * blocks.rows
+    size = rows * blocks.features * call.x.dtype.itemsize
+    if blocks.examples == 1 or not _params_differ(call) or size >= SLAB_BYTES:
+        return ""
+    return (
+        f"only {rows} rows of {blocks.features} features share a scale and bias: too "
+        "few for a step of the kernel, so the reference is expected to be faster"
     )
 
 
 def _transposed(call: Call, order: Sequence[int]) -> Call:
-    """The call for an x, and a dy, with its axes in `order`."""
+    """The call for an x, and all else of its size, with the axes in `order`."""
 
     def transposed(operand: Any) -> Any:
         if operand is None:
@@ -523,7 +607,8 @@ def _transposed(call: Call, order: Sequence[int]) -> Call:
         reduction_axes=tuple(order.index(axis) for axis in call.norm.reduction_axes),
         feature_axes=tuple(order.index(axis) for axis in call.norm.feature_axes),
     )
-    arrays = {name: transposed(getattr(call, name)) for name in ("x", "dy", "beside")}
+    names = ["x", "dy", "beside", "shortcut", *["scale"] * call.scales_each]
+    arrays = {name: transposed(getattr(call, name)) for name in names}
     return dataclasses.replace(call, norm=norm, **arrays)
 
 
@@ -531,8 +616,10 @@ def _launch_transposed(
     launch: Callable[..., list[jax.Array]],
     order: Sequence[int],
     *operands: jax.Array | None,
+    **beside: jax.Array,
 ) -> list[jax.Array]:
     """Launches with arrays of x's rank in `order`, as their results come back."""
+    # A bias of x's rank is not met here: with its leading axes in front, none can move.
     back = inverse(order)
 
     def transpose(array: Any, axes: Sequence[int]) -> Any:
@@ -540,7 +627,10 @@ def _launch_transposed(
             return array
         return lax.transpose(array, axes)
 
-    results = launch(*[transpose(operand, order) for operand in operands])
+    results = launch(
+        *[transpose(operand, order) for operand in operands],
+        **{name: transpose(array, order) for name, array in beside.items()},
+    )
     return [transpose(result, back) for result in results]
 
 
@@ -568,16 +658,18 @@ def across_lanes(
             f"kernel has {chip.vmem:,}"
         )
 
-    examples = math.prod(call.x.shape[: call.own_params])
+    examples = math.prod(call.x.shape[: call.own])
     rows = view.n * view.g // examples
     slabs = 1
     # Joining axes before the last is free where the last but one fills its tiles.
-    if call.x.ndim - call.own_params > 2 and call.x.shape[-1] == features:
+    if call.x.ndim - call.own > 2 and call.x.shape[-1] == features:
         inner = call.x.shape[-2]
         slab_bytes = inner * features * call.x.dtype.itemsize
         if inner % (4 * SUBLANES // 2) and slab_bytes >= SLAB_BYTES:
             rows, slabs = inner, rows // inner
     if lanes > LANES:
+        if _params_differ(call):  # a step has one example's rows, and no more
+            chunk_rows = min(chunk_rows, max(2 * power_of_two(max(rows - 1, 1)), least))
         return AcrossLanes(
             need, 1, examples, slabs, rows, features, block_rows, chunk_rows
         )
@@ -595,11 +687,11 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
     row has in an array of other size, where XLA has features across the lanes.
 
     Args:
-      call: one with an x of shape (..., features, rows), and a dy.
+      call: one with an x of shape (..., features, rows), and all else of its size.
     """
     *leading, features, rows = call.x.shape
-    examples = math.prod(leading[: call.own_params])
-    slabs = math.prod(leading[call.own_params :])
+    examples = math.prod(leading[: call.own])
+    slabs = math.prod(leading[call.own :])
     sublanes = round_up(features, SUBLANES)
     tile = sublanes * LANES  # elements of LANES rows
     tile_bytes = 2 * tile * sum(dtype.itemsize for dtype in _streamed(call))
@@ -635,23 +727,42 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
     )
 
 
+def _params_differ(call: Call) -> bool:
+    """Whether examples have a scale or bias of their own, and not just the sums."""
+    return dataclasses.replace(call, own_params=0).own > 0
+
+
 def _streamed(call: Call) -> list[jnp.dtype]:
     """Dtypes of the arrays of x's size that the kernel reads or writes."""
-    beside = [] if call.beside is None else [call.beside.dtype]
+    own_scale = [call.scale] if call.scales_each and _reads_scale(call) else []
+    others = [a for a in (call.beside, call.shortcut, *own_scale) if a is not None]
+    beside = [a.dtype for a in others]
     if call.op == "forward":
-        of_sum = [call.sum_dtype] if beside else []
+        of_sum = [] if call.beside is None else [call.sum_dtype]
         return [call.x.dtype, call.norm.dtype, *beside, *of_sum]
     assert call.dy is not None
-    dx, *_ = call.wanted
-    streamed = [call.dy.dtype]
-    streamed += [call.x.dtype] if _reads_x(call) else []
-    return streamed + ([call.x.dtype] if dx else []) + beside
+    dx, dscale, _, dshortcut = call.wanted
+    streamed = [call.dy.dtype, *beside]
+    streamed += [call.x.dtype] * (_reads_x(call) + dx)
+    if dscale and call.scales_each:
+        assert call.scale is not None
+        streamed.append(call.scale.dtype)
+    if dshortcut:
+        assert call.shortcut is not None
+        streamed.append(call.shortcut.dtype)
+    return streamed
 
 
 def _reads_x(call: Call) -> bool:
     """Whether a backward reads x: not for dbias alone, but where dz takes it."""
-    dx, dscale, _ = call.wanted
+    dx, dscale, *_ = call.wanted
     return dx or dscale or call.slopes
+
+
+def _reads_scale(call: Call) -> bool:
+    """Whether it takes the scale, if there is one: dscale and dbias alone do not."""
+    dx, *_ = call.wanted
+    return call.op == "forward" or dx or call.slopes
 
 
 def bytes_moved(call: Call, blocks: Blocks) -> int:
@@ -659,14 +770,14 @@ def bytes_moved(call: Call, blocks: Blocks) -> int:
     rows = blocks.examples * blocks.slabs * blocks.rows
     total = rows * blocks.features * sum(d.itemsize for d in _streamed(call))
     statistics = 4 * rows * (2 if call.norm.center else 1)
-    params = [p for p in (call.scale, call.bias) if p is not None]
+    scale = None if call.scales_each or not _reads_scale(call) else call.scale
+    params = [p for p in (scale, call.bias) if p is not None]
+    total += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
     if call.op == "forward":
-        total += statistics * call.statistics
-    else:
-        dx, dscale, dbias = call.wanted
-        total += statistics * _reads_x(call)
-        params = params if dx or call.slopes else []
-        # Of several cores written, read and added up.
-        sums = 1 if blocks.cores == 1 else 2 * blocks.cores + 1
-        total += (dscale + dbias) * sums * blocks.examples * blocks.features * 4
-    return total + sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
+        return total + statistics * call.statistics
+    # Of several cores, or of examples that share one: written, read and added up.
+    sums = math.prod(call.x.shape[: call.own_params])
+    parts = blocks.cores * blocks.examples
+    sums += 2 * parts if parts > sums else 0
+    total += len(call.summed) * sums * blocks.features * 4
+    return total + statistics * _reads_x(call)
