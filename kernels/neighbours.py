@@ -9,6 +9,20 @@ It is recognized by what it computes, equation by equation, as jax.nn's own func
 traces to: `flax.nnx.silu`, `jax.nn.swish` and `y * jax.nn.sigmoid(y)` alike. The pair
 becomes one where nothing else uses y.
 
+An array added behind it, with or without an activation behind the sum, as at the end of
+a ResNet's block:
+
+    y = norm(x)
+    z = y + r              z = norm(x, shortcut=r, activation="relu")
+    a = relu(z)      ->    a = z
+
+The sum is then in float32. Where r comes later in the program than the norm, the norm
+moves behind it, and so does what uses a BatchNorm's mean and variance; where r depends
+on these, or an effect would move, nothing is joined. Nor where r is a smaller array,
+broadcast or converted, which XLA does as it adds it; nor where the default platform has
+a kernel for the norm alone, but not for both. Of two norms whose results are added, the
+later one takes the other's.
+
 And the other uses of x, as of a residual stream:
 
     y = norm(x)            y, h = norm(x), x
@@ -22,6 +36,7 @@ for an H100: 5.5 and 6.5 tensors moved).
 
 import dataclasses
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +44,11 @@ from typing import Any
 
 import jax
 import jax.extend.core
+from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from fusednorm.kernels.norm import norm_p
+from fusednorm.kernels import dispatch
+from fusednorm.kernels.norm import call_of, norm_p
 
 # Before jax 0.12 a jaxpr with its constants was of another class than one without.
 ClosedJaxpr: Any = getattr(jax.extend.core, "ClosedJaxpr", Jaxpr)
@@ -50,8 +67,12 @@ _WRITTEN: tuple[tuple[str, Callable[[Any], Any]], ...] = (
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 
 
+# What XLA does to an array where it is read.
+_WIDENING = (lax.broadcast_in_dim_p, lax.convert_element_type_p)
+
+
 def join(program: Any) -> Any:
-    """The same jaxpr, with activations and sums of cotangents inside the norms.
+    """The same jaxpr, with what stands around the norms inside them.
 
     Looks into jitted functions, scans, branches, `jax.checkpoint` and `jax.shard_map`,
     but not into functions with a `custom_jvp` or `custom_vjp`, whose derivatives belong
@@ -87,6 +108,7 @@ class _Joiner:
 
     def _open(self, jaxpr: Jaxpr) -> Jaxpr:
         eqns = [self._inside(eqn) for eqn in jaxpr.eqns]
+        eqns = _with_shortcuts(jaxpr, eqns)
         uses = _Uses(jaxpr, eqns)
         gone: set[int] = set()
         for at, eqn in enumerate(eqns):
@@ -124,11 +146,13 @@ class _Uses:
     Attributes:
       eqns: the jaxpr's equations.
       count: how often each variable is read, by equations and as a result.
+      made: the equation that each variable is a result of.
     """
 
     def __init__(self, jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]):
         self.eqns = list(eqns)
         self.count: Counter[Var] = Counter()
+        self.made = {var: eqn for eqn in eqns for var in eqn.outvars}
         self._by: dict[Var, list[int]] = {}
         for at, eqn in enumerate(eqns):
             for var in eqn.invars:
@@ -173,10 +197,19 @@ def _with_activation(eqn: JaxprEqn, activation: str, y: Var) -> JaxprEqn:
     return _with_inside(eqn, inner, [y, *eqn.outvars[1:]])
 
 
-def _with_inside(eqn: JaxprEqn, inner: JaxprEqn, outvars: list[Var]) -> JaxprEqn:
-    """The jitted norm with another norm inside; results it adds come second."""
+def _with_inside(
+    eqn: JaxprEqn, inner: JaxprEqn, outvars: list[Var], *added: Var
+) -> JaxprEqn:
+    """The jitted norm with another norm inside.
+
+    Results it adds come second, and operands, which are `added`, last.
+    """
     closed = eqn.params["jaxpr"]
     body = closed.jaxpr
+    if added:
+        more = inner.invars[-len(added) :]
+        unnamed = body.debug_info._replace(arg_names=None)
+        body = body.replace(invars=[*body.invars, *more], debug_info=unnamed)
     if len(inner.outvars) > len(body.outvars):
         unnamed = body.debug_info._replace(result_paths=None)
         body = body.replace(outvars=list(inner.outvars), debug_info=unnamed)
@@ -186,9 +219,110 @@ def _with_inside(eqn: JaxprEqn, inner: JaxprEqn, outvars: list[Var]) -> JaxprEqn
     params = eqn.params | {"jaxpr": body}
     for name in ("out_shardings", "out_layouts"):
         first, *others = params[name]
-        more = [first] * (len(outvars) - len(eqn.outvars))
-        params[name] = (first, *more, *others)
-    return eqn.replace(params=params, outvars=outvars)
+        copies = [first] * (len(outvars) - len(eqn.outvars))
+        params[name] = (first, *copies, *others)
+    for name in ("in_shardings", "in_layouts", "donated_invars"):
+        params[name] = (*params[name], *params[name][:1] * len(added))
+    return eqn.replace(params=params, invars=[*eqn.invars, *added], outvars=outvars)
+
+
+def _with_shortcuts(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
+    """The equations, with what is added to a norm's result inside the norm.
+
+    From the last norm to the first, that those before it are where they were. Of two
+    norms whose results are added it is also the last that need not move.
+    """
+    uses = _Uses(jaxpr, eqns)
+    now = list(eqns)
+    taken: set[int] = set()
+    for at in reversed(range(len(eqns))):
+        if not _is_plain_norm(eqns[at]) or _has_shortcut(eqns[at]):
+            continue
+        found = _sum_behind(eqns[at].outvars[0], uses)
+        if found is None or found[0] in taken:
+            continue
+        add, r = found
+        joined = _with_shortcut(eqns[at], r, eqns[add].outvars[0])
+        rest = [eqn for eqn in now[at + 1 :] if eqn is not eqns[add]]
+        moved = _behind(joined, rest, r)
+        if moved is not None and _has_kernel(joined) >= _has_kernel(eqns[at]):
+            now = [*now[:at], *moved]
+            taken.add(add)
+    return now
+
+
+def _has_shortcut(eqn: JaxprEqn) -> bool:
+    inner = _norm_inside(eqn)
+    assert inner is not None
+    return inner.params["tree"].unflatten(inner.invars)[-1] is not None
+
+
+def _has_kernel(eqn: JaxprEqn) -> bool:
+    """Whether a kernel does it on the default platform."""
+    inner = _norm_inside(eqn)
+    assert inner is not None
+    call = call_of(norm_p, [var.aval for var in inner.invars], inner.params)
+    assert call is not None
+    try:
+        plan = dispatch.plan(call, dispatch.Target.default(), inner.params["backend"])
+    except NotImplementedError:  # the backend was named
+        return False
+    return isinstance(plan, dispatch.Kernel)
+
+
+def _sum_behind(y: Var, uses: _Uses) -> tuple[int, Var] | None:
+    """Where something is added to y, which nothing else reads, and what."""
+    at = next(uses.by([y]), None)
+    if at is None or uses.count[y] != 1:
+        return None
+    add = uses.eqns[at]
+    others = [var for var in add.invars if isinstance(var, Var) and var is not y]
+    if add.primitive is not lax.add_p or len(others) != 1:
+        return None
+    (r,), (z,) = others, add.outvars
+    alike = r.aval == y.aval == z.aval
+    return (at, r) if alike and not _is_widened(uses.made.get(r)) else None
+
+
+def _is_widened(eqn: JaxprEqn | None) -> bool:
+    """Whether its result is a smaller array, repeated or converted."""
+    if eqn is None or eqn.primitive not in _WIDENING:
+        return False
+    given: Any = eqn.invars[0].aval
+    made: Any = eqn.outvars[0].aval
+    narrower = given.dtype.itemsize < made.dtype.itemsize
+    return narrower or math.prod(given.shape) != math.prod(made.shape)
+
+
+def _with_shortcut(eqn: JaxprEqn, r: Var, z: Var) -> JaxprEqn:
+    """The same norm, to whose result r is added, which makes z."""
+    inner = _norm_inside(eqn)
+    assert inner is not None
+    shortcut = Var(r.aval)
+    *operands, _ = inner.params["tree"].unflatten(inner.invars)
+    inner = inner.replace(
+        params=inner.params | {"tree": jax.tree.structure((*operands, shortcut))},
+        invars=[*inner.invars, shortcut],
+    )
+    return _with_inside(eqn, inner, [z, *eqn.outvars[1:]], r)
+
+
+def _behind(eqn: JaxprEqn, rest: Sequence[JaxprEqn], r: Var) -> list[JaxprEqn] | None:
+    """An equation that reads r and the rest, in an order in which r is there by then.
+
+    With it moves what depends on its results. None where r does, or an effect.
+    """
+    last = next((at for at, other in enumerate(rest) if r in other.outvars), -1)
+    before, behind, late = [], [eqn], set(eqn.outvars)
+    for other in rest[: last + 1]:
+        if late.isdisjoint(v for v in other.invars if isinstance(v, Var)):
+            before.append(other)
+        elif other.effects:
+            return None
+        else:
+            behind.append(other)
+            late.update(other.outvars)
+    return None if r in late else [*before, *behind, *rest[last + 1 :]]
 
 
 def _carried(

@@ -19,9 +19,8 @@ class ArrayCall:
     def __init__(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ):
-        owner = getattr(fn, "__self__", None)
-        if isinstance(fn, types.MethodType) and isinstance(owner, nnx.Module):
-            fn, args = fn.__func__, (owner, *args)
+        fn, *owner = unbound(fn)
+        args = (*owner, *args)
         self._tree: Any
         self._leaves, self._tree = jax.tree.flatten(
             (fn, args, kwargs), is_leaf=_is_module
@@ -58,6 +57,14 @@ class ArrayCall:
     def update(self, changed: Any) -> None:
         """Makes the changes of a call in the modules that were given."""
         nnx.update(self._modules, changed)
+
+
+def unbound(fn: Callable[..., Any]) -> tuple[Any, ...]:
+    """A module's method as a function, and the module; any other function alone."""
+    owner = getattr(fn, "__self__", None)
+    if isinstance(fn, types.MethodType) and isinstance(owner, nnx.Module):
+        return fn.__func__, owner
+    return (fn,)
 
 
 def _by_path(state: Any) -> dict[Any, Any]:

@@ -8,7 +8,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from fusednorm.kernels import neighbours
-from fusednorm.layers.calls import ArrayCall
+from fusednorm.layers.calls import ArrayCall, unbound
 
 
 def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,17 +18,22 @@ def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
     the layer's `activation`: it is applied to what the kernel has in registers, instead
     of in a pass of its own over memory, and so is its derivative.
 
+    So does an array of x's shape that is added to the output, before the activation or
+    without one, as in `nnx.relu(norm(x) + r)`, where it has the output's dtype.
+
     Where x goes on beside a norm, as in `x + f(norm(x))`, the backward kernel adds dx
     to what comes to x from there, as it writes it.
 
-    Results are the same up to rounding; in half precision an activation is computed,
-    and dx added, before they are rounded.
+    Results are the same up to rounding; in half precision a sum and an activation are
+    computed, and dx added, before they are rounded.
 
-    Both are found wherever jax's trace of `fn` shows them, in jitted functions, scans,
+    They are found wherever jax's trace of `fn` shows them, in jitted functions, scans,
     `jax.checkpoint` or `jax.shard_map` too, but not in functions with a `custom_jvp` or
     `custom_vjp`. Left as it is: an activation of an output that is used twice, is cast
-    to another dtype first or is complex; the sum before a norm, which XLA takes into a
-    product before it (`residual=` adds it in the norm).
+    to another dtype first or is complex, and a sum with one; a sum with an array that
+    is broadcast or cast to a wider dtype first, that depends on the norm's statistics,
+    or that the platform's kernels do not add; the sum before a norm, which XLA takes
+    into a product before it (`residual=` adds it in the norm).
 
     Wrap the forward pass and differentiate the result: a derivative taken inside of
     `fn` uses the norm's output a second time. Each call traces `fn`, so call it inside
@@ -51,14 +56,17 @@ def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
       reference: CPU: the kernels are for NVIDIA GPUs and TPUs
     """
 
-    def fused(*args: Any, **kwargs: Any) -> Any:
-        call = ArrayCall(fn, args, kwargs)
-        operands = (call.state, call.arrays)
-        program, shapes = jax.make_jaxpr(call, return_shape=True)(*operands)
-        run = jaxpr_as_fun(neighbours.join(program))
-        results = run(*jax.tree.leaves(operands))
-        result, changed = jax.tree.unflatten(jax.tree.structure(shapes), results)
-        call.update(changed)
-        return result
-
+    # A tree with the module of fn, as `explain` looks for them.
+    fused = jax.tree_util.Partial(_fused, *unbound(fn))
     return functools.update_wrapper(fused, fn, updated=())
+
+
+def _fused(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    call = ArrayCall(fn, args, kwargs)
+    operands = (call.state, call.arrays)
+    program, shapes = jax.make_jaxpr(call, return_shape=True)(*operands)
+    run = jaxpr_as_fun(neighbours.join(program))
+    results = run(*jax.tree.leaves(operands))
+    result, changed = jax.tree.unflatten(jax.tree.structure(shapes), results)
+    call.update(changed)
+    return result

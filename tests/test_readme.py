@@ -17,7 +17,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     text = README.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -28,7 +28,8 @@ def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert textwrap.dedent(on_cpu) + "\n" in printed
     forward = fusednorm.explain(names["forward"], names["block"], names["images"])
-    assert [choice.activation for choice in forward.choices] == ["silu"]
+    assert [choice.activation for choice in forward.choices] == ["relu", "silu"]
+    assert [choice.shortcut for choice in forward.choices] == [True, False]
     names["gradients"](names["block"], names["images"])
     # What the second explain would print on a GPU, and the third.
     gradient = names["nnx"].grad(names["loss"])

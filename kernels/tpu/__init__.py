@@ -19,5 +19,7 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
     if view.family == "channelwise":
         return channelwise.plan(call, view, chip)
     if view.g > 1 and call.has_params:
-        return Fallback("no kernel for TPUs yet whose scale differs from row to row")
+        return Fallback(
+            "scale differs from row to row (groups of channels, nothing else reduced)"
+        )
     return rowwise.plan(call, view, chip)
