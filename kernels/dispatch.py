@@ -80,6 +80,15 @@ class Call:
         return self.op == "backward" and self.norm.activation is not None
 
     @property
+    def dy_kept(self) -> jnp.dtype:
+        """Dtype in which a backward keeps dy, or with a shortcut dz: one that rounds
+        nothing. ReLU's dz is dy or 0."""
+        assert self.dy is not None
+        if self.shortcut is None or self.norm.activation == "relu":
+            return self.dy.dtype
+        return jnp.dtype(jnp.float32)
+
+    @property
     def has_params(self) -> bool:
         """Whether there is a scale or a bias, or a gradient for one is wanted."""
         given = self.scale is not None or self.bias is not None

@@ -19,9 +19,8 @@ a ResNet's block:
 The sum is then in float32. Where r comes later in the program than the norm, the norm
 moves behind it, and so does what uses a BatchNorm's mean and variance; where r depends
 on these, or an effect would move, nothing is joined. Nor where r is a smaller array,
-broadcast or converted, which XLA does as it adds it; nor where the default platform has
-a kernel for the norm alone, but not for both. Of two norms whose results are added, the
-later one takes the other's.
+broadcast or converted, which XLA does as it adds it. Of two norms whose results are
+added, the later one takes the other's.
 
 And the other uses of x, as of a residual stream:
 
@@ -47,8 +46,7 @@ import jax.extend.core
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from fusednorm.kernels import dispatch
-from fusednorm.kernels.norm import call_of, norm_p
+from fusednorm.kernels.norm import norm_p
 
 # Before jax 0.12 a jaxpr with its constants was of another class than one without.
 ClosedJaxpr: Any = getattr(jax.extend.core, "ClosedJaxpr", Jaxpr)
@@ -245,7 +243,7 @@ def _with_shortcuts(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
         joined = _with_shortcut(eqns[at], r, eqns[add].outvars[0])
         rest = [eqn for eqn in now[at + 1 :] if eqn is not eqns[add]]
         moved = _behind(joined, rest, r)
-        if moved is not None and _has_kernel(joined) >= _has_kernel(eqns[at]):
+        if moved is not None:
             now = [*now[:at], *moved]
             taken.add(add)
     return now
@@ -255,19 +253,6 @@ def _has_shortcut(eqn: JaxprEqn) -> bool:
     inner = _norm_inside(eqn)
     assert inner is not None
     return inner.params["tree"].unflatten(inner.invars)[-1] is not None
-
-
-def _has_kernel(eqn: JaxprEqn) -> bool:
-    """Whether a kernel does it on the default platform."""
-    inner = _norm_inside(eqn)
-    assert inner is not None
-    call = call_of(norm_p, [var.aval for var in inner.invars], inner.params)
-    assert call is not None
-    try:
-        plan = dispatch.plan(call, dispatch.Target.default(), inner.params["backend"])
-    except NotImplementedError:  # the backend was named
-        return False
-    return isinstance(plan, dispatch.Kernel)
 
 
 def _sum_behind(y: Var, uses: _Uses) -> tuple[int, Var] | None:

@@ -576,8 +576,6 @@ def test_sizes_that_are_not_known() -> None:
 @pytest.mark.parametrize("of", ["rows", "batches"])
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "mosaic_tpu"])
 def test_kernels_add_the_sum(backend: str, of: str) -> None:
-    """Where they can: a norm does not lose its kernel to the sum behind it."""
-
     def apart(x: Any, r: Any) -> Any:
         normed = rows_norm(x) if of == "rows" else fusednorm.batch_norm(x)[0]
         return nnx.relu(normed + jnp.tanh(r))
@@ -592,9 +590,7 @@ def test_kernels_add_the_sum(backend: str, of: str) -> None:
         joined = fusednorm.fuse_neighbours(apart)
         ours = gradients(joined)
         ran = {name.split(",")[0] for name in interpreters.runs}
-        # No kernel yet for channels on a TPU.
-        takes = "" if (backend, of) == ("mosaic_tpu", "batches") else "+ relu"
-        assert behind(joined, x, r) == [takes]
+        assert behind(joined, x, r) == ["+ relu"]
     family = "rowwise" if of == "rows" else "channelwise"
     assert ran == {f"{family} forward", f"{family} backward"}
     with fusednorm.use_backend("reference"):

@@ -400,7 +400,7 @@ def backward(
         inputs=inputs,
         outputs=outputs,
         exchanged=len(names),
-        kept={"x": x.dtype, "dy": _kept_as(call)},
+        kept={"x": x.dtype, "dy": call.dy_kept},
     )
     return _wanted(call, results)
 
@@ -485,7 +485,7 @@ def gradient_sums(
     names = _summed(call)
     partials = (samples, config.blocks, len(names), channels)
     outputs = {"partials": jax.ShapeDtypeStruct(partials, jnp.float32)}
-    if _wants(call, "dshortcut") and _kept_as(call) == dy.dtype:
+    if _wants(call, "dshortcut") and call.dy_kept == dy.dtype:
         outputs["dz"] = jax.ShapeDtypeStruct(_shape(call), dy.dtype)
 
     def body(ref: dict[str, Any], part: Part) -> None:
@@ -550,17 +550,6 @@ def _wants(call: Call, name: str) -> bool:
 
 
 _GRADIENTS = ("dx", "dscale", "dbias", "dshortcut")
-
-
-def _kept_as(call: Call) -> jnp.dtype:
-    """Dtype in which dy is kept, or with a shortcut dz: one that rounds nothing.
-
-    ReLU's dz is dy or 0.
-    """
-    assert call.dy is not None
-    if call.shortcut is None or call.norm.activation == "relu":
-        return call.dy.dtype
-    return jnp.dtype(jnp.float32)
 
 
 def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
@@ -886,7 +875,7 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
         others.append(call.norm.dtype.itemsize)
     else:
         loaded.append(call.dy.dtype.itemsize)
-        kept.append(_kept_as(call).itemsize)
+        kept.append(call.dy_kept.itemsize)
         if call.shortcut is not None:
             loaded.append(call.shortcut.dtype.itemsize)
     widest = max(*loaded, *others, 0)
@@ -973,7 +962,7 @@ def _bytes_moved(call: Call, config: Config) -> int:
         rows = samples if samples == examples else 2 * samples + examples
         moved += 4 * channels * len(call.summed) * rows
     if call.shortcut is not None:
-        again = call.dy is not None and _kept_as(call) != call.dy.dtype
+        again = call.dy is not None and call.dy_kept != call.dy.dtype
         moved += size * call.shortcut.dtype.itemsize * (reads if again else 1)
         moved += size * call.shortcut.dtype.itemsize * call.wanted[3]
     if config.blocks > 1 or not config.resident:  # written and read

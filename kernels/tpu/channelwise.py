@@ -3,9 +3,12 @@
 On the view x[N, S, G, K] (samples, pixels, groups, channels of a group), with sums over
 the pixels and channels of one group of one sample:
 
-    forward   y = (x - mean) * rstd * scale + bias
-    backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dy * scale
-              dscale = sum(dy * x_hat),  dbias = sum(dy)         over pixels and samples
+    forward   y = act(z),  z = (x - mean) * rstd * scale + bias
+    backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dz * scale
+              dscale = sum(dz * x_hat),  dbias = sum(dz)         over pixels and samples
+              dz = dy * act'(z)
+
+A shortcut, of x's shape, is added to z, and its gradient is dz.
 
 pixels.py says how the array lies in memory and is cut: into units (a strip of channels
 of one sample, or of several small samples), and these into blocks, one a grid step.
@@ -93,6 +96,7 @@ def _forward_kernel(
     x_ref: Any,  # a block: [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows]
     scale_ref: Any,  # [1, lanes], or None
     bias_ref: Any,  # likewise
+    shortcut_ref: Any,  # a block, of the unit that is normalized; or None
     y_ref: Any,  # a block, or None: statistics alone are wanted
     mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
     var_ref: Any,  # likewise
@@ -164,6 +168,8 @@ def _forward_kernel(
                 y = y * factor
                 if bias_ref is not None:
                     y = y + bias
+                if shortcut_ref is not None:
+                    y = y + cut.as_places(memory.load(shortcut_ref, here))
                 memory.store(y_ref, here, cut.as_block(activate(activation, y)))
 
         cut.over_chunks(block, step, None)
@@ -230,13 +236,15 @@ def _backward_kernel(
     bias_ref: Any,  # likewise, for an activation
     mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
     var_ref: Any,  # likewise
+    shortcut_ref: Any,  # a block, for an activation; or None
     dx_ref: Any,  # a block, or None
+    dz_ref: Any,  # likewise
     dscale_ref: Any,  # [1, lanes] float32, or None
     dbias_ref: Any,  # likewise
     c1_ref: Any,  # [unit, lanes] float32: mean(w * x_hat); or None
     c2_ref: Any,  # likewise: mean(w)
-    kept_dy: Any,  # the blocks of a unit, or None
-    kept_x: Any,  # likewise
+    kept_dy: Any,  # the blocks of a unit, of dz if there is a shortcut; or None
+    kept_x: Any,  # likewise, of x
     center_at: Any,  # [unit, *places] float32: the mean of what is added up; or None
     affine_at: Any,  # [2, unit, *places] float32: factor and bias of z; or None
     seen: Any,  # [2, unit, *places] float32: sum(dz * (x - mean)), sum(dz)
@@ -247,7 +255,7 @@ def _backward_kernel(
     activation: str | None,
     weight: Callable[[Any], Any],
 ) -> None:
-    """Those of dx, dscale, dbias, c1 and c2 that have a reference."""
+    """Those of dx, dz, dscale, dbias, c1 and c2 that have a reference."""
     center = mean_ref is not None
 
     def begin() -> None:
@@ -257,13 +265,19 @@ def _backward_kernel(
             rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
             _keep_affine(cut, affine_at, 0, rstd, scale_ref, bias_ref, weight)
 
-    def before_activation(dy: jax.Array, centred: jax.Array, affine: Any) -> jax.Array:
+    def before_activation(
+        dy: jax.Array, centred: jax.Array, affine: Any, here: Any
+    ) -> jax.Array:
         """dz = dy * act'(z)."""
         if activation is None:
             return dy
         factor, bias = affine
         z = centred * factor
-        return dy * slope(activation, z if bias_ref is None else z + bias)
+        if bias_ref is not None:
+            z = z + bias
+        if shortcut_ref is not None:
+            z = z + cut.as_places(memory.load(shortcut_ref, here))
+        return dy * slope(activation, z)
 
     def add_up(block: Block, sample: Any, tile: Any) -> None:
         at = sample, *cut.of_tile(tile)
@@ -277,11 +291,17 @@ def _backward_kernel(
                 here = cut.at(sample, chunk, tile)
                 if kept_x is not None:
                     kept_x[cut.number(block), *here] = x_ref[here]
-                    kept_dy[cut.number(block), *here] = dy_ref[here]
+                    if shortcut_ref is None:
+                        kept_dy[cut.number(block), *here] = dy_ref[here]
                 x = cut.as_places(memory.load(x_ref, here))
                 dy = cut.as_places(memory.load(dy_ref, here))
                 centred = x if mean is None else x - mean
-                dz = before_activation(dy, centred, affine)
+                dz = before_activation(dy, centred, affine, here)
+                if dz_ref is not None:
+                    memory.store(dz_ref, here, cut.as_block(dz))
+                if kept_dy is not None and shortcut_ref is not None:
+                    kept = kept_dy.at[cut.number(block)]
+                    memory.store(kept, here, cut.as_block(dz))
                 terms = dz * centred, dz
                 totals = [
                     total + cut.add_registers(term, rows)
@@ -332,7 +352,9 @@ def _backward_kernel(
                 affine = None
                 if affine_at is not None:
                     affine = found[4, *at], found[5, *at]
-                dz = before_activation(dy, centred, affine)
+                dz = dy
+                if kept_dy is None or shortcut_ref is None:
+                    dz = before_activation(dy, centred, affine, here)
                 dx = dz * of_dy - centred * of_x
                 if center:
                     dx = dx - rest
@@ -482,31 +504,35 @@ class Launch:
         scale: jax.Array | None,
         bias: jax.Array | None,
         mask: None = None,
+        shortcut: jax.Array | None = None,
     ) -> list[jax.Array]:
         """y, and with `call.statistics` mean (if centred) and var.
 
-        Bytes: x and y, each once (in two reads x once more); 4 bytes a statistic, of
-        each channel.
+        Bytes: x, the shortcut and y, each once (in two reads x once more); 4 bytes a
+        statistic, of each channel.
 
         Args:
           x: any shape; float32, bfloat16 or float16, as are all that follow.
           scale, bias: shape (channels,), or None.
           mask: None.
+          shortcut: x's shape, or None.
         """
         norm, statistics = self.call.norm, self.call.statistics
         if not self.whole:
             mean, var = self.moments(x)
-            y = reference.apply(norm, x, mean, var, scale, bias)
+            y = reference.apply(norm, x, mean, var, scale, bias, shortcut)
             found = [y, mean, var] if statistics else [y]
             return [array for array in found if array is not None]
-        y, mean, var = self._forward(x, scale, bias, whole=True, statistics=statistics)
+        y, mean, var = self._forward(
+            x, scale, bias, shortcut, whole=True, statistics=statistics
+        )
         found = [self._from_view(y), self._of_groups(mean), self._of_groups(var)]
         return [array for array in found if array is not None]
 
     def moments(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
         """mean (None without centring) and var, in the statistics' shape: one read of
         x."""
-        _, mean, var = self._forward(x, None, None, whole=False, statistics=True)
+        _, mean, var = self._forward(x, None, None, None, whole=False, statistics=True)
         var = self._of_groups(var)
         assert var is not None
         return self._of_groups(mean), var
@@ -516,12 +542,14 @@ class Launch:
         x: jax.Array,
         scale: jax.Array | None,
         bias: jax.Array | None,
+        shortcut: jax.Array | None,
         *,
         whole: bool,
         statistics: bool,
     ) -> Any:
         cut, norm = self.cut, self.call.norm
         x = self._to_view(x)
+        beside = None if shortcut is None else self._to_view(shortcut)
         y = memory.result(x, cut.view, norm.dtype) if whole else None
         statistic = self._of_channels_like(x) if statistics else None
         places = pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32)
@@ -539,13 +567,15 @@ class Launch:
                 (x, cut.spec),
                 (memory.row(scale), cut.spec_of_params),
                 (memory.row(bias), cut.spec_of_params),
+                (beside, cut.spec),
             ],
             results=[
                 (y, cut.spec),
                 (statistic if norm.center else None, cut.spec_of_statistics),
                 (statistic, cut.spec_of_statistics),
             ],
-            kept=[x],
+            finished=[beside, y],
+            kept=[x.dtype],
             scratch=[places, places if whole else None],
         )
 
@@ -559,11 +589,13 @@ class Launch:
         var: jax.Array,
         mask: None = None,
         dh: jax.Array | None = None,
+        shortcut: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """Those of dx, dscale and dbias that are wanted.
+        """Those of dx, dscale, dbias and dshortcut that are wanted.
 
-        Bytes: x, dy and dx, each once (in two reads x and dy once more); 4 bytes a
-        statistic, of each channel. XLA adds dx to dh: dh, and after one read dx twice.
+        Bytes: x, dy and dx, each once (in two reads x and dy once more, or dz for dy);
+        the shortcut and its gradient; 4 bytes a statistic, of each channel. XLA adds dx
+        to dh: dh, and after one read dx twice.
 
         Args:
           dy, x: of one shape, each float32, bfloat16 or float16.
@@ -572,15 +604,22 @@ class Launch:
           mean, var: the forward's statistics, float32.
           mask: None.
           dh: x's shape, or None.
+          shortcut: likewise, for an activation.
 
         Returns:
           dx in x's shape and dtype; dscale and dbias float32 of shape (channels,),
-          behind the leading axes of x that `call.own_params` counts.
+          behind the leading axes of x that `call.own_params` counts; dshortcut in the
+          shortcut's shape and dtype.
         """
-        wants_dx, wants_dscale, wants_dbias, _ = self.call.wanted
+        wants_dx, wants_dscale, wants_dbias, wants_dshortcut = self.call.wanted
         if not any(self.call.wanted):
             return []
-        dx, dscale, dbias, c1, c2 = self._backward(dy, x, scale, bias, mean, var)
+        operands = (dy, x, scale, bias, mean, var)
+        dx, dz, dscale, dbias, c1, c2 = self._backward(*operands, shortcut)
+        if dz is not None:
+            dz = self._from_view(dz)
+        elif not self.whole:
+            dz = reference.before_activation(self.call.norm, *operands, shortcut)
         params = (*x.shape[: self.call.own_params], self.cut.channels)
         found = []
         if wants_dx:
@@ -590,13 +629,11 @@ class Launch:
                     dx = dx.astype(jnp.float32) + dh.astype(jnp.float32)
                 found = [dx.astype(x.dtype)]
             else:
-                norm = self.call.norm
-                dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
                 c1 = self._of_groups(c1)
                 assert c1 is not None
                 found = [
                     reference.input_gradient(
-                        norm,
+                        self.call.norm,
                         dz,
                         x,
                         scale,
@@ -611,6 +648,9 @@ class Launch:
             found.append(dscale.reshape(params))
         if wants_dbias:
             found.append(dbias.reshape(params))
+        if wants_dshortcut:
+            assert shortcut is not None
+            found.append(dz.astype(shortcut.dtype))
         return found
 
     def _backward(
@@ -621,21 +661,26 @@ class Launch:
         bias: jax.Array | None,
         mean: jax.Array | None,
         var: jax.Array,
+        shortcut: jax.Array | None,
     ) -> Any:
         cut, norm = self.cut, self.call.norm
         wants_dx, wants_dscale, wants_dbias, _ = self.call.wanted
         slopes = self.call.slopes
+        beside = None if shortcut is None else self._to_view(shortcut)
         dy, x = self._to_view(dy), self._to_view(x)
         gradient = memory.result(
             x, (cut.cores, cut.examples, 1, cut.channels), jnp.float32
         )
         inner = self._of_channels_like(x) if wants_dx and not self.whole else None
         dx = memory.result(x, cut.view, self.call.x.dtype) if self.whole else None
+        dz = None
+        if (dtype := _dz_dtype(self.call, whole=self.whole)) is not None:
+            dz = memory.result(x, cut.view, dtype)
 
         def places(count: int) -> Any:
             return pltpu.VMEM((count, cut.unit, *cut.places), jnp.float32)
 
-        dx, dscale, dbias, c1, c2 = self._pallas_call(
+        dx, dz, dscale, dbias, c1, c2 = self._pallas_call(
             functools.partial(
                 _backward_kernel,
                 cut=cut,
@@ -651,15 +696,18 @@ class Launch:
                 (memory.row(bias), cut.spec_of_params),
                 (self._of_channels(mean), cut.spec_of_statistics),
                 (self._of_channels(var), cut.spec_of_statistics),
+                (beside, cut.spec),
             ],
             results=[
                 (dx, cut.spec),
+                (dz, cut.spec),
                 (gradient if wants_dscale else None, cut.spec_of_gradients),
                 (gradient if wants_dbias else None, cut.spec_of_gradients),
                 (inner, cut.spec_of_statistics),
                 (inner if norm.center else None, cut.spec_of_statistics),
             ],
-            kept=[dy, x],
+            finished=[dx],
+            kept=[self.call.dy_kept, x.dtype],
             scratch=[
                 pltpu.VMEM((cut.unit, *cut.places), jnp.float32)
                 if norm.center
@@ -669,7 +717,7 @@ class Launch:
                 places(4 + 2 * slopes) if self.whole else None,
             ],
         )
-        return dx, self._add_cores(dscale), self._add_cores(dbias), c1, c2
+        return dx, dz, self._add_cores(dscale), self._add_cores(dbias), c1, c2
 
     def _add_cores(self, of_cores: jax.Array | None) -> jax.Array | None:
         """dscale or dbias [examples, 1, channels]."""
@@ -688,14 +736,17 @@ class Launch:
         *,
         operands: Sequence[tuple[jax.Array | None, Any]],
         results: Sequence[tuple[jax.ShapeDtypeStruct | None, Any]],
-        kept: Sequence[jax.Array],
+        finished: Sequence[Any],
+        kept: Sequence[Any],
         scratch: Sequence[Any],
     ) -> Any:
         """Runs a kernel over operands, results and scratch; None stays None.
 
         Args:
           operands, results: each with the method that makes its block's specification.
-          kept: of which a unit stays in VMEM, in scratch before the rest of it.
+          finished: those of them that are read or written of a unit that is complete.
+          kept: dtypes of what of a unit stays in VMEM, in scratch before the rest of
+            it.
         """
         cut = self.cut
 
@@ -715,29 +766,26 @@ class Launch:
         def before(core: Any, turn: Any, *block: Any) -> tuple[Any, ...]:
             return now(core, turn - 1, *block)
 
-        def out_spec(array: Any, spec: Any) -> Any:
-            finished = self.late and array.shape == cut.view
-            return spec(before if finished else now)
+        def spec_of(array: Any, spec: Any) -> Any:
+            if array is None:
+                return None
+            is_finished = any(array is one for one in finished)
+            return spec(before if self.late and is_finished else now)
 
         keep = [
-            pltpu.VMEM((cut.blocks, cut.unit, *cut.block), memory.kept_as(a.dtype))
+            pltpu.VMEM((cut.blocks, cut.unit, *cut.block), memory.kept_as(dtype))
             if self.late
             else None
-            for a in kept
+            for dtype in kept
         ]
         grid = (cut.cores, cut.units_of_core + self.late, *cut.grid)
         return pl.pallas_call(
             kernel,
             name=name,
             grid=grid,
-            in_specs=tuple(
-                None if array is None else spec(now) for array, spec in operands
-            ),
+            in_specs=tuple(itertools.starmap(spec_of, operands)),
             out_shape=tuple(shape for shape, _ in results),
-            out_specs=tuple(
-                None if shape is None else out_spec(shape, spec)
-                for shape, spec in results
-            ),
+            out_specs=tuple(itertools.starmap(spec_of, results)),
             scratch_shapes=(*keep, *scratch),
             compiler_params=memory.compiler_params(grid, self.vmem),
         )(*[memory.bits(array) for array, _ in operands])
@@ -790,11 +838,6 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
       view: x[N, S, G, K].
       chip: for which.
     """
-    if call.shortcut is not None:
-        return Fallback(
-            "no kernel for TPUs yet that adds a residual behind a channelwise norm: "
-            "add it to the norm's result"
-        )
     for name, param in (("scale", call.scale), ("bias", call.bias)):
         if param is not None and len(param.shape) > 1:
             return Fallback(
@@ -991,42 +1034,76 @@ def _fit(call: Call, cut: AnyCut, vmem: int, *, whole: bool) -> AnyCut | None:
 def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
     """Bytes of VMEM that a kernel needs."""
     block = cut.unit * math.prod(cut.block)
-    reads = sum(dtype.itemsize for dtype in _read(call))
-    writes = sum(dtype.itemsize for dtype in _streamed(call)) - reads
-    need = 2 * block * (reads + writes * whole)
+    need = 2 * block * sum(dtype.itemsize for dtype in _streamed(call, whole=whole))
     if whole and cut.blocks > 1:
-        need += cut.blocks * block * reads
+        kept = call.x.dtype.itemsize + (0 if call.dy is None else call.dy_kept.itemsize)
+        need += cut.blocks * block * kept
     places = cut.unit * math.prod(cut.places) * 4
     # Scratch, and the values of `complete`, of which registers hold few.
     need += (7 + 4 * call.slopes + SPILLED) * places
     return need + OTHER_BYTES
 
 
-def _read(call: Call) -> list[jnp.dtype]:
-    """Dtypes of the arrays of x's size that the kernel reads."""
-    return [call.x.dtype] + ([] if call.dy is None else [call.dy.dtype])
+def _read(call: Call, *, whole: bool = True) -> list[jnp.dtype]:
+    """Dtypes of the arrays of x's size that the kernel reads.
+
+    Args:
+      whole: whether it normalizes.
+    """
+    arrays = [call.x, call.dy]
+    if whole or call.op == "backward":
+        arrays.append(call.shortcut)
+    return [array.dtype for array in arrays if array is not None]
 
 
-def _streamed(call: Call) -> list[jnp.dtype]:
+def _streamed(call: Call, *, whole: bool = True) -> list[jnp.dtype]:
     """Those of all that it reads or writes."""
-    written = call.norm.dtype if call.op == "forward" else call.x.dtype
-    return [*_read(call), written]
+    written = []
+    if whole:
+        written.append(call.norm.dtype if call.op == "forward" else call.x.dtype)
+    if (dtype := _dz_dtype(call, whole=whole)) is not None:
+        written.append(dtype)
+    return [*_read(call, whole=whole), *written]
+
+
+def _dz_dtype(call: Call, *, whole: bool) -> jnp.dtype | None:
+    """Dtype in which a backward writes dz; None if it does not.
+
+    In one read it is dshortcut. In two reads XLA has it in the place of dy, if that
+    loses nothing by rounding.
+    """
+    if call.shortcut is None or not call.wanted[3]:
+        return None
+    if whole:
+        return call.shortcut.dtype
+    assert call.dy is not None
+    return call.dy.dtype if call.dy_kept == call.dy.dtype else None
 
 
 def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
     """Bytes read from and written to HBM."""
-    wants_dx, wants_dscale, wants_dbias, _ = call.wanted
-    reads = sum(dtype.itemsize for dtype in _read(call))
-    writes = sum(dtype.itemsize for dtype in _streamed(call)) - reads
-    size = math.prod(call.x.shape)
-    moved = size * (reads * (1 if whole or not wants_dx else 2) + writes * wants_dx)
+    wants_dx, wants_dscale, wants_dbias, wants_dshortcut = call.wanted
+    x_size, size = call.x.dtype.itemsize, math.prod(call.x.shape)
+    each = sum(dtype.itemsize for dtype in _read(call))
+    if call.op == "forward":
+        each += call.norm.dtype.itemsize + (0 if whole else x_size)
+    elif wants_dx:
+        each += x_size
+        if not whole:  # x again, and dy, or dz in its place
+            assert call.dy is not None
+            each += x_size + call.dy.dtype.itemsize
+    if call.shortcut is not None and wants_dshortcut:
+        each += call.shortcut.dtype.itemsize
+        if not whole and _dz_dtype(call, whole=False) is None:
+            each += call.shortcut.dtype.itemsize
+    moved = size * each
     of_channels = 4 * cut.examples * cut.samples * cut.channels * (1 + call.norm.center)
     params = [p for p in (call.scale, call.bias) if p is not None]
     if call.op == "forward":
         moved += of_channels * (call.statistics or not whole)
     else:
         if call.beside is not None:
-            moved += size * (call.beside.dtype.itemsize + 2 * writes * whole)
+            moved += size * (call.beside.dtype.itemsize + 2 * x_size * whole)
         moved += of_channels * (2 if wants_dx and not whole else 1)
         params = params if wants_dx or call.slopes else []
         # Of several cores written, read and added up.
