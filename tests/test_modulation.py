@@ -3,7 +3,6 @@ reference, the kernels of both chips, the layers."""
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -140,7 +139,7 @@ def test_each_sample(case: Case, scale: Any, bias: Any, mix: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "mix"), zip(SAMPLES, itertools.cycle(MIXES[:3]), strict=False), ids=str
+    ("own", "mix"), list(zip(SAMPLES, 2 * MIXES[:3], strict=True)), ids=str
 )
 @pytest.mark.parametrize(
     "case",
@@ -218,7 +217,7 @@ def variant(
 
 
 @pytest.mark.parametrize(
-    ("case", "mix"), zip(BEHIND, itertools.cycle(MIXES[:3]), strict=False), ids=str
+    ("case", "mix"), list(zip(BEHIND, 2 * MIXES[:3], strict=True)), ids=str
 )
 def test_kernels_with_a_residual_behind(variant: str, case: Case, mix: Any) -> None:
     check(case, mix, behind=True)

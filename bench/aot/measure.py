@@ -209,10 +209,11 @@ class Measurement:
 
     @property
     def floor(self) -> float:
-        """Least ratio: 1; or, in two reads, that of 3 tensors to 2, or of 5 to 3."""
+        """Least ratio: 1; or, in two reads, with x once more, and dy, or dz for it."""
         if not self.in_two_reads:
             return 1.0
-        return 5 / 3 if self.op == "backward" else 3 / 2
+        tensor = math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        return 1 + (2 if self.op == "backward" else 1) * tensor / self.ideal
 
     @property
     def accessed(self) -> float:
