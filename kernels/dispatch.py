@@ -95,6 +95,12 @@ class Call:
         return given or (self.op == "backward" and any(self.wanted[1:3]))
 
     @property
+    def wants(self) -> dict[str, bool]:
+        """`wanted` by name, in the order in which a backward returns them."""
+        names = ("dx", "dscale", "dbias", "dshortcut")
+        return dict(zip(names, self.wanted, strict=True))
+
+    @property
     def scales_each(self) -> bool:
         """Whether each element of x has its own scale."""
         return self.scale is not None and each_its_own(self.scale, self.x)
@@ -102,9 +108,8 @@ class Call:
     @property
     def summed(self) -> tuple[str, ...]:
         """Those of dscale and dbias that a backward returns, and adds up."""
-        _, dscale, dbias, _ = self.wanted
-        wanted = ("dscale", dscale and not self.scales_each), ("dbias", dbias)
-        return tuple(name for name, want in wanted if want)
+        adding = ("dbias",) if self.scales_each else ("dscale", "dbias")
+        return tuple(name for name in adding if self.wants[name])
 
     @property
     def own(self) -> int:

@@ -24,6 +24,7 @@ A `promote_dtype` other than flax's default is called as flax calls it, and the 
 it returns are what is normalized.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,19 +36,25 @@ from fusednorm.kernels import functional
 
 
 def _promote(
-    layer: Any, x: Any, *variables: Any, statistics: int = 0
+    layer: Any, x: Any, *variables: Any, given: Sequence[Any] = (), statistics: int = 0
 ) -> tuple[list[Any], Any]:
     """The arrays to normalize with, and the output's dtype, as flax decides it.
 
-    The first `statistics` of the variables are running averages. They have a say in
-    flax's own promotion, none in the dtype of a user's.
+    Args:
+      variables: of the layer; a promotion of the user's is given all, None included.
+      given: of the call; a promotion of the user's is given those there are.
+      statistics: so many of the variables, the first ones, are running averages. They
+        have a say in flax's own promotion, none in the dtype of a user's.
     """
-    given = (x, *(None if v is None else v[...] for v in variables))
-    if layer.promote_dtype is dtypes.promote_dtype:
-        return list(given), dtypes.canonicalize_dtype(*given, dtype=layer.dtype)
-    given = layer.promote_dtype(given, dtype=layer.dtype)
-    deciding = (given[0], *given[1 + statistics :])
-    return list(given), dtypes.canonicalize_dtype(*deciding, dtype=layer.dtype)
+    there = [array for array in given if array is not None]
+    arrays = (x, *(None if v is None else v[...] for v in variables), *there)
+    deciding = arrays
+    if layer.promote_dtype is not dtypes.promote_dtype:
+        arrays = layer.promote_dtype(arrays, dtype=layer.dtype)
+        deciding = (arrays[0], *arrays[1 + statistics :])
+    dtype = dtypes.canonicalize_dtype(*deciding, dtype=layer.dtype)
+    own, rest = arrays[: 1 + len(variables)], iter(arrays[1 + len(variables) :])
+    return [*own, *(None if a is None else next(rest) for a in given)], dtype
 
 
 def _own_or_given(layer: Any, name: str, given: Any) -> Any:
@@ -135,17 +142,18 @@ class LayerNorm(nnx.LayerNorm):
             residual has another shape, the layer has a scale or bias and another one is
             given, or `dtype` is not a float or complex type.
         """
-        given = [] if residual is None else [residual]
         scale = _own_or_given(self, "scale", scale)
         bias = _own_or_given(self, "bias", bias)
-        (x, scale, bias, *given), dtype = _promote(self, x, scale, bias, *given)
+        (x, scale, bias, residual), dtype = _promote(
+            self, x, scale, bias, given=[residual]
+        )
         return functional.layer_norm(
             x,
             scale,
             bias,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
-            residual=given[0] if given else None,
+            residual=residual,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
 
@@ -183,17 +191,17 @@ class RMSNorm(nnx.RMSNorm):
         bias: Any = None,
     ) -> Any:
         """Normalizes x; arguments, result and errors as for `LayerNorm`."""
-        given = [array for array in (bias, residual) if array is not None]
         scale = _own_or_given(self, "scale", scale)
-        (x, scale, *given), dtype = _promote(self, x, scale, *given)
-        bias = None if bias is None else given.pop(0)
+        (x, scale, bias, residual), dtype = _promote(
+            self, x, scale, given=[bias, residual]
+        )
         return functional.rms_norm(
             x,
             scale,
             bias=bias,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
-            residual=given[0] if given else None,
+            residual=residual,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
 
@@ -265,9 +273,8 @@ class GroupNorm(nnx.GroupNorm):
                 f"last axis: num_groups={self.num_groups} of "
                 f"group_size={self.group_size}."
             )
-        given = [] if residual is None else [residual]
-        (x, scale, bias, *given), dtype = _promote(
-            self, x, self.scale, self.bias, *given
+        (x, scale, bias, residual), dtype = _promote(
+            self, x, self.scale, self.bias, given=[residual]
         )
         return functional.group_norm(
             x,
@@ -275,7 +282,7 @@ class GroupNorm(nnx.GroupNorm):
             bias,
             num_groups=self.num_groups,
             reduction_axes=self.reduction_axes,
-            residual=given[0] if given else None,
+            residual=residual,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
 
@@ -341,16 +348,15 @@ class InstanceNorm(nnx.InstanceNorm):
             mask does not broadcast to x, the residual has another shape, or `dtype` is
             not a float or complex type.
         """
-        given = [] if residual is None else [residual]
-        (x, scale, bias, *given), dtype = _promote(
-            self, x, self.scale, self.bias, *given
+        (x, scale, bias, residual), dtype = _promote(
+            self, x, self.scale, self.bias, given=[residual]
         )
         return functional.instance_norm(
             x,
             scale,
             bias,
             feature_axes=self.feature_axes,
-            residual=given[0] if given else None,
+            residual=residual,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
 
@@ -445,11 +451,10 @@ class BatchNorm(nnx.BatchNorm):
         if use_running_average is None:
             return super().__call__(x)  # flax's error, which says what to do
 
-        given = [] if residual is None else [residual]
-        (x, mean, var, scale, bias, *given), dtype = _promote(
-            self, x, self.mean, self.var, self.scale, self.bias, *given, statistics=2
+        variables = (self.mean, self.var, self.scale, self.bias)
+        (x, mean, var, scale, bias, residual), dtype = _promote(
+            self, x, *variables, given=[residual], statistics=2
         )
-        residual = given[0] if given else None
         if use_running_average:
             return functional.batch_norm_inference(
                 x,

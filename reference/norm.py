@@ -538,8 +538,7 @@ def backward(
     if scale is not None and each_its_own(scale, x):
         dscale = (dz_view * (centred * rstd)).reshape(x.shape).astype(scale.dtype)
     else:
-        dscale = _sum(sum_dz_centred * rstd, sharing)
-        dscale = dscale.reshape(params_shape)
+        dscale = _sum(sum_dz_centred * rstd, sharing).reshape(params_shape)
     dbias = _sum(sum_dz, sharing).reshape(params_shape)
     dshortcut = dz.astype(dy.dtype if shortcut is None else shortcut.dtype)
     return dx, dscale, dbias, dshortcut

@@ -1,9 +1,12 @@
 """What the tests of `make aot` share: they compile in processes of their own."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
+
+import jax.numpy as jnp
 
 from bench.aot.chips import Chip, Gpu, Tpu
 from bench.aot.measure import (
@@ -44,6 +47,11 @@ def layers(
     )
     assert flax.ours == 0
     return flax, ours
+
+
+def tensor_of(case: Case, nbytes: float = TENSOR_BYTES) -> int:
+    """Bytes of the norm's input, where it has about so many."""
+    return math.prod(case.shape(nbytes)) * jnp.dtype(case.dtype).itemsize
 
 
 @contextlib.contextmanager

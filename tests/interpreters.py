@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import fusednorm
 from fusednorm.kernels import dispatch
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 
@@ -64,6 +65,14 @@ def interpret(
         return jax.pure_callback(run, results, *operands, **named)
 
     return dataclasses.replace(kernel, launch=behind_callback)
+
+
+@pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
+def kernels_of_each_chip(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels of one chip, which take every call or raise."""
+    backend = request.param
+    with interpreted(backend), fusednorm.use_backend(backend):
+        yield backend
 
 
 def fixtures_of_variants(

@@ -27,7 +27,6 @@ from bench.aot.chips import B200, CHIPS, H100, RTX5090, TPUS, Chip, Gpu
 from bench.aot.compile import compile_for
 from bench.aot.measure import (
     ROWWISE,
-    TENSOR_BYTES,
     Measurement,
     Op,
     Workload,
@@ -49,7 +48,7 @@ from bench.cases import CASES as CASES_OF_BENCH
 from bench.cases import Case
 from fusednorm.kernels.dispatch import Kernel
 from fusednorm.kernels.tpu.blocks import order_of_axes
-from tests.compilers import Cell, layers, name
+from tests.compilers import Cell, layers, name, tensor_of
 
 pytestmark = pytest.mark.aot
 
@@ -470,7 +469,7 @@ def test_a_sum_and_its_norm_move_less_than_flax(
     """x, r -> h, y; and h, dy, dh -> dx. It is dr too, which XLA copies, for flax as
     for us: no two results of a program are one array."""
     flax, ours = layers(begun, chip, case, which, whole=whole)
-    tensor = math.prod(case.shape(TENSOR_BYTES)) * jnp.dtype(case.dtype).itemsize
+    tensor = tensor_of(case)
     copied = 0 if which == "forward" else 2 * tensor
     assert ours.ours == (1 if which == "forward" else 2)
     floor = (4 if which == "forward" else 8) * tensor
@@ -497,7 +496,7 @@ def test_a_modulated_norm_moves_less_than_flax(
 ) -> None:
     """adaLN: x -> y; and dy, x -> dx. flax moves 3 and 5 or more."""
     flax, ours = layers(begun, chip, case, which, whole=whole)
-    tensor = math.prod(case.shape(TENSOR_BYTES)) * jnp.dtype(case.dtype).itemsize
+    tensor = tensor_of(case)
     assert ours.ours == (1 if which == "forward" else 2)
     floor = (2 if which == "forward" else 5) * tensor
     assert floor <= ours.nbytes <= 1.04 * floor

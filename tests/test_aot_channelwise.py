@@ -7,7 +7,6 @@ around them; and layers move less than flax's as XLA compiles them.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -31,7 +30,7 @@ from bench.aot.measure import (
 )
 from bench.aot.whole import Whole, block, forward_backward, pure
 from bench.cases import Case
-from tests.compilers import Cell, layers, name
+from tests.compilers import Cell, layers, name, tensor_of
 
 pytestmark = pytest.mark.aot
 
@@ -349,7 +348,7 @@ def test_block_moves_less_than_flax(
     """With the activation in the kernel: 2 and 5 tensors. In two reads the second one
     is XLA's, and the activation with it: 3 and 8."""
     flax, ours = layers(begun, chip, case, which, nbytes, whole)
-    tensor = math.prod(case.shape(nbytes)) * jnp.dtype(case.dtype).itemsize
+    tensor = tensor_of(case, nbytes)
     once = case is not BN_RELU
     floor = (2 if once else 3) if which == "forward" else (5 if once else 8)
     assert floor * tensor <= ours.nbytes <= 1.05 * floor * tensor
@@ -398,7 +397,7 @@ def test_the_end_of_a_resnet_block_moves_less_than_flax(
     """relu(norm(x) + r). In one read x, r -> y, then dy, x, r -> dx, dr: 3 and 5
     tensors, where flax moves 4 and 8 or more. In two reads 4, and 7 with dz stored."""
     flax, ours = layers(begun, chip, case, which, nbytes, whole)
-    tensor = math.prod(case.shape(nbytes)) * jnp.dtype(case.dtype).itemsize
+    tensor = tensor_of(case, nbytes)
     once = case is not BN_ADD_RELU
     floor = (3 if once else 4) if which == "forward" else (8 if once else 11)
     assert ours.ours == (1 if once else 2) * (1 if which == "forward" else 2)

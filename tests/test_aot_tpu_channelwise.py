@@ -34,47 +34,31 @@ V5E, V7X = CHIPS["v5e"], CHIPS["7x"]
 TRAINING: tuple[Op, ...] = ("forward+statistics", "backward")
 # Every case on one chip; of the others' plans a few.
 FEW = ("resnet50_conv3", "sd_unet_32", "sd_vae_128", "cyclegan_256")
-CELLS: list[Cell] = (
-    [
-        (chip, work)
-        for chip in (V5E, V7X)
-        for case in CHANNELWISE
-        for work in of_case(case)
-        if work.op in TRAINING and (chip == V5E or case.name in FEW)
-    ]
-    + [  # with what follows in the kernel
-        (V5E, work)
-        for layer, shape, dtype, activation in (
-            (nnx.GroupNorm, (61, 32, 32, 640), "float32", "silu"),
-            (nnx.BatchNorm, (100, 28, 28, 512), "bfloat16", "relu"),
-        )
-        for work in workloads(
-            f"{layer.__name__}_{activation}",
-            layer,
-            shape,
-            dtype,
-            ops=TRAINING,
-            activation=activation,
-        )
-    ]
-    + [  # and what is added behind the norm
-        (V5E, work)
-        for layer, shape, dtype, activation in (
-            (nnx.GroupNorm, (61, 32, 32, 640), "bfloat16", "silu"),
-            (nnx.BatchNorm, (100, 28, 28, 512), "bfloat16", "relu"),
-            (nnx.BatchNorm, (400, 56, 56, 256), "bfloat16", "relu"),
-        )
-        for work in workloads(
-            f"{layer.__name__}_{shape[-1]}_added",
-            layer,
-            shape,
-            dtype,
-            ops=TRAINING,
-            activation=activation,
-            shortcut=True,
-        )
-    ]
-)
+CELLS: list[Cell] = [
+    (chip, work)
+    for chip in (V5E, V7X)
+    for case in CHANNELWISE
+    for work in of_case(case)
+    if work.op in TRAINING and (chip == V5E or case.name in FEW)
+] + [  # with what follows in the kernel, and what is added before that
+    (V5E, work)
+    for name, layer, shape, dtype, activation, shortcut in (
+        ("_silu", nnx.GroupNorm, (61, 32, 32, 640), "float32", "silu", False),
+        ("_relu", nnx.BatchNorm, (100, 28, 28, 512), "bfloat16", "relu", False),
+        ("_640_added", nnx.GroupNorm, (61, 32, 32, 640), "bfloat16", "silu", True),
+        ("_512_added", nnx.BatchNorm, (100, 28, 28, 512), "bfloat16", "relu", True),
+        ("_256_added", nnx.BatchNorm, (400, 56, 56, 256), "bfloat16", "relu", True),
+    )
+    for work in workloads(
+        layer.__name__ + name,
+        layer,
+        shape,
+        dtype,
+        ops=TRAINING,
+        activation=activation,
+        shortcut=shortcut,
+    )
+]
 
 
 def chosen_cases(*names: str) -> list[Case]:

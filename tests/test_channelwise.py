@@ -41,15 +41,19 @@ def kernels() -> Iterator[None]:
         yield
 
 
-def set_variant(
-    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """Each variant takes what would be too small for it."""
-    variant: str = request.param
+def take_small(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the variant take what would be too small for it."""
     if variant == "cluster":  # of 2 to 8 blocks: each is a thread here
         monkeypatch.setattr(strips, "KB", 28)
     if variant == "two reads":
         monkeypatch.setattr(strips, "resident", lambda *_, **__: None)
+
+
+def set_variant(
+    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    variant: str = request.param
+    take_small(variant, monkeypatch)
     return variant
 
 

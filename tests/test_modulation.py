@@ -16,9 +16,7 @@ from jax.sharding import PartitionSpec as P
 import fusednorm
 from fusednorm.kernels import dispatch
 from fusednorm.kernels.explain import explain_jaxpr
-from fusednorm.kernels.gpu import strips
-from fusednorm.kernels.tpu import channelwise, memory
-from tests import interpreters
+from tests import interpreters, test_channelwise, test_tpu_channelwise
 from tests.helpers import Case, assert_close
 from tests.layer_helpers import assert_agrees, build, data
 
@@ -30,12 +28,7 @@ MIXES = [  # of x, scale and bias, shortcut, y
 ]
 
 
-@pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of one chip, which take every call or raise."""
-    backend = request.param
-    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
-        yield backend
+kernels = interpreters.kernels_of_each_chip
 
 
 def check(
@@ -110,7 +103,7 @@ SAMPLES = [  # scale, bias of x (3, 5, 40)
     ((3, 5, 40), (40,)),
     ((3, 1, 40), (3, 5, 40)),
 ]
-OTHER_AXES = [((1, 5, 40), (1, 5, 40)), ((3, 1, 1), (3, 1, 40))]
+OF_PLACES = ((1, 5, 40), (1, 5, 40))  # which no kernel takes
 ids = "{}".format
 
 
@@ -118,19 +111,18 @@ def modulated(kind: str, shape: tuple[int, ...], **options: Any) -> Case:
     return Case(kind, shape, tuple(options.items()))
 
 
+MODULATED = [
+    modulated("layer_norm", (3, 5, 40)),
+    modulated("rms_norm", (3, 5, 40), activation="silu"),
+]
+
+
 # --- the reference --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-@pytest.mark.parametrize(("scale", "bias"), [*SAMPLES, *OTHER_AXES[:1]], ids=ids)
-@pytest.mark.parametrize(
-    "case",
-    [
-        modulated("layer_norm", (3, 5, 40)),
-        modulated("rms_norm", (3, 5, 40), activation="silu"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("scale", "bias"), [*SAMPLES, OF_PLACES], ids=ids)
+@pytest.mark.parametrize("case", MODULATED, ids=str)
 def test_each_sample(case: Case, scale: Any, bias: Any, mix: Any) -> None:
     check(case, mix, scale=scale, bias=bias)
 
@@ -141,14 +133,7 @@ def test_each_sample(case: Case, scale: Any, bias: Any, mix: Any) -> None:
 @pytest.mark.parametrize(
     ("own", "mix"), list(zip(SAMPLES, 2 * MIXES[:3], strict=True)), ids=str
 )
-@pytest.mark.parametrize(
-    "case",
-    [
-        modulated("layer_norm", (3, 5, 40)),
-        modulated("rms_norm", (3, 5, 40), activation="silu"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", MODULATED, ids=str)
 def test_kernels_of_each_sample(kernels: str, case: Case, own: Any, mix: Any) -> None:
     scale, bias = own
     check(case, mix, scale=scale, bias=bias)
@@ -180,11 +165,8 @@ def test_residual_behind(case: Case, mix: Any) -> None:
 
 
 VARIANTS = [
-    "gpu one read",
-    "gpu two reads",
-    "tpu one block",
-    "tpu kept",
-    "tpu two reads",
+    *("gpu resident", "gpu cluster", "gpu two reads"),
+    *("tpu one block", "tpu kept", "tpu two reads"),
 ]
 
 
@@ -194,20 +176,8 @@ def variant(
 ) -> Iterator[str]:
     """Kernels of pixels, each of which takes what would be too small for it."""
     platform, reads = request.param.split(" ", 1)
-    if (platform, reads) == ("gpu", "two reads"):
-        monkeypatch.setattr(strips, "resident", lambda *_, **__: None)
-    if platform == "tpu" and reads != "one block":  # blocks and chunks of few pixels
-        chip = memory.Chip(vmem=2**40, blocks=2**15)
-        monkeypatch.setattr(memory, "chip", lambda _: chip)
-        registers = {"forward": 2, "backward": 2}
-        monkeypatch.setattr(channelwise, "REGISTERS", registers)
-    if (platform, reads) == ("tpu", "two reads"):
-        real = channelwise._vmem
-
-        def vmem(call: Any, cut: Any, *, whole: bool) -> int:
-            return 2**50 if whole else real(call, cut, whole=False)
-
-        monkeypatch.setattr(channelwise, "_vmem", vmem)
+    of_platform = {"gpu": test_channelwise, "tpu": test_tpu_channelwise}[platform]
+    of_platform.take_small(reads, monkeypatch)
     backend = f"mosaic_{platform}"
     with interpreters.interpreted(backend), fusednorm.use_backend(backend):
         yield request.param
@@ -241,7 +211,7 @@ def test_each_sample_of_groups(scale: Any, bias: Any) -> None:
 
 @pytest.mark.parametrize("mix", MIXES[:3], ids="-".join)
 @pytest.mark.parametrize(("scale", "bias"), OWN[:2], ids=ids)
-@pytest.mark.parametrize("variant", VARIANTS[:2], indirect=True)
+@pytest.mark.parametrize("variant", VARIANTS[:3], indirect=True)
 def test_gpu_kernels_of_each_sample_of_groups(
     variant: str, scale: Any, bias: Any, mix: Any
 ) -> None:
@@ -485,6 +455,13 @@ def test_layers_add_a_residual_behind(name: str, options: dict) -> None:
         assert y.dtype == layer(X).dtype
         # Added before it is rounded.
         assert_agrees(y, jax.nn.relu(plain(X) + V).astype(y.dtype))
+
+
+def test_one_number_for_all_features() -> None:
+    scale = V[:, :1, :1]
+    repeated = jnp.tile(scale, (1, 4, 24))
+    y = fusednorm.layer_norm(X, scale, scale)
+    assert_agrees(y, fusednorm.layer_norm(X) * repeated + repeated)
 
 
 def test_shapes_that_are_refused() -> None:

@@ -1,6 +1,6 @@
 """y, h = norm(x, residual=r): the reference, the kernels of both chips, the layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,12 +26,7 @@ MIXES = [  # of x, residual, scale and bias, y
 ]
 
 
-@pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of one chip, which take every call or raise."""
-    backend = request.param
-    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
-        yield backend
+kernels = interpreters.kernels_of_each_chip
 
 
 def check(case: Case, mix: tuple[str, str, str, str], seed: int = 0) -> None:

@@ -51,11 +51,8 @@ def kernels() -> Iterator[None]:
         yield
 
 
-def set_variant(
-    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """Each variant takes what would be too small for it."""
-    variant: str = request.param
+def take_small(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the variant take what would be too small for it."""
     if variant != "one block":  # blocks and chunks of few pixels
         chip = memory.Chip(vmem=2**40, blocks=2**15)
         monkeypatch.setattr(memory, "chip", lambda _: chip)
@@ -68,6 +65,13 @@ def set_variant(
             return 2**50 if whole else real(call, cut, whole=False)
 
         monkeypatch.setattr(channelwise, "_vmem", vmem)
+
+
+def set_variant(
+    request: pytest.FixtureRequest, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    variant: str = request.param
+    take_small(variant, monkeypatch)
     return variant
 
 

@@ -357,10 +357,10 @@ def backward(
     )
     names = _summed(call)
     outputs: dict[str, Any] = {
-        name: _of_each_sample(call) for name in names if _wants(call, name)
+        name: _of_each_sample(call) for name in names if call.wants[name]
     }
     outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
-    if shortcut is not None and _wants(call, "dshortcut"):
+    if shortcut is not None and call.wants["dshortcut"]:
         outputs["dshortcut"] = jax.ShapeDtypeStruct(outputs["dx"].shape, shortcut.dtype)
 
     def body(ref: dict[str, Any], part: Part) -> None:
@@ -485,7 +485,7 @@ def gradient_sums(
     names = _summed(call)
     partials = (samples, config.blocks, len(names), channels)
     outputs = {"partials": jax.ShapeDtypeStruct(partials, jnp.float32)}
-    if _wants(call, "dshortcut") and call.dy_kept == dy.dtype:
+    if call.wants["dshortcut"] and call.dy_kept == dy.dtype:
         outputs["dz"] = jax.ShapeDtypeStruct(_shape(call), dy.dtype)
 
     def body(ref: dict[str, Any], part: Part) -> None:
@@ -517,7 +517,7 @@ def gradient_sums(
     )
     exact = {name: found.pop(name) for name in ("dz",) if name in found}
 
-    outputs = {name: _of_each_sample(call) for name in names if _wants(call, name)}
+    outputs = {name: _of_each_sample(call) for name in names if call.wants[name]}
     if call.wanted[0]:
         outputs |= _statistics(call, *(("c1", "c2") if norm.center else ("c1",)))
 
@@ -543,13 +543,6 @@ def _summed(call: Call) -> tuple[str, ...]:
     """The sums that the backward takes: for dx both, without centring the first."""
     both = call.wanted[2] or (call.wanted[0] and call.norm.center)
     return ("dscale", "dbias") if both else ("dscale",)
-
-
-def _wants(call: Call, name: str) -> bool:
-    return dict(zip(_GRADIENTS, call.wanted, strict=True))[name]
-
-
-_GRADIENTS = ("dx", "dscale", "dbias", "dshortcut")
 
 
 def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
@@ -717,9 +710,9 @@ def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
     of_x = [
         results[name].reshape(call.x.shape)
         for name in ("dx", "dshortcut")
-        if _wants(call, name)
+        if call.wants[name]
     ]
-    names = [name for name in ("dscale", "dbias") if _wants(call, name)]
+    names = [name for name in ("dscale", "dbias") if call.wants[name]]
     samples, _, channels = _shape(call)
     lead = call.x.shape[: call.own_params]
     examples = math.prod(lead)

@@ -668,8 +668,7 @@ def backward(
     examples = math.prod(x.shape[: call.own])
     rows = x.size // features // examples  # that share a scale, bias and their sums
     tile, tiles, blocks = _grid(config, rows, examples, processors, shared_out.threads)
-    names = ("dx", "dscale", "dbias", "dshortcut")
-    want = dict(zip(names, call.wanted, strict=True))
+    want = call.wants
 
     operands: dict[str, Any] = {"dy": dy, "x": x, "scale": scale, "bias": bias}
     operands |= {"dh": dh, "shortcut": shortcut}
@@ -842,7 +841,7 @@ def backward(
         }
     return [
         results[name] if name in summed else results[name].reshape(x.shape)
-        for name in names
+        for name in want
         if want[name]
     ]
 
@@ -1025,11 +1024,9 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         grid = _grid(config, rows // examples, examples, processors, shared_out.threads)
         blocks = examples * grid[2]
         written = [
-            getattr(call, name).dtype.itemsize
-            for name, want in zip(
-                ("x", "scale", "bias", "shortcut"), call.wanted, strict=True
-            )
-            if want and f"d{name}" not in call.summed
+            getattr(call, name.removeprefix("d")).dtype.itemsize
+            for name, want in call.wants.items()
+            if want and name not in call.summed
         ]
         moved = call.x.size * (
             x_size + call.dy.dtype.itemsize + sum(beside) + sum(written)

@@ -489,7 +489,7 @@ def backward(
             ],
         ],
     )
-    found = dict(zip(("dx", "dscale", "dbias", "dshortcut"), results, strict=True))
+    found = dict(zip(call.wants, results, strict=True))
     shapes = dict.fromkeys(found, x.shape)
     own = x.shape[: call.own_params]
     for name in call.summed:
