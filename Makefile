@@ -33,11 +33,12 @@ export PIP_NO_INPUT := 1
 ON_CPU := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=cpu
 ON_GPU := XLA_PYTHON_CLIENT_PREALLOCATE=false
 ELSEWHERE := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(VENV_AOT)/bin/python
+AOT_TESTS := $(wildcard tests/test_aot*.py)
 NO_DEVICE := not gpu and not tpu and not aot
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-gpu test-tpu test-oldest aot aot-baseline roofline lint \
-	format bench wheel clean distclean
+.PHONY: help setup test test-slow test-gpu test-tpu test-oldest aot aot-slow aot-baseline \
+	roofline lint format bench wheel clean distclean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -68,10 +69,13 @@ test-oldest: $(STAMP_OLDEST) ## the suite with the oldest jax and flax of pyproj
 
 # One process: the tests keep their own, one for each compiler.
 aot: $(STAMP_AOT) ## compile every kernel for chips that are not here, and check registers, spills and bytes
-	$(ELSEWHERE) -m pytest -m aot tests/test_aot.py tests/test_aot_channelwise.py tests/test_aot_tpu_channelwise.py $(PYTEST_ARGS)
+	$(ELSEWHERE) -m pytest -m "aot and not slow" $(AOT_TESTS) $(PYTEST_ARGS)
+
+aot-slow: $(STAMP_AOT) ## the same for more shapes and chips: for a change of a kernel
+	$(ELSEWHERE) -m pytest -m "aot and slow" $(AOT_TESTS) $(PYTEST_ARGS)
 
 aot-baseline: $(STAMP_AOT) ## record what make aot compares with: for a commit that says why
-	$(ELSEWHERE) -m pytest -m aot -k test_no_worse_than_recorded --renew-baseline tests/test_aot.py tests/test_aot_channelwise.py tests/test_aot_tpu_channelwise.py
+	$(ELSEWHERE) -m pytest -m aot -k test_no_worse_than_recorded --renew-baseline $(AOT_TESTS)
 
 roofline: $(STAMP_AOT) ## predict what bounds every kernel on chips that are not here
 	$(ELSEWHERE) -m bench roofline $(BENCH_ARGS)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
+from jax.sharding import AxisType
 
 from fusednorm.kernels.geometry import Geometry, geometry
 from fusednorm.reference import Norm, each_its_own
@@ -62,6 +63,12 @@ class Call:
     statistics: bool = False
     wanted: tuple[bool, bool, bool, bool] = (True, True, True, False)
     own_params: int = 0
+
+    @property
+    def half(self) -> bool:
+        """Whether statistics cross devices: a kernel then finds mean and var of what is
+        here, or c1 and c2, and what is elementwise is left to XLA."""
+        return bool(self.norm.over)
 
     @property
     def geometry(self) -> Geometry | None:
@@ -128,10 +135,12 @@ class Target:
       platforms: those that the code is lowered for; several only under `jax.export`.
       partitioned: devices among which XLA partitions the code by itself; 1 where there
         is one device, or where `shard_map` has all mesh axes in hand.
+      mesh: that of these devices, if XLA then asks what each should do with its part.
     """
 
     platforms: tuple[str, ...]
     partitioned: int = 1
+    mesh: Any = None
 
     @classmethod
     def default(cls) -> "Target":
@@ -160,7 +169,9 @@ class Kernel:
         same name, (x, scale, bias, mask) or (dy, x, scale, bias, mean, var, mask), each
         an array or None, and by name what else there is: residual or dh, and shortcut.
         Returns a list: y, of a sum that too, and with `statistics` mean (if centred)
-        and var; or those of dx, dscale, dbias and dshortcut that are `wanted`.
+        and var; or those of dx, dscale, dbias and dshortcut that are `wanted`. Half of
+        that, for `Call.half`: h if there is a residual, mean and var; or c1 and c2 (if
+        centred) in the place of dx, means of w * x_hat and of w, dscale and dbias.
       block: what one block works on, in words.
       why: why this variant was chosen, in words.
       bytes_moved: bytes read from and written to device memory.
@@ -292,20 +303,33 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
         return Fallback("CPU: the kernels are for NVIDIA GPUs and TPUs")
     if platform not in KERNELS:
         return Fallback(f"no kernels for the platform {platform!r} yet")
-    if target.partitioned > 1:
+    if target.partitioned > 1 and target.mesh is None:
+        of_gpus = "" if platform == "tpu" else "jax.set_mesh, "
         return Fallback(
             f"XLA partitions this call over {target.partitioned} devices; a kernel "
-            "would gather its input (jax.shard_map runs kernels on each device's part)"
+            f"would gather its input ({of_gpus}explicit sharding and jax.shard_map run "
+            "kernels on each device's part)"
         )
     reason = _refusal(call)
     if reason is not None:
         return Fallback(reason)
+    if call.half:
+        call = first_half(call)
     _, module = KERNELS[platform]
     try:
         device = jax.devices(platform)[0]
     except RuntimeError:  # compiled here for a device that is elsewhere
         device = _elsewhere.value
     return importlib.import_module(module).plan(call, device)
+
+
+def first_half(call: Call) -> Call:
+    """What a kernel does of a call whose statistics cross devices, until they do."""
+    if call.op == "forward":
+        return dataclasses.replace(
+            call, scale=None, bias=None, shortcut=None, statistics=True
+        )
+    return dataclasses.replace(call, beside=None, wanted=(*call.wanted[:3], False))
 
 
 def _refusal(call: Call) -> str | None:
@@ -337,6 +361,8 @@ def _refusal(call: Call) -> str | None:
             )
     if 0 in call.x.shape:
         return "x is empty"
+    if call.half and call.scales_each:
+        return "statistics cross devices, and each element has its own scale"
     if call.geometry is None:
         return (
             f"reduction axes {call.norm.reduction_axes} and feature axes "
@@ -362,7 +388,22 @@ def target_of(ctx: mlir.LoweringRuleContext) -> Target:
         for size in left:
             partitioned *= size
         return Target(platforms, partitioned)
-    return Target(platforms, getattr(axes, "num_devices", None) or 1)
+    devices = getattr(axes, "num_devices", None) or 1
+    # An exported program would keep a pointer to what XLA asks.
+    exported = module.lowering_parameters.for_export
+    return Target(platforms, devices, None if exported else asking(platforms, devices))
+
+
+def asking(platforms: Sequence[str], devices: int) -> Any:
+    """The mesh of `jax.set_mesh`, if XLA asks what each of its devices should do.
+
+    It does for NVIDIA GPUs (`custom_partitioning`), about axes that it partitions over.
+    """
+    if devices == 1 or "tpu" in platforms:
+        return None
+    mesh = jax.sharding.get_mesh()
+    auto = all(kind is AxisType.Auto for kind in mesh.axis_types)
+    return mesh if mesh.size == devices and auto else None
 
 
 def describe(operand: Any) -> Any:

@@ -94,9 +94,11 @@ def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         avals = [var.aval for var in eqn.invars]
         if eqn.primitive in (norm.norm_p, norm.gradient_p):
-            call = norm.call_of(eqn.primitive, avals, eqn.params)
-            assert call is not None
-            yield _choice(call, target, eqn.params["backend"])
+            backend = eqn.params["backend"]
+            call, answer, _ = norm.choose(
+                eqn.primitive, avals, eqn.params, target, backend
+            )
+            yield _choice(call, answer)
         elif (reason := _never_a_kernel(eqn)) is not None:
             yield Choice("forward", _described(avals[0]), "", Fallback(reason))
         else:
@@ -107,14 +109,14 @@ def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
                 yield from _choices(sub, inner)
 
 
-def _choice(call: dispatch.Call, target: Target, backend: str) -> Choice:
+def _choice(call: dispatch.Call, answer: dispatch.Kernel | Fallback) -> Choice:
     view = call.geometry
     params = [param for param in (call.scale, call.bias) if param is not None]
     return Choice(
         op=call.op,
         x=_described(call.x),
         view="" if view is None else f"N={view.n} S={view.s} G={view.g} K={view.k}",
-        plan=dispatch.plan(call, target, backend),
+        plan=answer,
         activation=call.norm.activation or "",
         scale_offset=call.norm.scale_offset,
         residual=call.beside is not None,
@@ -141,7 +143,7 @@ def _never_a_kernel(eqn: Any) -> str | None:
             for var in (*eqn.invars, *eqn.outvars)
         ):
             return "complex numbers"
-        return "statistics that cross a mapped axis (axis_name)"
+        return "statistics that cross an axis of jax.vmap, or groups (axis_name)"
     return None
 
 
@@ -163,4 +165,6 @@ def target_of_arguments(arguments: Any) -> Target:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     ]
     devices = max((len(sharding.device_set) for sharding in shardings), default=1)
-    return dataclasses.replace(Target.default(), partitioned=devices)
+    target = Target.default()
+    mesh = dispatch.asking(target.platforms, devices)
+    return dataclasses.replace(target, partitioned=devices, mesh=mesh)

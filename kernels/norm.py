@@ -30,6 +30,7 @@ The primitives keep the caller's rank. The kernels' view x[N, S, G, K] is made i
 implementation, for a reshape out here would make XLA gather a sharded array.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from fusednorm import reference
-from fusednorm.kernels import dispatch
+from fusednorm.kernels import dispatch, parts
 from fusednorm.kernels.geometry import geometry
 from fusednorm.reference import Norm
 
@@ -75,10 +76,10 @@ def normalize(
     Returns:
       Array of x's shape, dtype `norm.dtype`.
     """
-    if _is_plain(axis_name, norm.dtype, x.dtype):
-        operands = (x, scale, bias, mask, shortcut)
-        return _plain(norm, *operands, axis_name, axis_index_groups)[0]
-    operands = _alike_over_devices(x, scale, bias, mask, None, shortcut)
+    norm = _over(norm, axis_name, axis_index_groups)
+    if _is_plain(norm, x.dtype):
+        return fusednorm_plain(norm, x, scale, bias, mask, shortcut)[0]
+    operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
     return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
 
 
@@ -100,10 +101,10 @@ def normalize_with_moments(
       mean, var: x's rank, with size 1 along reduced axes; mean is None without
         centring.
     """
-    if _is_plain(axis_name, norm.dtype, x.dtype):
-        operands = (x, scale, bias, mask, shortcut)
-        return _plain(norm, *operands, axis_name, axis_index_groups)
-    operands = _alike_over_devices(x, scale, bias, mask, None, shortcut)
+    norm = _over(norm, axis_name, axis_index_groups)
+    if _is_plain(norm, x.dtype):
+        return fusednorm_plain(norm, x, scale, bias, mask, shortcut)
+    operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
     y, *statistics = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, statistics=True
     )
@@ -132,25 +133,39 @@ def normalize_sum(
     has_params = scale is not None or bias is not None
     view = geometry(norm, x.shape, has_params=has_params)
     rowwise = view is not None and view.family == "rowwise"
-    if not rowwise or _is_plain(axis_name, norm.dtype, x.dtype, residual.dtype):
+    across = _over(norm, axis_name, axis_index_groups)
+    if not rowwise or across.over or _is_plain(norm, x.dtype, residual.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         return normalize(norm, h, scale, bias, mask, shortcut, **crossing), h
-    operands = _alike_over_devices(x, scale, bias, mask, residual, shortcut)
+    operands = _alike_over_devices(norm, x, scale, bias, mask, residual, shortcut)
     y, h = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, carries=True
     )
     return y, h
 
 
-def _is_plain(axis_name: Hashable | None, *dtypes: Any) -> bool:
-    """Whether it is no primitive's: over devices, or of complex numbers."""
-    return axis_name is not None or any(
-        jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes
+def _over(norm: Norm, axis_name: Any, axis_index_groups: Any) -> Norm:
+    """The same with statistics that cross mapped axes."""
+    if axis_name is None:
+        return norm
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    groups = axis_index_groups and tuple(tuple(group) for group in axis_index_groups)
+    return dataclasses.replace(norm, over=tuple(names), groups=groups)
+
+
+def _is_plain(norm: Norm, *dtypes: Any) -> bool:
+    """Whether it is no primitive's: of complex numbers, or over other mapped axes than
+    those that a `jax.shard_map` has in hand (of a vmap)."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return (
+        norm.groups is not None
+        or not set(norm.over) <= set(manual)
+        or any(jnp.issubdtype(d, jnp.complexfloating) for d in (norm.dtype, *dtypes))
     )
 
 
-def _alike_over_devices(x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
+def _alike_over_devices(norm: Norm, x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
     """Makes all operands vary over the same manual axes of a `jax.shard_map`.
 
     Parameters are the same on every device of the axis, x is not: the cast says so, and
@@ -158,6 +173,8 @@ def _alike_over_devices(x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
     """
     operands = (x, *others)
     over: frozenset[Hashable] = frozenset().union(*(_varies(a) for a in operands))
+    if over:  # where jax keeps account of what varies
+        over |= set(norm.over)
     return tuple(
         a
         if a is None or not (missing := over - _varies(a))
@@ -198,9 +215,9 @@ def fusednorm_normalize(
     )
 
 
-# Statistics that cross devices, and complex numbers: the reference with JAX's own
+# Complex numbers, and statistics over an axis of vmap: the reference with JAX's own
 # derivatives. `explain` knows it by this function's name.
-@functools.partial(jax.jit, static_argnames=("norm", "axis_name", "groups"))
+@functools.partial(jax.jit, static_argnames="norm")
 def fusednorm_plain(
     norm: Norm,
     x: jax.Array,
@@ -208,29 +225,8 @@ def fusednorm_plain(
     bias: Maybe,
     mask: Maybe,
     shortcut: Maybe,
-    axis_name: Hashable | None,
-    groups: Any,
 ) -> tuple[jax.Array, Maybe, jax.Array]:
-    if axis_name is None:
-        return reference.forward(norm, x, scale, bias, mask, shortcut)
-    moments = reference.moments(norm, x, mask)
-    count, mean, m2 = reference.combine(*moments, axis_name, groups)
-    var = reference.variance(count, m2)
-    return reference.apply(norm, x, mean, var, scale, bias, shortcut), mean, var
-
-
-def _plain(
-    norm: Norm,
-    x: jax.Array,
-    scale: Maybe,
-    bias: Maybe,
-    mask: Maybe,
-    shortcut: Maybe,
-    axis_name: Hashable | None,
-    axis_index_groups: Any,
-) -> tuple[jax.Array, Maybe, jax.Array]:
-    groups = axis_index_groups and tuple(tuple(group) for group in axis_index_groups)
-    return fusednorm_plain(norm, x, scale, bias, mask, shortcut, axis_name, groups)
+    return reference.forward(norm, x, scale, bias, mask, shortcut)
 
 
 # BatchNorm with running statistics is elementwise, and XLA fuses it with its
@@ -325,14 +321,30 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
         return jax.make_jaxpr(functools.partial(meaning, **params))(*avals).out_avals
 
     def lower(ctx: Any, *flat: Any, backend: str, **params: Any) -> Any:
-        implementation = functools.partial(meaning, **params)
-        call = call_of(primitive, ctx.avals_in, params)
-        if call is not None:
+        implementation: Callable[..., Any] = functools.partial(meaning, **params)
+        if primitive is not tangent_p:
             target = dispatch.target_of(ctx)
-            answer = dispatch.plan(call, target, backend)
+            call, answer, spread = choose(
+                primitive, ctx.avals_in, params, target, backend
+            )
+            bind = functools.partial(primitive.bind, **{**params, "backend": backend})
             if _spares(call, target):
                 implementation = functools.partial(implementation, sparing=True)
-            if isinstance(answer, dispatch.Kernel):
+            if isinstance(answer, dispatch.Fallback):
+                pass
+            elif spread is not None:
+                implementation = parts.mapped(spread, bind, ctx.avals_out)
+            elif target.partitioned > 1:
+                ctx = parts.lowering_on(target.mesh, ctx)
+                implementation = parts.by_xla(
+                    params["norm"],
+                    shapes_of(primitive, ctx.avals_in, params),
+                    call.x,
+                    implementation,
+                    bind,
+                    f"{primitive} {params} {backend}",
+                )
+            else:
                 implementation = functools.partial(_launch, answer, params)
         return mlir.lower_fun(implementation, multiple_results=True)(ctx, *flat)
 
@@ -359,6 +371,9 @@ def _launch(
     kernel: dispatch.Kernel, params: dict[str, Any], *flat: jax.Array
 ) -> list[jax.Array]:
     *operands, beside, shortcut = params["tree"].unflatten(flat)
+    if params["norm"].over:
+        halves = _backward_halves if "wanted" in params else _forward_halves
+        return halves(kernel.launch, params, (*operands, beside, shortcut))
     name = "dh" if "wanted" in params else "residual"
     others = {name: beside, "shortcut": shortcut}
     given = {name: array for name, array in others.items() if array is not None}
@@ -368,15 +383,98 @@ def _launch(
     return results
 
 
+def _forward_halves(
+    launch: Callable[..., Any], params: dict[str, Any], operands: tuple[Any, ...]
+) -> list[jax.Array]:
+    """Mean and variance of what is here by the kernel, of all devices by psums."""
+    norm = params["norm"]
+    x, scale, bias, _, residual, shortcut = operands
+    beside = {} if residual is None else {"residual": residual}
+    *found, var = launch(x, None, None, None, **beside)
+    mean = found.pop() if norm.center else None
+    (h,) = found or [x]
+    mean, var = reference.over_devices(norm, h, mean, var)
+    y = reference.apply(norm, h, mean, var, scale, bias, shortcut)
+    results = [y, h] if params["carries"] else [y]
+    return results + [r for r in (mean, var) if params["statistics"] and r is not None]
+
+
+def _backward_halves(
+    launch: Callable[..., Any], params: dict[str, Any], operands: tuple[Any, ...]
+) -> list[jax.Array]:
+    """c1 and c2 of what is here by the kernel, of all devices by psums."""
+    norm = params["norm"]
+    dy, x, scale, bias, mean, var, mask, dh, shortcut = operands
+    wants_dx, *_, wants_dshortcut = params["wanted"]
+    given = (dy, x, scale, bias, mean, var)
+    behind = {} if shortcut is None else {"shortcut": shortcut}
+    results: list[jax.Array] = launch(*given, mask, **behind)
+    dz = reference.before_activation(norm, *given, shortcut)
+    if wants_dx:
+        products = 1 + norm.center
+        c1, *c2 = lax.pmean(results[:products], norm.over)
+        means = c1, c2[0] if c2 else None
+        dx = reference.input_gradient(norm, dz, x, scale, mean, var, *means, dh=dh)
+        results = [dx, *results[products:]]
+    if wants_dshortcut:
+        results.append(dz.astype(dy.dtype if shortcut is None else shortcut.dtype))
+    return results
+
+
 norm_p = _primitive("norm", _norm_formula)
 tangent_p = _primitive("norm_tangent", _tangent_formula)
 gradient_p = _primitive("norm_gradient", _gradient_formula)
 
 
+def choose(
+    primitive: Primitive,
+    avals: Sequence[Any],
+    params: dict[str, Any],
+    target: dispatch.Target,
+    backend: str,
+) -> tuple[dispatch.Call, dispatch.Kernel | dispatch.Fallback, parts.Parts | None]:
+    """What one bound norm_p or gradient_p gets.
+
+    Returns:
+      call: its work, of one device where the types of the operands tell its part.
+      answer: what `plan` says to that.
+      spread: these parts, or None.
+    """
+    call = call_of(primitive, avals, params)
+    spread = None
+    if target.partitioned > 1:
+        operands = params["tree"].unflatten(avals)
+        shapes = shapes_of(primitive, avals, params)
+        spread = parts.of_types(params["norm"], call.x, shapes, operands)
+    if spread is not None:
+        left = target.partitioned // parts.explicit_devices(spread.mesh)
+        target = dataclasses.replace(target, partitioned=left, mesh=None)
+        mine = [
+            None if follows is None else spread.part(aval, follows)
+            for aval, follows in zip(operands, shapes.operands, strict=True)
+        ]
+        call = call_of(
+            primitive, jax.tree.leaves(mine), {**params, "norm": spread.norm}
+        )
+    return call, dispatch.plan(call, target, backend), spread
+
+
+def shapes_of(
+    primitive: Primitive, avals: Sequence[Any], params: dict[str, Any]
+) -> parts.Shapes:
+    """How the axes of a norm_p's or gradient_p's arrays go along with x's."""
+    operands, norm = params["tree"].unflatten(avals), params["norm"]
+    if primitive is norm_p:
+        given = params["carries"], params["statistics"]
+        return parts.forward_shapes(norm, operands, *given)
+    given = params["wanted"], params["own_params"]
+    return parts.backward_shapes(norm, operands, *given)
+
+
 def call_of(
     primitive: Primitive, avals: Sequence[Any], params: dict[str, Any]
-) -> dispatch.Call | None:
-    """What `plan` must know of one bound primitive; None for what no kernel does."""
+) -> dispatch.Call:
+    """What `plan` must know of one bound norm_p or gradient_p."""
     operands = [dispatch.describe(aval) for aval in params["tree"].unflatten(avals)]
     if primitive is norm_p:
         x, scale, bias, mask, residual, shortcut = operands
@@ -391,22 +489,20 @@ def call_of(
             mask=mask is not None,
             statistics=params["statistics"],
         )
-    if primitive is gradient_p:
-        dy, x, scale, bias, _, _, mask, dh, shortcut = operands
-        return dispatch.Call(
-            op="backward",
-            norm=params["norm"],
-            x=x,
-            scale=scale,
-            bias=bias,
-            dy=dy,
-            beside=dh,
-            shortcut=shortcut,
-            mask=mask is not None,
-            wanted=params["wanted"],
-            own_params=params["own_params"],
-        )
-    return None
+    dy, x, scale, bias, _, _, mask, dh, shortcut = operands
+    return dispatch.Call(
+        op="backward",
+        norm=params["norm"],
+        x=x,
+        scale=scale,
+        bias=bias,
+        dy=dy,
+        beside=dh,
+        shortcut=shortcut,
+        mask=mask is not None,
+        wanted=params["wanted"],
+        own_params=params["own_params"],
+    )
 
 
 # --- derivatives ----------------------------------------------------------------------

@@ -485,8 +485,19 @@ class BatchNorm(nnx.BatchNorm):
             axis_index_groups=self.axis_index_groups,
         )
         for average, batch in ((self.mean, mean), (self.var, var)):
-            moved = self.momentum * average[...] + (1 - self.momentum) * batch
-            moved = jnp.where(counted, moved, average[...])
-            moved = jnp.real(moved).astype(average[...].dtype)
-            average[...] = jax.lax.stop_gradient(moved)
+            before = average[...]
+            batch, has_any = _lie_as(before, batch), _lie_as(before, counted)
+            moved = self.momentum * before + (1 - self.momentum) * batch
+            moved = jnp.where(has_any, moved, before)
+            moved = jnp.real(moved).astype(before.dtype)
+            average.set_value(jax.lax.stop_gradient(moved))
         return y
+
+
+def _lie_as(like: jax.Array, array: Any) -> Any:
+    """The array, sharded as the one that it moves, where types say how (explicit mode):
+    running statistics stay as they are sharded."""
+    sharding = jax.typeof(like).sharding
+    if isinstance(array, bool) or jax.typeof(array).sharding.spec == sharding.spec:
+        return array
+    return jax.sharding.reshard(array, sharding)

@@ -17,6 +17,7 @@ from fusednorm.reference.norm import (
     input_gradient,
     moments,
     moments_tangent,
+    over_devices,
     tangent,
     variance,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "input_gradient",
     "moments",
     "moments_tangent",
+    "over_devices",
     "slope",
     "tangent",
     "variance",

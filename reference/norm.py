@@ -62,6 +62,9 @@ class Norm:
       activation: None, or the name of one of `activation.ACTIVATIONS`.
       scale_offset: what is added to the scale, if there is one: 1 where it is kept as
         its distance from 1.
+      over: mapped axes (of a mesh, or of `jax.vmap`) over which the statistics are
+        combined too: x is one device's part.
+      groups: None, or which devices of these axes combine, as for `jax.lax.psum`.
     """
 
     reduction_axes: tuple[int, ...]
@@ -72,6 +75,8 @@ class Norm:
     dtype: Any = jnp.dtype("float32")
     activation: str | None = None
     scale_offset: float = 0.0
+    over: tuple[Hashable, ...] = ()
+    groups: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -110,7 +115,30 @@ def _split(norm: Norm, x: jax.Array) -> jax.Array:
         return x
     channels = x.shape[-1]
     groups = 1 if channels == 1 else norm.num_groups  # a mask may have one channel
-    return x.reshape(*x.shape[:-1], groups, channels // groups)
+    return _reshape(x, (*x.shape[:-1], groups, channels // groups))
+
+
+def _reshape(a: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Splits or joins axes. Where types say that an axis is sharded (explicit mode),
+    the first of those that it becomes is."""
+    sharding = jax.typeof(a).sharding
+    if not any(sharding.spec):
+        return a.reshape(shape)
+    # Elements from an axis on tell which of the new ones begins where it does.
+    pairs = zip(_begins(a.shape), sharding.spec, strict=True)
+    split = {begin: names for begin, names in pairs if names is not None}
+    if not split.keys() <= set(_begins(shape)):
+        return a.reshape(shape)  # jax says what it cannot do
+    entries = [split.get(begin) for begin in _begins(shape)]
+    placed = jax.sharding.PartitionSpec(*entries)
+    return lax.reshape(a, tuple(shape), out_sharding=sharding.update(spec=placed))
+
+
+def _begins(shape: Sequence[int]) -> list[int]:
+    """Elements from each axis on; 0 for one of size 1, which begins nothing."""
+    return [
+        math.prod(shape[axis:]) if size > 1 else 0 for axis, size in enumerate(shape)
+    ]
 
 
 def _split_statistic(norm: Norm, statistic: jax.Array) -> jax.Array:
@@ -147,7 +175,7 @@ def _spread(norm: Norm, param: jax.Array, view: jax.Array, ndim: int) -> jax.Arr
     shape[: len(lead)] = lead
     for axis in feature_axes:
         shape[axis] = view.shape[axis]
-    return param.reshape(shape).astype(norm.compute_dtype)
+    return _reshape(param, shape).astype(norm.compute_dtype)
 
 
 def _sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
@@ -166,8 +194,15 @@ def _over(total: jax.Array, count: Count) -> jax.Array:
     return total / jnp.maximum(count, jnp.ones_like(count))
 
 
+def _across(norm: Norm, total: Any) -> Any:
+    """The total over all devices that combine; of an int too."""
+    if not norm.over:
+        return total
+    return lax.psum(total, norm.over, axis_index_groups=norm.groups)
+
+
 def _count(norm: Norm, x: jax.Array, mask: jax.Array | None) -> Count:
-    """Elements per statistic, in the view's shape where it is an array."""
+    """Elements per statistic here, in the view's shape where it is an array."""
     axes, _ = _view_axes(norm, x.ndim)
     view = _split(norm, x)
     if mask is not None:
@@ -197,7 +232,7 @@ _NEAR = 4
 def moments(
     norm: Norm, x: jax.Array, mask: jax.Array | None = None, *, sparing: bool = False
 ) -> tuple[Count, jax.Array | None, jax.Array]:
-    """Count, mean and centred sum of squares of x.
+    """Count, mean and centred sum of squares of x, of what is here.
 
     Args:
       norm: what to normalize over.
@@ -254,35 +289,38 @@ def variance(count: Count, m2: jax.Array) -> jax.Array:
 
 
 def combine(
-    count: Count,
-    mean: jax.Array | None,
-    m2: jax.Array,
-    axis_name: Hashable,
-    axis_index_groups: Any = None,
+    norm: Norm, count: Count, mean: jax.Array | None, m2: jax.Array
 ) -> tuple[Count, jax.Array | None, jax.Array]:
-    """Merges each device's `moments` over a mapped axis (Chan et al. 1983, eq. 2.1).
+    """Merges each device's `moments` over `norm.over` (Chan et al. 1983, eq. 2.1).
 
     Devices weigh in with their counts, and the squares are moved to the common mean
     before they are added. So the result is that of one device with all the data.
 
     Args:
+      norm: what was normalized over.
       count, mean, m2: as `moments` returned them on this device.
-      axis_name: the mapped axis, or several.
-      axis_index_groups: as for `jax.lax.psum`.
 
     Returns:
-      The same three, over all devices of the axis.
+      The same three, over all devices that combine.
     """
-
-    def psum(value: Any) -> Any:
-        return lax.psum(value, axis_name, axis_index_groups=axis_index_groups)
-
-    total = psum(jnp.asarray(count, m2.dtype))
+    if not norm.over:
+        return count, mean, m2
+    weight = jnp.asarray(count, m2.dtype)
+    total = _across(norm, count if isinstance(count, int) else weight)
     if mean is None:
-        return total, None, psum(m2)
-    common = _over(psum(mean * jnp.asarray(count, m2.dtype)), total)
-    shift = _abs_squared(mean - common) * jnp.asarray(count, m2.dtype)
-    return total, common, psum(m2 + shift)
+        return total, None, _across(norm, m2)
+    common = _over(_across(norm, mean * weight), total)
+    shift = _abs_squared(mean - common) * weight
+    return total, common, _across(norm, m2 + shift)
+
+
+def over_devices(
+    norm: Norm, x: jax.Array, mean: jax.Array | None, var: jax.Array
+) -> tuple[jax.Array | None, jax.Array]:
+    """mean and var of all devices that combine, from those of each one's x."""
+    count = _count(norm, x, None)
+    count, mean, m2 = combine(norm, count, mean, var * count)
+    return mean, variance(count, m2)
 
 
 def apply(
@@ -308,7 +346,7 @@ def apply(
       Array of x's shape and dtype `norm.dtype`.
     """
     z = _affine(norm, x, mean, var, scale, bias, shortcut)
-    return activate(norm.activation, z).reshape(x.shape).astype(norm.dtype)
+    return _reshape(activate(norm.activation, z), x.shape).astype(norm.dtype)
 
 
 def _affine(
@@ -373,7 +411,8 @@ def forward(
       var: statistic. It is what the backward keeps: rstd = rsqrt(var + epsilon) follows
         from it, while var would not follow from rstd where var is far below epsilon.
     """
-    count, mean, m2 = moments(norm, x, mask, sparing=sparing)
+    here = moments(norm, x, mask, sparing=sparing)
+    count, mean, m2 = combine(norm, *here)
     var = variance(count, m2)
     return apply(norm, x, mean, var, scale, bias, shortcut), mean, var
 
@@ -414,12 +453,13 @@ def tangent(
     z_dot = jnp.zeros_like(centred)
     if x_dot is not None:
         where = None if mask is None else _split(norm, mask)
-        count = _count(norm, x, mask)
+        count = _across(norm, _count(norm, x, mask))
         step = _split(norm, x_dot.astype(dtype))
-        c1 = _over(_sum(_masked(x_hat * step, where), axes), count)
+        c1 = _over(_across(norm, _sum(_masked(x_hat * step, where), axes)), count)
         inner = step - x_hat * c1
         if norm.center:
-            inner = inner - _over(_sum(_masked(step, where), axes), count)
+            c2 = _across(norm, _sum(_masked(step, where), axes))
+            inner = inner - _over(c2, count)
         z_dot = rstd * inner
         if scale is not None:
             z_dot = z_dot * norm.weight(_spread(norm, scale, centred, x.ndim))
@@ -432,7 +472,7 @@ def tangent(
     if norm.activation is not None:
         z = _affine(norm, x, mean, var, scale, bias, shortcut)
         z_dot = z_dot * slope(norm.activation, z)
-    return z_dot.reshape(x.shape).astype(norm.dtype)
+    return _reshape(z_dot, x.shape).astype(norm.dtype)
 
 
 def moments_tangent(
@@ -448,15 +488,16 @@ def moments_tangent(
     """
     axes, _ = _view_axes(norm, x.ndim)
     where = None if mask is None else _split(norm, mask)
-    count = _count(norm, x, mask)
+    count = _across(norm, _count(norm, x, mask))
     centred = _split(norm, x.astype(norm.compute_dtype))
     step = _split(norm, x_dot.astype(norm.compute_dtype))
     mean_dot = None
     if mean is not None:
         centred = centred - _split_statistic(norm, mean)
-        mean_dot = _over(_sum(_masked(step, where), axes), count)
+        mean_dot = _over(_across(norm, _sum(_masked(step, where), axes)), count)
         mean_dot = _join_statistic(norm, mean_dot)
-    var_dot = 2 * _over(_sum(_masked(centred * step, where), axes), count)
+    moved = _across(norm, _sum(_masked(centred * step, where), axes))
+    var_dot = 2 * _over(moved, count)
     return mean_dot, _join_statistic(norm, var_dot)
 
 
@@ -494,8 +535,9 @@ def backward(
 
     Returns:
       dx: x's shape, in x's dtype.
-      dscale, dbias: shape (*leading, features), in `norm.compute_dtype`. Of a scale of
-        x's shape nothing adds up, and dscale has its shape and dtype.
+      dscale, dbias: shape (*leading, features), in `norm.compute_dtype`: the sums over
+        what is here. Of a scale of x's shape nothing adds up, and dscale has its shape
+        and dtype.
       dshortcut: x's shape, in the shortcut's dtype, or dy's without one.
     """
     axes, feature_axes = _view_axes(norm, x.ndim)
@@ -504,7 +546,7 @@ def backward(
     own = max(own_params, 0 if scale is None else scale.ndim - 1)
     pixel_axes = [axis for axis in axes if axis not in feature_axes and axis >= own]
     other_axes = [axis for axis in axes if axis not in pixel_axes]
-    count = _count(norm, x, mask)
+    count = _across(norm, _count(norm, x, mask))
 
     rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
     dz = before_activation(norm, dy, x, scale, bias, mean, var, shortcut)
@@ -520,10 +562,11 @@ def backward(
     weight: Any = 1
     if scale is not None:
         weight = norm.weight(_spread(norm, scale, centred, x.ndim))
-    c1 = _over(_sum(weight * sum_dz_centred, other_axes), count) * rstd
+    c1 = _across(norm, _sum(weight * sum_dz_centred, other_axes))
+    c1 = _over(c1, count) * rstd
     c2 = None
     if norm.center:
-        c2 = _over(_sum(weight * sum_dz, other_axes), count)
+        c2 = _over(_across(norm, _sum(weight * sum_dz, other_axes)), count)
         c2 = _join_statistic(norm, c2)
     c1 = _join_statistic(norm, c1)
     dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
@@ -536,10 +579,10 @@ def backward(
         math.prod(centred.shape[axis] for axis in feature_axes),
     )
     if scale is not None and each_its_own(scale, x):
-        dscale = (dz_view * (centred * rstd)).reshape(x.shape).astype(scale.dtype)
+        dscale = _reshape(dz_view * (centred * rstd), x.shape).astype(scale.dtype)
     else:
-        dscale = _sum(sum_dz_centred * rstd, sharing).reshape(params_shape)
-    dbias = _sum(sum_dz, sharing).reshape(params_shape)
+        dscale = _reshape(_sum(sum_dz_centred * rstd, sharing), params_shape)
+    dbias = _reshape(_sum(sum_dz, sharing), params_shape)
     dshortcut = dz.astype(dy.dtype if shortcut is None else shortcut.dtype)
     return dx, dscale, dbias, dshortcut
 
@@ -565,7 +608,7 @@ def before_activation(
     """
     if norm.activation is None:
         return dy
-    z = _affine(norm, x, mean, var, scale, bias, shortcut).reshape(x.shape)
+    z = _reshape(_affine(norm, x, mean, var, scale, bias, shortcut), x.shape)
     return dy.astype(norm.compute_dtype) * slope(norm.activation, z)
 
 
@@ -606,7 +649,7 @@ def input_gradient(
     where = None if mask is None else _split(norm, mask)
     through_statistics = _masked(through_statistics, where)
     dx = rstd * (weight * _split(norm, dz.astype(dtype)) - through_statistics)
-    dx = dx.reshape(x.shape)
+    dx = _reshape(dx, x.shape)
     if dh is not None:
         dx = dx + dh.astype(dtype)
     return dx.astype(x.dtype)

@@ -2,11 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax.numpy as jnp
+import pytest
 
 from bench.aot.chips import Chip, Gpu, Tpu
 from bench.aot.measure import (
@@ -30,6 +31,15 @@ def name(value: Any) -> str | None:
         case Case() | Gpu() | Tpu():
             return value.name
     return None
+
+
+def some_slow(values: Iterable[Any], quick: Callable[[Any], bool]) -> list[Any]:
+    """Parameters of a test, of which `make aot` takes those that are `quick`, and `make
+    aot-slow` the others."""
+    return [
+        value if quick(value) else pytest.param(value, marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 def layers(

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import fusednorm
+from tests import interpreters
 
 # Before jax makes its devices. Tests that need one device take the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -23,6 +24,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each implementation that the suite of test_suite.py runs against."""
     with fusednorm.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled() -> Iterator[None]:
+    """For tests that compile much, and compare with what is compiled alike."""
+    with interpreters.quickly_compiled():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,6 +7,7 @@ a test runs the kernels there. The plan is the real one; only the launch is inte
 import collections
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,21 @@ from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 
 MODULES = {"mosaic_gpu": "tests.on_gpu", "mosaic_tpu": "tests.on_tpu"}
 
+_one_at_a_time = threading.Lock()
 runs: collections.Counter[str] = collections.Counter()  # every launch, by kernel's name
+
+
+@contextlib.contextmanager
+def quickly_compiled(quickly: bool = True) -> Iterator[None]:
+    """Spares LLVM's work on code that runs once: a third of the time of these tests."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, quickly)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+        jax.clear_caches()
 
 
 @contextlib.contextmanager
@@ -31,11 +46,11 @@ def interpreted(backend: str) -> Iterator[None]:
     before = dict(dispatch.KERNELS)
     dispatch.KERNELS["cpu"] = (backend, MODULES[backend])
     try:
-        yield
+        with quickly_compiled():
+            yield
     finally:
         dispatch.KERNELS.clear()
         dispatch.KERNELS.update(before)
-        jax.clear_caches()
 
 
 def interpret(
@@ -54,9 +69,10 @@ def interpret(
     launch = kernel.launch
 
     def run(*operands: Any, **named: Any) -> list[np.ndarray]:
-        runs[kernel.name] += 1
-        # Not the device that waits for this callback.
-        with jax.default_device(jax.devices()[-1]), mode():
+        # Not a device that waits for this callback; and an interpreter has one memory
+        # for all kernels that run.
+        with _one_at_a_time, jax.default_device(jax.devices()[-1]), mode():
+            runs[kernel.name] += 1
             return [np.asarray(result) for result in launch(*operands, **named)]
 
     def behind_callback(*operands: Any, **named: Any) -> list[jax.Array]:

@@ -30,7 +30,7 @@ from bench.aot.measure import (
 )
 from bench.aot.whole import Whole, block, forward_backward, pure
 from bench.cases import Case
-from tests.compilers import Cell, layers, name, tensor_of
+from tests.compilers import Cell, layers, name, some_slow, tensor_of
 
 pytestmark = pytest.mark.aot
 
@@ -106,7 +106,14 @@ CELLS: list[Cell] = [
     *((B200, work) for shape in SHAPES for work in works(shape, "bfloat16")),
     *((RTX5090, work) for shape in ON_RTX5090 for work in works(shape, "bfloat16")),
 ]
-each_cell = pytest.mark.parametrize("cell", CELLS, ids=name)
+
+
+def _is_quick(cell: Cell) -> bool:
+    chip, work = cell
+    return chip != B200 or work.name in ON_RTX5090
+
+
+each_cell = pytest.mark.parametrize("cell", some_slow(CELLS, _is_quick), ids=name)
 
 # Blocks launched where these are fewer than the chip's SMs, and why. They follow from
 # the shape alone.

@@ -23,10 +23,10 @@ from bench.aot.measure import (
     of_case,
     workloads,
 )
-from bench.aot.whole import block
+from bench.aot.whole import PASSES, block
 from bench.cases import CASES, Case
 from fusednorm.kernels.tpu.memory import LANES, round_up
-from tests.compilers import Cell, layers, name
+from tests.compilers import Cell, layers, name, some_slow
 
 pytestmark = pytest.mark.aot
 
@@ -136,7 +136,9 @@ SMALL = 10e6  # bytes: x, y, dy and dx together are less than VMEM
 
 
 @pytest.mark.parametrize("which", ["forward+backward"])
-@pytest.mark.parametrize("case", CHANNELWISE, ids=name)
+@pytest.mark.parametrize(
+    "case", some_slow(CHANNELWISE, lambda case: case.name in FEW), ids=name
+)
 @pytest.mark.parametrize("chip", [V5E], ids=name)
 def test_layer_moves_less_than_flax(
     begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str
@@ -166,8 +168,8 @@ def test_small_layer_moves_no_more_than_flax(
 
 
 @pytest.mark.parametrize("whole", [block], ids=["block"])
-@pytest.mark.parametrize("nbytes", [40e6, TENSOR_BYTES])
-@pytest.mark.parametrize("which", ["forward", "forward+backward"])
+@pytest.mark.parametrize("nbytes", some_slow([40e6, TENSOR_BYTES], (40e6).__eq__))
+@pytest.mark.parametrize("which", some_slow(PASSES, "forward+backward".__eq__))
 @pytest.mark.parametrize("case", chosen_cases("resnet50_conv_bn_relu"), ids=name)
 @pytest.mark.parametrize("chip", [V5E], ids=name)
 def test_behind_a_convolution_xla_fuses_the_norm(

@@ -299,24 +299,25 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
-def test_kernels_run_on_one_device_and_in_shard_map(mode: str, kernels: Any) -> None:
-    """Where XLA partitions, the reference; where each device has its part, the
-    kernel."""
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(getattr(AxisType, mode),))
+def test_kernels_run_on_each_part_and_in_shard_map(kernels: Any) -> None:
+    """More of it, and auto mode, in test_sharded.py."""
+    expected = normalize(X, SCALE, BIAS)
+    kernels.runs.clear()
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         x = jax.device_put(X, NamedSharding(mesh, P("d")))
         scale, bias = (
             jax.device_put(a, NamedSharding(mesh, P())) for a in (SCALE, BIAS)
         )
-        jax.block_until_ready(jax.jit(normalize)(x, scale, bias))
-        assert not kernels.runs
+        y = jax.block_until_ready(jax.jit(normalize)(x, scale, bias))
+        assert kernels.runs["forward"] == 4
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
         parts = jax.shard_map(
             normalize, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d")
         )
         y = jax.block_until_ready(jax.jit(parts)(x, scale, bias))
-    assert kernels.runs["forward"] == 4
-    np.testing.assert_allclose(y, normalize(X, SCALE, BIAS), rtol=1e-5, atol=1e-6)
+    assert kernels.runs["forward"] == 8
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_kernels_stay_out_of_a_shard_map_that_leaves_axes_to_xla(kernels: Any) -> None:

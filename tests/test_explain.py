@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
@@ -248,10 +248,32 @@ def test_dtypes(kernels: None) -> None:
 
 
 def test_axis_name(kernels: None) -> None:
-    expected = ["statistics that cross a mapped axis (axis_name)"]
+    expected = ["statistics that cross an axis of jax.vmap, or groups (axis_name)"]
+    mesh = mesh_of(i=2)
     for name in ("LayerNorm", "GroupNorm"):
         layer = layer_of(name, axis_name="i")
         assert reasons(jax.vmap(layer, axis_name="i"), data()) == expected
+        over_devices = jax.shard_map(
+            layer, mesh=mesh, in_specs=P(None, "i"), out_specs=P(None, "i")
+        )
+        assert reasons(over_devices, data((4, 4, 12))) == [None]
+
+
+def test_explicit_sharding_and_the_mesh_of_auto_mode(kernels: None) -> None:
+    """Types tell each device's part; XLA asks for it where a mesh is set."""
+    layer = layer_of("LayerNorm")
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((2,), ("i",), axis_types=(kind,))
+        x = jax.device_put(data((4, 4, 12)), NamedSharding(mesh, P("i")))
+        if kind is AxisType.Auto:
+            (reason,) = reasons(layer, x)
+            assert reason is not None
+            assert "jax.set_mesh" in reason
+        with jax.set_mesh(mesh):
+            (choice,) = fusednorm.explain(layer, x).choices
+        assert isinstance(choice.plan, Kernel)
+        rows = 2 if kind is AxisType.Explicit else 4
+        assert choice.x == f"float32[{rows}, 4, 12]"
 
 
 def test_batch_norm_in_eval_mode(kernels: None) -> None:
@@ -288,7 +310,7 @@ def test_scale_of_each_mapped_example(kernels: None) -> None:
 
 
 def mesh_of(**axes: int) -> jax.sharding.Mesh:
-    types = (jax.sharding.AxisType.Auto,) * len(axes)
+    types = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
 
 

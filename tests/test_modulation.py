@@ -20,6 +20,8 @@ from tests import interpreters, test_channelwise, test_tpu_channelwise
 from tests.helpers import Case, assert_close
 from tests.layer_helpers import assert_agrees, build, data
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 MIXES = [  # of x, scale and bias, shortcut, y
     ("float32", "float32", "float32", "float32"),
     ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
@@ -187,7 +189,12 @@ def variant(
 
 
 @pytest.mark.parametrize(
-    ("case", "mix"), list(zip(BEHIND, 2 * MIXES[:3], strict=True)), ids=str
+    ("case", "mix"),
+    [
+        pytest.param(case, mix, marks=[] if number % 2 else pytest.mark.slow)
+        for number, (case, mix) in enumerate(zip(BEHIND, 2 * MIXES[:3], strict=True))
+    ],
+    ids=str,
 )
 def test_kernels_with_a_residual_behind(variant: str, case: Case, mix: Any) -> None:
     check(case, mix, behind=True)

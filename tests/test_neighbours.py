@@ -24,6 +24,8 @@ from tests.layer_helpers import (
     outputs_and_gradients,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SHAPE = (2, 4, 4, 12)
 SCALE = np.linspace(0.5, 1.5, 12, dtype=np.float32)
 BIAS = np.linspace(-1, 1, 12, dtype=np.float32)

@@ -22,6 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 import fusednorm
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BATCH, PIXELS, CHANNELS = 4, 3, 6
 KINDS = ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"]
 ACTIVATED = [
@@ -293,7 +295,14 @@ TRANSFORMS: dict[str, Callable[[Fn, jax.Array], Fn]] = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("kind", [*KINDS, *ACTIVATED])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *KINDS,
+        *ACTIVATED[:2],
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ACTIVATED[2:]),
+    ],
+)
 def test_equal_to_flax(kind: str, transform: str, data: Any) -> None:
     x, scale, bias, dy = data
     transformed = TRANSFORMS[transform]
@@ -371,9 +380,8 @@ def test_sharded_by_jit(kind: str, mode: str, sharding: str) -> None:
             lambda x, s, b, dy: (jax.vjp(f, x, s, b)[1](dy), f(x, s, b))
         )
         if (kind, mode, sharding) == ("group_norm", "Explicit", "features"):
-            # flax raises here too: the split of sharded channels into groups is not
-            # said
-            with pytest.raises(Exception, match="This reshape is not supported"):
+            # flax raises here too; and so do we where the 2 groups lie on 8 devices
+            with pytest.raises(Exception, match="does not evenly divide"):
                 transposed.lower(x, scale, bias, dy)
             return
         compiled = transposed.lower(x, scale, bias, dy).compile()

@@ -16,6 +16,8 @@ from tests import interpreters
 from tests.helpers import EPS32, Case, assert_close
 from tests.layer_helpers import assert_agrees, build, data
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 MIXES = [  # of x, residual, scale and bias, y
     ("float32", "float32", "float32", "float32"),
     ("bfloat16", "bfloat16", "float32", "bfloat16"),

@@ -30,6 +30,9 @@ S, G, K and the dtypes alone, never from N: results are bitwise the same in any 
 Counts, means and centred squares of parts are merged by Chan's formula, in a fixed
 order, without atomics.
 
+Where statistics cross devices (`Call.half`) it is two reads, of which the kernels
+do the first.
+
 Sources: group normalization, Wu and He 2018 (arXiv:1803.08494); instance normalization,
 Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2015
 (arXiv:1502.03167); merging of moments, Chan, Golub and LeVeque 1983, equation 2.1.
@@ -271,17 +274,16 @@ def forward_in_two_reads(
 
     Bytes: x once for the moments; once more, and the shortcut and y, in XLA's code.
     """
-    mean, var = moments(config, last, call, x)
-    y = reference.apply(call.norm, x, mean, var, scale, bias, shortcut)
-    if not call.statistics:
-        return [y]
-    return [y, var] if mean is None else [y, mean, var]
+    *mean, var = moments(config, last, call, x)
+    mean_or_none = mean[0] if mean else None
+    y = reference.apply(call.norm, x, mean_or_none, var, scale, bias, shortcut)
+    return [y, *mean, var] if call.statistics else [y]
 
 
 def moments(
-    config: Config, last: Config, call: Call, x: jax.Array
-) -> tuple[jax.Array | None, jax.Array]:
-    """mean (None without centring) and var, in the statistics' shape: one read of x.
+    config: Config, last: Config, call: Call, x: jax.Array, *others: None
+) -> list[jax.Array]:
+    """mean (if centred) and var, in the statistics' shape: one read of x.
 
     Bytes: x; 4 bytes a statistic; 8 a channel for each block, written and read.
     """
@@ -317,8 +319,7 @@ def moments(
         outputs=_moments(call),
     )
     shape = norm.statistic_shape(x.shape)
-    mean = found["mean"].reshape(shape) if norm.center else None
-    return mean, found["var"].reshape(shape)
+    return [found[name].reshape(shape) for name in _moments(call)]
 
 
 # --- backward -------------------------------------------------------------------------
@@ -451,6 +452,31 @@ def backward_in_two_reads(
             dh=dh,
         )
     return _wanted(call, results)
+
+
+def sums(
+    config: Config,
+    last: Config,
+    call: Call,
+    dy: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+    mask: None = None,
+    shortcut: jax.Array | None = None,
+) -> list[jax.Array]:
+    """c1 and c2 (if centred) where dx is wanted, in the statistics' shape, and those of
+    dscale and dbias that are wanted: one read of x and dy. See `gradient_sums`."""
+    operands = (dy, x, scale, bias, mean, var)
+    results = gradient_sums(config, last, call, *operands, shortcut)
+    inner_products = [results[name] for name in ("c1", "c2") if name in results]
+    shape = call.norm.statistic_shape(x.shape)
+    return [
+        *(c.reshape(shape) for c in inner_products),
+        *_over_samples(call, results),
+    ]
 
 
 def gradient_sums(
@@ -706,12 +732,18 @@ def _inner_products(config: Config, ref: dict[str, Any]) -> Callable[..., list[A
 
 
 def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
-    """dx and dshortcut in x's shape, and the sums over the samples of each example."""
+    """dx and dshortcut in x's shape, and the sums."""
     of_x = [
         results[name].reshape(call.x.shape)
         for name in ("dx", "dshortcut")
         if call.wants[name]
     ]
+    first = int(call.wanted[0])
+    return of_x[:first] + _over_samples(call, results) + of_x[first:]
+
+
+def _over_samples(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
+    """Those of dscale and dbias that are wanted, over the samples of each example."""
     names = [name for name in ("dscale", "dbias") if call.wants[name]]
     samples, _, channels = _shape(call)
     lead = call.x.shape[: call.own_params]
@@ -719,9 +751,7 @@ def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
     each = [results[n].reshape(examples, samples // examples, channels) for n in names]
     if samples > examples:
         each = list(memory.sum_over_blocks(*each)) if each else []
-    sums = [total.reshape(*lead, channels) for total in each]
-    first = int(call.wanted[0])
-    return of_x[:first] + sums + of_x[first:]
+    return [total.reshape(*lead, channels) for total in each]
 
 
 # --- launches -------------------------------------------------------------------------
@@ -876,12 +906,12 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
     cluster = strips.MAX_CLUSTER
     if call.op == "backward" and not alone:
         cluster = 2  # larger ones gain nothing on two reads
-    if call.wanted[0]:
+    if call.wanted[0] and not call.half:
         config = strips.resident(
             view, widest, sum(kept), shared, cluster=cluster, alone=alone
         )
     else:
-        config = None  # nothing of x's size is written: there is no second read
+        config = None  # nothing of x's size is written: there is no second read here
     if config is not None:
         config = _at_once(call, config)
         launch: Any = forward if call.op == "forward" else backward
@@ -901,6 +931,8 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
         config, last = (_at_once(call, config) for config in configs)
         forwards = call.op == "forward"
         launch = forward_in_two_reads if forwards else backward_in_two_reads
+        if call.half:
+            launch = moments if forwards else sums
         launch = functools.partial(launch, config, last, call)
         variant = ", two reads"
         why = (
@@ -908,6 +940,9 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
             f"{cluster} blocks, two to a multiprocessor: two reads, the "
             "second one in XLA's code, which normalizes with what follows"
         )
+        if call.half:
+            variant = ", moments" if forwards else ", sums"
+            why = "statistics cross devices: XLA normalizes, in a second read"
         if not call.wanted[0]:
             variant, why = ", sums", "sums alone are wanted: one read"
     return Kernel(
@@ -937,18 +972,19 @@ def _bytes_moved(call: Call, config: Config) -> int:
     """Of device memory: tensors, parameters, statistics and partial sums."""
     samples, _, channels = _shape(call)
     size, x_size = call.x.size, call.x.dtype.itemsize
-    reads = 1 if config.resident or not call.wanted[0] else 2
+    reads = 1 if config.resident or call.half or not call.wanted[0] else 2
     statistics = 4 * samples * _view(call).g * (1 + call.norm.center)
     params = [p for p in (call.scale, call.bias) if p is not None]
     moved = sum(param.size * param.dtype.itemsize for param in params)
     if call.dy is None:
         values = 1 + call.norm.center
-        moved += size * (reads * x_size + call.norm.dtype.itemsize)
+        moved += size * reads * x_size
+        moved += 0 if call.half else size * call.norm.dtype.itemsize
         moved += statistics * call.statistics
     else:
         values = len(_summed(call))
         moved += size * reads * (x_size + call.dy.dtype.itemsize)
-        moved += size * x_size * call.wanted[0] + statistics
+        moved += size * x_size * (call.wanted[0] and not call.half) + statistics
         if call.beside is not None:
             moved += size * call.beside.dtype.itemsize
         examples = math.prod(call.x.shape[: call.own_params])

@@ -5,6 +5,9 @@
               dscale = sum(dz * x_hat),  dbias = sum(dz)            over rows
               dz = dy * act'(z)
 
+Of a row that lies on several devices (`Call.half`) these kernels find the statistics,
+or the sums for dx, of what is here; the rest is elementwise, XLA's, and a second read.
+
 With a residual h = x + residual takes the place of x, and to dx its cotangent dh is
 added. A shortcut is added to z, and its gradient is dz. Scale and bias may be those of
 an *example*, so many rows one behind the other; or each row has its own scale, which is
@@ -524,7 +527,7 @@ def forward(
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
     """y, of a sum that too, and with `call.statistics` mean (if centred) and var: one
-    read of x.
+    read of x. Half of it (`call.half`) is all but y.
 
     Bytes: x and y, once each, and what there is of the residual, the sum, the shortcut
     and a scale of each row; other scales and biases once a tile, from the caches; 4
@@ -553,7 +556,7 @@ def forward(
     operands |= {"residual": residual, "shortcut": shortcut}
     inputs = _rows(features, **operands)
     shape = inputs["x"].shape
-    outputs = {"y": jax.ShapeDtypeStruct(shape, norm.dtype)}
+    outputs = {} if call.half else {"y": jax.ShapeDtypeStruct(shape, norm.dtype)}
     if residual is not None:
         outputs["h"] = jax.ShapeDtypeStruct(shape, call.sum_dtype)
     if call.statistics:
@@ -601,7 +604,7 @@ def forward(
                 chunk = config.chunks[number]
                 return part.load_param(ref[name], chunk, example, examples)
 
-            for number, chunk in enumerate(config.chunks):
+            for number, chunk in enumerate(config.chunks if "y" in ref else ()):
                 y = centred[number] * part.across(rstd, centred[number])
                 if "scale" in ref:
                     y = y * norm.weight(param("scale", number))
@@ -650,7 +653,7 @@ def backward(
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Those of dx, dscale, dbias and dshortcut that `call.wanted` names: one read of x
-    and dy.
+    and dy. Half of it (`call.half`) has c1 and c2 (if centred) in the place of dx.
 
     Bytes: x, dy and dx, once each, and what there is of dh, the shortcut, a scale of
     each row, and the gradients of the latter two; 4 bytes a statistic; for dscale and
@@ -678,9 +681,11 @@ def backward(
     )
     summed = call.summed
     partials = jax.ShapeDtypeStruct((examples * blocks, features), jnp.float32)
-    outputs = dict.fromkeys(summed, partials)
+    inner_products = ("c1", "c2")[: 1 + norm.center] if want["dx"] and call.half else ()
+    statistic = jax.ShapeDtypeStruct((var.size,), jnp.float32)
+    outputs = dict.fromkeys(inner_products, statistic) | dict.fromkeys(summed, partials)
     for name, like in (("dx", x), ("dscale", scale), ("dshortcut", shortcut)):
-        if want[name] and name not in summed:
+        if want[name] and name not in summed and not (name == "dx" and inner_products):
             assert like is not None
             outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, like.dtype)
     loaded_at_once = ("dy", "x", *_streamed(call))
@@ -745,7 +750,9 @@ def backward(
                 # Two places in turn: a warp may still read the sums of the row before.
                 sums = part.sums(*terms, row=row, place=2 * (i % 2))
                 c1, *c2 = [total / features for total in sums]
-                for i_chunk, chunk in enumerate(config.chunks):
+                for name, mean in zip(inner_products, (c1, *c2), strict=False):
+                    part.store_statistic(ref[name], row, mean)
+                for i_chunk, chunk in enumerate(config.chunks if "dx" in ref else ()):
                     w, x_hat = ws[i_chunk], x_hats[i_chunk]
                     inner = w - x_hat * part.across(c1, w)
                     if norm.center:
@@ -839,11 +846,11 @@ def backward(
             name: total.reshape(*own, features)
             for name, total in zip(summed, sums, strict=True)
         }
-    return [
-        results[name] if name in summed else results[name].reshape(x.shape)
-        for name in want
-        if want[name]
-    ]
+    shapes = dict.fromkeys(("dx", "dscale", "dshortcut"), x.shape)
+    shapes |= dict.fromkeys(inner_products, var.shape)
+    shapes |= {name: results[name].shape for name in summed}
+    order = (*inner_products, *(name for name in want if name in results))
+    return [results[name].reshape(shapes[name]) for name in order]
 
 
 def _rows(features: int, **operands: jax.Array | None) -> dict[str, jax.Array]:
@@ -997,6 +1004,8 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
             fill=True,
         )
         launch = functools.partial(forward, config, call)
+        if call.half:
+            streamed.remove(call.norm.dtype.itemsize)
         moved = call.x.size * sum(streamed) + statistics * call.statistics
     else:
         assert call.dy is not None
@@ -1026,7 +1035,7 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         written = [
             getattr(call, name.removeprefix("d")).dtype.itemsize
             for name, want in call.wants.items()
-            if want and name not in call.summed
+            if want and name not in call.summed and not (name == "dx" and call.half)
         ]
         moved = call.x.size * (
             x_size + call.dy.dtype.itemsize + sum(beside) + sum(written)
@@ -1037,9 +1046,10 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         moved += statistics + 4 * features * sums
     for param in (None if call.scales_each else call.scale, call.bias):
         moved += 0 if param is None else param.size * param.dtype.itemsize
+    half = {"forward": ", moments", "backward": ", sums"}[call.op]
     return Kernel(
         backend="mosaic_gpu",
-        name=f"rowwise {call.op}",
+        name=f"rowwise {call.op}" + (half if call.half else ""),
         launch=launch,
         block=str(config),
         why=config.why,

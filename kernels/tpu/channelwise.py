@@ -24,6 +24,9 @@ There are three variants:
     two reads     Where a unit does not fit VMEM, the kernel has the sums alone. The
                   normalization is left to XLA, which fuses it with what follows.
 
+Where statistics cross devices (`Call.half`) it is two reads, of which the kernel does
+the first.
+
 The mean and the centred squares of parts are merged by Chan's formula, in a fixed
 order. What a sample's result is made of follows from S, G, K, the dtypes and the chip,
 never from N: it is the same to the bit in any batch.
@@ -519,7 +522,7 @@ class Launch:
         """
         norm, statistics = self.call.norm, self.call.statistics
         if not self.whole:
-            mean, var = self.moments(x)
+            mean, var = self._moments(x)
             y = reference.apply(norm, x, mean, var, scale, bias, shortcut)
             found = [y, mean, var] if statistics else [y]
             return [array for array in found if array is not None]
@@ -529,7 +532,11 @@ class Launch:
         found = [self._from_view(y), self._of_groups(mean), self._of_groups(var)]
         return [array for array in found if array is not None]
 
-    def moments(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    def moments(self, x: jax.Array, *others: None) -> list[jax.Array]:
+        """mean (if centred) and var, in the statistics' shape: one read of x."""
+        return [array for array in self._moments(x) if array is not None]
+
+    def _moments(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
         """mean (None without centring) and var, in the statistics' shape: one read of
         x."""
         _, mean, var = self._forward(x, None, None, None, whole=False, statistics=True)
@@ -652,6 +659,26 @@ class Launch:
             assert shortcut is not None
             found.append(dz.astype(shortcut.dtype))
         return found
+
+    def sums(
+        self,
+        dy: jax.Array,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        mean: jax.Array | None,
+        var: jax.Array,
+        mask: None = None,
+        shortcut: jax.Array | None = None,
+    ) -> list[jax.Array]:
+        """c1 and c2 (if centred) where dx is wanted, in the statistics' shape, and
+        those of dscale and dbias that are wanted: one read of x and dy."""
+        operands = (dy, x, scale, bias, mean, var)
+        *_, dscale, dbias, c1, c2 = self._backward(*operands, shortcut)
+        params = (*x.shape[: self.call.own_params], self.cut.channels)
+        found = [self._of_groups(c1), self._of_groups(c2)]
+        found += [None if a is None else a.reshape(params) for a in (dscale, dbias)]
+        return [array for array in found if array is not None]
 
     def _backward(
         self,
@@ -851,7 +878,8 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         for strip in _strips(shape, view, chip.cores)
     ]
     fit = (_fit(call, cut, chip.vmem, whole=True) for cut in cuts)
-    kept = next(filter(None, fit), None) if call.wanted[0] else None
+    one_read = call.wanted[0] and not call.half
+    kept = next(filter(None, fit), None) if one_read else None
     whole = kept is not None
     fits = kept or _fit(call, cuts[0], chip.vmem, whole=False)
     if fits is None:
@@ -865,7 +893,13 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     size = view.s * cut.strip * sum(d.itemsize for d in _read(call)) / 2**20
     lie = "down the sublanes" if shape.down else "across the lanes"
     variant, why = "", f"a unit of {size:.1f} MiB stays in VMEM: one read"
-    if not call.wanted[0]:
+    run: Callable[..., list[jax.Array]]
+    run = launch.forward if call.op == "forward" else launch.backward
+    if call.half:
+        run = launch.moments if call.op == "forward" else launch.sums
+        variant = ", moments" if call.op == "forward" else ", sums"
+        why = "statistics cross devices: XLA normalizes, in a second read"
+    elif not call.wanted[0]:
         variant, why = ", sums", "sums alone are wanted: one read"
     elif not whole:
         variant = ", two reads"
@@ -878,7 +912,7 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     return Kernel(
         backend="mosaic_tpu",
         name=f"channelwise {call.op}{variant}",
-        launch=launch.forward if call.op == "forward" else launch.backward,
+        launch=run,
         block=str(cut),
         why=f"channels {lie}; {why}",
         bytes_moved=_bytes_moved(call, cut, whole=whole),
@@ -1085,7 +1119,9 @@ def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
     wants_dx, wants_dscale, wants_dbias, wants_dshortcut = call.wanted
     x_size, size = call.x.dtype.itemsize, math.prod(call.x.shape)
     each = sum(dtype.itemsize for dtype in _read(call))
-    if call.op == "forward":
+    if call.half:
+        pass
+    elif call.op == "forward":
         each += call.norm.dtype.itemsize + (0 if whole else x_size)
     elif wants_dx:
         each += x_size

@@ -23,6 +23,9 @@ and writes y, the backward reads x and dy and writes dx; and so it is with all e
 x's size. Statistics add 4 bytes a row each, parameters and their gradients once their
 own size.
 
+Of a row that lies on several devices (`Call.half`) these kernels find the statistics,
+or c1 and c2, of what is here; the rest is elementwise, XLA's, and a second read.
+
 Inside a block a loop takes a chunk of rows at a time, and goes over it two or three
 times, 128 features (a piece) at a time: for sums, and to normalize. Each time VMEM is
 read anew, for the registers hold a few pieces and the sums; had they the whole chunk,
@@ -94,7 +97,7 @@ def _forward_kernel(
     bias_ref: Any,  # [1, lanes], or None
     residual_ref: Any,  # a block, or None
     shortcut_ref: Any,  # likewise
-    y_ref: Any,  # a block
+    y_ref: Any,  # a block, or None: statistics alone are wanted
     h_ref: Any,  # a block, or None: x + residual
     mean_ref: Any,  # float32, of a block's rows, or None
     var_ref: Any,  # likewise
@@ -108,7 +111,7 @@ def _forward_kernel(
     scales_each: bool,
     blocks: Blocks,
 ) -> None:
-    """y, and mean and variance of each row."""
+    """Those of y, h, mean and variance that have a reference."""
     per_feature = 1 / blocks.features
     _keep_params([(scale_ref, scale_kept), (bias_ref, bias_kept)], blocks)
 
@@ -161,9 +164,10 @@ def _forward_kernel(
             if center:
                 shift = blocks.meet(rest[0]) * per_feature
                 var = jnp.maximum(var - shift * shift, 0)
-        rstd = lax.rsqrt(var + epsilon)
-        with jax.named_scope("normalize"):
-            blocks.over_pieces(normalize)
+        if y_ref is not None:
+            rstd = lax.rsqrt(var + epsilon)
+            with jax.named_scope("normalize"):
+                blocks.over_pieces(normalize)
         if mean_ref is not None:
             blocks.put_statistic(mean_ref, index, mean + shift)
         if var_ref is not None:
@@ -188,6 +192,8 @@ def _backward_kernel(
     dscale_ref: Any,  # [1, lanes] float32, or a block if `scales_each`, or None
     dbias_ref: Any,  # [1, lanes] float32, or None
     dshortcut_ref: Any,  # a block, or None
+    c1_ref: Any,  # float32, of a block's rows, or None
+    c2_ref: Any,  # likewise
     scale_kept: Any,  # [sublanes, LANES] float32, or None
     bias_kept: Any,  # likewise
     dscale_sum: Any,  # [SUBLANES, lanes] or [sublanes, LANES] float32, or None: kept
@@ -200,7 +206,7 @@ def _backward_kernel(
     scales_each: bool,
     blocks: Blocks,
 ) -> None:
-    """Those of dx, dscale, dbias and dshortcut that are wanted."""
+    """Those of dx, dscale, dbias, dshortcut, c1 and c2 that have a reference."""
     per_feature = 1 / blocks.features
     sums = [
         (total, result)
@@ -265,7 +271,7 @@ def _backward_kernel(
                 add_rows(dscale_sum, of_scale, piece)
             elif dscale_ref is not None:
                 blocks.write(dscale_ref, index, piece, of_scale)
-            if dx_ref is None:
+            if dx_ref is None and c1_ref is None:
                 return []
             terms = [of_scale, dz][: 1 + center]
             if scale_ref is not None:
@@ -286,8 +292,12 @@ def _backward_kernel(
             blocks.write(dx_ref, index, piece, dx)
 
         totals = blocks.over_pieces(add_up)
+        means = [blocks.meet(total) * per_feature for total in totals]
+        for ref, mean_of_row in zip((c1_ref, c2_ref), means, strict=False):
+            if ref is not None:
+                blocks.put_statistic(ref, index, mean_of_row)
         if dx_ref is not None:
-            c1, *c2 = [blocks.meet(total) * per_feature for total in totals]
+            c1, *c2 = means
             blocks.over_pieces(store_dx)
 
     blocks.for_each_chunk(chunk)
@@ -344,7 +354,8 @@ def forward(
     residual: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """y, of a sum that too, and with `call.statistics` mean (if centred) and var.
+    """y, of a sum that too, and with `call.statistics` mean (if centred) and var. Half
+    of it (`call.half`) is all but y.
 
     Args:
       call: one that `plan` takes.
@@ -384,7 +395,7 @@ def forward(
             _rows(shortcut, blocks),
         ],
         results=[
-            (memory.result(x, view, norm.dtype), blocks.of_rows),
+            (None if call.half else memory.result(x, view, norm.dtype), blocks.of_rows),
             (h_shape, blocks.of_rows),
             (statistic if norm.center else None, blocks.of_statistic),
             (statistic, blocks.of_statistic),
@@ -413,7 +424,8 @@ def backward(
     dh: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Those of dx, dscale, dbias and dshortcut that are wanted.
+    """Those of dx, dscale, dbias and dshortcut that are wanted. Half of it
+    (`call.half`) has c1 and c2 (if centred) in the place of dx.
 
     Args:
       call: one that `plan` takes.
@@ -452,7 +464,11 @@ def backward(
         of_shortcut = memory.result(x, view, shortcut.dtype)
     if mean is not None:
         mean = mean.reshape(row_of_statistics)
-    results = _pallas_call(
+    whole = dx and not call.half
+    inner = None
+    if dx and call.half:
+        inner = memory.result(x, row_of_statistics, jnp.float32)
+    *results, c1, c2 = _pallas_call(
         functools.partial(
             _backward_kernel,
             center=call.norm.center,
@@ -475,10 +491,12 @@ def backward(
             _rows(shortcut, blocks),
         ],
         results=[
-            (memory.result(x, view, x.dtype) if dx else None, blocks.of_rows),
+            (memory.result(x, view, x.dtype) if whole else None, blocks.of_rows),
             of_scale,
             (param if dbias else None, blocks.of_param_gradient),
             (of_shortcut, blocks.of_rows),
+            (inner, blocks.of_statistic),
+            (inner if call.norm.center else None, blocks.of_statistic),
         ],
         scratch=[
             None if scale_given is None or call.scales_each else blocks.kept_param,
@@ -495,7 +513,10 @@ def backward(
     for name in call.summed:
         found[name] = blocks.add_parts(found[name], math.prod(own))
         shapes[name] = (*own, blocks.features)
-    return _present([*found.values()], [*shapes.values()])
+    statistic_shape = call.norm.statistic_shape(x.shape)
+    return _present(
+        [c1, c2, *found.values()], [*[statistic_shape] * 2, *shapes.values()]
+    )
 
 
 def _rows(array: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
@@ -570,9 +591,10 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     launch = functools.partial(launch, call, blocks)
     if order != natural:
         launch = functools.partial(_launch_transposed, launch, order)
+    half = {"forward": ", moments", "backward": ", sums"}[call.op]
     return Kernel(
         backend="mosaic_tpu",
-        name=f"rowwise {call.op}",
+        name=f"rowwise {call.op}" + (half if call.half else ""),
         launch=launch,
         block=str(blocks),
         why=f"{lie}; {blocks.chunk_rows} rows at a time",
@@ -738,12 +760,13 @@ def _streamed(call: Call) -> list[jnp.dtype]:
     others = [a for a in (call.beside, call.shortcut, *own_scale) if a is not None]
     beside = [a.dtype for a in others]
     if call.op == "forward":
-        of_sum = [] if call.beside is None else [call.sum_dtype]
-        return [call.x.dtype, call.norm.dtype, *beside, *of_sum]
+        written = [] if call.half else [call.norm.dtype]
+        written += [] if call.beside is None else [call.sum_dtype]
+        return [call.x.dtype, *beside, *written]
     assert call.dy is not None
     dx, dscale, _, dshortcut = call.wanted
     streamed = [call.dy.dtype, *beside]
-    streamed += [call.x.dtype] * (_reads_x(call) + dx)
+    streamed += [call.x.dtype] * (_reads_x(call) + (dx and not call.half))
     if dscale and call.scales_each:
         assert call.scale is not None
         streamed.append(call.scale.dtype)

@@ -1,0 +1,380 @@
+"""Norms over several devices: kernels on the parts, and no activation is gathered.
+
+Kernels are interpreted in explicit mode and in `jax.shard_map`. Interpreters do not run
+inside `custom_partitioning`: in auto mode a stand-in for the kernels proves what each
+device is asked, and tests/test_aot_sharded.py that kernels do it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fusednorm
+from fusednorm import reference
+from fusednorm.kernels import dispatch
+from fusednorm.kernels.dispatch import Call, Kernel
+from tests import interpreters
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+Fn = Callable[..., jax.Array]
+
+KINDS: dict[str, Fn] = {
+    "layer_norm": fusednorm.layer_norm,
+    "rms_norm": lambda x, s, b: fusednorm.rms_norm(x, s, bias=b),
+    "group_norm": lambda x, s, b: fusednorm.group_norm(x, s, b, num_groups=4),
+    "instance_norm": fusednorm.instance_norm,
+    "batch_norm": lambda x, s, b: fusednorm.batch_norm(x, s, b)[0],
+    "layer_norm gelu": lambda x, s, b: fusednorm.layer_norm(x, s, b, activation="gelu"),
+    "group_norm silu": lambda x, s, b: fusednorm.group_norm(
+        x, s, b, num_groups=4, activation="silu"
+    ),
+}
+
+# Of x, and of what its features' parameters have of it.
+SHARDINGS = {
+    "data": P("d"),
+    "sequence": P(None, "d"),
+    "features": P(None, None, "d"),
+    "data and features": P("d", None, "e"),
+}
+MESHES = {"data and features": {"d": 2, "e": 2}}
+
+
+def mesh_of(sharding: str, mode: str) -> jax.sharding.Mesh:
+    axes = MESHES.get(sharding, {"d": 2})
+    types = (getattr(AxisType, mode),) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+
+
+def data(seed: int = 0) -> list[jax.Array]:
+    """x, scale, bias and dy."""
+    rng = np.random.default_rng(seed)
+    shape = (4, 8, 32)
+    return [
+        jnp.asarray(rng.normal(mean, 1.3, size), "float32")
+        for mean, size in ((0.4, shape), (1, 32), (0, 32), (0, shape))
+    ]
+
+
+def both(f: Fn) -> Fn:
+    """y and all gradients."""
+
+    def whole(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+        y, vjp = jax.vjp(f, x, scale, bias)
+        return y, *vjp(dy)
+
+    return whole
+
+
+def expected_of(f: Fn) -> Any:
+    with fusednorm.use_backend("reference"):
+        return jax.jit(both(f))(*data())
+
+
+def placed(mesh: jax.sharding.Mesh, spec: P, args: Any) -> list[jax.Array]:
+    of_param = P(*spec[2:])
+    specs = (spec, of_param, of_param, spec)
+    return [
+        jax.device_put(a, NamedSharding(mesh, to))
+        for a, to in zip(args, specs, strict=True)
+    ]
+
+
+def gathered(hlo: str) -> list[str]:
+    """Shapes of all-gathers, all-to-alls and permutes in compiled code."""
+    return re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)\S*\(", hlo)
+
+
+def agree(found: Any, expected: Any) -> None:
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels of one chip, which take every call or raise."""
+    with (
+        interpreters.interpreted(request.param),
+        fusednorm.use_backend(request.param),
+    ):
+        yield request.param
+
+
+def halves(kind: str, sharding: str) -> bool:
+    """Whether statistics cross devices."""
+    crossing = {
+        "layer_norm": ("features", "data and features"),
+        "rms_norm": ("features", "data and features"),
+        "group_norm": ("sequence",),
+        "instance_norm": ("sequence",),
+        "batch_norm": ("data", "sequence", "data and features"),
+    }
+    return sharding in crossing[kind.split()[0]]
+
+
+# --- explicit mode --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit(kernels: str, kind: str, sharding: str) -> None:
+    """Kernels on each device's part, whatever is sharded; y and gradients lie as x and
+    the parameters do."""
+    f = KINDS[kind]
+    expected = expected_of(f)
+    mesh = mesh_of(sharding, "Explicit")
+    args = placed(mesh, SHARDINGS[sharding], data())
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both(f)).lower(*args).compile()
+        found = jax.block_until_ready(compiled(*args))
+    agree(found, expected)
+    for a, like in zip(found, (args[0], *args[:3]), strict=True):
+        assert a.sharding.is_equivalent_to(like.sharding, a.ndim)
+    assert gathered(compiled.as_text()) == []
+    suffixes = (", moments", ", sums") if halves(kind, sharding) else ("", "")
+    assert set(interpreters.runs) == {
+        f"{family(kind)} {op}{suffix}"
+        for op, suffix in zip(("forward", "backward"), suffixes, strict=True)
+    }
+    assert set(interpreters.runs.values()) == {mesh.size}
+
+
+def family(kind: str) -> str:
+    return "rowwise" if kind.split()[0] in ("layer_norm", "rms_norm") else "channelwise"
+
+
+# --- auto mode ------------------------------------------------------------------------
+
+asked: list[Call] = []  # every call that was planned
+
+
+def plan(call: Call, device: Any) -> Kernel:
+    """A stand-in for kernels that take all calls: the formulas."""
+    asked.append(call)
+
+    here = dataclasses.replace(call.norm, over=())
+
+    def forward(x: Any, *operands: Any, residual: Any = None) -> list[jax.Array]:
+        h = x if residual is None else reference.add(x, residual)
+        y, mean, var = reference.forward(here, h, *operands)
+        found = [] if call.half else [y]
+        found += [] if residual is None else [h]
+        return found + [a for a in (mean, var) if call.statistics and a is not None]
+
+    def backward(*operands: Any) -> list[jax.Array]:
+        found = list(reference.backward(here, *operands))
+        if call.half:
+            found[0] = None
+        found = [a for a, want in zip(found, call.wanted, strict=True) if want]
+        return [*inner_products(here, *operands), *found[1:]] if call.half else found
+
+    launch = forward if call.op == "forward" else backward
+    return Kernel("mosaic_gpu", "stand-in", launch)
+
+
+def inner_products(norm: reference.Norm, *operands: Any) -> list[jax.Array]:
+    """mean(w * x_hat) and mean(w), over what shares a mean."""
+    dy, x, scale, bias, mean, var, _ = operands
+    w = reference.before_activation(norm, dy, x, scale, bias, mean, var) * scale
+    groups = norm.num_groups or 1
+    each = x.shape[-1] // groups if norm.num_groups else 1
+
+    def on_x(statistic: jax.Array) -> jax.Array:
+        return jnp.repeat(statistic, each, axis=-1)
+
+    def mean_of(a: jax.Array) -> jax.Array:
+        axes = norm.reduction_axes
+        if norm.num_groups:
+            a = a.reshape(*a.shape[:-1], groups, each)
+            return a.mean((*axes, a.ndim - 1), keepdims=True)[..., 0]
+        return a.mean(axes, keepdims=True)
+
+    x_hat = x * jax.lax.rsqrt(on_x(var) + norm.epsilon)
+    if not norm.center:
+        return [mean_of(w * x_hat)]
+    x_hat = (x - on_x(mean)) * jax.lax.rsqrt(on_x(var) + norm.epsilon)
+    return [mean_of(w * x_hat), mean_of(w)]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
+    jax.clear_caches()
+    asked.clear()
+    monkeypatch.setitem(dispatch.KERNELS, "cpu", ("mosaic_gpu", __name__))
+    yield asked
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto(stand_in: list[Call], kind: str, sharding: str) -> None:
+    """XLA asks for each device's part; y and gradients lie as x and the parameters do,
+    and nothing of x's size is gathered."""
+    f = KINDS[kind]
+    expected = expected_of(f)
+    mesh = mesh_of(sharding, "Auto")
+    args = placed(mesh, SHARDINGS[sharding], data())
+    stand_in.clear()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both(f)).lower(*args).compile()
+        found = compiled(*args)
+    agree(found, expected)
+    assert found[0].sharding.is_equivalent_to(args[0].sharding, 3)
+    assert gathered(compiled.as_text()) == []
+    # Once to see whether a kernel would take the whole, and once for the part.
+    forward, backward = ([c for c in stand_in if c.op == op] for op in
+                         ("forward", "backward"))  # fmt: skip
+    part = args[0].sharding.shard_shape((4, 8, 32))
+    for calls in (forward, backward):
+        assert [c.x.shape for c in calls] == [(4, 8, 32), part]
+        assert calls[-1].half == halves(kind, sharding)
+
+
+def test_auto_without_a_mesh_is_the_reference(stand_in: list[Call]) -> None:
+    """A lowering learns of no mesh but that of `jax.set_mesh`."""
+    mesh = mesh_of("data", "Auto")
+    x, scale, bias, _ = placed(mesh, P("d"), data())
+    y = jax.jit(fusednorm.layer_norm)(x, scale, bias)
+    assert stand_in == []
+    np.testing.assert_allclose(y, fusednorm.layer_norm(*data()[:3]), rtol=0, atol=1e-5)
+
+
+def test_auto_on_another_mesh_is_right(stand_in: list[Call]) -> None:
+    """An array that lies otherwise than the mesh can say is gathered, and no crash."""
+    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    x, scale, bias, _ = data()
+    expected = jax.jit(fusednorm.layer_norm)(x, scale, bias)
+    stand_in.clear()
+    x = jax.device_put(x, NamedSharding(other, P("b", "a")))
+    with jax.set_mesh(jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))):
+        y = jax.jit(lambda *a: fusednorm.layer_norm(*a))(x, scale, bias)
+    assert len(stand_in) == 2
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+
+
+def test_auto_uneven_parts_are_not_split(stand_in: list[Call]) -> None:
+    """13 rows over 2 devices would be padded, and the sums with them."""
+    mesh = mesh_of("data", "Auto")
+    x, scale, bias, dy = data()
+
+    def f(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        rows = jnp.concatenate([x.reshape(-1, 32)[:8], x.reshape(-1, 32)[:5]])
+        rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, P("d")))
+        return fusednorm.layer_norm(rows, scale, bias)
+
+    args = (x, scale, bias, dy.reshape(-1, 32)[:13])
+    with fusednorm.use_backend("reference"), jax.set_mesh(mesh):
+        expected = jax.jit(both(f))(*args)
+    stand_in.clear()
+    with jax.set_mesh(mesh):
+        found = jax.jit(both(f))(*args)
+    agree(found, expected)
+    assert {c.x.shape for c in stand_in} == {(13, 32)}
+
+
+def test_what_is_exported_is_the_reference(stand_in: list[Call]) -> None:
+    """An exported program would keep a pointer into this process."""
+    mesh = mesh_of("data", "Auto")
+    args = placed(mesh, P("d"), data())[:3]
+    with jax.set_mesh(mesh):
+        exported = jax.export.export(jax.jit(fusednorm.layer_norm))(*args)
+        again = jax.export.deserialize(exported.serialize())
+        y = jax.jit(again.call)(*args)
+    assert "CustomSPMDPartitioning" not in exported.mlir_module()
+    assert stand_in == []
+    np.testing.assert_allclose(y, fusednorm.layer_norm(*data()[:3]), rtol=0, atol=1e-5)
+
+
+def test_the_key_of_the_persistent_cache_knows_all(stand_in: list[Call]) -> None:
+    """Without the pointer that jax_remove_custom_partitioning_ptr_from_cache_key takes
+    out, programs differ wherever the norm does."""
+    mesh = mesh_of("data", "Auto")
+    x, scale, bias, _ = placed(mesh, P("d"), data())
+
+    def text(**options: Any) -> str:
+        jax.clear_caches()
+        with jax.set_mesh(mesh):
+            f = jax.jit(lambda *a: fusednorm.layer_norm(*a, **options))
+            return re.sub(
+                r'backend_config = "\d+"', "", f.lower(x, scale, bias).as_text()
+            )
+
+    assert "CustomSPMDPartitioning" in text()
+    assert text() == text()
+    assert text(epsilon=1e-3) != text()
+    assert text(activation="gelu") != text()
+
+
+# --- layers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statistics", [P(), P("d")], ids=str)
+def test_batch_norm_of_sharded_channels(statistics: P) -> None:
+    """flax raises here, for the update of its running statistics: they stay as they
+    are sharded."""
+    x = data()[0]
+    plain = fusednorm.BatchNorm(32, rngs=nnx.Rngs(0))
+    y = plain(x)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        layer = fusednorm.BatchNorm(32, rngs=nnx.Rngs(0))
+        for name, spec in (
+            *(("mean", statistics), ("var", statistics)),
+            *(("scale", P("d")), ("bias", P("d"))),
+        ):
+            variable = getattr(layer, name)
+            placed = jax.device_put(variable[...], NamedSharding(mesh, spec))
+            variable.set_value(placed)
+        there = jax.device_put(x, NamedSharding(mesh, P(None, None, "d")))
+        found = nnx.jit(lambda layer, x: layer(x))(layer, there)
+        assert found.sharding.spec == there.sharding.spec
+        np.testing.assert_allclose(found, y, rtol=0, atol=1e-5)
+        for name in ("mean", "var"):
+            average = getattr(layer, name)[...]
+            assert average.sharding.is_equivalent_to(NamedSharding(mesh, statistics), 1)
+            np.testing.assert_allclose(average, getattr(plain, name)[...], atol=1e-6)
+
+
+# --- shard_map ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", ["layer_norm", "batch_norm", "group_norm silu"])
+def test_statistics_over_an_axis_of_a_shard_map(
+    kernels: str, kind: str, check_vma: bool
+) -> None:
+    """`axis_name`: the kernels' halves, psums between them."""
+    sharding = "features" if kind == "layer_norm" else "sequence"
+    spec = SHARDINGS[sharding]
+    expected = expected_of(KINDS[kind])
+    mesh = mesh_of(sharding, "Auto")
+
+    def part(x: Any, scale: Any, bias: Any) -> jax.Array:
+        if kind == "layer_norm":
+            return fusednorm.layer_norm(x, scale, bias, axis_name="d")
+        if kind == "batch_norm":
+            return fusednorm.batch_norm(x, scale, bias, axis_name="d")[0]
+        given = {"num_groups": 4, "activation": "silu", "axis_name": "d"}
+        return fusednorm.group_norm(x, scale, bias, **given)
+
+    of_param = P(*spec[2:])
+    mapped = jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(spec, of_param, of_param),
+        out_specs=spec,
+        check_vma=check_vma,
+    )
+    agree(jax.jit(both(mapped))(*data()), expected)
+    assert {name.split(", ")[1] for name in interpreters.runs} == {"moments", "sums"}
+    assert set(interpreters.runs.values()) == {mesh.size}
