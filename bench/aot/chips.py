@@ -218,7 +218,12 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in (*GPUS, *TPUS)}
 
 @functools.cache
 def device(chip: Chip) -> Any:
-    """A jax device to compile for; nothing can run on it.
+    """A jax device to compile for; nothing can run on it."""
+    return devices(chip)[0]
+
+
+def devices(chip: Chip, topology: str = "") -> list[Any]:
+    """Several, joined as `topology` says: of GPUs "1x1x4", of TPUs "v5e:2x4".
 
     Raises:
       RuntimeError: the compiler for it is not installed: see `make aot`.
@@ -232,10 +237,10 @@ def device(chip: Chip) -> Any:
     _find_plugins()
     options = {}
     if isinstance(chip, Gpu):
-        options = {"topology": "1x1x1", "target_config": chip.target_config}
-    name = "" if isinstance(chip, Gpu) else chip.topology
+        options = {"topology": topology or "1x1x1", "target_config": chip.target_config}
+    name = "" if isinstance(chip, Gpu) else topology or chip.topology
     found = topologies.get_topology_desc(name, platform=chip.platform, **options)
-    return found.devices[0]
+    return list(found.devices)
 
 
 @functools.cache

@@ -60,13 +60,13 @@ class Compiled:
 
 
 def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compiled:
-    """Compiles `function` for one device.
+    """Compiles `function` for one device, or those on which the arguments lie.
 
     Args:
       chip: the device's kind.
       function: traced with `args`.
       args: pytrees of arrays or `jax.ShapeDtypeStruct`s, of which shape and dtype
-        matter.
+        matter, and a NamedSharding.
 
     Raises:
       RuntimeError: the chip's compiler is not installed; or it is a GPU of another
@@ -78,10 +78,14 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
             f"This process has compiled for {others.pop()}: compile for {chip.arch} "
             "in another one."
         )
-    sharding = jax.sharding.SingleDeviceSharding(device(chip))
-    avals = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
-    )
+    one = jax.sharding.SingleDeviceSharding(device(chip))
+
+    def placed(a: Any) -> jax.ShapeDtypeStruct:
+        given = getattr(a, "sharding", None)
+        sharding = given if isinstance(given, jax.sharding.NamedSharding) else one
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    avals = jax.tree.map(placed, args)
     with dispatch.compiling_for(target(chip)):
         lowered = jax.jit(function).lower(*avals)
     if isinstance(chip, Gpu):

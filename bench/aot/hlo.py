@@ -5,6 +5,7 @@ lower bound of what it moves. How often our own kernels read is counted in traff
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -84,6 +85,36 @@ def total(found: list[Kernel]) -> int:
 def surroundings(hlo: str) -> list[Kernel]:
     """What runs beside our own kernels, without XLA's prefetches for them."""
     return [one for one in kernels(hlo) if not (one.ours or one.prefetch)]
+
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "reduce-scatter",
+)
+
+
+def collectives(hlo: str) -> list[tuple[str, int]]:
+    """What crosses devices: the operation, and the bytes of its results on one device.
+
+    One in a loop counts once.
+    """
+    return [
+        (opcode, sum(map(_elements_bytes, _ARRAY.finditer(_result(one)))))
+        for _, body in _computations(hlo)
+        for one in body
+        if (opcode := one.opcode.removesuffix("-start")) in COLLECTIVES
+    ]
+
+
+def _result(one: _Instruction) -> str:
+    """Its type; of what begins an operation that is not an all-reduce, which has its
+    operands there too, the results'."""
+    if one.opcode.endswith("-start") and one.opcode != "all-reduce-start":
+        return _parts(one.type)[1]
+    return one.type
 
 
 def order_of_axes(hlo: str) -> tuple[int, ...]:
@@ -185,13 +216,25 @@ def _on_chip(types: Sequence[str]) -> bool:
     return any(_CHIP.search(type_) for type_ in types)
 
 
+def _elements_bytes(array: re.Match[str]) -> int:
+    """Bytes of the elements, wherever they lie."""
+    return int(math.prod(_shape(array)) * _itemsize(array))
+
+
+def _itemsize(array: re.Match[str]) -> float:
+    bits = _BITS.match(array["dtype"])
+    return int(bits[1]) / 8 if bits else 1
+
+
+def _shape(array: re.Match[str]) -> list[int]:
+    return [int(size) for size in array["shape"].split(",") if size]
+
+
 def _array_bytes(array: re.Match[str]) -> int:
     tiles = array["tiles"] or ""
     if _CHIP.search(tiles):
         return 0  # or a context
-    bits = _BITS.match(array["dtype"])
-    itemsize = int(bits[1]) / 8 if bits else 1
-    shape = [int(size) for size in array["shape"].split(",") if size]
+    shape = _shape(array)
     # Sizes from the one that varies slowest to the one that varies fastest.
     order = [int(axis) for axis in (array["order"] or "").split(",") if axis]
     sizes = [shape[axis] for axis in reversed(order)] if order else shape
@@ -200,10 +243,7 @@ def _array_bytes(array: re.Match[str]) -> int:
         for i, length in enumerate(reversed(lengths), start=1):
             if i <= len(sizes):
                 sizes[-i] = -(-sizes[-i] // length) * length
-    elements = 1
-    for size in sizes:
-        elements *= size
-    return int(elements * itemsize)
+    return int(math.prod(sizes) * _itemsize(array))
 
 
 def _parts(type_: str) -> list[str]:
