@@ -497,7 +497,9 @@ class BatchNorm(nnx.BatchNorm):
 def _lie_as(like: jax.Array, array: Any) -> Any:
     """The array, sharded as the one that it moves, where types say how (explicit mode):
     running statistics stay as they are sharded."""
-    sharding = jax.typeof(like).sharding
-    if isinstance(array, bool) or jax.typeof(array).sharding.spec == sharding.spec:
+    if isinstance(array, bool):
         return array
-    return jax.sharding.reshard(array, sharding)
+    spec, sharding = jax.typeof(like).sharding.spec, jax.typeof(array).sharding
+    if spec == sharding.spec:
+        return array
+    return jax.sharding.reshard(array, sharding.update(spec=spec))
