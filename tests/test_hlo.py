@@ -195,6 +195,41 @@ def test_asynchronous_operations_count_once() -> None:
     ]
 
 
+def test_what_crosses_devices_counts_once_and_whole() -> None:
+    """Whether or not what begins it lists its operands too."""
+    found = hlo.collectives(
+        entry(
+            "%x = f32[4,64]{1,0} parameter(0)",
+            "%y = bf16[64]{0} parameter(1)",
+            "%a = f32[4,64]{1,0} all-reduce(%x), to_apply=%sum",
+            "%b = f32[4,64]{1,0} all-reduce-start(%x), to_apply=%sum",
+            "%c = f32[4,64]{1,0} all-reduce-done(%b)",
+            "%d = ((f32[4,64]{1,0}), f32[4,64]{1,0}) all-reduce-start(%x), "
+            "to_apply=%sum, output_to_operand_aliasing={{1}: (0, {})}",
+            "%e = (f32[4,64]{1,0}, bf16[64]{0}) all-reduce-start(%x, %y)",
+            "%f = (bf16[64]{0}, bf16[512]{0}) all-gather-start(%y), dimensions={0}",
+            "%g = ((bf16[64]{0}, f32[4,64]{1,0}), (bf16[512]{0}, f32[32,64]{1,0})) "
+            "all-gather-start(%y, %x), dimensions={0}",
+            "%h = f32[1,64]{1,0} reduce-scatter(%x), dimensions={0}, to_apply=%sum",
+            "%i = ((f32[4,64]{1,0}, bf16[64]{0}), (f32[1,64]{1,0}, bf16[16]{0})) "
+            "reduce-scatter-start(%x, %y), dimensions={0}, to_apply=%sum",
+            "%j = (f32[4,64]{1,0}, f32[4,64]{1,0}, u32[], u32[]) "
+            "collective-permute-start(%x), source_target_pairs={{0,1}}",
+        )
+    )
+    assert found == [
+        ("all-reduce", KB),
+        ("all-reduce", KB),
+        ("all-reduce", KB),
+        ("all-reduce", KB + 128),
+        ("all-gather", KB),
+        ("all-gather", 9 * KB),
+        ("reduce-scatter", KB),
+        ("reduce-scatter", KB + 128),
+        ("collective-permute", KB),
+    ]
+
+
 # --- ptxas and the chips --------------------------------------------------------------
 
 PTXAS = """

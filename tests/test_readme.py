@@ -1,4 +1,4 @@
-"""The README's Python blocks run, one after the other, and print what it says."""
+"""The documentation's Python blocks run, in order, and print what it says."""
 
 import pathlib
 import re
@@ -42,5 +42,23 @@ def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
         assert str(explanation) == textwrap.dedent(said)
 
 
+def test_pages_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    pages = sorted((README.parent / "docs").glob("*.md"))
+    assert [page.name for page in pages] == ["sharded.md"]
+    for page in pages:
+        first, *blocks = re.findall(
+            r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+        )
+        assert "jax_num_cpu_devices" in first  # tests/conftest.py has done that
+        names: dict = {"jax": jax}
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), names)
+    type_of_y, loss = capsys.readouterr().out.splitlines()
+    assert f"print(jax.typeof(y))  # {type_of_y}\n" in pages[0].read_text()
+    assert 0.5 < float(loss) < 1.5  # a BatchNorm's mean square
+    assert names["y"].sharding.spec == jax.P("data")
+
+
 def test_no_placeholder_is_left() -> None:
-    assert not re.search(r"[A-Z]+_TABLE|REPOSITORY|TODO", README.read_text())
+    for page in (README, *(README.parent / "docs").glob("*.md")):
+        assert not re.search(r"[A-Z]+_TABLE|REPOSITORY|TODO", page.read_text())
