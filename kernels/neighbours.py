@@ -28,9 +28,16 @@ And the other uses of x, as of a residual stream:
     z = x + f(y)     ->    z = h + f(y)
 
 Forward that is the same. Backward what comes to h comes to the kernel, which adds dx to
-it as it writes it; a sum apart reads both again. The sum *before* a norm stays where it
-is: XLA takes x @ w + r into the product, where it costs less than in the norm (compiled
-for an H100: 5.5 and 6.5 tensors moved).
+it as it writes it; a sum apart reads both again.
+
+And the sum before a norm, of what lies in memory anyway, as what a collective of tensor
+parallelism made:
+
+    h = x + psum(f)
+    y = norm(h)      ->    y, h = norm(x, residual=psum(f))
+
+Other sums stay where they are: XLA takes x + f @ w into the product, where it costs
+less than in the norm (compiled for an H100: 5.5 and 6.5 tensors moved).
 """
 
 import dataclasses
@@ -46,6 +53,7 @@ import jax.extend.core
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from fusednorm.kernels.geometry import geometry
 from fusednorm.kernels.norm import norm_p
 
 # Before jax 0.12 a jaxpr with its constants was of another class than one without.
@@ -106,6 +114,7 @@ class _Joiner:
 
     def _open(self, jaxpr: Jaxpr) -> Jaxpr:
         eqns = [self._inside(eqn) for eqn in jaxpr.eqns]
+        eqns = _with_residuals(jaxpr, eqns)
         eqns = _with_shortcuts(jaxpr, eqns)
         uses = _Uses(jaxpr, eqns)
         gone: set[int] = set()
@@ -196,16 +205,20 @@ def _with_activation(eqn: JaxprEqn, activation: str, y: Var) -> JaxprEqn:
 
 
 def _with_inside(
-    eqn: JaxprEqn, inner: JaxprEqn, outvars: list[Var], *added: Var
+    eqn: JaxprEqn,
+    inner: JaxprEqn,
+    outvars: list[Var],
+    added: Sequence[tuple[Var, Var]] = (),
 ) -> JaxprEqn:
     """The jitted norm with another norm inside.
 
-    Results it adds come second, and operands, which are `added`, last.
+    Results it adds come second, and operands last: those that are `added`, each by its
+    names inside and outside.
     """
     closed = eqn.params["jaxpr"]
     body = closed.jaxpr
     if added:
-        more = inner.invars[-len(added) :]
+        more = [inside for inside, _ in added]
         unnamed = body.debug_info._replace(arg_names=None)
         body = body.replace(invars=[*body.invars, *more], debug_info=unnamed)
     if len(inner.outvars) > len(body.outvars):
@@ -221,7 +234,89 @@ def _with_inside(
         params[name] = (first, *copies, *others)
     for name in ("in_shardings", "in_layouts", "donated_invars"):
         params[name] = (*params[name], *params[name][:1] * len(added))
-    return eqn.replace(params=params, invars=[*eqn.invars, *added], outvars=outvars)
+    operands = [*eqn.invars, *(outside for _, outside in added)]
+    return eqn.replace(params=params, invars=operands, outvars=outvars)
+
+
+def _with_residuals(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
+    """The equations, with a sum that is normalized inside the norm, which returns it.
+
+    One of the two is what a collective made, and the other lies in memory too.
+    """
+    uses = _Uses(jaxpr, eqns)
+    now = list(eqns)
+    for at, eqn in enumerate(eqns):
+        inner = _norm_inside(eqn)
+        if inner is None or not _may_add(inner):
+            continue
+        h = eqn.invars[0]
+        add = uses.made.get(h)
+        if add is None or add.primitive is not lax.add_p or add not in now:
+            continue
+        x, r = add.invars
+        if not isinstance(x, Var) or not isinstance(r, Var):
+            continue
+        if _is_collective(uses.made.get(x)):
+            x, r = r, x
+        between = eqns[next(i for i, e in enumerate(eqns) if e is add) + 1 : at]
+        if (
+            x.aval == r.aval == h.aval
+            and _is_collective(uses.made.get(r))
+            and (uses.count[x] > 1 or _is_in_memory(x, uses))
+            and not any(h in other.invars for other in between)
+        ):
+            now[now.index(eqn)] = _with_residual(eqn, x, r, h)
+            now.remove(add)
+    return now
+
+
+_COLLECTIVES = (
+    "all_gather",
+    "all_to_all",
+    "ppermute",
+    "psum",
+    "psum_invariant",
+    "reduce_scatter",
+)
+
+
+def _is_collective(eqn: JaxprEqn | None) -> bool:
+    return eqn is not None and eqn.primitive.name in _COLLECTIVES
+
+
+def _is_in_memory(x: Var, uses: _Uses) -> bool:
+    """Whether it comes from outside, from a collective, or from a norm."""
+    made = uses.made.get(x)
+    return made is None or _is_collective(made) or _norm_inside(made) is not None
+
+
+def _may_add(inner: JaxprEqn) -> bool:
+    """Whether it is a norm of rows that adds nothing yet, and returns no sum."""
+    norm, tree = inner.params["norm"], inner.params["tree"]
+    x, scale, bias, mask, residual, _ = tree.unflatten(inner.invars)
+    has_params = scale is not None or bias is not None
+    view = geometry(norm, x.aval.shape, has_params=has_params)
+    rowwise = view is not None and view.family == "rowwise"
+    free = residual is None and mask is None and not inner.params["carries"]
+    return rowwise and free and not norm.over
+
+
+def _with_residual(eqn: JaxprEqn, x: Var, r: Var, h: Var) -> JaxprEqn:
+    """The norm of x + r, which makes h too."""
+    inner = _norm_inside(eqn)
+    assert inner is not None
+    *given, _, shortcut = inner.params["tree"].unflatten(inner.invars)
+    residual = Var(r.aval)
+    operands = (*given, residual, shortcut)
+    y, *others = inner.outvars
+    inner = inner.replace(
+        params=inner.params | {"tree": jax.tree.structure(operands), "carries": True},
+        invars=jax.tree.leaves(operands),
+        outvars=[y, Var(h.aval), *others],
+    )
+    y, *others = eqn.outvars
+    joined = _with_inside(eqn, inner, [y, h, *others], [(residual, r)])
+    return joined.replace(invars=[x, *joined.invars[1:]])
 
 
 def _with_shortcuts(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
@@ -289,7 +384,7 @@ def _with_shortcut(eqn: JaxprEqn, r: Var, z: Var) -> JaxprEqn:
         params=inner.params | {"tree": jax.tree.structure((*operands, shortcut))},
         invars=[*inner.invars, shortcut],
     )
-    return _with_inside(eqn, inner, [z, *eqn.outvars[1:]], r)
+    return _with_inside(eqn, inner, [z, *eqn.outvars[1:]], [(shortcut, r)])
 
 
 def _behind(eqn: JaxprEqn, rest: Sequence[JaxprEqn], r: Var) -> list[JaxprEqn] | None:

@@ -288,6 +288,95 @@ def test_adds_dx_to_what_comes_to_x_elsewhere(what: str) -> None:
         )
 
 
+# --- a sum before a norm --------------------------------------------------------------
+
+
+def _product(x: Any) -> jax.Array:
+    """What a device has of a product whose factors are split over devices."""
+    w = jnp.sin(jnp.arange(24.0 * 24)).reshape(24, 24)
+    return jnp.tanh(x @ w)
+
+
+def _all(x: Any) -> jax.Array:
+    return jax.lax.psum(_product(x), "model")
+
+
+def _parallel(x: Any) -> Any:
+    """Two layers: the first sum goes on to the second one."""
+    h = x + _all(x)
+    y = rows_norm(h, jnp.linspace(0.5, 1.5, 24))
+    h = _all(y) + h
+    return h * fusednorm.rms_norm(h)
+
+
+def _early(x: Any) -> Any:
+    h = x + _all(x)
+    return jnp.tanh(h), rows_norm(h)
+
+
+# Forwards with a residual, of all; and why not.
+SUMS: dict[str, tuple[Callable[[Any], Any], list[bool]]] = {
+    "a layer": (lambda x: rows_norm(x + _all(x)), [True]),
+    "two layers": (_parallel, [True, True]),
+    "an activation behind": (lambda x: nnx.silu(rows_norm(x + _all(x))), [True]),
+    "a sum of two": (lambda x: rows_norm(_all(x) + _all(x**2)), [True]),
+    "a scan": (
+        lambda x: jax.lax.scan(lambda h, _: (_parallel(h), None), x, length=2)[0],
+        [True, True],
+    ),
+    "no collective": (lambda x: rows_norm(x + _product(x)), [False]),
+    "computed as it is added": (lambda x: rows_norm(jnp.sin(x) + _all(x)), [False]),
+    "read before the norm": (_early, [False]),
+    "several axes": (
+        lambda x: (
+            fusednorm.layer_norm(
+                (h := x[None] + _all(x[None])), reduction_axes=(1, 2), feature_axes=-1
+            )
+            + 0 * h
+        ),
+        [False],
+    ),
+    "over devices": (
+        lambda x: fusednorm.layer_norm(x + _all(x), axis_name="model"),
+        [False],
+    ),
+    "masked": (
+        lambda x: fusednorm.layer_norm(x + _all(x), mask=jnp.arange(24) < 20),
+        [False],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "check_vma"), [*((what, True) for what in SUMS), ("two layers", False)]
+)
+def test_takes_the_sum_with_what_a_collective_made(what: str, check_vma: bool) -> None:
+    body, residual = SUMS[what]
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+
+    def on_mesh(body: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return jax.shard_map(
+            body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma
+        )
+
+    apart = on_mesh(body)
+    joined = fusednorm.fuse_neighbours(apart)
+    x, v = data((37, 24)), data((37, 24), seed=4)
+    choices = fusednorm.explain(joined, x).choices
+    assert [c.residual for c in choices if c.op == "forward"] == residual
+    for derivative in (
+        lambda f: f(x),
+        lambda f: jax.grad(_loss(f))(x),
+        lambda f: jax.jvp(jax.grad(_loss(f)), (x,), (v,))[1],
+    ):
+        for a, b in zip(
+            jax.tree.leaves(jax.jit(lambda: derivative(joined))()),  # noqa: B023
+            jax.tree.leaves(jax.jit(lambda: derivative(apart))()),  # noqa: B023
+            strict=True,
+        ):
+            assert_agrees(a, b, roundings=2048)
+
+
 OF_KERNELS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "rows": (_pre_norm, (37, 24)),
     "groups": (lambda x: x + nnx.silu(grouped(x, num_groups=3)), (2, 5, 7, 24)),
