@@ -13,6 +13,7 @@ It needs jax's CUDA plugin and libtpu beside a CPU jax: `make aot` sets that up.
     hlo.py        kernels and bytes of compiled HLO: what stands around ours, and flax's
     measure.py    one norm of one shape on one chip: all of the above
     whole.py      layers and a model, ours and flax's
+    sharded.py    layers on several devices, and what crosses these
     gate.py       the recorded figures that `make aot` compares with, and its limits
     roofline.py   tables and JSON of all cases
     chart.py      a chip's roofline, as a PNG

@@ -97,24 +97,32 @@ COLLECTIVES = (
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
-    """What crosses devices: the operation, and the bytes of its results on one device.
+    """What crosses devices: the operation, and the bytes of its array where one device
+    has it whole: of a reduce-scatter before, of all others after it.
 
     One in a loop counts once.
     """
-    return [
-        (opcode, sum(map(_elements_bytes, _ARRAY.finditer(_result(one)))))
-        for _, body in _computations(hlo)
-        for one in body
-        if (opcode := one.opcode.removesuffix("-start")) in COLLECTIVES
-    ]
+    found = []
+    for _, body in _computations(hlo):
+        types = {one.name: one.type for one in body}
+        for one in body:
+            opcode = one.opcode.removesuffix("-start")
+            if opcode in COLLECTIVES:
+                whole = _result(one)
+                if opcode == "reduce-scatter":
+                    whole = " ".join(types[name] for name in one.operands)
+                nbytes = sum(map(_elements_bytes, _ARRAY.finditer(whole)))
+                found.append((opcode, nbytes))
+    return found
 
 
 def _result(one: _Instruction) -> str:
-    """Its type; of what begins an operation that is not an all-reduce, which has its
-    operands there too, the results'."""
-    if one.opcode.endswith("-start") and one.opcode != "all-reduce-start":
-        return _parts(one.type)[1]
-    return one.type
+    """Its type; of what begins an operation, and has its operands there too, the
+    results'."""
+    # An all-reduce's is ((operands), results), or the results alone.
+    if one.opcode == "all-reduce-start" and not one.type.startswith("(("):
+        return one.type
+    return _parts(one.type)[1] if one.opcode.endswith("-start") else one.type
 
 
 def order_of_axes(hlo: str) -> tuple[int, ...]:
