@@ -250,14 +250,16 @@ def _with_residuals(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
         if inner is None or not _may_add(inner):
             continue
         h = eqn.invars[0]
+        if not isinstance(h, Var):
+            continue
         add = uses.made.get(h)
         if add is None or add.primitive is not lax.add_p or add not in now:
             continue
-        x, r = add.invars
-        if not isinstance(x, Var) or not isinstance(r, Var):
+        added = [var for var in add.invars if isinstance(var, Var)]
+        if len(added) != 2:
             continue
-        if _is_collective(uses.made.get(x)):
-            x, r = r, x
+        # The collective's comes second.
+        x, r = sorted(added, key=lambda var: _is_collective(uses.made.get(var)))
         between = eqns[next(i for i, e in enumerate(eqns) if e is add) + 1 : at]
         if (
             x.aval == r.aval == h.aval

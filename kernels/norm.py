@@ -442,6 +442,8 @@ def choose(
     """
     call = call_of(primitive, avals, params)
     spread = None
+    if not parts.splits(params["norm"]):
+        target = dataclasses.replace(target, mesh=None)
     if target.partitioned > 1:
         operands = params["tree"].unflatten(avals)
         shapes = shapes_of(primitive, avals, params)

@@ -127,12 +127,8 @@ class Parts:
     shapes: Shapes
 
     @property
-    def devices(self) -> int:
-        """Among which x is split."""
-        return math.prod(self.mesh.shape[name] for name in self._names)
-
-    @property
-    def _names(self) -> Names:
+    def names(self) -> Names:
+        """The mesh axes that split x."""
         return tuple(name for names in self.axes for name in names)
 
     def spec(self, follows: Follows) -> PartitionSpec:
@@ -161,9 +157,8 @@ class Parts:
         for result, follows, adds_up in zip(
             results, self.shapes.results, self.shapes.params, strict=True
         ):
-            kept = [name for axis in follows if axis is not None
-                    for name in self.axes[axis]]  # fmt: skip
-            shared = tuple(name for name in self._names if name not in kept)
+            kept = {name for a in follows if a is not None for name in self.axes[a]}
+            shared = tuple(name for name in self.names if name not in kept)
             found.append(jax.lax.psum(result, shared) if adds_up and shared else result)
         return found
 
@@ -181,8 +176,8 @@ def _split(
 ) -> Parts:
     """Gathers what the arrays' specs say, x's own before those of parameters.
 
-    What cannot be split evenly is not split: a last axis between whose parts a group of
-    channels would lie, and several axes of features but for the first.
+    What cannot be split evenly is not split, nor a last axis between whose parts a
+    group of channels would lie.
     """
     axes: list[Names] = [()] * len(shape)
     for follows, spec in sorted(specs, key=lambda pair: -len(pair[0])):
@@ -195,8 +190,7 @@ def _split(
             grouped = norm.num_groups is not None and axis == len(shape) - 1
             if shape[axis] % size or (grouped and norm.num_groups % size):  # type: ignore[operator]
                 continue
-            if axis not in norm.feature_axes[1:]:
-                axes[axis] = names
+            axes[axis] = names
     over = [name for axis in norm.reduction_axes for name in axes[axis]]
     norm = dataclasses.replace(norm, over=(*norm.over, *over))
     if norm.num_groups is not None:
@@ -217,7 +211,8 @@ def _names_of(entry: Any) -> Names:
 def of_types(
     norm: Norm, x: Any, shapes: Shapes, operands: Sequence[Any]
 ) -> Parts | None:
-    """The `Parts` that the operands' types tell; None without explicit axes."""
+    """The `Parts` that the operands' types tell; None without explicit axes, or where
+    a kernel would need more of x than a device has."""
     present = [
         (follows, a)
         for follows, a in zip(shapes.operands, operands, strict=True)
@@ -231,7 +226,15 @@ def of_types(
     specs = [(follows, a.sharding.spec) for follows, a in present]
     if any(getattr(spec, "unreduced", None) for _, spec in specs):
         return None
-    return _split(mesh, norm, x.shape, shapes, specs)
+    parts = _split(mesh, norm, x.shape, shapes, specs)
+    told = {name for _, spec in specs for entry in spec for name in _names_of(entry)}
+    return parts if told == set(parts.names) and splits(norm) else None
+
+
+def splits(norm: Norm) -> bool:
+    """Whether a scale or bias has an axis for each that it goes along with: not where
+    several axes of features are one of its own."""
+    return len(norm.feature_axes) == 1
 
 
 def _explicit(mesh: Any) -> set[str]:

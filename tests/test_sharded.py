@@ -40,6 +40,8 @@ KINDS: dict[str, Fn] = {
     ),
 }
 
+QUICK = ("layer_norm", "group_norm silu", "batch_norm")  # of those interpreted
+
 # Of x, and of what its features' parameters have of it.
 SHARDINGS = {
     "data": P("d"),
@@ -126,7 +128,13 @@ def halves(kind: str, sharding: str) -> bool:
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_explicit(kernels: str, kind: str, sharding: str) -> None:
     """Kernels on each device's part, whatever is sharded; y and gradients lie as x and
     the parameters do."""
@@ -355,6 +363,31 @@ def test_scan_and_checkpoint_and_jit_on_a_mesh_of_three_axes(
     assert gathered(compiled.as_text()) == []
     assert (2, 8, 8) in {call.x.shape for call in stand_in if call.op == "forward"}
     assert (2, 8, 8) in {call.x.shape for call in stand_in if call.op == "backward"}
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_several_axes_of_features_are_the_reference_s(
+    stand_in: list[Call], mode: str
+) -> None:
+    """And x, whose last axis is sharded, is not gathered."""
+    x = data()[0]
+    scale = jnp.linspace(0.5, 1.5, 8 * 32).reshape(8, 32)
+    axes = {"reduction_axes": (1, 2), "feature_axes": (1, 2)}
+
+    def f(x: jax.Array) -> jax.Array:
+        return fusednorm.layer_norm(x, scale.reshape(-1), **axes)
+
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(f)(x)
+    mesh = mesh_of("features", mode)
+    there = jax.device_put(x, NamedSharding(mesh, P("d")))
+    stand_in.clear()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(f).lower(there).compile()
+        found = compiled(there)
+    assert stand_in == []
+    assert gathered(compiled.as_text()) == []
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
