@@ -62,10 +62,11 @@ test-tpu: $(STAMP) ## the tests of the TPU in this machine; fails where there is
 
 # Of the kernels' tests what another jax may break: values, gradients, each variant and
 # the lowering. The rest takes ten minutes to say it again.
+OTHERS := not rowwise and not channelwise and not mosaic_ and not test_kernels
 OF_KERNELS := gpu_rowwise or values_and_gradients or variant or lower or takes_it or one_kernel_each
 
 test-oldest: $(STAMP_OLDEST) ## the suite with the oldest jax and flax of pyproject.toml
-	$(ON_CPU) $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "$(NO_DEVICE) and not slow" -k "not rowwise and not channelwise or $(OF_KERNELS)" $(PYTEST_ARGS)
+	$(ON_CPU) $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "$(NO_DEVICE) and not slow" -k "$(OTHERS) or $(OF_KERNELS)" $(PYTEST_ARGS)
 
 # One process: the tests keep their own, one for each compiler.
 aot: $(STAMP_AOT) ## compile every kernel for chips that are not here, and check registers, spills and bytes
