@@ -52,7 +52,7 @@ def _is_quick(cell: Any) -> bool:
 )
 def test_kernels_on_each_part(sharded: tuple[Chip, str, str, Mode]) -> None:
     """Forward and backward: what crosses the devices is what crosses with flax's layer,
-    but for dbias, which flax has from the statistics' sums, and parameters in FSDP,
+    but for dscale, which flax has from sums that cross for dx, and parameters in FSDP,
     which flax rounds to `dtype` before they are gathered."""
     chip, name, sharding, mode = sharded
     _, shape = LAYERS[name]
@@ -70,9 +70,8 @@ def test_kernels_on_each_part(sharded: tuple[Chip, str, str, Mode]) -> None:
         assert ours.collectives == ()
         return
     flax = layer(chip, name, shape, TOPOLOGY[chip], sharding, mode, fused=False)
-    center = name != "RMSNorm"
-    params = shape[-1] * (2 if center else 1)
+    params = shape[-1] * (1 if name == "RMSNorm" else 2)
     rounded = params * (4 - itemsize) if sharding == "fsdp" else 0
-    dbias = 4 * shape[-1] if crosses and center and sharding != "tensor" else 0
-    assert ours.crossing <= flax.crossing + rounded + dbias
+    dscale = 4 * shape[-1] if crosses and sharding != "tensor" else 0
+    assert ours.crossing <= flax.crossing + rounded + dscale
     assert max((count for _, count in ours.collectives), default=0) < part / 10
