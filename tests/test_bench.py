@@ -5,6 +5,7 @@ import json
 import pathlib
 import platform
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -19,7 +20,9 @@ for module in ("matplotlib", "optax", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(module)
 
 from bench import __main__ as cli  # noqa: E402
-from bench import truth  # noqa: E402
+from bench import provenance, truth  # noqa: E402
+from bench.aot import hlo, scaling  # noqa: E402
+from bench.aot.sharded import Sharded  # noqa: E402
 from bench.cases import CASES, Block, Case, draw  # noqa: E402
 from bench.contest import by_kernel, copy_of, on_device  # noqa: E402
 from bench.models import MODELS, Transformer  # noqa: E402
@@ -345,3 +348,101 @@ def test_roofline_is_a_command_of_its_own(capsys: pytest.CaptureFixture[str]) ->
         cli.main(["roofline", "--help"])
     assert stopped.value.code == 0
     assert "predicts" in capsys.readouterr().out
+
+
+class Here:
+    """`Elsewhere`, for what takes no compiler."""
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _counted(
+    chip: Any,
+    name: str,
+    shape: tuple[int, ...],
+    on: str,
+    sharding: str,
+    mode: str,
+    *,
+    fused: bool,
+) -> Sharded:
+    """As if compiled: but flax's tensor-parallel layers raise, and where 256 devices are
+    in a slice, ours does not compile."""
+    if sharding == "tensor" and not fused:
+        raise ValueError("of the sharding")
+    if on == "v5e:16x16" and fused:
+        raise RuntimeError("no room")
+    kernel = hlo.Kernel("k", "custom-call", "mosaic_gpu_v2", 8)
+    gathered = (("all-gather", 4096),) * (on == "1x8x8")
+    return Sharded((kernel,) * 2, (("all-reduce", 8 * shape[-1]), *gathered))
+
+
+def test_scaling(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(provenance, "COMPILERS", ("jax",))
+    monkeypatch.setattr(scaling, "Elsewhere", Here)
+    monkeypatch.setattr(scaling, "layer", _counted)
+    path = tmp_path / "new" / "scaling.json"
+    layers = ["--layers", "LayerNorm", "GroupNorm", "--json", str(path)]
+    assert (
+        cli.main(["scaling", "--chips", "H100", "--devices", "8", "64", *layers]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "no time is measured" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    # x; flax's on 8 and 64 devices, ours; flax's operations, ours; our kernels
+    data = "8192K 8.0K 12.0K 8.0K 12.0K 1R, 1R 1G 1R, 1R 1G 2"
+    tensor = "8192K raises raises 8.0K 68.0K 1R, 1R 1G 2"
+    assert lines.count(["LayerNorm", "data", *data.split()]) == 2  # a table a mode
+    assert lines.count(["LayerNorm", "tensor", *tensor.split()]) == 2
+    assert "raises: H100, auto mode, 64 devices: GroupNorm, tensor, flax's" in printed
+
+    record = json.loads(path.read_text())
+    assert record["what"] == scaling.COUNTED
+    assert record["versions"].keys() == {"jax"}
+    assert [chip["name"] for chip in record["chips"]] == ["H100"]
+    assert record["failures"] == {}
+    assert len(record["raises"]) == 8
+    assert len(record["cells"]) == 2 * 2 * 4 * 2 * 2 - 8
+    (cell,) = (
+        cell
+        for cell in record["cells"]
+        if cell["mode"] == "Auto" and cell["sharding"] == "tensor"
+        if cell["layer"] == "LayerNorm" and cell["devices"] == 64
+    )
+    assert cell == {
+        "chip": "H100",
+        "mode": "Auto",
+        "layer": "LayerNorm",
+        "sharding": "tensor",
+        "devices": 64,
+        "fused": True,
+        "topology": "1x8x8",
+        "shape": [64, 512, 8192],
+        "dtype": "bfloat16",
+        "part": 2 * 64 * 512 * 128,
+        "kernels": 2,
+        "crossing": 69632,
+        "collectives": [["all-reduce", 65536], ["all-gather", 4096]],
+    }
+
+    assert cli.main(["scaling", "--chips", "v5e", "--devices", "256", *layers]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: v5e, explicit mode, 256 devices: LayerNorm, data, ours" in printed
+    assert "left out: v5e, explicit mode: GroupNorm" in printed
+    assert "left out: v5e, auto mode" in printed
