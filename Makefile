@@ -5,7 +5,7 @@
 #   WORKERS=...      parallel test processes (default: one per core)
 #   GPU_WORKERS=...  those of make test-gpu (default: 8: they compile most of the time)
 #   PYTEST_ARGS=...  more arguments for pytest
-#   BENCH_ARGS=...   arguments for python -m bench, and for its roofline
+#   BENCH_ARGS=...   arguments for python -m bench, and for its roofline and scaling
 
 PYTHON ?=
 EXTRAS ?=
@@ -38,7 +38,7 @@ NO_DEVICE := not gpu and not tpu and not aot
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-slow test-gpu test-tpu test-oldest aot aot-slow aot-baseline \
-	roofline lint format bench wheel clean distclean
+	roofline scaling lint format bench wheel clean distclean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -80,6 +80,9 @@ aot-baseline: $(STAMP_AOT) ## record what make aot compares with: for a commit t
 
 roofline: $(STAMP_AOT) ## predict what bounds every kernel on chips that are not here
 	$(ELSEWHERE) -m bench roofline $(BENCH_ARGS)
+
+scaling: $(STAMP_AOT) ## count what crosses 8, 64 and 256 devices that are not here
+	$(ELSEWHERE) -m bench scaling $(BENCH_ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .

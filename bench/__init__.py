@@ -17,5 +17,5 @@ and a chart.
     report.py     tables, JSON, chart
     provenance.py the commit that figures come from
     aot/          the kernels compiled for chips that are not here: `make aot`, and
-                  python -m bench roofline
+                  python -m bench roofline, python -m bench scaling
 """

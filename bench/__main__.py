@@ -1,4 +1,4 @@
-"""python -m bench: times what is here; with roofline, predicts what is not."""
+"""python -m bench: times what is here; roofline and scaling are of what is not."""
 
 import sys
 from collections.abc import Sequence
@@ -19,6 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.aot.roofline import main as roofline
 
         return roofline(given[1:])
+    if given[:1] == ["scaling"]:
+        from bench.aot.scaling import main as scaling
+
+        return scaling(given[1:])
     from bench.run import main as run
 
     return run(given)

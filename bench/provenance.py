@@ -1,7 +1,30 @@
 """Where figures come from."""
 
+import dataclasses
+import datetime
+import importlib.metadata
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+COMPILERS = ("fusednorm", "jax", "jaxlib", "flax", "libtpu")
+
+
+def of_compiled(what: str, chips: Sequence[Any]) -> dict[str, Any]:
+    """The head of a record of figures from compiled code.
+
+    Args:
+      what: the figures are, in a sentence.
+      chips: compiled for: dataclasses.
+    """
+    return {
+        "what": what,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": {name: importlib.metadata.version(name) for name in COMPILERS},
+        "chips": [dataclasses.asdict(chip) for chip in chips],
+    }
 
 
 def commit() -> str | None:

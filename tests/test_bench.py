@@ -378,8 +378,8 @@ def _counted(
     *,
     fused: bool,
 ) -> Sharded:
-    """As if compiled: but flax's tensor-parallel layers raise, and where 256 devices are
-    in a slice, ours does not compile."""
+    """As if compiled; but flax's tensor-parallel layers raise, and ours do not compile
+    for a slice of 256."""
     if sharding == "tensor" and not fused:
         raise ValueError("of the sharding")
     if on == "v5e:16x16" and fused:

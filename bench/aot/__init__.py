@@ -1,6 +1,7 @@
 """What the kernels are on chips that are not here: compiled, not run.
 
     python -m bench roofline        # what `make roofline` runs
+    python -m bench scaling         # what `make scaling` runs
     python -m bench roofline --help
 
 It needs jax's CUDA plugin and libtpu beside a CPU jax: `make aot` sets that up.
@@ -17,4 +18,5 @@ It needs jax's CUDA plugin and libtpu beside a CPU jax: `make aot` sets that up.
     gate.py       the recorded figures that `make aot` compares with, and its limits
     roofline.py   tables and JSON of all cases
     chart.py      a chip's roofline, as a PNG
+    scaling.py    tables and JSON of what crosses 8, 64 and 256 devices
 """

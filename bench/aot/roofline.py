@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -20,7 +18,7 @@ from bench.aot.chips import CHIPS, Chip, Gpu
 from bench.aot.measure import TENSOR_BYTES, Elsewhere, Measurement, measure, of_case
 from bench.aot.whole import PASSES, Whole, layer
 from bench.cases import CASES, Case, chosen
-from bench.provenance import commit
+from bench.provenance import of_compiled
 
 HERE = Path(__file__).resolve().parent
 _STYLE: dict[str, Any] = {
@@ -57,15 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    record: dict[str, Any] = {
-        "what": _PREDICTED,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("fusednorm", "jax", "jaxlib", "flax", "libtpu")
-        },
-        "chips": [dataclasses.asdict(CHIPS[name]) for name in options.chips],
+    chips = [CHIPS[name] for name in options.chips]
+    record: dict[str, Any] = of_compiled(_PREDICTED, chips) | {
         "measurements": [],
         "layers": [],
         "without_kernel": {},
