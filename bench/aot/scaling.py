@@ -33,14 +33,14 @@ from bench.provenance import of_compiled
 
 HERE = Path(__file__).resolve().parent
 COUNTED = (
-    "Counted in code compiled for these devices. None is here: no time is measured."
+    "What crosses devices, forward and backward, counted in code compiled for them. "
+    "None is here: no time is measured."
 )
 _LEGEND = (
-    "K: 1024 bytes, forward and backward, of the arrays that cross devices, on a "
-    "device that has them whole.\n"
+    "K: 1024 bytes of the arrays that cross, on a device that has them whole.\n"
     "x: one device's part, the same for any number of devices: the axis that is split "
     "grows with them.\n"
-    "operations: R all-reduce, G all-gather, S reduce-scatter, X all-to-all, "
+    "ops: R all-reduce, G all-gather, S reduce-scatter, X all-to-all, "
     "P collective-permute. kernels: ours.\n"
     f"GroupNorm has {GROUP_SIZE} channels a group: on more devices, more groups."
 )
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     ) | {"cells": [], "left_out": {}, "raises": {}, "failures": {}}
     if "GroupNorm" in options.layers:
         record["left_out"]["GroupNorm, tensor, on more devices than groups"] = (
-            "ours gathers x there"
+            "XLA gathers x for ours there, and not for flax's"
         )
     console.print(f"[bold]{COUNTED}[/]")
     with Elsewhere() as elsewhere:
@@ -283,12 +283,12 @@ def _table(
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("layer")
+    table.add_column("layer", no_wrap=True, min_width=12)
     table.add_column("split")
     for name in ("x", *(f"{whose} {n}" for whose in _WHOSE for n in devices)):
         table.add_column(name, justify="right")
     for whose in _WHOSE:
-        table.add_column(f"{whose}: operations")
+        table.add_column(f"{whose}: ops")
     table.add_column("kernels", justify="right")
     rows: dict[tuple[str, str], list[Cell]] = {}
     for cell in found:
