@@ -16,10 +16,11 @@ import fusednorm
 from bench.aot import hlo
 from bench.aot.chips import Chip, Gpu, devices
 from bench.aot.compile import compile_for
+from bench.aot.measure import norm_of
 
 # Who says how arrays are sharded: their types, or XLA.
-Mode = Literal["Explicit", "Auto"]
-MODES: tuple[Mode, ...] = ("Explicit", "Auto")
+Mode = Literal["Explicit", "Auto", "shard_map"]
+MODES: tuple[Mode, ...] = ("Explicit", "Auto")  # of the table
 
 # Class, and shape of x. For 8 devices: see `grown`.
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -108,7 +109,8 @@ def layer(
       shape: of x, on all devices together.
       on: the devices' topology.
       sharding: in `SHARDINGS`.
-      mode: who says how arrays are sharded.
+      mode: who says how arrays are sharded. In a `jax.shard_map` statistics that cross
+        devices have its axis as `axis_name`.
       fused: whether by our layer, or by flax's.
 
     Raises:
@@ -120,13 +122,16 @@ def layer(
     options: dict[str, Any] = {"dtype": dtype, "rngs": nnx.Rngs(0)}
     if kind is nnx.GroupNorm:
         options |= {"num_groups": None, "group_size": GROUP_SIZE}
+    of_x, of_params = SHARDINGS[sharding]
+    reduced = norm_of(kind, shape, "float32").reduction_axes
+    if mode == "shard_map" and of_x(len(shape)).index("d") in reduced:
+        options["axis_name"] = "d"
     norm = kind(shape[-1], **options)
     if fused:
         fusednorm.fuse(norm)
     found = devices(chip, on)
-    kinds = (getattr(AxisType, mode),)
+    kinds = (AxisType.Explicit if mode == "Explicit" else AxisType.Auto,)
     mesh = jax.make_mesh((len(found),), ("d",), axis_types=kinds, devices=found)
-    of_x, of_params = SHARDINGS[sharding]
 
     def placed(spec: P) -> Callable[[Any], jax.ShapeDtypeStruct]:
         return lambda a: jax.ShapeDtypeStruct(
@@ -136,7 +141,12 @@ def layer(
     x = placed(of_x(len(shape)))(jax.ShapeDtypeStruct(shape, dtype))
     params = jax.tree.map(placed(of_params), nnx.state(norm, nnx.Param))
     function = step(norm)
-    if mode == "Auto":
+    if mode == "shard_map":
+        specs = of_params, of_x(len(shape))
+        function = step(
+            norm, lambda f: jax.shard_map(f, in_specs=specs, out_specs=specs[1])
+        )
+    elif mode == "Auto":
         function = keeping(function, params, x)
     elif sharding == "fsdp":
         function = gathering(function)
@@ -146,7 +156,9 @@ def layer(
     return Sharded(ours, tuple(hlo.collectives(text)))
 
 
-def step(norm: Any) -> Callable[..., Any]:
+def step(
+    norm: Any, spread: Callable[..., Any] = lambda forward: forward
+) -> Callable[..., Any]:
     """A function of parameters, x and dy: y, and the gradients of parameters and x."""
     graph, _, *rest = nnx.split(norm, nnx.Param, ...)
 
@@ -154,7 +166,7 @@ def step(norm: Any) -> Callable[..., Any]:
         def forward(params: Any, x: jax.Array) -> jax.Array:
             return nnx.merge(graph, params, *rest, copy=True)(x)
 
-        y, vjp = jax.vjp(forward, params, x)
+        y, vjp = jax.vjp(spread(forward), params, x)
         return y, *vjp(dy)
 
     return of
