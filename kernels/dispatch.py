@@ -71,6 +71,13 @@ class Call:
         return bool(self.norm.over)
 
     @property
+    def half_name(self) -> str:
+        """What a kernel's name ends in where it does half of the call; else ""."""
+        if not self.half:
+            return ""
+        return ", moments" if self.op == "forward" else ", sums"
+
+    @property
     def geometry(self) -> Geometry | None:
         """The view x[N, S, G, K], or None where a transpose would be needed."""
         return geometry(self.norm, self.x.shape, has_params=self.has_params)
@@ -314,7 +321,7 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
     if reason is not None:
         return Fallback(reason)
     if call.half:
-        call = first_half(call)
+        call = _first_half(call)
     _, module = KERNELS[platform]
     try:
         device = jax.devices(platform)[0]
@@ -323,7 +330,7 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
     return importlib.import_module(module).plan(call, device)
 
 
-def first_half(call: Call) -> Call:
+def _first_half(call: Call) -> Call:
     """What a kernel does of a call whose statistics cross devices, until they do."""
     if call.op == "forward":
         return dataclasses.replace(
@@ -404,6 +411,11 @@ def asking(platforms: Sequence[str], devices: int) -> Any:
     mesh = jax.sharding.get_mesh()
     auto = all(kind is AxisType.Auto for kind in mesh.axis_types)
     return mesh if mesh.size == devices and auto else None
+
+
+def present(**arrays: jax.Array | None) -> dict[str, jax.Array]:
+    """Those that are not None."""
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def describe(operand: Any) -> Any:

@@ -71,6 +71,12 @@ def geometry(norm: Norm, shape: Sequence[int], *, has_params: bool) -> Geometry 
     return min(found, key=lambda view: view.family != "rowwise", default=None)
 
 
+def is_rowwise(norm: Norm, shape: Sequence[int], *, has_params: bool) -> bool:
+    """Whether there is a view of an array (see `geometry`), and it has S = 1."""
+    view = geometry(norm, shape, has_params=has_params)
+    return view is not None and view.family == "rowwise"
+
+
 def _view(sizes: list[int], reduced: set[int], features: set[int]) -> Geometry | None:
     view = [1, 1, 1, 1]
     role = 0

@@ -53,7 +53,7 @@ import jax.extend.core
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from fusednorm.kernels.geometry import geometry
+from fusednorm.kernels.geometry import is_rowwise
 from fusednorm.kernels.norm import norm_p
 
 # Before jax 0.12 a jaxpr with its constants was of another class than one without.
@@ -239,37 +239,39 @@ def _with_inside(
 
 
 def _with_residuals(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
-    """The equations, with a sum that is normalized inside the norm, which returns it.
-
-    One of the two is what a collective made, and the other lies in memory too.
-    """
+    """The equations, with a sum that is normalized inside the norm, which makes it."""
     uses = _Uses(jaxpr, eqns)
     now = list(eqns)
+    taken: set[int] = set()
     for at, eqn in enumerate(eqns):
         inner = _norm_inside(eqn)
         if inner is None or not _may_add(inner):
             continue
-        h = eqn.invars[0]
-        if not isinstance(h, Var):
+        h: Any = eqn.invars[0]
+        found = _sum_before(h, uses)
+        if found is None or next(uses.by([h])) != at:  # the norm makes h for others
             continue
-        add = uses.made.get(h)
-        if add is None or add.primitive is not lax.add_p or add not in now:
-            continue
-        added = [var for var in add.invars if isinstance(var, Var)]
-        if len(added) != 2:
-            continue
-        # The collective's comes second.
-        x, r = sorted(added, key=lambda var: _is_collective(uses.made.get(var)))
-        between = eqns[next(i for i, e in enumerate(eqns) if e is add) + 1 : at]
-        if (
-            x.aval == r.aval == h.aval
-            and _is_collective(uses.made.get(r))
-            and (uses.count[x] > 1 or _is_in_memory(x, uses))
-            and not any(h in other.invars for other in between)
-        ):
-            now[now.index(eqn)] = _with_residual(eqn, x, r, h)
-            now.remove(add)
-    return now
+        add, x, r = found
+        now[at] = _with_residual(eqn, x, r, h)
+        taken.add(add)
+    return [eqn for at, eqn in enumerate(now) if at not in taken]
+
+
+def _sum_before(h: Any, uses: _Uses) -> tuple[int, Var, Var] | None:
+    """Where h is added up, and of what: what lies in memory, and what a collective
+    made."""
+    add = uses.made.get(h) if isinstance(h, Var) else None
+    if add is None or add.primitive is not lax.add_p:
+        return None
+    added = [var for var in add.invars if isinstance(var, Var)]
+    if len(added) != 2:
+        return None
+    x, r = sorted(added, key=lambda var: _is_collective(uses.made.get(var)))
+    alike = x.aval == r.aval == h.aval
+    there = uses.count[x] > 1 or _is_in_memory(x, uses)
+    if not (alike and there and _is_collective(uses.made.get(r))):
+        return None
+    return next(at for at in uses.by([r]) if uses.eqns[at] is add), x, r
 
 
 _COLLECTIVES = (
@@ -297,8 +299,7 @@ def _may_add(inner: JaxprEqn) -> bool:
     norm, tree = inner.params["norm"], inner.params["tree"]
     x, scale, bias, mask, residual, _ = tree.unflatten(inner.invars)
     has_params = scale is not None or bias is not None
-    view = geometry(norm, x.aval.shape, has_params=has_params)
-    rowwise = view is not None and view.family == "rowwise"
+    rowwise = is_rowwise(norm, x.aval.shape, has_params=has_params)
     free = residual is None and mask is None and not inner.params["carries"]
     return rowwise and free and not norm.over
 

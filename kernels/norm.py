@@ -43,7 +43,7 @@ from jax.interpreters import ad, batching, mlir
 
 from fusednorm import reference
 from fusednorm.kernels import dispatch, parts
-from fusednorm.kernels.geometry import geometry
+from fusednorm.kernels.geometry import is_rowwise
 from fusednorm.reference import Norm
 
 # An array, or None where there is none: no bias, a tangent that is zero.
@@ -131,8 +131,7 @@ def normalize_sum(
       h: x's shape, in the dtype that x and residual promote to.
     """
     has_params = scale is not None or bias is not None
-    view = geometry(norm, x.shape, has_params=has_params)
-    rowwise = view is not None and view.family == "rowwise"
+    rowwise = is_rowwise(norm, x.shape, has_params=has_params)
     across = _over(norm, axis_name, axis_index_groups)
     if not rowwise or across.over or _is_plain(norm, x.dtype, residual.dtype):
         h = reference.add(x, residual)
@@ -375,8 +374,7 @@ def _launch(
         halves = _backward_halves if "wanted" in params else _forward_halves
         return halves(kernel.launch, params, (*operands, beside, shortcut))
     name = "dh" if "wanted" in params else "residual"
-    others = {name: beside, "shortcut": shortcut}
-    given = {name: array for name, array in others.items() if array is not None}
+    given = dispatch.present(**{name: beside, "shortcut": shortcut})
     results: list[jax.Array] = kernel.launch(*operands, **given)
     if params.get("carries") and beside is None:
         results.insert(1, operands[0])
@@ -389,7 +387,7 @@ def _forward_halves(
     """Mean and variance of what is here by the kernel, of all devices by psums."""
     norm = params["norm"]
     x, scale, bias, _, residual, shortcut = operands
-    beside = {} if residual is None else {"residual": residual}
+    beside = dispatch.present(residual=residual)
     *found, var = launch(x, None, None, None, **beside)
     mean = found.pop() if norm.center else None
     (h,) = found or [x]
@@ -407,7 +405,7 @@ def _backward_halves(
     dy, x, scale, bias, mean, var, mask, dh, shortcut = operands
     wants_dx, *_, wants_dshortcut = params["wanted"]
     given = (dy, x, scale, bias, mean, var)
-    behind = {} if shortcut is None else {"shortcut": shortcut}
+    behind = dispatch.present(shortcut=shortcut)
     results: list[jax.Array] = launch(*given, mask, **behind)
     dz = reference.before_activation(norm, *given, shortcut)
     if wants_dx:

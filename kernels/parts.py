@@ -79,7 +79,7 @@ def backward_shapes(
     params = _param(norm, scale), _param(norm, bias)
     given = every, every, *params, statistic, statistic, _mask(mask), every, every
     own = (*range(own_params), norm.feature_axes[0])
-    each = scale is not None and scale.ndim > 1 and scale.shape == x.shape
+    each = scale is not None and reference.each_its_own(scale, x)
     results = every, every if each else own, own, every
     sums = False, not each, True, False
     return Shapes(

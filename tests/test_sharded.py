@@ -23,6 +23,7 @@ from fusednorm import reference
 from fusednorm.kernels import dispatch
 from fusednorm.kernels.dispatch import Call, Kernel
 from tests import interpreters
+from tests.test_op import gathered
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -92,24 +93,12 @@ def placed(mesh: jax.sharding.Mesh, spec: P, args: Any) -> list[jax.Array]:
     ]
 
 
-def gathered(hlo: str) -> list[str]:
-    """Shapes of all-gathers, all-to-alls and permutes in compiled code."""
-    return re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)\S*\(", hlo)
-
-
 def agree(found: Any, expected: Any, within: float = 1e-5) -> None:
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=within * np.abs(b).max())
 
 
-@pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of one chip, which take every call or raise."""
-    with (
-        interpreters.interpreted(request.param),
-        fusednorm.use_backend(request.param),
-    ):
-        yield request.param
+kernels = interpreters.kernels_of_each_chip
 
 
 def halves(kind: str, sharding: str) -> bool:

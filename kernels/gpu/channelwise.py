@@ -52,7 +52,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm import reference
 from fusednorm.kernels.activation import activate, slope
-from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
 from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.gpu import memory, strips
 from fusednorm.kernels.gpu.memory import WARPS
@@ -437,7 +437,6 @@ def backward_in_two_reads(
         results["dshortcut"] = dz.reshape(x.shape).astype(shortcut.dtype)
     if call.wanted[0]:
         dz = dz.reshape(x.shape)
-        shape = call.norm.statistic_shape(x.shape)
         c1, c2 = (results.get(name) for name in ("c1", "c2"))
         assert c1 is not None
         results["dx"] = reference.input_gradient(
@@ -447,8 +446,8 @@ def backward_in_two_reads(
             scale,
             mean,
             var,
-            c1.reshape(shape),
-            None if c2 is None else c2.reshape(shape),
+            c1,
+            c2,
             dh=dh,
         )
     return _wanted(call, results)
@@ -472,11 +471,7 @@ def sums(
     operands = (dy, x, scale, bias, mean, var)
     results = gradient_sums(config, last, call, *operands, shortcut)
     inner_products = [results[name] for name in ("c1", "c2") if name in results]
-    shape = call.norm.statistic_shape(x.shape)
-    return [
-        *(c.reshape(shape) for c in inner_products),
-        *_over_samples(call, results),
-    ]
+    return [*inner_products, *_over_samples(call, results)]
 
 
 def gradient_sums(
@@ -497,7 +492,7 @@ def gradient_sums(
 
     Returns:
       dscale, dbias: if wanted; of each sample, (samples, channels).
-      c1, c2: mean(w * x_hat) and mean(w), if dx is wanted; (samples, groups).
+      c1, c2: mean(w * x_hat) and mean(w), if dx is wanted; in the statistics' shape.
       dz: if dshortcut is wanted, and dz is exact in dy's dtype; (samples, pixels,
         channels).
     """
@@ -562,6 +557,10 @@ def gradient_sums(
         inputs=found | {name: inputs[name] for name in needed if name in inputs},
         outputs=outputs,
     )
+    shape = norm.statistic_shape(x.shape)
+    for name in ("c1", "c2"):
+        if name in results:
+            results[name] = results[name].reshape(shape)
     return results | exact
 
 
@@ -584,9 +583,7 @@ def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
             return array if array.ndim == 1 else array.reshape(-1, view.features)
         return array.reshape(_shape(call))
 
-    return {
-        name: seen(name, array) for name, array in memory.present(**operands).items()
-    }
+    return {name: seen(name, array) for name, array in present(**operands).items()}
 
 
 def _of_sample(part: Part, ref: Any) -> Columns:
@@ -941,7 +938,7 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
             "second one in XLA's code, which normalizes with what follows"
         )
         if call.half:
-            variant = ", moments" if forwards else ", sums"
+            variant = call.half_name
             why = "statistics cross devices: XLA normalizes, in a second read"
         if not call.wanted[0]:
             variant, why = ", sums", "sums alone are wanted: one read"

@@ -104,10 +104,6 @@ def fence(_: Any) -> None:
 # --- the rest ------------------------------------------------------------------------
 
 
-def present(**operands: jax.Array | None) -> dict[str, jax.Array]:
-    return {name: value for name, value in operands.items() if value is not None}
-
-
 def power_of_2_below(n: int) -> int:
     """The largest power of two that is at most n."""
     return 1 << (n.bit_length() - 1)

@@ -49,7 +49,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels.activation import activate, slope
-from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
 from fusednorm.kernels.gpu import memory
 from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 
@@ -676,7 +676,7 @@ def backward(
     operands: dict[str, Any] = {"dy": dy, "x": x, "scale": scale, "bias": bias}
     operands |= {"dh": dh, "shortcut": shortcut}
     inputs = _rows(features, **operands)
-    inputs |= memory.present(
+    inputs |= present(
         mean=None if mean is None else mean.reshape(-1), var=var.reshape(-1)
     )
     summed = call.summed
@@ -861,7 +861,7 @@ def _rows(features: int, **operands: jax.Array | None) -> dict[str, jax.Array]:
 
     return {
         name: array if is_shared(name, array) else array.reshape(-1, features)
-        for name, array in memory.present(**operands).items()
+        for name, array in present(**operands).items()
     }
 
 
@@ -1046,10 +1046,9 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         moved += statistics + 4 * features * sums
     for param in (None if call.scales_each else call.scale, call.bias):
         moved += 0 if param is None else param.size * param.dtype.itemsize
-    half = {"forward": ", moments", "backward": ", sums"}[call.op]
     return Kernel(
         backend="mosaic_gpu",
-        name=f"rowwise {call.op}" + (half if call.half else ""),
+        name=f"rowwise {call.op}{call.half_name}",
         launch=launch,
         block=str(config),
         why=config.why,

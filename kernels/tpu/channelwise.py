@@ -522,10 +522,10 @@ class Launch:
         """
         norm, statistics = self.call.norm, self.call.statistics
         if not self.whole:
-            mean, var = self._moments(x)
-            y = reference.apply(norm, x, mean, var, scale, bias, shortcut)
-            found = [y, mean, var] if statistics else [y]
-            return [array for array in found if array is not None]
+            *mean, var = self.moments(x)
+            mean_or_none = mean[0] if mean else None
+            y = reference.apply(norm, x, mean_or_none, var, scale, bias, shortcut)
+            return [y, *mean, var] if statistics else [y]
         y, mean, var = self._forward(
             x, scale, bias, shortcut, whole=True, statistics=statistics
         )
@@ -534,15 +534,9 @@ class Launch:
 
     def moments(self, x: jax.Array, *others: None) -> list[jax.Array]:
         """mean (if centred) and var, in the statistics' shape: one read of x."""
-        return [array for array in self._moments(x) if array is not None]
-
-    def _moments(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
-        """mean (None without centring) and var, in the statistics' shape: one read of
-        x."""
-        _, mean, var = self._forward(x, None, None, None, whole=False, statistics=True)
-        var = self._of_groups(var)
-        assert var is not None
-        return self._of_groups(mean), var
+        _, *found = self._forward(x, None, None, None, whole=False, statistics=True)
+        of_groups = map(self._of_groups, found)
+        return [array for array in of_groups if array is not None]
 
     def _forward(
         self,
@@ -627,7 +621,6 @@ class Launch:
             dz = self._from_view(dz)
         elif not self.whole:
             dz = reference.before_activation(self.call.norm, *operands, shortcut)
-        params = (*x.shape[: self.call.own_params], self.cut.channels)
         found = []
         if wants_dx:
             if self.whole:
@@ -636,25 +629,15 @@ class Launch:
                     dx = dx.astype(jnp.float32) + dh.astype(jnp.float32)
                 found = [dx.astype(x.dtype)]
             else:
-                c1 = self._of_groups(c1)
-                assert c1 is not None
                 found = [
                     reference.input_gradient(
-                        self.call.norm,
-                        dz,
-                        x,
-                        scale,
-                        mean,
-                        var,
-                        c1,
-                        self._of_groups(c2),
-                        dh=dh,
+                        self.call.norm, dz, x, scale, mean, var, c1, c2, dh=dh
                     )
                 ]
         if wants_dscale:
-            found.append(dscale.reshape(params))
+            found.append(dscale)
         if wants_dbias:
-            found.append(dbias.reshape(params))
+            found.append(dbias)
         if wants_dshortcut:
             assert shortcut is not None
             found.append(dz.astype(shortcut.dtype))
@@ -675,10 +658,7 @@ class Launch:
         those of dscale and dbias that are wanted: one read of x and dy."""
         operands = (dy, x, scale, bias, mean, var)
         *_, dscale, dbias, c1, c2 = self._backward(*operands, shortcut)
-        params = (*x.shape[: self.call.own_params], self.cut.channels)
-        found = [self._of_groups(c1), self._of_groups(c2)]
-        found += [None if a is None else a.reshape(params) for a in (dscale, dbias)]
-        return [array for array in found if array is not None]
+        return [array for array in (c1, c2, dscale, dbias) if array is not None]
 
     def _backward(
         self,
@@ -744,11 +724,19 @@ class Launch:
                 places(4 + 2 * slopes) if self.whole else None,
             ],
         )
-        return dx, dz, self._add_cores(dscale), self._add_cores(dbias), c1, c2
+        params = map(self._of_params, (dscale, dbias))
+        return dx, dz, *params, self._of_groups(c1), self._of_groups(c2)
 
-    def _add_cores(self, of_cores: jax.Array | None) -> jax.Array | None:
+    def _of_params(self, of_cores: jax.Array | None) -> jax.Array | None:
+        """dscale or dbias, behind the axes of x that keep one of their own."""
+        if of_cores is None:
+            return None
+        own = self.call.x.shape[: self.call.own_params]
+        return self._add_cores(of_cores).reshape(*own, self.cut.channels)
+
+    def _add_cores(self, of_cores: jax.Array) -> jax.Array:
         """dscale or dbias [examples, 1, channels]."""
-        if of_cores is None or self.cut.cores == 1:
+        if self.cut.cores == 1:
             return of_cores
         visited = self.cut.visited
         if not visited.all():  # the others have written nothing
@@ -897,7 +885,7 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     run = launch.forward if call.op == "forward" else launch.backward
     if call.half:
         run = launch.moments if call.op == "forward" else launch.sums
-        variant = ", moments" if call.op == "forward" else ", sums"
+        variant = call.half_name
         why = "statistics cross devices: XLA normalizes, in a second read"
     elif not call.wanted[0]:
         variant, why = ", sums", "sums alone are wanted: one read"

@@ -591,10 +591,9 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     launch = functools.partial(launch, call, blocks)
     if order != natural:
         launch = functools.partial(_launch_transposed, launch, order)
-    half = {"forward": ", moments", "backward": ", sums"}[call.op]
     return Kernel(
         backend="mosaic_tpu",
-        name=f"rowwise {call.op}" + (half if call.half else ""),
+        name=f"rowwise {call.op}{call.half_name}",
         launch=launch,
         block=str(blocks),
         why=f"{lie}; {blocks.chunk_rows} rows at a time",
