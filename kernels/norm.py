@@ -400,23 +400,44 @@ def _forward_halves(
 def _backward_halves(
     launch: Callable[..., Any], params: dict[str, Any], operands: tuple[Any, ...]
 ) -> list[jax.Array]:
-    """c1 and c2 of what is here by the kernel, of all devices by psums."""
+    """c1 and c2 of what is here by the kernel, of all devices by psums.
+
+    Where each channel has a mean of its own, n times these are scale * dscale and
+    scale * dbias: the psums of dscale and dbias serve both then, for XLA makes one of
+    two that are alike.
+    """
     norm = params["norm"]
     dy, x, scale, bias, mean, var, mask, dh, shortcut = operands
-    wants_dx, *_, wants_dshortcut = params["wanted"]
+    wants_dx, wants_dscale, wants_dbias, wants_dshortcut = params["wanted"]
     given = (dy, x, scale, bias, mean, var)
     behind = dispatch.present(shortcut=shortcut)
     results: list[jax.Array] = launch(*given, mask, **behind)
     dz = reference.before_activation(norm, *given, shortcut)
     if wants_dx:
         products = 1 + norm.center
-        c1, *c2 = lax.pmean(results[:products], norm.over)
-        means = c1, c2[0] if c2 else None
-        dx = reference.input_gradient(norm, dz, x, scale, mean, var, *means, dh=dh)
-        results = [dx, *results[products:]]
+        inner, outer = results[:products], results[products:]
+        channelwise = _mean_per_feature(params, x, scale)
+        if channelwise and scale is not None and wants_dscale and wants_dbias:
+            count = x.size // var.size * lax.axis_size(norm.over)
+            weight = norm.weight(scale.astype(var.dtype))
+            totals = lax.psum(outer[:products], norm.over)
+            means = [(weight * total / count).reshape(var.shape) for total in totals]
+        else:
+            means = lax.pmean(inner, norm.over)
+        c1, c2 = means if norm.center else (*means, None)
+        dx = reference.input_gradient(norm, dz, x, scale, mean, var, c1, c2, dh=dh)
+        results = [dx, *outer]
     if wants_dshortcut:
         results.append(dz.astype(dy.dtype if shortcut is None else shortcut.dtype))
     return results
+
+
+def _mean_per_feature(params: dict[str, Any], x: jax.Array, scale: Maybe) -> bool:
+    """Whether all that shares a scale shares a mean, and nothing else does."""
+    norm = params["norm"]
+    every = sorted((*norm.reduction_axes, *norm.feature_axes))
+    own = max(params["own_params"], 0 if scale is None else scale.ndim - 1)
+    return norm.num_groups is None and own == 0 and every == [*range(x.ndim)]
 
 
 norm_p = _primitive("norm", _norm_formula)

@@ -32,13 +32,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fusednorm import reference
 from fusednorm.reference import Norm
 
 Names = tuple[str, ...]  # mesh axes, over which one axis is split
-Follows = tuple[int | None, ...]  # for each axis of an array: x's axis, or none of them
+# For each axis of an array: x's axis, or `GROUPS`, or none of them.
+Follows = tuple[int | None, ...]
+GROUPS = -1  # the groups into which x's last axis is split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,8 @@ def _param(norm: Norm, param: Any) -> Follows:
 
 
 def _statistic(norm: Norm, x: Any) -> Follows:
-    return tuple(None if a in norm.reduction_axes else a for a in range(x.ndim))
+    kept = tuple(None if a in norm.reduction_axes else a for a in range(x.ndim))
+    return kept if norm.num_groups is None else (*kept[:-1], GROUPS)
 
 
 def _mask(mask: Any) -> Follows:
@@ -117,12 +120,14 @@ class Parts:
     Attributes:
       mesh: the mesh.
       axes: for each axis of x, the mesh axes that split it.
+      groups: those that split the groups of channels, of those of the last axis.
       norm: what one device does with its part.
       shapes: which axis of x each array's axes go along with.
     """
 
     mesh: Any
     axes: tuple[Names, ...]
+    groups: Names
     norm: Norm
     shapes: Shapes
 
@@ -131,11 +136,15 @@ class Parts:
         """The mesh axes that split x."""
         return tuple(name for names in self.axes for name in names)
 
+    def split(self, axis: int | None) -> Names:
+        """The mesh axes that split an axis which goes along with this one of x."""
+        if axis is None:
+            return ()
+        return self.groups if axis == GROUPS else self.axes[axis]
+
     def spec(self, follows: Follows) -> PartitionSpec:
         """Of an operand or a result."""
-        return PartitionSpec(
-            *[None if axis is None else self.axes[axis] or None for axis in follows]
-        )
+        return PartitionSpec(*[self.split(axis) or None for axis in follows])
 
     def specs(self) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
         """Of the operands that there are, and of the results."""
@@ -145,7 +154,7 @@ class Parts:
     def part(self, aval: Any, follows: Follows) -> jax.ShapeDtypeStruct:
         """What one device has of an array."""
         shape = [
-            size // (1 if axis is None else _size(self.mesh, self.axes[axis]))
+            size // _size(self.mesh, self.split(axis))
             for size, axis in zip(aval.shape, follows, strict=True)
         ]
         return jax.ShapeDtypeStruct(tuple(shape), aval.dtype)
@@ -157,7 +166,7 @@ class Parts:
         for result, follows, adds_up in zip(
             results, self.shapes.results, self.shapes.params, strict=True
         ):
-            kept = {name for a in follows if a is not None for name in self.axes[a]}
+            kept = {name for axis in follows for name in self.split(axis)}
             shared = tuple(name for name in self.names if name not in kept)
             found.append(jax.lax.psum(result, shared) if adds_up and shared else result)
         return found
@@ -176,27 +185,77 @@ def _split(
 ) -> Parts:
     """Gathers what the arrays' specs say, x's own before those of parameters.
 
-    What cannot be split evenly is not split, nor a last axis between whose parts a
-    group of channels would lie.
+    What cannot be split evenly is not split, nor a last axis of whose parts some would
+    have one group's channels and some of another's.
     """
     axes: list[Names] = [()] * len(shape)
+    groups: Names = ()
+    within: Names = ()
     for follows, spec in sorted(specs, key=lambda pair: -len(pair[0])):
         for axis, entry in zip(follows, (*spec, *[None] * len(follows)), strict=False):
             names = _names_of(entry)
             taken = {name for others in axes for name in others}
             if axis is None or not names or axes[axis] or taken & set(names):
                 continue
-            size = _size(mesh, names)
-            grouped = norm.num_groups is not None and axis == len(shape) - 1
-            if shape[axis] % size or (grouped and norm.num_groups % size):  # type: ignore[operator]
+            if shape[axis] % _size(mesh, names):
                 continue
+            if norm.num_groups is not None and axis == len(shape) - 1:
+                finer = _split_groups(mesh, names, norm.num_groups)
+                if finer is None:
+                    continue
+                mesh, groups, within = finer
+                names = groups + within
             axes[axis] = names
     over = [name for axis in norm.reduction_axes for name in axes[axis]]
-    norm = dataclasses.replace(norm, over=(*norm.over, *over))
     if norm.num_groups is not None:
-        groups = norm.num_groups // _size(mesh, axes[-1])
-        norm = dataclasses.replace(norm, num_groups=groups)
-    return Parts(mesh, tuple(axes), norm, shapes)
+        left = norm.num_groups // _size(mesh, groups)
+        norm = dataclasses.replace(norm, num_groups=left)
+    norm = dataclasses.replace(norm, over=(*norm.over, *over, *within))
+    return Parts(mesh, tuple(axes), groups, norm, shapes)
+
+
+def _split_groups(
+    mesh: Any, names: Names, num_groups: int
+) -> tuple[Any, Names, Names] | None:
+    """Mesh axes of the channels as those of the groups, and those within a group.
+
+    Where devices outnumber groups a mesh axis of 64 may have to be one of 32 groups and
+    one of 2 parts of each: the same devices, in a mesh of one more axis.
+
+    Returns:
+      The mesh; the two; None where a device would have parts of groups.
+    """
+    across: Names = ()
+    within: Names = ()
+    for name in names:
+        size = mesh.shape[name]
+        groups = num_groups // _size(mesh, across)
+        if groups % size == 0:
+            across += (name,)
+        elif groups == 1:
+            within += (name,)
+        elif size % groups == 0:
+            mesh, inner = _refined(mesh, name, groups)
+            across, within = (*across, name), (inner,)
+        else:
+            return None
+    return mesh, across, within
+
+
+def _refined(mesh: Any, name: str, size: int) -> tuple[Any, str]:
+    """The same devices with an axis of `size`, and behind it one of its other part."""
+    inner = f"{name} within a group"
+    at = mesh.axis_names.index(name)
+    shape, names, kinds = (
+        [*mesh.devices.shape],
+        [*mesh.axis_names],
+        [*mesh.axis_types],
+    )
+    shape[at : at + 1] = [size, shape[at] // size]
+    names.insert(at + 1, inner)
+    kinds.insert(at + 1, kinds[at])
+    devices = mesh.devices.reshape(shape)
+    return Mesh(devices, tuple(names), axis_types=tuple(kinds)), inner
 
 
 def _names_of(entry: Any) -> Names:
@@ -319,18 +378,20 @@ def by_xla(
             ],
         )
         operand_specs, result_specs = parts.specs()
-        placed = [NamedSharding(mesh, spec) for spec in result_specs]
+        placed = [NamedSharding(parts.mesh, spec) for spec in result_specs]
         return (
-            mesh,
+            parts.mesh,
             lambda mark, *flat: parts.run(bind, *flat),
             placed,
             tuple(
-                NamedSharding(mesh, spec) for spec in (PartitionSpec(), *operand_specs)
+                NamedSharding(parts.mesh, spec)
+                for spec in (PartitionSpec(), *operand_specs)
             ),
         )
 
     # Undecoded: JAX fails where an array's sharding is none of this mesh's.
-    whole.def_partition(partition, sharding_rule=_rule(shapes), decode_shardings=False)
+    rule = _rule(shapes, norm, x)
+    whole.def_partition(partition, decode_shardings=False, **rule)
     return lambda *flat: whole(jnp.asarray(mark), *flat)
 
 
@@ -367,16 +428,29 @@ def _spec_of(sharding: Any, ndim: int, mesh: Any) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def _rule(shapes: Shapes) -> str:
-    """Which axes are sharded alike, for Shardy: "m, a b c, c -> a b c, a b u"."""
+def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:
+    """Which axes are sharded alike, for Shardy: "m, a b c, c -> a b c, a b u".
+
+    With statistics of groups "m, a b (g k) -> a b (g k), a u g", k channels in each.
+    """
+    arrays = [f for f in (*shapes.operands, *shapes.results) if f is not None]
+    last, groups = x.ndim - 1, norm.num_groups or 1
+    names: dict[int | None, str] = {axis: f"x{axis}" for axis in range(x.ndim)}
+    sizes = {}
+    if groups == x.shape[last]:
+        names[GROUPS] = names[last]
+    elif groups > 1 and any(GROUPS in follows for follows in arrays):
+        names |= {last: "(g k)", GROUPS: "g"}
+        sizes = {"k": x.shape[last] // groups}
     own = (f"u{i}" for i in range(1000))
 
     def factors(follows: Follows) -> str:
-        return " ".join(next(own) if a is None else f"x{a}" for a in follows)
+        return " ".join(names.get(axis) or next(own) for axis in follows)
 
     operands = [factors(f) for f in shapes.operands if f is not None]
     results = [factors(f) for f in shapes.results]
-    return f"{', '.join(['m', *operands])} -> {', '.join(results)}"
+    rule = f"{', '.join(['m', *operands])} -> {', '.join(results)}"
+    return {"sharding_rule": rule, **sizes}
 
 
 @functools.cache

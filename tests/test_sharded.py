@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
+from bench.aot import hlo
 from fusednorm import reference
 from fusednorm.kernels import dispatch
 from fusednorm.kernels.dispatch import Call, Kernel
@@ -236,6 +237,62 @@ def test_auto(stand_in: list[Call], kind: str, sharding: str) -> None:
     for calls in (forward, backward):
         assert [c.x.shape for c in calls] == [(4, 8, 32), part]
         assert calls[-1].half == halves(kind, sharding)
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "axes", "spec", "groups_here", "channels_here"),
+    [
+        (2, {"d": 8}, P(None, None, "d"), 1, 4),
+        (1, {"d": 4}, P(None, None, "d"), 1, 8),
+        (32, {"d": 4}, P(None, None, "d"), 8, 8),
+        (4, {"d": 2, "e": 4}, P(None, None, ("d", "e")), 1, 4),
+        (2, {"d": 2, "e": 4}, P(None, None, ("d", "e")), 1, 4),
+        (2, {"d": 2, "e": 4}, P(None, "d", "e"), 1, 8),
+        (6, {"d": 4}, P(None, None, "d"), 6, 48),  # a device would have 1.5 groups
+    ],
+)
+def test_auto_groups_on_several_devices(
+    stand_in: list[Call],
+    num_groups: int,
+    axes: dict[str, int],
+    spec: P,
+    groups_here: int,
+    channels_here: int,
+) -> None:
+    """Channels of one group on several devices: its statistics cross them."""
+
+    def f(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        y = fusednorm.group_norm(x, scale, bias, num_groups=num_groups)
+        return jnp.sin(y)
+
+    channels = 48 if num_groups == 6 else 32
+    rng = np.random.default_rng(0)
+    x, dy = (
+        jnp.asarray(rng.normal(0.4, 1.3, (4, 8, channels)), "float32") for _ in range(2)
+    )
+    scale, bias = jnp.linspace(0.5, 2, channels), jnp.linspace(-1, 1, channels)
+
+    def all_of(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+        _, y_dot = jax.jvp(f, (x, scale, bias), (dy, bias, scale))
+        return *both(f)(x, scale, bias, dy), y_dot
+
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(all_of)(x, scale, bias, dy)
+    kinds = (AxisType.Auto,) * len(axes)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+    args = placed(mesh, spec, (x, scale, bias, dy))
+    stand_in.clear()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(all_of).lower(*args).compile()
+        found = compiled(*args)
+    agree(found, expected)
+    last = [call for call in stand_in if call.x.shape != x.shape] or stand_in
+    assert {call.x.shape[-1] for call in last} == {channels_here}
+    assert {call.norm.num_groups for call in last} == {groups_here}
+    assert {call.half for call in last} == {num_groups in (1, 2, 4)}
+    if last is not stand_in:
+        crossing = [nbytes for _, nbytes in hlo.collectives(compiled.as_text())]
+        assert max(crossing, default=0) <= 4 * 4 * channels  # a statistic, or dscale
 
 
 def test_auto_without_a_mesh_is_the_reference(stand_in: list[Call]) -> None:
