@@ -132,10 +132,6 @@ def main(arguments: Sequence[str]) -> int:
     record: dict[str, Any] = of_compiled(
         COUNTED, [CHIPS[name] for name in options.chips]
     ) | {"cells": [], "left_out": {}, "raises": {}, "failures": {}}
-    if "GroupNorm" in options.layers:
-        record["left_out"]["GroupNorm, tensor, on more devices than groups"] = (
-            "XLA gathers x for ours there, and not for flax's"
-        )
     console.print(f"[bold]{COUNTED}[/]")
     with Elsewhere() as elsewhere:
         begun = {
