@@ -803,6 +803,9 @@ class Launch:
             out_specs=tuple(itertools.starmap(spec_of, results)),
             scratch_shapes=(*keep, *scratch),
             compiler_params=memory.compiler_params(grid, self.vmem),
+            cost_estimate=memory.cost(
+                [array for array, _ in operands], [shape for shape, _ in results]
+            ),
         )(*[memory.bits(array) for array, _ in operands])
 
     # x, y, dy, dx; and what channels have.

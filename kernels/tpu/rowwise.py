@@ -560,6 +560,9 @@ def _pallas_call(
         compiler_params=memory.compiler_params(
             blocks.grid, max(blocks.vmem, VMEM_BYTES)
         ),
+        cost_estimate=memory.cost(
+            [array for array, _ in operands], [shape for shape, _ in results]
+        ),
     )(*[memory.bits(array) for array, _ in operands])
 
 
