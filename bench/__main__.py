@@ -1,4 +1,7 @@
-"""python -m bench: times what is here; roofline and scaling are of what is not."""
+"""python -m bench: times what is here; roofline and scaling are of what is not.
+
+models are whole ones; compare and report read the files of what was timed.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -23,8 +26,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.aot.scaling import main as scaling
 
         return scaling(given[1:])
+    if given[:1] == ["compare"]:
+        from bench.compare import main as compare
+
+        return compare(given[1:])
+    if given[:1] == ["report"]:
+        from bench.publish import main as report
+
+        return report(given[1:])
+    if given[:1] == ["models"]:
+        from bench.whole_run import main as models
+
+        return models(given[1:])
+    if given[:1] == ["tune"]:
+        from bench.tune import main as tune
+
+        return tune(given[1:])
     from bench.run import main as run
 
+    if given[:1] == ["peers"]:
+        return run(given[1:], with_peers=True)
     return run(given)
 
 

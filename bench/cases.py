@@ -30,6 +30,7 @@ class Case:
       activation: what follows, if anything.
       modulated: whether each sample has its own scale and bias, which are inputs, as in
         a diffusion transformer (adaLN): norm(x) * (1 + scale) + bias.
+      samples: length of the first axis where it is not for the size wanted to say.
     """
 
     name: str
@@ -40,13 +41,15 @@ class Case:
     residual: Literal["before", "after"] | None = None
     activation: Literal["relu", "silu"] | None = None
     modulated: bool = False
+    samples: int | None = None
 
     def shape(self, tensor_bytes: float) -> tuple[int, ...]:
         """The norm's input, where the block's largest tensor has about `tensor_bytes`.
 
         Of one sample at least.
         """
-        return (max(1, round(tensor_bytes / self.sample_bytes)), *self.sample)
+        fitting = max(1, round(tensor_bytes / self.sample_bytes))
+        return (self.samples or fitting, *self.sample)
 
     @property
     def sample_bytes(self) -> int:
@@ -261,4 +264,24 @@ CASES = (
     Case("llama3_8b_add_rms", nnx.RMSNorm, (4096,), "bfloat16", residual="before"),
     # A diffusion transformer on latents of 256x256 pixels.
     Case("dit_xl_2_adaln", nnx.LayerNorm, (256, 1152), "bfloat16", modulated=True),
+)
+
+# Rows of every length, as the libraries that have kernels for them time theirs.
+SWEEP = tuple(
+    Case(f"{name}_{features}_{short}", norm, (features,), dtype)
+    for name, norm in (("rms", nnx.RMSNorm), ("layer", nnx.LayerNorm))
+    for features in (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    for dtype, short in (("bfloat16", "bf16"), ("float32", "f32"))
+)
+
+# So little that launching it is most of it: one token's decoding, few rows, one image.
+FEW = (
+    Case("decode_rms_4096", nnx.RMSNorm, (4096,), "bfloat16", samples=1),
+    Case("decode_qk_norm", nnx.RMSNorm, (32, 128), "bfloat16", samples=1),
+    Case("few_rows_768", nnx.LayerNorm, (768,), "float32", samples=37),
+    Case("few_rows_12288", nnx.LayerNorm, (12288,), "bfloat16", samples=37),
+    Case("one_sd_unet_64", nnx.GroupNorm, (64, 64, 320), "bfloat16", samples=1),
+    Case("one_sd_unet_8", nnx.GroupNorm, (8, 8, 1280), "bfloat16", samples=1),
+    Case("one_style_64", nnx.InstanceNorm, (64, 64, 128), "float32", samples=1),
+    Case("few_resnet50_conv5", nnx.BatchNorm, (7, 7, 2048), "bfloat16", samples=4),
 )

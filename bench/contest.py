@@ -1,11 +1,12 @@
-"""flax.nnx and fusednorm on one case: compiled, checked, and timed in turn."""
+"""flax.nnx, fusednorm and others on one case: compiled, checked, timed in turn."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,35 @@ from bench.cases import Block, Case, draw
 from fusednorm.kernels.dispatch import Fallback, Kernel
 
 PASSES = ("forward", "forward+backward")
+# The latter's two halves, apart as a model's other layers part them: a forward that
+# keeps what the backward needs, and a backward that finds it.
+HALVES = ("forward with statistics", "backward")
 
 # Bytes. One pass of 34 MB takes 0.3 s on two cores, and all that is timed of it 30 s.
 LARGEST_ON_CPU = 24e6
 
+# Bytes: more than twice the L2 cache of an H100 (50 MB) or H200 (60 MB).
+FLUSHING = int(160e6)
+
 Named = dict[str, Any]
+
+
+class Peer(Protocol):
+    """Another implementation of the cases' blocks."""
+
+    name: str
+
+    def passes(
+        self,
+        block: Block,
+        inputs: tuple[Any, ...],
+        cotangents: Named,
+        wanted: Iterable[str],
+    ) -> dict[str, Callable[[], Any]]:
+        """As `passes`, of functions that take nothing; or raises, and says why not."""
+
+    def read(self, found: Named) -> Named:
+        """What a pass returned, as arrays of JAX; outside of the time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +60,20 @@ class Pass:
     function: Any
     arguments: tuple[Any, ...]
 
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The function, compiled for the arguments."""
+        return self.function.lower(*self.arguments).compile()
+
     def __call__(self) -> Any:
-        return self.function(*self.arguments)
+        return self.compiled(*self.arguments)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes beside its arguments: results and what is between."""
+        found = self.compiled.memory_analysis()
+        taken = found.output_size_in_bytes + found.temp_size_in_bytes
+        return int(taken - found.alias_size_in_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +145,7 @@ class Result:
 
     Attributes:
       case, layer, shape, dtype: as in `Case`.
-      which: one of `PASSES`.
+      which: one of `PASSES` or `HALVES`.
       backend, plan: what ran fusednorm, and the kernels or the reason for the
         reference, as `fusednorm.explain` says.
       floor_bytes: bytes that must cross device memory, or None; see `Case.floor`.
@@ -118,7 +155,10 @@ class Result:
       rounds: samples of each contestant.
       flax, fusednorm, copy: their times.
       kernels: by contestant, median seconds of a GPU's kernels by name.
-      errors: of both against float64, by result.
+      errors: of both against float64, by result; of the peers too.
+      memory: by contestant of JAX, the bytes of `Pass.memory`.
+      peers: times of others, by name.
+      peers_without: those that have no figure here, by name: why.
     """
 
     case: str
@@ -137,6 +177,9 @@ class Result:
     copy: Quantiles
     kernels: dict[str, dict[str, float]]
     errors: Named
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    peers: dict[str, Quantiles] = dataclasses.field(default_factory=dict)
+    peers_without: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -167,19 +210,40 @@ class Result:
 # --- what runs ------------------------------------------------------------------------
 
 
-def passes(block: Block, inputs: tuple[Any, ...], cotangents: Named) -> dict[str, Pass]:
-    """The block's forward, and its forward and backward.
+def passes(
+    block: Block,
+    inputs: tuple[Any, ...],
+    cotangents: Named,
+    wanted: Iterable[str] = PASSES,
+) -> dict[str, Pass]:
+    """The block's forward, its forward and backward, and the halves of the latter.
 
     Returns:
-      By the names of `PASSES`. The forward returns the block's outputs, the other also
-      their gradients: dx, dscale and so on. Both return BatchNorm's running averages as
-      "statistics".
+      Those wanted, by the names of `PASSES` and `HALVES`. Forwards return the block's
+      outputs by name, and BatchNorm's running averages as "statistics"; backwards the
+      gradients: dx, dscale and so on. "forward with statistics" returns the outputs and
+      what the backward needs.
     """
     graph, params, *rest = nnx.split(block, nnx.Param, ...)
 
     def apply(params: Any, inputs: Any, rest: Any) -> tuple[Named, Any]:
         merged = nnx.merge(graph, params, *rest, copy=True)
         return merged(*inputs), nnx.state(merged, nnx.BatchStat)
+
+    def with_vjp(params: Any, inputs: Any, rest: Any) -> tuple[Named, Any, Any]:
+        def of(params: Any, inputs: Any) -> tuple[Named, Any]:
+            return apply(params, inputs, rest)
+
+        return jax.vjp(of, params, inputs, has_aux=True)
+
+    def gradients(vjp: Any, cotangents: Named) -> Named:
+        dparams, dinputs = vjp(cotangents)
+        found = {f"d{path[-1]}": leaf[...] for path, leaf in nnx.to_flat_state(dparams)}
+        if block.case.residual == "after":  # added before, its gradient is dx itself
+            found["dresidual"] = dinputs[1]
+        if block.case.modulated:
+            found |= {"dscale": dinputs[1], "dbias": dinputs[2]}
+        return {**found, "dx": dinputs[0]}
 
     @jax.jit
     def forward(params: Any, inputs: Any, rest: Any) -> Named:
@@ -188,26 +252,34 @@ def passes(block: Block, inputs: tuple[Any, ...], cotangents: Named) -> dict[str
 
     @jax.jit
     def forward_backward(params: Any, inputs: Any, rest: Any, cotangents: Named) -> Any:
-        outputs, vjp, statistics = jax.vjp(
-            lambda params, inputs: apply(params, inputs, rest),
-            params,
-            inputs,
-            has_aux=True,
-        )
+        outputs, vjp, statistics = with_vjp(params, inputs, rest)
         # As in a model, where other layers run in between: or XLA shares reads of x.
         outputs, cotangents = lax.optimization_barrier((outputs, cotangents))
-        dparams, dinputs = vjp(cotangents)
-        grads = {f"d{path[-1]}": leaf[...] for path, leaf in nnx.to_flat_state(dparams)}
-        if block.case.residual == "after":  # added before, its gradient is dx itself
-            grads["dresidual"] = dinputs[1]
-        if block.case.modulated:
-            grads |= {"dscale": dinputs[1], "dbias": dinputs[2]}
-        return {**outputs, **grads, "dx": dinputs[0], "statistics": statistics}
+        return {**outputs, **gradients(vjp, cotangents), "statistics": statistics}
 
-    return {
-        "forward": Pass(forward, (params, inputs, rest)),
-        "forward+backward": Pass(forward_backward, (params, inputs, rest, cotangents)),
+    @jax.jit
+    def forward_with_statistics(params: Any, inputs: Any, rest: Any) -> Any:
+        outputs, vjp, statistics = with_vjp(params, inputs, rest)
+        return {**outputs, "statistics": statistics}, vjp
+
+    given = params, inputs, rest
+    found = {
+        "forward": Pass(forward, given),
+        "forward+backward": Pass(forward_backward, (*given, cotangents)),
     }
+    if set(wanted) & set(HALVES):
+        first = Pass(forward_with_statistics, given)
+        _, vjp = first()
+        found["forward with statistics"] = first
+        found["backward"] = Pass(jax.jit(gradients), (vjp, cotangents))
+    return {which: found[which] for which in wanted}
+
+
+def results_of(passes: dict[str, Any]) -> Iterable[tuple[str, Named]]:
+    """What each pass returns, by name."""
+    for which, run in passes.items():
+        found = run()
+        yield which, found[0] if which == "forward with statistics" else found
 
 
 def copy_of(nbytes: int) -> Pass:
@@ -220,7 +292,7 @@ def copy_of(nbytes: int) -> Pass:
 
 
 class Contest:
-    """One case, ready to be timed: both contestants compiled, and their results right.
+    """One case, ready to be timed: all contestants compiled, and their results right.
 
     Attributes:
       case: the case.
@@ -228,11 +300,20 @@ class Contest:
       tensor_bytes: its bytes.
       backend, plan: as in `Result`.
       flax, fused: the passes of both, by name.
+      peers: those of others, by their names.
       copy: copies a tensor of that size.
-      errors: of both against float64, by result.
+      flush: copies one that fills the caches, before each sample.
+      errors: of all against float64, by result.
+      failures: of the peers that have no figure here, by name: why.
     """
 
-    def __init__(self, case: Case, tensor_bytes: float):
+    def __init__(
+        self,
+        case: Case,
+        tensor_bytes: float,
+        wanted: Sequence[str] = PASSES,
+        peers: Iterable[Peer] = (),
+    ):
         """Builds and checks.
 
         Raises:
@@ -247,39 +328,61 @@ class Contest:
 
         fused_block = nnx.clone(block)
         fusednorm.fuse(fused_block)
-        self.flax = passes(block, inputs, cotangents)
-        self.fused = passes(fused_block, inputs, cotangents)
+        self.flax = passes(block, inputs, cotangents, wanted)
+        self.fused = passes(fused_block, inputs, cotangents, wanted)
         self.tensor_bytes = cotangents["y"].nbytes
         self.copy = copy_of(self.tensor_bytes)
-        choices = fusednorm.explain(self.fused["forward+backward"]).choices
+        self.flush = self.copy
+        if self.tensor_bytes < FLUSHING and jax.default_backend() == "gpu":
+            self.flush = copy_of(FLUSHING)
+        choices = [
+            choice
+            for one in self.fused.values()
+            for choice in fusednorm.explain(one.function, *one.arguments).choices
+        ]
         self.backend = " and ".join(dict.fromkeys(c.backend for c in choices))
         self.plan = "; ".join(dict.fromkeys(in_words(c.plan) for c in choices))
 
-        # The very functions that are timed, both passes.
+        # The very functions that are timed, every pass.
         results = truth.backward(block, true, cotangents) | true.outputs
-        self.errors = truth.check(
-            self.flax["forward+backward"](), self.fused["forward+backward"](), results
-        )
-        self.errors |= {
-            f"{name} of the forward alone": error
-            for name, error in truth.check(
-                self.flax["forward"](), self.fused["forward"](), true.outputs
-            ).items()
-        }
+        flax_results = dict(results_of(self.flax))
+        self.errors: Named = {}
+        for which, found in results_of(self.fused):
+            errors = truth.check("fusednorm", flax_results[which], found, results)
+            self.errors |= {f"{name}, {which}": error for name, error in errors.items()}
+        self.peers: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, str] = {}
+        for peer in peers:
+            try:
+                runs = peer.passes(block, inputs, cotangents, wanted)
+                for which, found in results_of(runs):
+                    errors = truth.check(
+                        peer.name,
+                        flax_results[which],
+                        peer.read(found),
+                        results,
+                        lenient=True,
+                    )
+                    for name, error in errors.items():
+                        self.errors[f"{name}, {which}"] |= error
+            except Exception as error:  # another library's, of any kind
+                self.failures[peer.name] = said(error)
+            else:
+                self.peers[peer.name] = runs
 
     def time(
         self, which: str, benchmark: BenchmarkFixture, settings: Settings
     ) -> Result:
-        """Times one of `PASSES`: flax and fusednorm in turn.
+        """Times one of the passes wanted: all contestants in turn.
 
-        A copy runs before each, so that both find the caches alike.
+        A copy runs before each, so that all find the caches alike.
         """
-        turns = [
-            ("copy", self.copy),
-            ("flax", self.flax[which]),
-            ("copy", self.copy),
-            ("fusednorm", self.fused[which]),
-        ]
+        contestants = {"flax": self.flax[which], "fusednorm": self.fused[which]}
+        contestants |= {name: runs[which] for name, runs in self.peers.items()}
+        before = ("copy" if self.flush is self.copy else "flush", self.flush)
+        turns = [turn for one in contestants.items() for turn in (before, one)]
+        if self.flush is not self.copy:
+            turns += [before, ("copy", self.copy)]
         rounds = _suitable_rounds([function for _, function in turns], settings)
         kernels: dict[str, dict[str, float]] = {}
         if jax.default_backend() == "gpu":
@@ -288,7 +391,16 @@ class Contest:
         else:
             clock = "host"
             samples = interleave(benchmark, turns, rounds, calls=settings.calls)
-        tensors = self.case.floor and sum(self.case.floor[: PASSES.index(which) + 1])
+        times = {name: Quantiles.of(found) for name, found in samples.items()}
+        tensors = (
+            self.case.floor
+            and {
+                "forward": self.case.floor[0],
+                "forward with statistics": self.case.floor[0],
+                "backward": self.case.floor[1],
+                "forward+backward": sum(self.case.floor),
+            }[which]
+        )
         return Result(
             case=self.case.name,
             layer=self.case.layer,
@@ -301,12 +413,24 @@ class Contest:
             copy_bytes=2 * self.tensor_bytes,
             clock=clock,
             rounds=rounds,
-            flax=Quantiles.of(samples["flax"]),
-            fusednorm=Quantiles.of(samples["fusednorm"]),
-            copy=Quantiles.of(samples["copy"]),
+            flax=times["flax"],
+            fusednorm=times["fusednorm"],
+            copy=times["copy"],
             kernels=kernels,
             errors=self.errors,
+            memory={
+                "flax": self.flax[which].memory,
+                "fusednorm": self.fused[which].memory,
+            },
+            peers={name: times[name] for name in self.peers},
+            peers_without=self.failures,
         )
+
+
+def said(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}"
 
 
 def in_words(plan: Kernel | Fallback) -> str:
@@ -352,7 +476,7 @@ def interleave(
 
 
 def on_device(
-    turns: Sequence[tuple[str, Pass]], rounds: int, *, calls: int = 1
+    turns: Sequence[tuple[str, Callable[[], Any]]], rounds: int, *, calls: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
     """Times functions in turn by the clock of the GPU, kernel by kernel.
 
@@ -373,8 +497,8 @@ def on_device(
     for _ in range(rounds):
         for name, turn in turns:
             # The warm call before, whose results are dropped, is none of the samples.
-            measure = cupti.measure(turn.function, aggregate=False, iterations=calls)
-            _, timings = measure(*turn.arguments)
+            measure = cupti.measure(turn, aggregate=False, iterations=calls)
+            _, timings = measure()
             assert timings, f"{name} launches no kernel"
             each = timings if calls > 1 else [timings]
             found[name] += [by_kernel(kernels) for kernels in each]
@@ -399,7 +523,7 @@ def by_kernel(timings: Iterable[tuple[str, float]]) -> dict[str, float]:
     return seconds
 
 
-def _suitable_rounds(functions: Iterable[Pass], settings: Settings) -> int:
+def _suitable_rounds(functions: Iterable[Callable[[], Any]], settings: Settings) -> int:
     """How often to time these functions; runs each, so that they are warm then."""
     seconds = 0.0
     for function in functions:
@@ -411,7 +535,7 @@ def _suitable_rounds(functions: Iterable[Pass], settings: Settings) -> int:
     return min(max(wanted, settings.min_rounds), settings.max_rounds)
 
 
-def _run(function: Pass, calls: int) -> None:
+def _run(function: Callable[[], Any], calls: int) -> None:
     for _ in range(calls):
         result = function()
     jax.block_until_ready(result)

@@ -21,18 +21,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.contest import PASSES, Quantiles, Result, Settings
+from bench import peers
+from bench.contest import Quantiles, Result, Settings
 from bench.provenance import commit, output
 from bench.training import Tracing, Training
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "box": box.SIMPLE_HEAD,
     "pad_edge": False,
     "collapse_padding": True,
 }
 _DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 _COLORS = {"fusednorm": "#0072b2", "flax": "#b8b8b8"}
-_PASSES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+_PASSES = {
+    "forward": "fwd",
+    "forward with statistics": "fwd+stats",
+    "backward": "bwd",
+    "forward+backward": "fwd+bwd",
+}
 
 
 @dataclasses.dataclass
@@ -43,6 +49,8 @@ class Report:
       settings: how much was run.
       trainings, tracings, results: of the models and the cases that ran, in order.
       failures: why others have no figure, by name.
+      absent: peers that are not here, by name: why; None where none was asked for.
+      left: what there was no time for.
     """
 
     settings: Settings
@@ -50,6 +58,13 @@ class Report:
     tracings: list[Tracing] = dataclasses.field(default_factory=list)
     results: list[Result] = dataclasses.field(default_factory=list)
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    absent: dict[str, str] | None = None
+    left: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def peers(self) -> list[str]:
+        """Those that have a figure."""
+        return list(dict.fromkeys(name for r in self.results for name in r.peers))
 
     def add(self, found: object) -> None:
         """Takes in what one item of the suite found."""
@@ -71,17 +86,36 @@ def geometric_mean(values: Iterable[float]) -> float:
 def summary(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     """By pass: how many cases, and the geometric mean and the worst of their ratios."""
     found = {}
-    for which in PASSES:
+    for which in _PASSES:
         mine = [result for result in results if result.which == which]
         if mine:
-            worst = max(mine, key=lambda result: result.ratio)
-            found[which] = {
-                "cases": len(mine),
-                "geometric_mean": geometric_mean(result.ratio for result in mine),
-                "worst": worst.ratio,
-                "worst_case": worst.case,
-            }
+            found[which] = _of_ratios({r.case: r.ratio for r in mine})
     return found
+
+
+def against_peers(results: Sequence[Result]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By peer and pass, the same of fusednorm's time over the peer's."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in dict.fromkeys(name for result in results for name in result.peers):
+        for which in _PASSES:
+            ratios = {
+                r.case: r.fusednorm.p10 / r.peers[name].p10
+                for r in results
+                if r.which == which and name in r.peers
+            }
+            if ratios:
+                found.setdefault(name, {})[which] = _of_ratios(ratios)
+    return found
+
+
+def _of_ratios(ratios: dict[str, float]) -> dict[str, Any]:
+    worst = max(ratios, key=lambda case: ratios[case])
+    return {
+        "cases": len(ratios),
+        "geometric_mean": geometric_mean(ratios.values()),
+        "worst": ratios[worst],
+        "worst_case": worst,
+    }
 
 
 # --- tables ---------------------------------------------------------------------------
@@ -95,6 +129,10 @@ def show(report: Report, console: Console) -> None:
         _show_trainings(report, console)
     if report.results:
         _show_results(report.results, console)
+    if report.absent is not None:
+        _show_peers(report, console)
+    if report.left:
+        console.print(f"no time was left for {', '.join(report.left)}: run it again")
     for text in dict.fromkeys(report.failures.values()):  # a case fails in both passes
         console.print(Text(f"FAILED, no figure: {text}", style="bold red"))
 
@@ -117,7 +155,7 @@ def _show_trainings(report: Report, console: Console) -> None:
         title_justify="left",
         caption="difference: the largest between flax and fusednorm, relative",
         caption_justify="left",
-        **_STYLE,
+        **STYLE,
     )
     table.add_column("model")
     for name in ("steps", "loss", "loss\ndifference", "gradient\ndifference"):
@@ -135,10 +173,10 @@ def _show_trainings(report: Report, console: Console) -> None:
             f"{losses[0]:.2f} -> {losses[-1]:.2f}",
             f"{training.loss_difference:.0e}",
             f"{training.gradient_difference:.0e}",
-            _milliseconds(training.flax),
-            _milliseconds(training.fusednorm),
-            _ratio(training.ratio),
-            _ratio(tracing.ratio) if tracing else "",
+            milliseconds(training.flax),
+            milliseconds(training.fusednorm),
+            colored(training.ratio),
+            colored(tracing.ratio) if tracing else "",
         )
     console.print(table)
     for training in report.trainings:
@@ -162,7 +200,7 @@ def _show_results(results: Sequence[Result], console: Console) -> None:
         "time. share: of a copy's rate,\n"
         f"{copies[len(copies) // 2] / 1e9:.1f} GB/s here.",
         caption_justify="left",
-        **_STYLE,
+        **STYLE,
     )
     for name in ("case", "dtype", "pass", "backend"):
         table.add_column(name)
@@ -175,9 +213,9 @@ def _show_results(results: Sequence[Result], console: Console) -> None:
             "" if result.case == above else _DTYPES[result.dtype],
             _PASSES[result.which],
             result.backend,
-            _milliseconds(result.flax),
-            _milliseconds(result.fusednorm),
-            _ratio(result.ratio),
+            milliseconds(result.flax),
+            milliseconds(result.fusednorm),
+            colored(result.ratio),
             "-" if result.rate is None else f"{result.rate / 1e9:.1f}",
             "-" if result.share is None else f"{result.share:.0%}",
         )
@@ -191,7 +229,54 @@ def _show_results(results: Sequence[Result], console: Console) -> None:
         )
 
 
-def _milliseconds(time: Quantiles) -> str:
+def _show_peers(report: Report, console: Console) -> None:
+    """fusednorm's time over each peer's."""
+    table = Table(
+        title="\nfusednorm against others",
+        title_justify="left",
+        caption="fusednorm's time over the other's, first deciles: below 1 is faster.",
+        caption_justify="left",
+        **STYLE,
+    )
+    for name in ("case", "dtype", "pass"):
+        table.add_column(name)
+    for name in ("flax.nnx", *report.peers):
+        table.add_column(name, justify="right")
+    for result in report.results:
+        if result.peers:
+            times = (result.peers.get(name) for name in report.peers)
+            table.add_row(
+                result.case,
+                _DTYPES[result.dtype],
+                _PASSES[result.which],
+                colored(result.ratio),
+                *(
+                    "-" if t is None else colored(result.fusednorm.p10 / t.p10)
+                    for t in times
+                ),
+            )
+    if report.peers:
+        console.print(table)
+    for name, passes in against_peers(report.results).items():
+        for which, found in passes.items():
+            console.print(
+                f"{name}, {which}: geometric mean {found['geometric_mean']:.2f}, worst "
+                f"{found['worst']:.2f} ({found['worst_case']}), {found['cases']} cases",
+                highlight=False,
+            )
+    for name, why in (report.absent or {}).items():
+        console.print(f"absent: {name}: {why}", highlight=False)
+    without: dict[str, list[str]] = {}
+    for result in report.results:
+        for name, why in result.peers_without.items():
+            without.setdefault(f"{name}: {why}", []).append(result.case)
+    for said, cases in without.items():
+        names = ", ".join(dict.fromkeys(cases))
+        console.print(f"no figure: {said}: {names}", highlight=False)
+
+
+def milliseconds(time: Quantiles) -> str:
+    """Median, and first and last decile, of three digits."""
     low, middle, high = (_three_digits(1e3 * s) for s in (time.p10, time.p50, time.p90))
     return f"{middle} ({low}-{high})"
 
@@ -200,7 +285,8 @@ def _three_digits(value: float) -> str:
     return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(value))))}f}"
 
 
-def _ratio(ratio: float) -> Text:
+def colored(ratio: float) -> Text:
+    """Green where it is faster by 5 %, red where it is slower by that."""
     style = "green" if ratio < 0.95 else "red" if ratio > 1.05 else ""
     return Text(f"{ratio:.2f}", style=style)
 
@@ -216,19 +302,18 @@ def write(report: Report, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = as_record(report)
-    device = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
-    path = folder / f"{device}-{record['date'][:10]}.json"
+    kind = "" if report.absent is None else "peers-"
+    path = folder / f"{device_in_files()}-{kind}{record['date'][:10]}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    if not report.results:
+    if not report.results or report.absent is not None:  # `bench report` draws peers
         return [path]
     draw(report.results, path.with_suffix(".png"), title=_title(record))
     return [path, path.with_suffix(".png")]
 
 
-def as_record(report: Report) -> dict[str, Any]:
-    """The report as JSON: times in seconds, rates in bytes per second."""
+def head() -> dict[str, Any]:
+    """What a record starts with: when, of which commit, on what, and with what."""
     now = datetime.datetime.now(datetime.UTC)
-    derived = ("ratio", "rate", "share", "copy_rate")
     return {
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
@@ -246,16 +331,60 @@ def as_record(report: Report) -> dict[str, Any]:
                 for name in ("fusednorm", "jax", "jaxlib", "flax", "numpy")
             },
         },
+    }
+
+
+def as_record(report: Report) -> dict[str, Any]:
+    """The report as JSON: times in seconds, rates in bytes per second."""
+    derived = ("ratio", "rate", "share", "copy_rate")
+    return {
+        **head(),
         "settings": dataclasses.asdict(report.settings),
         "summary": summary(report.results),
-        "training": [_with(t, "ratio") for t in report.trainings],
-        "tracing": [_with(t, "ratio") for t in report.tracings],
-        "results": [_with(result, *derived) for result in report.results],
+        **_of_peers(report),
+        "training": [as_dict(t, "ratio") for t in report.trainings],
+        "tracing": [as_dict(t, "ratio") for t in report.tracings],
+        "results": [as_dict(result, *derived) for result in report.results],
         "failures": sorted(report.failures),
     }
 
 
-def _with(found: Any, *properties: str) -> dict[str, Any]:
+def _of_peers(report: Report) -> dict[str, Any]:
+    if report.absent is None:
+        return {}
+    return {
+        "absent": report.absent,
+        "peer_versions": peers.versions(),
+        "against_peers": against_peers(report.results),
+    }
+
+
+def as_result(one: dict[str, Any]) -> Result:
+    """One of a record's results; what old files lack is empty."""
+    given = {"clock": "host", "kernels": {}} | one
+    names = [field.name for field in dataclasses.fields(Result)]
+    fields = {name: given[name] for name in names if name in given}
+    fields |= {who: Quantiles(**one[who]) for who in ("flax", "fusednorm", "copy")}
+    fields["peers"] = {who: Quantiles(**t) for who, t in one.get("peers", {}).items()}
+    return Result(**fields | {"shape": tuple(one["shape"])})
+
+
+def earlier(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The newest record of this kind, commit and device in a folder, or None.
+
+    A commit with a + is one with files that differ from it, whichever these are: its
+    figures are taken to be of the same files.
+    """
+    now = commit()
+    for path in sorted(folder.glob(f"{device_in_files()}-{kind}-*.json"), reverse=True):
+        record: dict[str, Any] = json.loads(path.read_text())
+        if now and (record["commit"], record["device"]["name"]) == (now, device_name()):
+            return record
+    return None
+
+
+def as_dict(found: Any, *properties: str) -> dict[str, Any]:
+    """A dataclass's fields, and some of its properties."""
     return dataclasses.asdict(found) | {
         name: getattr(found, name) for name in properties
     }
@@ -272,6 +401,11 @@ def device_name() -> str:
         lines = []
     models = [line.partition(":")[2] for line in lines if line.startswith("model name")]
     return models[0].strip() if models else platform.processor() or platform.machine()
+
+
+def device_in_files() -> str:
+    """Its name as files have it: "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
 def _driver() -> str | None:
@@ -293,7 +427,7 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     """Draws a PNG: for each case and pass, both speeds as shares of the copy's."""
     cases = list(dict.fromkeys(result.case for result in results))
     backends = " and ".join(dict.fromkeys(result.backend for result in results))
-    shown = [which for which in PASSES if any(r.which == which for r in results)]
+    shown = [which for which in _PASSES if any(r.which == which for r in results)]
     figure = Figure(figsize=(12, 1.8 + 0.36 * len(cases)), layout="constrained")
     axes = figure.subplots(ncols=len(shown), squeeze=False, sharey=True)
     fastest = max(max(r.share or 0, r.flax_share or 0) for r in results)

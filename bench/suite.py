@@ -4,7 +4,7 @@ An item times one thing. What it found goes to `record_property`, by which pytes
 it to the run in `run.py`. A red gate fails the item, and it finds nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.cases import Case
-from bench.contest import PASSES, Contest, Settings
+from bench.contest import Contest, Peer, Settings
 from bench.training import Pair, trace, train
 from bench.truth import GateError
 
@@ -50,13 +50,14 @@ def bench_tracing(
 
 
 @pytest.fixture(scope="module")
-def contest(case: Case, settings: Settings) -> Contest:
-    """One case, compiled and checked once for both passes."""
+def contest(
+    case: Case, settings: Settings, passes: Sequence[str], peers: Sequence[Peer]
+) -> Contest:
+    """One case, compiled and checked once for all passes."""
     with gate(case.name):
-        return Contest(case, settings.tensor_bytes)
+        return Contest(case, settings.tensor_bytes, passes, peers)
 
 
-@pytest.mark.parametrize("which", PASSES)
 def bench_case(
     contest: Contest,
     which: str,

@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import fusednorm
 from bench.contest import Quantiles, in_words, interleave
-from bench.models import MODELS, digits
+from bench.models.small import MODELS, digits
 from bench.truth import GateError
 
 BATCH = 128

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from bench.cases import Block, Case
 
@@ -67,6 +68,16 @@ def _float64(a: Any) -> Array:
     return jnp.asarray(a, jnp.float64) if on_device() else np.asarray(a, np.float64)
 
 
+def _rounded(a: Array, dtype: str) -> Array:
+    """As an array of a half precision keeps it; float32 is as exact as what follows."""
+    to = jnp.finfo(dtype)
+    if to.bits >= 32:
+        return a
+    if on_device():  # where XLA could leave out a conversion there and back
+        return lax.reduce_precision(a, to.nexp, to.nmant)
+    return a.astype(to.dtype).astype(np.float64)
+
+
 def _xp(a: Array) -> Any:
     """numpy or jax.numpy, whose array it is."""
     return a.__array_namespace__()
@@ -101,6 +112,9 @@ def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
         h = x @ kernel
     if case.residual == "before":
         h = h + others[0]
+    outputs = {"h": h} if case.residual == "before" else {}
+    if outputs:  # an array of its own, of which the norm is taken
+        h = _rounded(h, case.dtype)
 
     n, s, g, k = _view(block.norm, h.shape)
     rows = h.reshape(n, s, g, k)
@@ -121,7 +135,6 @@ def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
     z = (x_hat * scale + bias).reshape(h.shape)
     if case.residual == "after":
         z = z + others[0]
-    outputs = {"h": h} if case.residual == "before" else {}
     outputs["y"] = _activate(case, z)
     return Forward(kernel, scale, x, x_hat, rstd, z, outputs)
 
@@ -230,35 +243,45 @@ def _errors(result: Any, true: Array) -> tuple[Array, Array]:
     return (off * off).mean() ** 0.5, off.max()
 
 
-def check(flax: Named, fused: Named, true: dict[str, Array]) -> dict[str, Named]:
-    """Lets fusednorm's results through, or raises.
+def check(
+    name: str, flax: Named, found: Named, true: dict[str, Array], lenient: bool = False
+) -> dict[str, Named]:
+    """Lets a contestant's results through, or raises.
 
     Args:
-      flax, fused: results of both, by name.
-      true: the same in float64.
+      name: the contestant's.
+      flax, found: results of flax and of the contestant, by name.
+      true: the same in float64; those that flax has are checked.
+      lenient: for other libraries, which are timed here, not judged: they may round
+        parameters and sums to x's dtype, and have ten times flax's error.
 
     Returns:
-      The errors of both, by name, for the record.
+      The errors of both, by name of the result, for the record.
 
     Raises:
-      GateError: a result of fusednorm is not finite, or its error is above
-        `FACTOR` times flax's plus a rounding.
+      GateError: a result is not finite, or its error is above `FACTOR` times flax's
+        plus a rounding.
     """
+    checked = [key for key in true if key in flax]
+    coarsest = max(float(jnp.finfo(found[key].dtype).eps) for key in checked)
     record = {}
-    for name, value in true.items():
-        flax_rms, flax_max = errors(flax[name], value)
-        fused_rms, fused_max = errors(fused[name], value)
-        record[name] = {
+    for key in checked:
+        flax_rms, flax_max = errors(flax[key], true[key])
+        rms, largest = errors(found[key], true[key])
+        record[key] = {
             "flax": {"rms": flax_rms, "max": flax_max},
-            "fusednorm": {"rms": fused_rms, "max": fused_max},
+            name: {"rms": rms, "max": largest},
         }
         rms_limit = FACTOR * flax_rms + 4 * float(np.finfo(np.float32).eps)
-        max_limit = FACTOR * flax_max + float(jnp.finfo(fused[name].dtype).eps)
+        max_limit = FACTOR * flax_max + float(jnp.finfo(found[key].dtype).eps)
+        if lenient:
+            rms_limit = 10 * flax_rms + 4 * coarsest
+            max_limit = 10 * flax_max + 4 * coarsest
         # Written so that NaN fails.
-        if not (fused_rms <= rms_limit and fused_max <= max_limit):
+        if not (rms <= rms_limit and largest <= max_limit):
             raise GateError(
-                f"{name} is wrong: error {fused_rms:.1e} rms, {fused_max:.1e} max "
-                f"against float64; flax has {flax_rms:.1e}, {flax_max:.1e}, and the "
-                f"limits are {rms_limit:.1e}, {max_limit:.1e}"
+                f"{key} is wrong: error {rms:.1e} rms, {largest:.1e} max against "
+                f"float64; flax has {flax_rms:.1e}, {flax_max:.1e}, and the limits are "
+                f"{rms_limit:.1e}, {max_limit:.1e}"
             )
     return record

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
-from bench.models import ResNet, digits
+from bench.models.small import ResNet, digits
 
 DEVICES, BATCH, STEPS = 8, 32, 4
 

@@ -20,12 +20,25 @@ for module in ("matplotlib", "optax", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(module)
 
 from bench import __main__ as cli  # noqa: E402
-from bench import provenance, truth  # noqa: E402
+from bench import (  # noqa: E402
+    peers,
+    provenance,
+    truth,
+)
+from bench import run as bench_run  # noqa: E402
 from bench.aot import hlo, scaling  # noqa: E402
 from bench.aot.sharded import Sharded  # noqa: E402
 from bench.cases import CASES, Block, Case, draw  # noqa: E402
-from bench.contest import by_kernel, copy_of, on_device  # noqa: E402
-from bench.models import MODELS, Transformer  # noqa: E402
+from bench.contest import (  # noqa: E402
+    HALVES,
+    PASSES,
+    Contest,
+    by_kernel,
+    copy_of,
+    on_device,
+    passes,
+)
+from bench.models.small import MODELS, Transformer  # noqa: E402
 
 CASE = {case.name: case for case in CASES}
 TINY = 1e4  # bytes of x
@@ -158,10 +171,10 @@ def results(dtype: str) -> tuple[dict[str, jax.Array], dict[str, truth.Array]]:
 def test_gate_lets_a_right_result_through(dtype: str) -> None:
     right, true = results(dtype)
     off_by_one = {"dx": jnp.nextafter(right["dx"], jnp.inf).astype(dtype)}
-    record = truth.check(right, right, true)
+    record = truth.check("fusednorm", right, right, true)
     assert record["dx"]["flax"] == record["dx"]["fusednorm"]
     if dtype == "float32":
-        truth.check(right, off_by_one, true)
+        truth.check("fusednorm", right, off_by_one, true)
 
 
 @pytest.mark.usefixtures("of_jax")
@@ -184,7 +197,7 @@ def test_gate_is_red_on_a_wrong_result(
     right, true = results(dtype)
     wrong = {"dx": spoil(right["dx"]).astype(dtype)}
     with pytest.raises(truth.GateError, match="dx is wrong"):
-        truth.check(right, wrong, true)
+        truth.check("fusednorm", right, wrong, true)
 
 
 # --- the clock of a GPU ---------------------------------------------------------------
@@ -251,6 +264,7 @@ def test_a_run(
     record = json.loads(text)
     assert record["versions"]["jax"] == jax.__version__
     assert record["failures"] == []
+    assert "absent" not in record
     (training,) = record["training"]
     assert training["fused"] == {"fusednorm.LayerNorm": 4, "fusednorm.RMSNorm": 1}
     assert sum(training["ran"].values()) == 10  # forward and backward of each
@@ -275,7 +289,209 @@ def test_a_run(
         assert result["ratio"] == result["fusednorm"]["p10"] / result["flax"]["p10"]
         assert result["rate"] == result["floor_bytes"] / result["fusednorm"]["p10"]
         assert result["share"] == pytest.approx(result["rate"] / result["copy_rate"])
-        assert {"y", "dx", "dscale"} <= result["errors"].keys()
+        assert {"y, forward", "dx, forward+backward"} <= result["errors"].keys()
+        assert result["memory"]["fusednorm"] > nbytes  # y at least
+        assert result["peers"] == {}
+
+
+# A block of each kind; halves are what the other passes do not compile.
+KINDS_OF_BLOCKS = (
+    "alphafold_pair_64",
+    "resnet50_conv3",
+    "cyclegan_256",
+    "sd_unet_gn_silu",
+    "resnet50_conv_bn_relu",
+    "resnet50_bn_add_relu",
+    "llama3_8b_add_rms",
+    "dit_xl_2_adaln",
+)
+
+
+def few_pixels(name: str) -> Case:
+    """The case on samples of few pixels, of its own channels and dtype."""
+    case = CASE[name]
+    pixels = (min(3, size) for size in case.sample[:-1])
+    return dataclasses.replace(case, sample=(*pixels, case.sample[-1]))
+
+
+@pytest.mark.parametrize("name", KINDS_OF_BLOCKS)
+def test_every_pass_of_every_block_is_right(name: str) -> None:
+    """By the gate, which compares each result of each pass with float64."""
+    case = few_pixels(name)
+    found = Contest(case, 1e5, (*PASSES, *HALVES))
+    results = {"y", *(("h",) if case.residual == "before" else ())}
+    assert {key for key in found.errors if key.endswith(", forward")} == {
+        f"{result}, forward" for result in results
+    }
+    gradients = {"dx", "dscale"}
+    if case.residual == "after":
+        gradients.add("dresidual")
+    if case.conv is not None:
+        gradients.add("dkernel")
+    if case.norm is not nnx.RMSNorm:
+        gradients.add("dbias")
+    assert {key for key in found.errors if key.endswith(", backward")} == {
+        f"{result}, backward" for result in gradients
+    }
+    for key in gradients | results:
+        assert f"{key}, forward+backward" in found.errors
+
+
+def test_a_sum_is_taken_as_it_is_rounded(of_jax: bool) -> None:
+    """h is an array in bfloat16, and the norm is that of this array."""
+    block = Block(few_pixels("llama3_8b_add_rms"), nnx.Rngs(0))
+    (x, residual), _ = draw(block.case, 1e5)
+    done = truth.forward(block, (x, residual))
+    exact = np.asarray(x, np.float64) + np.asarray(residual, np.float64)
+    np.testing.assert_array_equal(done.outputs["h"], exact)
+    h = np.asarray(x.astype("float32") + residual.astype("float32"), "bfloat16")
+    h = h.astype(np.float64)
+    rms = np.sqrt((h * h).mean(-1, keepdims=True) + block.norm.epsilon)
+    x_hat = np.asarray(done.x_hat).reshape(h.shape)
+    off = np.abs(x_hat - h / rms).max(-1)
+    # A float32 sum rounds twice: one element in thousands differs in its last place.
+    assert np.median(off) < 1e-12
+    assert np.abs(x_hat - exact / rms).max() > 1e-3
+
+
+# --- peers ----------------------------------------------------------------------------
+
+
+class Plain:
+    """RMSNorm in jax.numpy, as another library."""
+
+    name = "plain"
+    gain = 1.0
+
+    def passes(self, block: Any, inputs: Any, cotangents: Any, wanted: Any) -> Any:
+        if not isinstance(block.norm, nnx.RMSNorm):
+            raise peers.UnsupportedError("no such norm")
+        mine = nnx.clone(block)
+        mine.norm = PlainNorm(block.norm.scale, self.gain)
+        return passes(mine, inputs, cotangents, wanted)
+
+    def read(self, found: Any) -> Any:
+        return found
+
+
+class PlainNorm(nnx.Module):
+    def __init__(self, scale: Any, gain: float):
+        self.scale, self.gain = scale, gain
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype("float32")
+        rstd = jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-6)
+        return (self.gain * wide * rstd * self.scale[...]).astype(x.dtype)
+
+
+def absent() -> Any:
+    raise ImportError("No module named 'nowhere'\nand more")
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PEERS", {"plain": Plain, "nowhere": absent})
+    monkeypatch.setattr(bench_run, "PEERS", peers.PEERS)
+
+
+def run_peers(out: pathlib.Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["peers", "--quick", "--out", str(out), *arguments])
+    found = list(out.glob("*-peers-*.json"))
+    return code, json.loads(found[0].read_text()) if found else {}
+
+
+@pytest.mark.usefixtures("plain")
+def test_peers(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A peer has figures where it has such a norm, and what is not there is named."""
+    given = ("--cases", "decode_rms_4096", "few_rows_768", "--passes", "backward")
+    code, record = run_peers(tmp_path, *given)
+    assert code == 0
+    assert record["absent"] == {"nowhere": "ImportError: No module named 'nowhere'"}
+    rms, layer = record["results"]
+    assert (rms["case"], rms["which"]) == ("decode_rms_4096", "backward")
+    assert rms["peers"].keys() == {"plain"}
+    assert rms["peers_without"] == {}
+    assert rms["peers"]["plain"]["p10"] > 0
+    assert rms["errors"]["dx, backward"].keys() == {"flax", "fusednorm", "plain"}
+    assert layer["peers"] == {}
+    assert layer["peers_without"] == {"plain": "UnsupportedError: no such norm"}
+    over = rms["fusednorm"]["p10"] / rms["peers"]["plain"]["p10"]
+    assert record["against_peers"] == {
+        "plain": {
+            "backward": {
+                "cases": 1,
+                "geometric_mean": pytest.approx(over),
+                "worst": over,
+                "worst_case": "decode_rms_4096",
+            }
+        }
+    }
+    assert record["peer_versions"] == peers.versions()
+    printed = capsys.readouterr().out
+    for words in (
+        "absent: nowhere: ImportError: No module named 'nowhere'",
+        "no figure: plain: UnsupportedError: no such norm: few_rows_768",
+        "plain, backward: geometric mean",
+    ):
+        assert words in printed
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_wrong_peer_has_no_figure(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs itself its figure, not flax and fusednorm theirs."""
+    monkeypatch.setattr(Plain, "gain", 1.1)
+    given = ("--cases", "decode_rms_4096", "--passes", "forward")
+    code, record = run_peers(tmp_path, *given)
+    assert code == 0
+    (result,) = record["results"]
+    assert result["peers"] == {}
+    assert result["peers_without"]["plain"].startswith("GateError: y is wrong")
+
+
+@pytest.mark.usefixtures("plain")
+def test_peers_go_on_where_they_stopped(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bench.report.commit", lambda: "a" * 40)
+    given = ("--cases", "decode_*", "--passes", "forward")
+    code, record = run_peers(tmp_path, *given, "--seconds", "0")
+    assert (code, record) == (0, {})
+    assert "no time was left for decode_rms_4096" in capsys.readouterr().out
+
+    _, record = run_peers(tmp_path, "--cases", "decode_rms_4096", *given[2:])
+    (first,) = record["results"]
+    _, record = run_peers(tmp_path, *given)
+    assert [r["case"] for r in record["results"]] == [
+        "decode_rms_4096",
+        "decode_qk_norm",
+    ]
+    assert record["results"][0] == first  # the very figures
+    assert "1 figures are there already" in capsys.readouterr().out
+
+    _, record = run_peers(tmp_path, *given, "--again")
+    assert record["results"][0] != first
+    monkeypatch.setattr("bench.report.commit", lambda: "b" * 40)
+    _, record = run_peers(tmp_path, "--cases", "decode_qk_norm", *given[2:])
+    assert [r["case"] for r in record["results"]] == ["decode_qk_norm"]
+
+
+@pytest.mark.gpu  # beside a GPU there is PyTorch
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS_OF_BLOCKS if CASE[name].conv is None]
+)
+def test_torch_functions_are_the_norms(name: str) -> None:
+    """What a user of PyTorch would write is flax's layer, block by block."""
+    pytest.importorskip("torch")
+    case = few_pixels(name)
+    (torch_peer,), _ = peers.present(["torch"])
+    found = Contest(case, 1e5, (*PASSES, *HALVES), [torch_peer])
+    assert found.failures == {}
+    for result in ("dx", "dscale"):
+        assert "torch" in found.errors[f"{result}, backward"]
 
 
 @pytest.mark.parametrize("gain", [1.02, 0.0])

@@ -106,8 +106,8 @@ def test_takes_an_activation_along(written: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("model", ["resnet", "transformer"])
 def test_a_model_is_the_same_but_for_rounding(model: str) -> None:
-    pytest.importorskip("sklearn", reason="bench/models.py needs it")
-    from bench.models import MODELS
+    pytest.importorskip("sklearn", reason="bench/models/small.py needs it")
+    from bench.models.small import MODELS
 
     fused = MODELS[model](nnx.Rngs(0))
     fusednorm.fuse(fused)

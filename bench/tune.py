@@ -1,0 +1,523 @@
+"""python -m bench tune: other ways to cut the work, timed beside the one at hand.
+
+How a GPU kernel cuts its work is a short function of geometry and dtypes in
+kernels/gpu/, with what was measured written beside it. For each case this takes what
+that function says, and values next to it, one at a time; then those next to the fastest
+of them, until none is faster. Each is compiled, checked against float64, and timed in
+turn with the one at hand. Nothing is changed: it prints what it would change, and why.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import fusednorm
+from bench import truth
+from bench.cases import CASES, FEW, SWEEP, Block, Case, chosen, draw
+from bench.contest import (
+    FLUSHING,
+    Pass,
+    Quantiles,
+    Settings,
+    copy_of,
+    on_device,
+    passes,
+    said,
+)
+from bench.report import STYLE, device_in_files, earlier, head
+from fusednorm.kernels.gpu import rowwise, strips
+
+HERE = Path(__file__).resolve().parent
+PASSES = ("forward", "backward")
+WORTH = 0.98  # of the present time: what is less faster is noise
+
+Setting = dict[str, int]
+Turns = Sequence[tuple[str, Callable[[], Any]]]
+Clock = Callable[[Turns], dict[str, list[float]]]
+
+
+class UnfitError(ValueError):
+    """A setting that no kernel can have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One call of a function that cuts the work, and its answer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    answer: Any
+
+
+# --- what can be set ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """A function that cuts the work, as named numbers.
+
+    Attributes:
+      module, function: where it is.
+      read: the numbers of its answer; {} where it has none.
+      values: those that each number may have, in order.
+      make: the answer for other numbers. It raises `UnfitError`.
+      optional: whether {} is a setting too.
+    """
+
+    module: Any
+    function: str
+    read: Callable[[Asked], Setting]
+    values: Callable[[Asked], dict[str, Sequence[int]]]
+    make: Callable[[Asked, Setting], Any]
+    optional: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.module.__name__.rpartition('.')[2]}.{self.function}"
+
+    def near(self, asked: Asked, setting: Setting) -> Iterator[Setting]:
+        """The settings one step away: one number, up or down, or none at all."""
+        if setting and self.optional:
+            yield {}
+        for name, values in self.values(asked).items():
+            if name not in setting:
+                continue
+            below = [v for v in values if v < setting[name]]
+            above = [v for v in values if v > setting[name]]
+            for value in below[-1:] + above[:1]:
+                yield setting | {name: value}
+
+
+def _remade(asked: Asked, setting: Setting) -> Any:
+    """Rows of a forward, cut for other numbers."""
+    return rowwise.configure(*asked.args, **asked.kwargs | setting)
+
+
+def _of_strip(config: strips.Config) -> Setting:
+    names = ("width", "blocks", "warpgroups")
+    return {name: getattr(config, name) for name in names}
+
+
+def _resident(asked: Asked, setting: Setting) -> Any:
+    """Strips that stay on the chip; two reads for {}."""
+    if not setting:
+        return None
+    view, itemsize, kept, shared = asked.args
+    config = strips._config(view, itemsize=itemsize, resident=True, **setting)
+    if config.shared(kept) > shared or len(config.chunks) > strips.MAX_CHUNKS:
+        raise UnfitError(f"{config.shared(kept)} bytes, {len(config.chunks)} chunks")
+    return config
+
+
+def _in_two_reads(asked: Asked, setting: Setting) -> Any:
+    """The first read's strips, and what adds up what its blocks found."""
+    view, itemsize, shared = asked.args
+    _, last = asked.answer
+    config = strips._config(view, itemsize=itemsize, resident=False, **setting)
+    last = dataclasses.replace(last, pixels=config.blocks)
+    if config.shared(0) > shared or len(config.chunks) > strips.MAX_CHUNKS:
+        raise UnfitError(f"{config.shared(0)} bytes, {len(config.chunks)} chunks")
+    return config, last
+
+
+KNOBS = (
+    Knob(
+        rowwise,
+        "share",
+        read=lambda asked: dataclasses.asdict(asked.answer),
+        values=lambda asked: {
+            "columns": (4, 8, 16, 32),
+            "threads": (256, 384, 512, 640, 768, 896, 1024, 1280),
+            "ahead": (0, 36, 56, 64, 100),
+        },
+        make=lambda asked, setting: rowwise.Share(**setting),
+    ),
+    Knob(
+        rowwise,
+        "configure",
+        read=lambda asked: {
+            name: asked.kwargs[name] for name in ("per_lane", "of_long", "in_warp")
+        },
+        values=lambda asked: {
+            "per_lane": (8, 16, 32, 64),
+            "of_long": (16, 32, 64, 128),
+            "in_warp": (512, 1024, 2048, 4096),
+        },
+        make=_remade,
+    ),
+    Knob(
+        strips,
+        "in_two_reads",
+        read=lambda asked: _of_strip(asked.answer[0]),
+        values=lambda asked: {
+            "width": _widths(asked.args[0], 1),
+            "blocks": [2**i for i in range(12)],
+            "warpgroups": (1, 2, 4),
+        },
+        make=_in_two_reads,
+    ),
+    Knob(
+        strips,
+        "resident",
+        read=lambda asked: {} if asked.answer is None else _of_strip(asked.answer),
+        values=lambda asked: {
+            "width": _widths(asked.args[0], asked.args[0].k),
+            "blocks": (1, 2, 4, 8),
+            "warpgroups": (1, 2, 4),
+        },
+        make=_resident,
+        optional=True,
+    ),
+)
+
+
+def _widths(view: Any, of: int) -> Sequence[int]:
+    """Of strips: multiples of so many channels that divide all of them."""
+    return [*strips._multiples(of, view.features // of)]
+
+
+@contextlib.contextmanager
+def turned(knob: Knob, setting: Setting | None) -> Iterator[list[Asked]]:
+    """Has the knob's function answer with a setting, or as ever; notes its calls."""
+    asked: list[Asked] = []
+    original = getattr(knob.module, knob.function)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        asked.append(Asked(args, kwargs, original(*args, **kwargs)))
+        if setting is None:
+            return asked[-1].answer
+        with mock.patch.object(knob.module, knob.function, original):
+            return knob.make(asked[-1], setting)
+
+    with mock.patch.object(knob.module, knob.function, function):
+        yield asked
+
+
+# --- the search -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One setting, timed in turn with the present one; or why not.
+
+    Attributes:
+      setting: its numbers.
+      cut: the kernel's own words.
+      time, present: seconds of a call.
+      failure: why it has no time.
+    """
+
+    setting: Setting
+    cut: str = ""
+    time: Quantiles | None = None
+    present: Quantiles | None = None
+    failure: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Its time over the present one's, medians; infinite where it has none."""
+        if self.time is None or self.present is None:
+            return float("inf")
+        return self.time.p50 / self.present.p50
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A case's pass, and what was tried of it.
+
+    Attributes:
+      case, dtype, shape, which: as in `bench.contest.Result`.
+      function: that cuts the work.
+      setting, cut: the present one.
+      trials: in the order in which they were made.
+    """
+
+    case: str
+    dtype: str
+    shape: tuple[int, ...]
+    which: str
+    function: str
+    setting: Setting
+    cut: str
+    trials: list[Trial]
+
+    @property
+    def best(self) -> Trial | None:
+        """The fastest, if it is worth a change."""
+        best = min(self.trials, key=lambda trial: trial.ratio, default=None)
+        return best if best and best.ratio < WORTH else None
+
+
+class Bench:
+    """A case's pass, compiled again for each setting, and checked.
+
+    Attributes:
+      present: as the functions at hand cut it.
+    """
+
+    def __init__(self, case: Case, which: str, tensor_bytes: float):
+        block = Block(case, nnx.Rngs(0))
+        inputs, cotangents = draw(case, tensor_bytes)
+        true = truth.forward(block, inputs)
+        cotangents = truth.away_from_kinks(case, true, cotangents)
+        self._true = truth.backward(block, true, cotangents) | true.outputs
+        self._flax = passes(block, inputs, cotangents, [which])[which]()
+        fused = nnx.clone(block)
+        fusednorm.fuse(fused)
+        self.present = passes(fused, inputs, cotangents, [which])[which]
+        self.check(self.present)
+
+    def check(self, run: Pass) -> None:
+        """Raises `GateError` where its results are wrong."""
+        truth.check("fusednorm", self._flax, run(), self._true)
+
+    def again(self) -> tuple[Pass, str]:
+        """The pass, compiled anew, and the kernels' words for how they cut it."""
+        jax.clear_caches()
+        function = jax.jit(self.present.function.__wrapped__)
+        run = Pass(function, self.present.arguments)
+        choices = fusednorm.explain(function, *run.arguments).choices
+        cut = "; ".join(getattr(choice.plan, "block", "") for choice in choices)
+        _ = run.compiled
+        return run, cut
+
+
+def tune(
+    case: Case,
+    which: str,
+    tensor_bytes: float,
+    clock: Clock,
+    knobs: Sequence[Knob] = KNOBS,
+) -> Tuned | None:
+    """Searches for a faster setting of one pass.
+
+    Args:
+      case: of the cases.
+      which: one of `PASSES`.
+      tensor_bytes: of a tensor, about.
+      clock: times functions in turn: seconds of each call, by name.
+      knobs: what may be set; the first whose function is asked is.
+
+    Returns:
+      None where no kernel of ours runs.
+
+    Raises:
+      GateError: what runs at present is wrong.
+    """
+    bench = Bench(case, which, tensor_bytes)
+    for knob in knobs:
+        with turned(knob, None) as calls:
+            _, cut = bench.again()
+        if calls:
+            break
+    else:
+        return None
+    asked = calls[-1]
+    now = knob.read(asked)
+    found = Tuned(
+        case.name,
+        case.dtype,
+        case.shape(tensor_bytes),
+        which,
+        knob.name,
+        now,
+        cut,
+        trials=[],
+    )
+    best, best_ratio = now, 1.0
+    tried = [now]
+    while True:
+        for setting in knob.near(asked, best):
+            if setting not in tried:
+                tried.append(setting)
+                found.trials.append(_try(bench, knob, setting, clock))
+        fastest = min(found.trials, key=lambda trial: trial.ratio, default=None)
+        if fastest is None or fastest.ratio > WORTH * best_ratio:
+            return found
+        best, best_ratio = fastest.setting, fastest.ratio
+
+
+def _try(bench: Bench, knob: Knob, setting: Setting, clock: Clock) -> Trial:
+    try:
+        with turned(knob, setting):
+            run, cut = bench.again()
+            bench.check(run)
+            samples = clock([("present", bench.present), ("candidate", run)])
+    except Exception as error:  # of a compiler: too many registers, too much memory
+        return Trial(setting, failure=said(error))
+    times = {name: Quantiles.of(seconds) for name, seconds in samples.items()}
+    return Trial(setting, cut, times["candidate"], times["present"])
+
+
+# --- the command ----------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Tunes what the command line names.
+
+    Returns:
+      0; 2 where there is nothing to tune.
+    """
+    options = _parser().parse_args(arguments)
+    names = chosen([case.name for case in (*CASES, *SWEEP, *FEW)], options.cases)
+    cases = [case for case in (*CASES, *SWEEP, *FEW) if case.name in names]
+    if not cases:
+        print(
+            f"no case is named {' or '.join(options.cases)}; see python -m bench --list"
+        )
+        return 2
+    if jax.default_backend() != "gpu":
+        print(
+            f"nothing to tune on a {jax.default_backend().upper()}: it is how the "
+            "kernels of NVIDIA GPUs cut their work"
+        )
+        return 2
+    settings = Settings.usual()
+    flush = copy_of(FLUSHING)
+
+    def clock(turns: Turns) -> dict[str, list[float]]:
+        flushed = [turn for one in turns for turn in (("flush", flush), one)]
+        return on_device(flushed, settings.max_rounds, calls=settings.calls)[0]
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    until = time.monotonic() + options.seconds
+    record = earlier(options.out, "tune") or {**head(), "tuned": [], "failures": {}}
+    left = []
+    for case in cases:
+        for which in options.passes:
+            name = f"{case.name}, {which}"
+            if time.monotonic() > until:
+                left.append(name)
+                continue
+            try:
+                found = tune(case, which, settings.tensor_bytes, clock)
+            except Exception as error:  # the others still have theirs
+                record["failures"][name] = said(error)
+                console.print(f"FAILED: {name}: {said(error)}", style="bold red")
+                continue
+            if found is not None:
+                keep(record, found)
+                write(record, options.out)
+                show([found], console)
+    if left:
+        console.print(f"no time was left for {'; '.join(left)}")
+    if record["tuned"]:
+        path = os.path.relpath(write(record, options.out))
+        console.print(f"wrote {path}", highlight=False)
+    return 0
+
+
+def keep(record: dict[str, Any], found: Tuned) -> None:
+    """Puts it into the record, in the place of an earlier one."""
+    record["tuned"] = [
+        one
+        for one in record["tuned"]
+        if (one["case"], one["which"]) != (found.case, found.which)
+    ]
+    record["tuned"].append(dataclasses.asdict(found))
+
+
+def write(record: dict[str, Any], folder: Path) -> Path:
+    """Writes <device>-tune-<date>.json, and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{device_in_files()}-tune-{record['date'][:10]}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def show(tuned: Sequence[Tuned], console: Console) -> None:
+    """Prints what was tried, and what would be changed."""
+    for one in tuned:
+        table = Table(
+            title=f"\n{one.case}, {one.dtype}, {one.which}: {one.function} says "
+            f"{_in_words(one.setting)} ({one.cut})",
+            title_justify="left",
+            **STYLE,
+        )
+        table.add_column("instead")
+        for name in ("us", "present us", "ratio"):
+            table.add_column(name, justify="right")
+        for trial in sorted(one.trials, key=lambda trial: trial.ratio):
+            changed = {
+                name: value
+                for name, value in trial.setting.items()
+                if value != one.setting.get(name)
+            }
+            if trial.time is None or trial.present is None:
+                table.add_row(_in_words(changed), trial.failure)
+            else:
+                table.add_row(
+                    _in_words(changed),
+                    _microseconds(trial.time),
+                    _microseconds(trial.present),
+                    f"{trial.ratio:.3f}",
+                )
+        console.print(table)
+        if one.best is None:
+            console.print("no change: none is faster by 2 %")
+        else:
+            console.print(
+                f"would change {one.function} to {_in_words(one.best.setting)}: "
+                f"{one.best.ratio:.3f} of the time"
+            )
+
+
+def _in_words(setting: Setting) -> str:
+    return (
+        ", ".join(f"{name} {value}" for name, value in setting.items()) or "two reads"
+    )
+
+
+def _microseconds(found: Quantiles) -> str:
+    low, middle, high = (f"{1e6 * t:.1f}" for t in (found.p10, found.p50, found.p90))
+    return f"{middle} ({low}-{high})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench tune",
+        description=__doc__.partition("\n\n")[2] if __doc__ else None,
+        epilog="Example: python -m bench tune --cases 'rms_*' --passes backward",
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=[case.name for case in CASES],
+        metavar="PATTERN",
+        help="cases whose name matches (default: those named after real models)",
+    )
+    parser.add_argument(
+        "--passes",
+        nargs="+",
+        default=list(PASSES),
+        choices=PASSES,
+        help="what of each case is tuned (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=420,
+        help="after these none is begun (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results" / "local",
+        metavar="DIR",
+        help="where the JSON goes (default: bench/results/local, ignored by git)",
+    )
+    return parser
