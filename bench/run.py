@@ -159,6 +159,8 @@ def main(arguments: Sequence[str], with_peers: bool = False) -> int:
         print(f"no case is named {' or '.join(patterns)}; see --list")
         return 2
 
+    if with_peers:  # PyTorch takes memory of its own; jax asks when it first runs
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     settings = Settings.quick() if options.quick else Settings.usual()
     console = Console()
     if not console.is_terminal:
@@ -174,8 +176,6 @@ def main(arguments: Sequence[str], with_peers: bool = False) -> int:
     report, until = Report(settings), math.inf
     peers: list[Peer] = []
     if with_peers:
-        # PyTorch takes memory of its own.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         peers, report.absent = present(options.peers)
         until = time.monotonic() + options.seconds
         if not options.again:
