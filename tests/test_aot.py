@@ -471,6 +471,7 @@ def test_layer_moves_less_than_flax(
         assert ours.nbytes <= (1 if which == "forward" else 0.7) * flax.nbytes
     else:
         assert ours.nbytes <= 0.7 * flax.nbytes  # 2 against 3, 5 against 8
+    assert ours.memory <= 1.02 * flax.memory  # a peak: partial sums are the 2 %
 
 
 ADDED = [

@@ -51,12 +51,14 @@ class Compiled:
       registers: of each different Mosaic GPU kernel in it.
       schedules: of each TPU kernel in it, XLA's too, by its name: the text that
         schedule.py reads.
+      memory: bytes that a call takes beside its arguments.
     """
 
     chip: Chip
     hlo: str
     registers: tuple[Registers, ...]
     schedules: dict[str, str]
+    memory: int
 
 
 def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compiled:
@@ -91,7 +93,8 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
     if isinstance(chip, Gpu):
         _archs.add(chip.arch)
     with _ptxas_reports() as read:
-        hlo = lowered.compile().as_text() or ""
+        compiled = lowered.compile()
+        hlo = compiled.as_text() or ""
         reports = list(parse_ptxas(read()))
     hashes = dict.fromkeys(re.findall(r'kernel_hash ?= ?"((?:[^"\\]|\\.)*)"', hlo))
     # A kernel that was compiled before is not compiled again.
@@ -104,7 +107,15 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
         hlo,
         registers=tuple(_reports[key] for key in hashes),
         schedules=dict(_take_schedules()) if isinstance(chip, Tpu) else {},
+        memory=_memory(compiled),
     )
+
+
+def _memory(compiled: Any) -> int:
+    """Bytes of results and of what lies between."""
+    found = compiled.memory_analysis()
+    taken = found.output_size_in_bytes + found.temp_size_in_bytes
+    return int(taken - found.alias_size_in_bytes)
 
 
 # What this process has compiled for, and the reports by the kernels' hashes.

@@ -14,7 +14,7 @@ from jax import lax
 import fusednorm
 from bench.aot import hlo
 from bench.aot.chips import Chip
-from bench.aot.compile import compile_for
+from bench.aot.compile import Compiled, compile_for
 from bench.cases import Block, Case, draw
 from fusednorm.kernels import dispatch
 
@@ -31,22 +31,25 @@ class Whole:
       ours: how many of these are Pallas kernels.
       nbytes: of device memory, where each kernel reads and writes its arrays once.
       floor: bytes that must be moved, where that is known.
+      memory: bytes that a call takes beside its arguments.
     """
 
     kernels: int
     ours: int
     nbytes: int
     floor: int = 0
+    memory: int = 0
 
     @classmethod
-    def of(cls, text: str, floor: int = 0) -> "Whole":
-        """That of an HLO module."""
-        found = hlo.kernels(text)
+    def of(cls, compiled: Compiled, floor: int = 0) -> "Whole":
+        """That of what a function became."""
+        found = hlo.kernels(compiled.hlo)
         return cls(
             kernels=sum(kernel.times for kernel in found),
             ours=sum(kernel.times for kernel in found if kernel.ours),
             nbytes=hlo.total(found),
             floor=floor,
+            memory=compiled.memory,
         )
 
 
@@ -71,9 +74,9 @@ def layer(
     x = jax.ShapeDtypeStruct(shape, dtype)
     tensor = x.size * dtype.itemsize
     if which == "forward":
-        return Whole.of(compile_for(chip, function, params, x).hlo, 2 * tensor)
+        return Whole.of(compile_for(chip, function, params, x), 2 * tensor)
     both = forward_backward(function)
-    return Whole.of(compile_for(chip, both, params, x, x).hlo, 5 * tensor)
+    return Whole.of(compile_for(chip, both, params, x, x), 5 * tensor)
 
 
 def block(
@@ -89,10 +92,10 @@ def block(
     function, params = pure(Block(case, nnx.Rngs(0)), fused=fused)
     inputs, _ = jax.eval_shape(functools.partial(draw, case, tensor_bytes))
     if which == "forward":
-        return Whole.of(compile_for(chip, function, params, *inputs).hlo)
+        return Whole.of(compile_for(chip, function, params, *inputs))
     dy = jax.eval_shape(function, params, *inputs)
     both = forward_backward(function)
-    return Whole.of(compile_for(chip, both, params, *inputs, dy).hlo)
+    return Whole.of(compile_for(chip, both, params, *inputs, dy))
 
 
 def pure(model: nnx.Module, *, fused: bool) -> tuple[Callable[..., Any], Any]:
@@ -186,4 +189,4 @@ def training_step(chip: Chip, batch: int, tokens: int, *, fused: bool) -> Whole:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     step = jax.value_and_grad(loss)
-    return Whole.of(compile_for(chip, step, params, data, data).hlo)
+    return Whole.of(compile_for(chip, step, params, data, data))
