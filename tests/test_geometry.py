@@ -48,7 +48,7 @@ def test_families() -> None:
     assert Geometry(20, 2, 3, 6).features == 18
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(case=cases())
 def test_the_view_means_the_same(case) -> None:
     """The reference over x[N, S, G, K], reduced over S and K, gives the same y."""

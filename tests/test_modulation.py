@@ -195,7 +195,7 @@ def variant(
 @pytest.mark.parametrize(
     ("case", "mix"),
     [
-        pytest.param(case, mix, marks=[] if number in (0, 3) else pytest.mark.slow)
+        pytest.param(case, mix, marks=[] if number == 3 else pytest.mark.slow)
         for number, (case, mix) in enumerate(zip(BEHIND, 2 * MIXES[:3], strict=True))
     ],
     ids=str,
@@ -349,7 +349,7 @@ def test_under(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in ("each sample", "behind") else slow(kind) for kind in ALIKE],
+    [kind if kind == "each sample" else slow(kind) for kind in ALIKE],
 )
 def test_second_order_through_kernels(kernels: str, kind: str) -> None:
     alike = ALIKE[kind]

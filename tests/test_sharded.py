@@ -42,7 +42,7 @@ KINDS: dict[str, Fn] = {
     ),
 }
 
-QUICK = ("layer_norm", "group_norm silu", "batch_norm")  # of those interpreted
+QUICK = ("layer_norm", "batch_norm")  # of those interpreted
 
 # Of x, and of what its features' parameters have of it.
 SHARDINGS = {

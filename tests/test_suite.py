@@ -230,7 +230,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @hypothesis.settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
