@@ -186,7 +186,8 @@ def _split(
     """Gathers what the arrays' specs say, x's own before those of parameters.
 
     What cannot be split evenly is not split, nor a last axis of whose parts some would
-    have one group's channels and some of another's.
+    have one group's channels and some of another's. How statistics of groups lie says
+    nothing of x.
     """
     axes: list[Names] = [()] * len(shape)
     groups: Names = ()
@@ -194,10 +195,10 @@ def _split(
     for follows, spec in sorted(specs, key=lambda pair: -len(pair[0])):
         for axis, entry in zip(follows, (*spec, *[None] * len(follows)), strict=False):
             names = _names_of(entry)
-            taken = {name for others in axes for name in others}
-            if axis is None or not names or axes[axis] or taken & set(names):
+            if axis in (None, GROUPS) or not names or axes[axis]:
                 continue
-            if shape[axis] % _size(mesh, names):
+            taken = {name for others in axes for name in others}
+            if taken & set(names) or shape[axis] % _size(mesh, names):
                 continue
             if norm.num_groups is not None and axis == len(shape) - 1:
                 finer = _split_groups(mesh, names, norm.num_groups)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import fusednorm
 from bench.aot import hlo
 from fusednorm import reference
-from fusednorm.kernels import dispatch
+from fusednorm.kernels import dispatch, parts
 from fusednorm.kernels.dispatch import Call, Kernel
 from tests import interpreters
 from tests.test_op import gathered
@@ -293,6 +293,17 @@ def test_auto_groups_on_several_devices(
     if last is not stand_in:
         crossing = [nbytes for _, nbytes in hlo.collectives(compiled.as_text())]
         assert max(crossing, default=0) <= 4 * 4 * channels  # a statistic, or dscale
+
+
+def test_statistics_of_groups_do_not_split_channels() -> None:
+    """Theirs is another axis: 4 groups on 2 devices are not 32 channels on 2."""
+    norm = reference.Norm((1,), (2,), num_groups=4)
+    every, statistic = (0, 1, 2), (0, None, parts.GROUPS)
+    shapes = parts.Shapes((every, statistic), (every,), (False,))
+    specs = [(every, P()), (statistic, P(None, None, "d"))]
+    found = parts._split(mesh_of("data", "Auto"), norm, (4, 8, 32), shapes, specs)
+    assert found.axes == ((), (), ())
+    assert found.norm == norm
 
 
 def test_auto_without_a_mesh_is_the_reference(stand_in: list[Call]) -> None:
