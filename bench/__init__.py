@@ -22,6 +22,8 @@ and a chart.
     report.py     tables, JSON, chart
     compare.py    python -m bench compare: what moved between two runs
     publish.py    python -m bench report: the README's figures, from the JSON files
+    memory.py     what a compiled function takes of a device's memory
+    terminal.py   how the commands print
     provenance.py the commit that figures come from
     aot/          the kernels compiled for chips that are not here: `make aot`, and
                   python -m bench roofline, python -m bench scaling

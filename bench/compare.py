@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from bench import terminal
 
 # A ratio that changed by less has not moved, however quiet both runs were.
 LEAST = 0.02
@@ -190,9 +190,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 2
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = terminal.console()
     for text in differences(old, new):
         console.print(Text(text, style="yellow"))
     changes = {key: moved(before[key], after[key]) for key in common}
@@ -220,12 +218,8 @@ def _table(
 ) -> Table:
     table = Table(
         title="\nfusednorm's time over flax.nnx's, side by side in each run",
-        title_justify="left",
         caption="ms: first deciles, where both runs' copies were equally fast.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+        **terminal.STYLE,
     )
     for name in ("case", "dtype", "pass", "size"):
         table.add_column(name)

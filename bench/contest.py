@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu.profiler import Cupti
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fusednorm
-from bench import truth
+from bench import memory, truth
 from bench.cases import Block, Case, draw
 from fusednorm.kernels.dispatch import Fallback, Kernel
 
@@ -71,9 +71,7 @@ class Pass:
     @property
     def memory(self) -> int:
         """Bytes that it takes beside its arguments: results and what is between."""
-        found = self.compiled.memory_analysis()
-        taken = found.output_size_in_bytes + found.temp_size_in_bytes
-        return int(taken - found.alias_size_in_bytes)
+        return memory.beside_arguments(self.compiled)
 
 
 @dataclasses.dataclass(frozen=True)

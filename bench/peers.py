@@ -121,7 +121,7 @@ class Torch:
     Attributes:
       name: the peer's.
       norm: the library's norm of a layer; it raises `UnsupportedError`.
-      add_norm: its sum of two tensors and the norm of that, (y, h), or None.
+      add_norm: its sum of two tensors and the RMSNorm of that, (y, h), or None.
       compiles: whether torch.compile makes one of the block.
       wide_params: whether parameters stay float32.
     """
@@ -235,6 +235,8 @@ def _block(
     residual = leaves.get("residual")
     if case.residual == "before":
         if add_norm is not None:
+            if not isinstance(layer, nnx.RMSNorm):
+                raise UnsupportedError("a sum before RMSNorm alone")
             y, h = add_norm(layer, x, residual, scale)
         else:
             h = x + residual
@@ -332,8 +334,6 @@ def _liger() -> Torch:
         raise UnsupportedError(f"no {type(layer).__name__}")
 
     def add_norm(layer: Any, x: Tensor, residual: Tensor, scale: Tensor) -> Any:
-        if not isinstance(layer, nnx.RMSNorm):
-            raise UnsupportedError("a sum before RMSNorm alone")
         of = fused_add_rms_norm.LigerFusedAddRMSNormFunction.apply
         return of(x, residual, scale, layer.epsilon, 0.0, "llama", False)
 
@@ -373,8 +373,6 @@ def _quack() -> Torch:
         raise UnsupportedError(f"no such {type(layer).__name__}")
 
     def add_norm(layer: Any, x: Tensor, residual: Tensor, scale: Tensor) -> Any:
-        if not isinstance(layer, nnx.RMSNorm):
-            raise UnsupportedError("a sum before RMSNorm alone")
         return quack.rmsnorm(
             x, scale, residual=residual, eps=layer.epsilon, prenorm=True
         )

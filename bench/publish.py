@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from bench.cases import FEW, SWEEP
 from bench.compare import NotARunError, Record, read
 from bench.contest import PASSES
-from bench.report import as_result, draw, geometric_mean
+from bench.report import as_result, draw, geometric_mean, title
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -396,16 +396,8 @@ def charts(run: Run) -> list[Path]:
         return [path]
     if run.kind == "peers":
         return _draw_peers(run, path)
-    draw([as_result(one) for one in run.results], path, _title(run))
+    draw([as_result(one) for one in run.results], path, title(run.record))
     return [path]
-
-
-def _title(run: Run) -> str:
-    versions = run.record["versions"]
-    return (
-        f"fusednorm {versions['fusednorm']} and flax.nnx {versions['flax']} on "
-        f"{run.device}, jax {versions['jax']}, {run.record['date'][:10]}"
-    )
 
 
 def _draw_peers(run: Run, path: Path) -> list[Path]:
@@ -423,7 +415,7 @@ def _draw_peers(run: Run, path: Path) -> list[Path]:
             end = "" if group == "models" else f"-{group}"
             paths.append(path.with_stem(path.stem + end))
             label = "bytes that must move per second, as a share of a copy's"
-            _draw_bars(bars, paths[-1], _title(run), label)
+            _draw_bars(bars, paths[-1], title(run.record), label)
     return paths
 
 
@@ -435,7 +427,7 @@ def _draw_models(run: Run, path: Path) -> None:
         for who, name in (("fusednorm", "fuse"), ("neighbours", "fuse_neighbours"))
         if one.get(who)
     ]
-    _draw_bars(bars, path, _title(run), "time over that with flax.nnx's layers")
+    _draw_bars(bars, path, title(run.record), "time over that with flax.nnx's layers")
 
 
 def _draw_bars(

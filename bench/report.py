@@ -16,7 +16,6 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,13 +23,9 @@ from rich.text import Text
 from bench import peers
 from bench.contest import Quantiles, Result, Settings
 from bench.provenance import commit, output
+from bench.terminal import STYLE
 from bench.training import Tracing, Training
 
-STYLE: dict[str, Any] = {
-    "box": box.SIMPLE_HEAD,
-    "pad_edge": False,
-    "collapse_padding": True,
-}
 _DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 _COLORS = {"fusednorm": "#0072b2", "flax": "#b8b8b8"}
 _PASSES = {
@@ -152,9 +147,7 @@ def _say_what_ran(report: Report, console: Console) -> None:
 def _show_trainings(report: Report, console: Console) -> None:
     table = Table(
         title="\nTraining on scikit-learn's digits, before and after fusednorm.fuse",
-        title_justify="left",
         caption="difference: the largest between flax and fusednorm, relative",
-        caption_justify="left",
         **STYLE,
     )
     table.add_column("model")
@@ -194,12 +187,10 @@ def _show_results(results: Sequence[Result], console: Console) -> None:
     of = " of the GPU's kernels" if results[0].clock == "device" else ""
     table = Table(
         title="\nfusednorm against flax.nnx",
-        title_justify="left",
         caption=f"ms{of}: median (first to last decile). ratio, GB/s and share: of "
         "first deciles.\nGB/s: bytes that must be moved per second of fusednorm's "
         "time. share: of a copy's rate,\n"
         f"{copies[len(copies) // 2] / 1e9:.1f} GB/s here.",
-        caption_justify="left",
         **STYLE,
     )
     for name in ("case", "dtype", "pass", "backend"):
@@ -233,9 +224,7 @@ def _show_peers(report: Report, console: Console) -> None:
     """fusednorm's time over each peer's."""
     table = Table(
         title="\nfusednorm against others",
-        title_justify="left",
         caption="fusednorm's time over the other's, first deciles: below 1 is faster.",
-        caption_justify="left",
         **STYLE,
     )
     for name in ("case", "dtype", "pass"):
@@ -300,15 +289,21 @@ def write(report: Report, folder: Path) -> list[Path]:
     Returns:
       The files' paths.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     record = as_record(report)
-    kind = "" if report.absent is None else "peers-"
-    path = folder / f"{device_in_files()}-{kind}{record['date'][:10]}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = save(record, folder, "" if report.absent is None else "peers")
     if not report.results or report.absent is not None:  # `bench report` draws peers
         return [path]
-    draw(report.results, path.with_suffix(".png"), title=_title(record))
+    draw(report.results, path.with_suffix(".png"), title=title(record))
     return [path, path.with_suffix(".png")]
+
+
+def save(record: dict[str, Any], folder: Path, kind: str = "") -> Path:
+    """Writes <device>-<kind>-<date>.json, and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "-".join(filter(None, (device_in_files(), kind, record["date"][:10])))
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
 
 
 def head() -> dict[str, Any]:
@@ -415,7 +410,8 @@ def _driver() -> str | None:
     return found and found.splitlines()[0]
 
 
-def _title(record: dict[str, Any]) -> str:
+def title(record: dict[str, Any]) -> str:
+    """What was timed, on what and when: of a chart."""
     versions = record["versions"]
     return (
         f"fusednorm {versions['fusednorm']} and flax.nnx {versions['flax']} on "

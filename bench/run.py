@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from bench import terminal
 from bench.cases import CASES, FEW, SWEEP, Case, chosen
 from bench.contest import HALVES, PASSES, Peer, Result, Settings
 from bench.models.small import MODELS
@@ -162,9 +163,7 @@ def main(arguments: Sequence[str], with_peers: bool = False) -> int:
     if with_peers:  # PyTorch takes memory of its own; jax asks when it first runs
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     settings = Settings.quick() if options.quick else Settings.usual()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = terminal.console()
     large = [case.name for case in cases if case.sample_bytes > settings.largest]
     if large:
         limit = f"{settings.largest / 1e6:.0f} MB"
@@ -192,9 +191,7 @@ def main(arguments: Sequence[str], with_peers: bool = False) -> int:
                 console.print(f"{len(report.results)} figures are there already")
     with _progress(console) as progress:
         out = options.out if with_peers else None
-        run = Run(
-            report, models, cases, options.passes, peers, progress, until, out
-        )  # fmt: skip
+        run = Run(report, models, cases, options.passes, peers, progress, until, out)
         items = (["bench_training", "bench_tracing"] if models else []) + (
             ["bench_case"] if cases else []
         )

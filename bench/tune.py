@@ -10,7 +10,6 @@ turn with the one at hand. Nothing is changed: it prints what it would change, a
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fusednorm
-from bench import truth
+from bench import terminal, truth
 from bench.cases import CASES, FEW, SWEEP, Block, Case, chosen, draw
 from bench.contest import (
     FLUSHING,
@@ -36,7 +35,8 @@ from bench.contest import (
     passes,
     said,
 )
-from bench.report import STYLE, device_in_files, earlier, head
+from bench.report import earlier, head, save
+from bench.terminal import STYLE
 from fusednorm.kernels.gpu import rowwise, strips
 
 HERE = Path(__file__).resolve().parent
@@ -391,9 +391,7 @@ def main(arguments: Sequence[str]) -> int:
         flushed = [turn for one in turns for turn in (("flush", flush), one)]
         return on_device(flushed, settings.max_rounds, calls=settings.calls)[0]
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = terminal.console()
     until = time.monotonic() + options.seconds
     record = earlier(options.out, "tune") or {**head(), "tuned": [], "failures": {}}
     left = []
@@ -411,12 +409,12 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             if found is not None:
                 keep(record, found)
-                write(record, options.out)
+                save(record, options.out, "tune")
                 show([found], console)
     if left:
         console.print(f"no time was left for {'; '.join(left)}")
     if record["tuned"]:
-        path = os.path.relpath(write(record, options.out))
+        path = os.path.relpath(save(record, options.out, "tune"))
         console.print(f"wrote {path}", highlight=False)
     return 0
 
@@ -431,21 +429,12 @@ def keep(record: dict[str, Any], found: Tuned) -> None:
     record["tuned"].append(dataclasses.asdict(found))
 
 
-def write(record: dict[str, Any], folder: Path) -> Path:
-    """Writes <device>-tune-<date>.json, and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{device_in_files()}-tune-{record['date'][:10]}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
-
-
 def show(tuned: Sequence[Tuned], console: Console) -> None:
     """Prints what was tried, and what would be changed."""
     for one in tuned:
         table = Table(
             title=f"\n{one.case}, {one.dtype}, {one.which}: {one.function} says "
             f"{_in_words(one.setting)} ({one.cut})",
-            title_justify="left",
             **STYLE,
         )
         table.add_column("instead")

@@ -16,6 +16,7 @@ import optax  # type: ignore[import-untyped]
 from flax import nnx
 
 import fusednorm
+from bench import memory
 from bench.contest import Quantiles, in_words
 from bench.models.registry import DTYPES, Size, Which, Workload
 from bench.truth import GateError
@@ -223,13 +224,7 @@ class Step:
     @property
     def memory(self) -> int:
         """Bytes of arguments, results and what lies between, those aliased once."""
-        found = self.compiled.memory_analysis()
-        return int(
-            found.temp_size_in_bytes
-            + found.argument_size_in_bytes
-            + found.output_size_in_bytes
-            - found.alias_size_in_bytes
-        )
+        return memory.with_arguments(self.compiled)
 
 
 OPTIMIZER = optax.adamw(1e-4)

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import json
 import math
 import os
 import time
@@ -15,22 +14,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench import whole
+from bench import terminal, whole
 from bench.cases import chosen
-from bench.contest import Quantiles
+from bench.contest import Quantiles, said
 from bench.models.parts import use_attention
 from bench.models.registry import WORKLOADS, Size, Workload
 from bench.report import (
-    STYLE,
     as_dict,
     colored,
-    device_in_files,
     device_name,
     earlier,
     geometric_mean,
     head,
     milliseconds,
+    save,
 )
+from bench.terminal import STYLE
 from bench.truth import GateError
 from bench.whole import CONTESTANTS, Compiling, Effort, Measured
 
@@ -60,9 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     if not jobs:
         print(f"no model is named {' or '.join(options.models)}; see --list")
         return 2
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = terminal.console()
     size: Size = "tiny" if options.quick or jax.default_backend() == "cpu" else "real"
     if size == "tiny" and not options.quick:
         console.print("On a CPU: tiny sizes, for the real ones would take hours.")
@@ -85,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         with use_attention(options.attention):
             _run(job, size, effort, options.attention, record)
         record["summary"] = summary(record["models"])
-        path, written = write(record, options.out), True
+        path, written = save(record, options.out, "models"), True
 
     show(record, console)
     if todo:
@@ -109,8 +106,7 @@ def _run(job: Job, size: Size, effort: Effort, attention: str, record: Record) -
     except GateError as error:
         record["failures"][str(job)] = str(error)
     except Exception as error:  # of memory, say: the next model may well run
-        first = str(error).partition("\n")[0]
-        record["failures"][str(job)] = f"{type(error).__name__}: {first}"[:400]
+        record["failures"][str(job)] = said(error)[:400]
     jax.clear_caches()  # executables, and the constants in them
     gc.collect()
 
@@ -135,14 +131,6 @@ def _is_done(job: Job, size: Size, attention: str, record: Record) -> bool:
         keys = ("model", "which", "size", "attention")
         return any(tuple(one[key] for key in keys) == mine for one in record["models"])
     return any(one["size"] == size for one in record["compiling"])
-
-
-def write(record: Record, folder: Path) -> Path:
-    """Writes <device>-models-<date>.json, and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{device_in_files()}-models-{record['date'][:10]}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
 
 
 def summary(models: Sequence[Record]) -> dict[str, Record]:
@@ -177,10 +165,8 @@ def _show_models(record: Record, console: Console) -> None:
     console.print(f"\n{device_name()}, jax {jax.__version__}", highlight=False)
     table = Table(
         title="\nWhole models: flax's layers, after fuse, and with fuse_neighbours",
-        title_justify="left",
         caption="ms by the host's clock: median (first to last decile). ratio: over "
         "flax's, of first deciles.\ndifference: of losses or outputs, over its limit.",
-        caption_justify="left",
         **STYLE,
     )
     for name in ("model", "runs", "batch"):
@@ -223,9 +209,7 @@ def _show_models(record: Record, console: Console) -> None:
 def _show_compiling(found: Sequence[Record], console: Console) -> None:
     table = Table(
         title="\nBefore a training step runs, from cleared caches",
-        title_justify="left",
         caption="seconds: medians. ratio: of their sums.",
-        caption_justify="left",
         **STYLE,
     )
     for name in ("model", "size", "layers", "layers of"):

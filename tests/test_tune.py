@@ -18,7 +18,7 @@ for module in ("matplotlib", "optax", "pytest_benchmark", "rich", "sklearn"):
 from rich.console import Console  # noqa: E402
 
 from bench import __main__ as cli  # noqa: E402
-from bench import tune  # noqa: E402
+from bench import report, tune  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.contest import Quantiles, on_device  # noqa: E402
 from fusednorm.kernels.gpu import rowwise, strips  # noqa: E402
@@ -143,7 +143,7 @@ def test_the_record_keeps_the_last_of_each(
     record: dict[str, Any] = {"date": "2026-01-02T03", "tuned": [], "failures": {}}
     for one in (dataclasses.replace(found, trials=[]), found):
         tune.keep(record, one)
-        path = tune.write(record, tmp_path)
+        path = report.save(record, tmp_path, "tune")
     (kept,) = json.loads(path.read_text())["tuned"]
     assert kept == json.loads(json.dumps(dataclasses.asdict(found)))
     tune.show([found], Console(width=120))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from bench import memory
 from bench.aot.chips import Chip, Gpu, Tpu, device, schedules, target
 from fusednorm.kernels import dispatch
 
@@ -107,15 +108,8 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
         hlo,
         registers=tuple(_reports[key] for key in hashes),
         schedules=dict(_take_schedules()) if isinstance(chip, Tpu) else {},
-        memory=_memory(compiled),
+        memory=memory.beside_arguments(compiled),
     )
-
-
-def _memory(compiled: Any) -> int:
-    """Bytes of results and of what lies between."""
-    found = compiled.memory_analysis()
-    taken = found.output_size_in_bytes + found.temp_size_in_bytes
-    return int(taken - found.alias_size_in_bytes)
 
 
 # What this process has compiled for, and the reports by the kernels' hashes.

@@ -8,26 +8,19 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench import terminal
 from bench.aot.chart import draw
 from bench.aot.chips import CHIPS, Chip, Gpu
 from bench.aot.measure import TENSOR_BYTES, Elsewhere, Measurement, measure, of_case
 from bench.aot.whole import PASSES, Whole, layer
 from bench.cases import CASES, Case, chosen
 from bench.provenance import of_compiled
+from bench.terminal import STYLE
 
 HERE = Path(__file__).resolve().parent
-_STYLE: dict[str, Any] = {
-    "box": box.SIMPLE_HEAD,
-    "pad_edge": False,
-    "collapse_padding": True,
-    "title_justify": "left",
-    "caption_justify": "left",
-}
 _DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 _OPS = {"forward": "fwd", "forward+statistics": "fwd+stats", "backward": "bwd"}
 _PREDICTED = (
@@ -52,9 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     names = chosen([case.name for case in CASES], options.cases)
     cases = [case for case in CASES if case.name in names]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = terminal.console()
     chips = [CHIPS[name] for name in options.chips]
     record: dict[str, Any] = of_compiled(_PREDICTED, chips) | {
         "measurements": [],
@@ -194,7 +185,7 @@ def _gpu_table(chip: Any, found: Sequence[Measurement]) -> Table:
         "at once. flight: bytes on their way to\nan SM at once, at most; bandwidth x "
         f"latency is {chip.bytes_to_fly / 1024:.1f}K. again: what ragged rows or lines "
         f"access twice, from the cache.\n{_BYTES}",
-        **_STYLE,
+        **STYLE,
     )
     _columns(table, ("regs", "spill", "smem", "threads", "blocks", "flight", "bytes"))
     for name in ("again", "rest", "stats", "parts", "around"):
@@ -220,7 +211,7 @@ def _tpu_table(chip: Any, found: Sequence[Measurement]) -> Table:
         f"{len(by_memory)} of {len(found)} bound by memory",
         caption="steps: of a core. cycles, compute, DMA: of a step, the last two in "
         f"us. bound: by the longer of these, and by how much.\n{_BYTES}",
-        **_STYLE,
+        **STYLE,
     )
     _columns(table, ("VMEM", "steps", "cycles", "compute", "DMA"))
     table.add_column("bound")
@@ -250,7 +241,7 @@ def _layers_table(chip: Chip, found: dict[Any, Whole]) -> Table:
         title=f"\n{chip.name}: whole layers, ours and flax's as XLA compiles them",
         caption="kernels and GB; each reads and writes its arrays once.\n"
         "floor: x, y, dy and dx once.",
-        **_STYLE,
+        **STYLE,
     )
     for name in ("case", "pass"):
         table.add_column(name)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench import terminal
 from bench.aot.chips import CHIPS, Gpu, Tpu
 from bench.aot.measure import Elsewhere
 from bench.aot.sharded import (
@@ -126,9 +125,7 @@ def main(arguments: Sequence[str]) -> int:
       0, or 1 where something did not compile that should.
     """
     options = _parser().parse_args(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = terminal.console()
     record: dict[str, Any] = of_compiled(
         COUNTED, [CHIPS[name] for name in options.chips]
     ) | {"cells": [], "left_out": {}, "raises": {}, "failures": {}}
@@ -274,10 +271,7 @@ def _table(
     table = Table(
         title=f"\n{chip}, {mode.lower()} mode: what crosses "
         f"{', '.join(map(str, devices))} devices",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+        **terminal.STYLE,
     )
     table.add_column("layer", no_wrap=True, min_width=12)
     table.add_column("split")

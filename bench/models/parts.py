@@ -95,3 +95,27 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     logs = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.take_along_axis(logs, labels[..., None], axis=-1).mean()
+
+
+# --- classification of images ---------------------------------------------------------
+
+
+def labelled_images(
+    config: Any, batch: int, dtype: Any, rngs: nnx.Rngs
+) -> tuple[jax.Array, jax.Array]:
+    """Images, (batch, image, image, 3), and labels, (batch,).
+
+    Args:
+      config: has `image`, pixels of a side, and `classes`.
+      batch: how many.
+      dtype: of the images.
+      rngs: draw both.
+    """
+    shape = (batch, config.image, config.image, 3)
+    images = jax.random.normal(rngs(), shape, jnp.dtype(dtype))
+    return images, jax.random.randint(rngs(), (batch,), 0, config.classes)
+
+
+def classification_loss(model: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of the model's logits."""
+    return cross_entropy(model(images), labels)

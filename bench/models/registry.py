@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from bench.models import llama, pair, resnet50, unet, vit
+from bench.models import llama, pair, parts, resnet50, unet, vit
 
 Size = Literal["real", "tiny"]
 Which = Literal["training step", "forward", "decode"]
@@ -67,8 +67,8 @@ WORKLOADS = (
         name="resnet50",
         which="training step",
         build=resnet50.ResNet,
-        inputs=resnet50.inputs,
-        run=resnet50.loss,
+        inputs=parts.labelled_images,
+        run=parts.classification_loss,
         sizes={"real": resnet50.REAL, "tiny": resnet50.TINY},
         batch={"real": 64, "tiny": 32},
     ),
@@ -76,8 +76,8 @@ WORKLOADS = (
         name="vit",
         which="training step",
         build=vit.ViT,
-        inputs=vit.inputs,
-        run=vit.loss,
+        inputs=parts.labelled_images,
+        run=parts.classification_loss,
         sizes={"real": vit.REAL, "tiny": vit.TINY},
         batch={"real": 64, "tiny": 4},
     ),

@@ -8,10 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-
-from bench.models.parts import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +109,3 @@ def _conv(
 
 def _norm(channels: int, dtype: Any, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(channels, momentum=0.9, dtype=dtype, rngs=rngs)
-
-
-def inputs(
-    config: Config, batch: int, dtype: Any, rngs: nnx.Rngs
-) -> tuple[jax.Array, jax.Array]:
-    """Images, (batch, image, image, 3), and labels, (batch,)."""
-    shape = (batch, config.image, config.image, 3)
-    images = jax.random.normal(rngs(), shape, jnp.dtype(dtype))
-    return images, jax.random.randint(rngs(), (batch,), 0, config.classes)
-
-
-def loss(model: ResNet, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy; updates the running averages."""
-    return cross_entropy(model(images), labels)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bench.models.parts import Attention, cross_entropy
+from bench.models.parts import Attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +82,3 @@ class ViT(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x)[:, 0])
-
-
-def inputs(
-    config: Config, batch: int, dtype: Any, rngs: nnx.Rngs
-) -> tuple[jax.Array, jax.Array]:
-    """Images, (batch, image, image, 3), and labels, (batch,)."""
-    shape = (batch, config.image, config.image, 3)
-    images = jax.random.normal(rngs(), shape, jnp.dtype(dtype))
-    return images, jax.random.randint(rngs(), (batch,), 0, config.classes)
-
-
-def loss(model: ViT, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy."""
-    return cross_entropy(model(images), labels)
