@@ -72,7 +72,8 @@ def test_kernels_on_each_part(sharded: tuple[Chip, str, str, Mode]) -> None:
     twice = len(shape) > 3 and (crosses or name == "BatchNorm")
     assert len(ours.kernels) == (4 if twice else 2)
     tensors = 3 if crosses or twice else 5
-    nbytes = sum(kernel.nbytes for kernel in ours.kernels)
+    # On a TPU XLA may have put one on the chip, ahead of the kernel that reads it.
+    nbytes = sum(kernel.arrays for kernel in ours.kernels)
     assert tensors * part <= nbytes <= 1.1 * tensors * part
     if (name, sharding, mode) in REFUSED:
         assert ours.collectives == ()
@@ -96,5 +97,5 @@ def test_a_group_on_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     given = H100, "GroupNorm", shape, "1x1x8", "tensor", "Auto"
     ours, flax = (layer(*given, fused=fused) for fused in (True, False))
     part = math.prod(shape) * 2 / 8
-    assert 3 * part <= sum(kernel.nbytes for kernel in ours.kernels) <= 3.3 * part
+    assert 3 * part <= sum(kernel.arrays for kernel in ours.kernels) <= 3.3 * part
     assert 0 < ours.crossing <= flax.crossing

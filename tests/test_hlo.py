@@ -162,6 +162,20 @@ def test_a_custom_call_on_slices_is_seen_in_its_fusion() -> None:
     assert found.nbytes == 2 * KB
 
 
+def test_arrays_on_the_chip_are_arrays_too() -> None:
+    """A kernel that finds its operand on the chip, and leaves a result there."""
+    (found,) = hlo.kernels(
+        entry(
+            "%x = f32[256]{0:T(256)S(1)} parameter(0)",
+            "%y = bf16[256]{0:T(256)} parameter(1)",
+            "%k = (f32[256]{0:T(256)S(1)}, f32[128]{0:T(256)}) custom-call(%x, %y), "
+            'custom_call_target="tpu_custom_call"',
+        )
+    )
+    assert found.nbytes == 512 + KB
+    assert found.arrays == KB + 512 + KB + 512
+
+
 def test_what_touches_part_of_its_operands() -> None:
     assert nbytes(
         "%x = f32[4,256]{1,0} parameter(0)",

@@ -7,7 +7,7 @@ lower bound of what it moves. How often our own kernels read is counted in traff
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 # Custom calls that are Pallas kernels.
 OURS = ("mosaic_gpu_v2", "tpu_custom_call")
@@ -46,6 +46,7 @@ class Kernel:
       loop: whether it is in one.
       prefetch: whether XLA moves an array onto the chip, or from it, ahead of what
         works on it there: the bytes are those of the array's only crossing.
+      arrays: bytes of operands and results, on the chip or off it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Kernel:
     times: int = 1
     loop: bool = False
     prefetch: bool = False
+    arrays: int = 0
 
     @property
     def ours(self) -> bool:
@@ -111,8 +113,7 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
                 whole = _result(one)
                 if opcode == "reduce-scatter":
                     whole = " ".join(types[name] for name in one.operands)
-                nbytes = sum(map(_elements_bytes, _ARRAY.finditer(whole)))
-                found.append((opcode, nbytes))
+                found.append((opcode, _all_bytes([whole])))
     return found
 
 
@@ -165,6 +166,8 @@ def _run(
                 loop=loop,
                 prefetch=one.opcode in ("copy-start", "slice-start")
                 and _on_chip(_parts(one.type)[:2]),
+                arrays=_all_bytes(where.get(name, "") for name in one.operands)
+                + _all_bytes([one.type]),
             )
 
 
@@ -227,6 +230,12 @@ def _on_chip(types: Sequence[str]) -> bool:
 def _elements_bytes(array: re.Match[str]) -> int:
     """Bytes of the elements, wherever they lie."""
     return int(math.prod(_shape(array)) * _itemsize(array))
+
+
+def _all_bytes(types: Iterable[str]) -> int:
+    """Bytes of the elements of the types' arrays, wherever these lie."""
+    found = (array for type_ in types for array in _ARRAY.finditer(type_))
+    return sum(map(_elements_bytes, found))
 
 
 def _itemsize(array: re.Match[str]) -> float:
