@@ -249,7 +249,11 @@ def moments(
       m2: sum of |x - mean|^2, real.
     """
     axes, _ = _view_axes(norm, x.ndim)
-    view = _split(norm, x.astype(norm.compute_dtype))
+
+    def wide() -> jax.Array:
+        return _split(norm, x.astype(norm.compute_dtype))
+
+    view = wide()
     where = None if mask is None else _split(norm, mask)
     count = _count(norm, x, mask)
     if norm.center:
@@ -260,7 +264,7 @@ def moments(
             far = square > _NEAR * about_0
             m2 = lax.cond(
                 jnp.any(far),
-                lambda: jnp.where(far, _centred(view, mean, where, axes), about_0),
+                lambda: jnp.where(far, _centred(wide(), mean, where, axes), about_0),
                 lambda: about_0,
             )
         else:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fusednorm
 from fusednorm import reference
 from fusednorm.kernels import norm as op
 from fusednorm.reference import Norm
@@ -421,3 +422,16 @@ def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
     assert 0 < same.sum() < same.size
     np.testing.assert_array_equal(np.asarray(mean)[same], np.asarray(near_mean)[same])
     np.testing.assert_array_equal(np.asarray(m2)[same], np.asarray(near_m2)[same])
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "branches"),
+    [(4095, "bfloat16", 1), (4096, "bfloat16", 0), (4096, "float16", 1)],
+)
+def test_one_loop_for_many_rows_is_not_broken_up(
+    rows: int, dtype: str, branches: int
+) -> None:
+    """Of 4096 rows and more XLA's CPU code is a single loop, but for a branch."""
+    x = jnp.zeros((rows, 64), dtype)
+    text = jax.jit(fusednorm.layer_norm).lower(x).as_text()
+    assert text.count("stablehlo.case") == branches
