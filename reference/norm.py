@@ -105,17 +105,9 @@ class Norm:
         )
 
 
-# --- the view in which every axis is either reduced or not ----------------------------
-# Grouped channels split the last axis, (..., C) -> (..., G, C / G); otherwise the view
-# is the array itself.
-
-
-def _split(norm: Norm, x: jax.Array) -> jax.Array:
-    if norm.num_groups is None:
-        return x
-    channels = x.shape[-1]
-    groups = 1 if channels == 1 else norm.num_groups  # a mask may have one channel
-    return _reshape(x, (*x.shape[:-1], groups, channels // groups))
+# --- statistics and what they are of --------------------------------------------------
+# Arrays keep x's rank and its channels whole: split into groups of 10, as a UNet's are,
+# channels would give a CPU loops of 10. Only sums, by then small, are split.
 
 
 def _reshape(a: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -141,45 +133,53 @@ def _begins(shape: Sequence[int]) -> list[int]:
     ]
 
 
-def _split_statistic(norm: Norm, statistic: jax.Array) -> jax.Array:
-    """(..., G) -> (..., G, 1), to broadcast against the view."""
-    return statistic if norm.num_groups is None else jnp.expand_dims(statistic, -1)
-
-
-def _join_statistic(norm: Norm, statistic: jax.Array) -> jax.Array:
-    return statistic if norm.num_groups is None else jnp.squeeze(statistic, -1)
-
-
-def _view_axes(norm: Norm, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Reduced axes and feature axes of the view; `ndim` is x's own."""
+def _channels(norm: Norm, statistic: jax.Array, x: Any) -> jax.Array:
+    """A statistic, shaped to broadcast against x: (..., G) -> (..., C) for groups."""
     if norm.num_groups is None:
-        return norm.reduction_axes, norm.feature_axes
-    return (*norm.reduction_axes, ndim), (ndim - 1, ndim)
+        return statistic
+    *lead, groups = statistic.shape
+    each = jnp.broadcast_to(
+        jnp.expand_dims(statistic, -1), (*statistic.shape, x.shape[-1] // groups)
+    )
+    return _reshape(each, (*lead, x.shape[-1]))
+
+
+def _groups(norm: Norm, per_channel: jax.Array) -> jax.Array:
+    """(..., C) -> (..., G), summed over the channels of a group."""
+    if norm.num_groups is None:
+        return per_channel
+    *lead, channels = per_channel.shape
+    groups = norm.num_groups
+    return jnp.sum(_reshape(per_channel, (*lead, groups, channels // groups)), -1)
 
 
 def _about(norm: Norm, x: jax.Array, mean: jax.Array | None) -> jax.Array:
-    """The view of x - mean, in `norm.compute_dtype`."""
-    view = _split(norm, x.astype(norm.compute_dtype))
-    return view if mean is None else view - _split_statistic(norm, mean)
+    """x - mean, in `norm.compute_dtype`."""
+    x = x.astype(norm.compute_dtype)
+    return x if mean is None else x - _channels(norm, mean, x)
 
 
-def _spread(norm: Norm, param: jax.Array, view: jax.Array, ndim: int) -> jax.Array:
-    """A scale or bias (..., features), shaped to broadcast against the view.
+def _spread(norm: Norm, param: jax.Array, x: Any) -> jax.Array:
+    """A scale or bias (..., features), shaped to broadcast against x.
 
     Leading axes, if any, belong to x's leading axes: those of each sample or row, and
     `jax.vmap` over the parameters.
     """
-    _, feature_axes = _view_axes(norm, ndim)
     lead = param.shape[:-1]
-    shape = [1] * view.ndim
+    shape = [1] * x.ndim
     shape[: len(lead)] = lead
-    for axis in feature_axes:
-        shape[axis] = view.shape[axis]
+    for axis in norm.feature_axes:
+        shape[axis] = x.shape[axis]
     return _reshape(param, shape).astype(norm.compute_dtype)
 
 
 def _sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.sum(x, axis=tuple(axes), keepdims=True) if axes else x
+
+
+def _total(norm: Norm, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """A statistic: the sums of what shares a mean, of what the mask lets in."""
+    return _groups(norm, _sum(_masked(x, mask), norm.reduction_axes))
 
 
 def _masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -202,15 +202,13 @@ def _across(norm: Norm, total: Any) -> Any:
 
 
 def _count(norm: Norm, x: jax.Array, mask: jax.Array | None) -> Count:
-    """Elements per statistic here, in the view's shape where it is an array."""
-    axes, _ = _view_axes(norm, x.ndim)
-    view = _split(norm, x)
+    """Elements per statistic here: like a statistic, where it is an array."""
     if mask is not None:
-        ones = jnp.broadcast_to(_split(norm, mask), view.shape)
-        return _sum(ones.astype(norm.compute_dtype), axes)
-    count: Count = 1
-    for axis in axes:
-        count = count * view.shape[axis]
+        ones = jnp.broadcast_to(mask, x.shape)
+        return _total(norm, ones.astype(norm.compute_dtype))
+    count: Count = 1 if norm.num_groups is None else x.shape[-1] // norm.num_groups
+    for axis in norm.reduction_axes:
+        count = count * x.shape[axis]
     return count
 
 
@@ -248,40 +246,25 @@ def moments(
         centring.
       m2: sum of |x - mean|^2, real.
     """
-    axes, _ = _view_axes(norm, x.ndim)
-
-    def wide() -> jax.Array:
-        return _split(norm, x.astype(norm.compute_dtype))
-
-    view = wide()
-    where = None if mask is None else _split(norm, mask)
     count = _count(norm, x, mask)
-    if norm.center:
-        mean = _over(_sum(_masked(view, where), axes), count)
-        if sparing:
-            square = _abs_squared(mean) * count
-            about_0 = _sum(_masked(_abs_squared(view), where), axes) - square
-            far = square > _NEAR * about_0
-            m2 = lax.cond(
-                jnp.any(far),
-                lambda: jnp.where(far, _centred(wide(), mean, where, axes), about_0),
-                lambda: about_0,
-            )
-        else:
-            m2 = _centred(view, mean, where, axes)
-        mean = _join_statistic(norm, mean)
-    else:
-        mean = None
-        m2 = _sum(_masked(_abs_squared(view), where), axes)
-    if isinstance(count, jax.Array):
-        count = _join_statistic(norm, count)
-    return count, mean, _join_statistic(norm, m2)
+    wide = x.astype(norm.compute_dtype)
+    if not norm.center:
+        return count, None, _total(norm, _abs_squared(wide), mask)
+    mean = _over(_total(norm, wide, mask), count)
 
+    def centred() -> jax.Array:
+        # In a branch, from x itself: what a branch is given is kept in memory.
+        return _total(norm, _abs_squared(_about(norm, x, mean)), mask)
 
-def _centred(
-    view: jax.Array, mean: jax.Array, where: jax.Array | None, axes: Sequence[int]
-) -> jax.Array:
-    return _sum(_masked(_abs_squared(view - mean), where), axes)
+    if not sparing:
+        return count, mean, centred()
+    square = _abs_squared(mean) * count
+    about_0 = _total(norm, _abs_squared(wide), mask) - square
+    far = square > _NEAR * about_0
+    m2 = lax.cond(
+        jnp.any(far), lambda: jnp.where(far, centred(), about_0), lambda: about_0
+    )
+    return count, mean, m2
 
 
 def variance(count: Count, m2: jax.Array) -> jax.Array:
@@ -350,7 +333,7 @@ def apply(
       Array of x's shape and dtype `norm.dtype`.
     """
     z = _affine(norm, x, mean, var, scale, bias, shortcut)
-    return _reshape(activate(norm.activation, z), x.shape).astype(norm.dtype)
+    return activate(norm.activation, z).astype(norm.dtype)
 
 
 def _affine(
@@ -362,16 +345,15 @@ def _affine(
     bias: jax.Array | None,
     shortcut: jax.Array | None,
 ) -> jax.Array:
-    """The view of z = x_hat * scale + bias + shortcut, in `norm.compute_dtype`."""
-    centred = _about(norm, x, mean)
-    factor = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
+    """z = x_hat * scale + bias + shortcut, in `norm.compute_dtype`."""
+    factor = _channels(norm, lax.rsqrt(var + norm.epsilon), x)
     if scale is not None:
-        factor = factor * norm.weight(_spread(norm, scale, centred, x.ndim))
-    z = centred * factor
+        factor = factor * norm.weight(_spread(norm, scale, x))
+    z = _about(norm, x, mean) * factor
     if bias is not None:
-        z = z + _spread(norm, bias, centred, x.ndim)
+        z = z + _spread(norm, bias, x)
     if shortcut is not None:
-        z = z + _split(norm, shortcut.astype(norm.compute_dtype))
+        z = z + shortcut.astype(norm.compute_dtype)
     return z
 
 
@@ -448,35 +430,32 @@ def tangent(
 
     Linear in its first four arguments; `backward` is its transpose.
     """
-    axes, _ = _view_axes(norm, x.ndim)
     dtype = norm.compute_dtype
-    rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
-    centred = _about(norm, x, mean)
-    x_hat = centred * rstd
+    rstd = _channels(norm, lax.rsqrt(var + norm.epsilon), x)
+    x_hat = _about(norm, x, mean) * rstd
 
-    z_dot = jnp.zeros_like(centred)
+    z_dot = jnp.zeros_like(x_hat)
     if x_dot is not None:
-        where = None if mask is None else _split(norm, mask)
         count = _across(norm, _count(norm, x, mask))
-        step = _split(norm, x_dot.astype(dtype))
-        c1 = _over(_across(norm, _sum(_masked(x_hat * step, where), axes)), count)
-        inner = step - x_hat * c1
+        step = x_dot.astype(dtype)
+        c1 = _over(_across(norm, _total(norm, x_hat * step, mask)), count)
+        inner = step - x_hat * _channels(norm, c1, x)
         if norm.center:
-            c2 = _across(norm, _sum(_masked(step, where), axes))
-            inner = inner - _over(c2, count)
+            c2 = _over(_across(norm, _total(norm, step, mask)), count)
+            inner = inner - _channels(norm, c2, x)
         z_dot = rstd * inner
         if scale is not None:
-            z_dot = z_dot * norm.weight(_spread(norm, scale, centred, x.ndim))
+            z_dot = z_dot * norm.weight(_spread(norm, scale, x))
     if scale_dot is not None:
-        z_dot = z_dot + x_hat * _spread(norm, scale_dot, centred, x.ndim)
+        z_dot = z_dot + x_hat * _spread(norm, scale_dot, x)
     if bias_dot is not None:
-        z_dot = z_dot + _spread(norm, bias_dot, centred, x.ndim)
+        z_dot = z_dot + _spread(norm, bias_dot, x)
     if shortcut_dot is not None:
-        z_dot = z_dot + _split(norm, shortcut_dot.astype(dtype))
+        z_dot = z_dot + shortcut_dot.astype(dtype)
     if norm.activation is not None:
         z = _affine(norm, x, mean, var, scale, bias, shortcut)
         z_dot = z_dot * slope(norm.activation, z)
-    return _reshape(z_dot, x.shape).astype(norm.dtype)
+    return z_dot.astype(norm.dtype)
 
 
 def moments_tangent(
@@ -490,19 +469,13 @@ def moments_tangent(
 
     mean_dot = mean(x_dot),  var_dot = 2 * mean((x - mean) * x_dot)
     """
-    axes, _ = _view_axes(norm, x.ndim)
-    where = None if mask is None else _split(norm, mask)
     count = _across(norm, _count(norm, x, mask))
-    centred = _split(norm, x.astype(norm.compute_dtype))
-    step = _split(norm, x_dot.astype(norm.compute_dtype))
+    step = x_dot.astype(norm.compute_dtype)
     mean_dot = None
     if mean is not None:
-        centred = centred - _split_statistic(norm, mean)
-        mean_dot = _over(_across(norm, _sum(_masked(step, where), axes)), count)
-        mean_dot = _join_statistic(norm, mean_dot)
-    moved = _across(norm, _sum(_masked(centred * step, where), axes))
-    var_dot = 2 * _over(moved, count)
-    return mean_dot, _join_statistic(norm, var_dot)
+        mean_dot = _over(_across(norm, _total(norm, step, mask)), count)
+    moved = _across(norm, _total(norm, _about(norm, x, mean) * step, mask))
+    return mean_dot, 2 * _over(moved, count)
 
 
 def backward(
@@ -544,46 +517,46 @@ def backward(
         and dtype.
       dshortcut: x's shape, in the shortcut's dtype, or dy's without one.
     """
-    axes, feature_axes = _view_axes(norm, x.ndim)
     dtype = norm.compute_dtype
     # S of x[N, S, G, K], without what scale or bias varies along; and the others.
     own = max(own_params, 0 if scale is None else scale.ndim - 1)
-    pixel_axes = [axis for axis in axes if axis not in feature_axes and axis >= own]
-    other_axes = [axis for axis in axes if axis not in pixel_axes]
+    pixel_axes = [a for a in norm.reduction_axes if a not in norm.feature_axes]
+    pixel_axes = [axis for axis in pixel_axes if axis >= own]
+    other_axes = [axis for axis in norm.reduction_axes if axis not in pixel_axes]
     count = _across(norm, _count(norm, x, mask))
 
-    rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
+    rstd = lax.rsqrt(var + norm.epsilon)
     dz = before_activation(norm, dy, x, scale, bias, mean, var, shortcut)
     if sparing:
         dz = lax.optimization_barrier(dz)
-    dz_view = _split(norm, dz.astype(dtype))
+    wide_dz = dz.astype(dtype)
     centred = _about(norm, x, mean)
 
     # Down the pixels first: these two sums per channel serve all that follows.
-    sum_dz = _sum(dz_view, pixel_axes)
-    sum_dz_centred = _sum(dz_view * centred, pixel_axes)
+    sum_dz = _sum(wide_dz, pixel_axes)
+    sum_dz_centred = _sum(wide_dz * centred, pixel_axes)
 
     weight: Any = 1
     if scale is not None:
-        weight = norm.weight(_spread(norm, scale, centred, x.ndim))
-    c1 = _across(norm, _sum(weight * sum_dz_centred, other_axes))
-    c1 = _over(c1, count) * rstd
+        weight = norm.weight(_spread(norm, scale, x))
+    c1 = _groups(norm, _sum(weight * sum_dz_centred, other_axes))
+    c1 = _over(_across(norm, c1), count) * rstd
     c2 = None
     if norm.center:
-        c2 = _over(_across(norm, _sum(weight * sum_dz, other_axes)), count)
-        c2 = _join_statistic(norm, c2)
-    c1 = _join_statistic(norm, c1)
+        c2 = _groups(norm, _sum(weight * sum_dz, other_axes))
+        c2 = _over(_across(norm, c2), count)
     dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
 
     # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in
     # a tree and (samples,) in a chain, with 1.2 times the error for 32 samples.
-    sharing = [a for a in range(own_params, centred.ndim) if a not in feature_axes]
+    sharing = [a for a in range(own_params, x.ndim) if a not in norm.feature_axes]
     params_shape = (
         *x.shape[:own_params],
-        math.prod(centred.shape[axis] for axis in feature_axes),
+        math.prod(x.shape[axis] for axis in norm.feature_axes),
     )
+    rstd = _channels(norm, rstd, x)
     if scale is not None and each_its_own(scale, x):
-        dscale = _reshape(dz_view * (centred * rstd), x.shape).astype(scale.dtype)
+        dscale = (wide_dz * (centred * rstd)).astype(scale.dtype)
     else:
         dscale = _reshape(_sum(sum_dz_centred * rstd, sharing), params_shape)
     dbias = _reshape(_sum(sum_dz, sharing), params_shape)
@@ -612,7 +585,7 @@ def before_activation(
     """
     if norm.activation is None:
         return dy
-    z = _reshape(_affine(norm, x, mean, var, scale, bias, shortcut), x.shape)
+    z = _affine(norm, x, mean, var, scale, bias, shortcut)
     return dy.astype(norm.compute_dtype) * slope(norm.activation, z)
 
 
@@ -641,19 +614,17 @@ def input_gradient(
       Array of x's shape and dtype.
     """
     dtype = norm.compute_dtype
-    rstd = lax.rsqrt(_split_statistic(norm, var) + norm.epsilon)
-    centred = _about(norm, x, mean)
+    rstd = lax.rsqrt(var + norm.epsilon)
     weight: Any = 1
     if scale is not None:
-        weight = norm.weight(_spread(norm, scale, centred, x.ndim))
+        weight = norm.weight(_spread(norm, scale, x))
     # with rstd drawn out of x_hat
-    through_statistics = centred * (rstd * _split_statistic(norm, c1))
+    through_statistics = _about(norm, x, mean) * _channels(norm, rstd * c1, x)
     if c2 is not None:
-        through_statistics = through_statistics + _split_statistic(norm, c2)
-    where = None if mask is None else _split(norm, mask)
-    through_statistics = _masked(through_statistics, where)
-    dx = rstd * (weight * _split(norm, dz.astype(dtype)) - through_statistics)
-    dx = _reshape(dx, x.shape)
+        through_statistics = through_statistics + _channels(norm, c2, x)
+    through_statistics = _masked(through_statistics, mask)
+    dx = weight * dz.astype(dtype) - through_statistics
+    dx = _channels(norm, rstd, x) * dx
     if dh is not None:
         dx = dx + dh.astype(dtype)
     return dx.astype(x.dtype)
