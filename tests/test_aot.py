@@ -9,6 +9,7 @@ kernels under the transformations.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -580,6 +581,15 @@ def test_gradient_is_two_kernels(norm: Any) -> None:
     function, params, x = norm
     assert count(jax.grad(loss(function), (0, 1)), params, x) == 2
     assert count(forward_backward(function), params, x, x) == 2
+
+
+@pytest.mark.parametrize("chip", [H100, CHIPS["v5e"]], ids=lambda chip: chip.name)
+def test_xla_is_told_what_a_kernel_costs(chip: Chip) -> None:
+    """Read x, written y: what its scheduler counts on."""
+    x = jax.ShapeDtypeStruct((4096, 1024), BF16)
+    text = compile_for(chip, lambda x: fusednorm.rms_norm(x), x).hlo
+    (told,) = re.findall(r"bytes_accessed\W+?(?:22)?\W*(\d+)", text)
+    assert int(told) == 2 * x.size * 2
 
 
 def test_vmap_of_gradient_is_two_kernels(norm: Any) -> None:

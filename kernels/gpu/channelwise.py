@@ -870,6 +870,7 @@ def _launch(
             # instructions.
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
+        **memory.cost([*inputs.values(), *outputs.values()]),
         **mesh,
     )
     results = dict(zip(outputs, run(*inputs.values()), strict=True))

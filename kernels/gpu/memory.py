@@ -1,6 +1,7 @@
 """What the kernels of NVIDIA GPUs share: chunks of columns, and access to memory."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fusednorm.kernels.cost import estimate
 
 WARPS = 4  # in a warpgroup, which is one thread to Pallas
 LANES = 32  # in a warp
@@ -102,6 +105,12 @@ def fence(_: Any) -> None:
 
 
 # --- the rest ------------------------------------------------------------------------
+
+
+def cost(arrays: Sequence[Any]) -> dict[str, Any]:
+    """What `plgpu.kernel` takes to tell XLA of a kernel: nothing in jax 0.11."""
+    takes = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
+    return {"cost_estimate": estimate(arrays)} if takes else {}
 
 
 def power_of_2_below(n: int) -> int:

@@ -958,6 +958,7 @@ def _launch(
             # What is read after it was written, `sums`, lies behind a barrier.
             unsafe_no_auto_barriers=True,
         ),
+        **memory.cost([*inputs.values(), *outputs.values()]),
         **mesh,
     )
     results = dict(zip(outputs, run(*inputs.values()), strict=True))

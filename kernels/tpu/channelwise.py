@@ -50,6 +50,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm import reference
+from fusednorm.kernels import cost
 from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
@@ -803,9 +804,7 @@ class Launch:
             out_specs=tuple(itertools.starmap(spec_of, results)),
             scratch_shapes=(*keep, *scratch),
             compiler_params=memory.compiler_params(grid, self.vmem),
-            cost_estimate=memory.cost(
-                [array for array, _ in operands], [shape for shape, _ in results]
-            ),
+            cost_estimate=cost.estimate(array for array, _ in (*operands, *results)),
         )(*[memory.bits(array) for array, _ in operands])
 
     # x, y, dy, dx; and what channels have.

@@ -1,14 +1,12 @@
 """What the kernels of TPUs share: chips, operands, rows and columns, float16."""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128  # of a vector register
@@ -58,23 +56,6 @@ def compiler_params(grid: Sequence[int], vmem: int) -> pltpu.CompilerParams:
     """Of a kernel with one number of the first axis of its grid for each core."""
     semantics: list[Any] = ["parallel", *["arbitrary"] * (len(grid) - 1)]
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)
-
-
-def cost(
-    operands: Iterable[jax.Array | None], results: Iterable[jax.ShapeDtypeStruct | None]
-) -> pl.CostEstimate:
-    """What XLA should count on when it schedules a kernel beside other work.
-
-    Every array once, and ten operations on each element: kernels are bound by memory.
-    """
-    arrays = [array for array in (*operands, *results) if array is not None]
-    return pl.CostEstimate(
-        flops=10 * sum(math.prod(array.shape) for array in arrays),
-        bytes_accessed=sum(
-            math.prod(array.shape) * array.dtype.itemsize for array in arrays
-        ),
-        transcendentals=0,
-    )
 
 
 def power_of_two(most: int) -> int:

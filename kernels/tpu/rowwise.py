@@ -46,6 +46,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from fusednorm.kernels import cost
 from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
@@ -560,9 +561,7 @@ def _pallas_call(
         compiler_params=memory.compiler_params(
             blocks.grid, max(blocks.vmem, VMEM_BYTES)
         ),
-        cost_estimate=memory.cost(
-            [array for array, _ in operands], [shape for shape, _ in results]
-        ),
+        cost_estimate=cost.estimate(array for array, _ in (*operands, *results)),
     )(*[memory.bits(array) for array, _ in operands])
 
 
