@@ -160,6 +160,7 @@ class Target:
 
 
 ONE_CPU = Target(("cpu",))
+ONE_TPU = Target(("tpu",))
 
 
 # --- what is answered -----------------------------------------------------------------

@@ -238,7 +238,8 @@ def moments(
       mask: None, or bool of x's rank that broadcasts to x: which elements count.
       sparing: centre the squares only if some mean is far from 0, and only its own.
         XLA's CPU code then sums x and x^2 side by side, 1.3 times as fast as one after
-        the other. Not for devices where a branch costs more, nor for x in parts.
+        the other; its TPU code adds up both where x is made. Not for GPUs, where a
+        branch costs more, nor for x in parts.
 
     Returns:
       count: elements in each statistic; an int, or with a mask an array like `mean`.

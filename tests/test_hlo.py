@@ -162,6 +162,35 @@ def test_a_custom_call_on_slices_is_seen_in_its_fusion() -> None:
     assert found.nbytes == 2 * KB
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "branch_computations={%twice, %once}",
+        "true_computation=%twice, false_computation=%once",
+    ],
+)
+def test_of_branches_the_one_that_moves_least_counts(names: str) -> None:
+    (found,) = hlo.kernels(
+        entry(
+            "%x = f32[256]{0} parameter(0)",
+            "%p = pred[] parameter(1)",
+            f"%c = f32[256]{{0}} conditional(%p, %x, %x), {names}",
+            before="""
+            %twice (p: f32[256]) -> f32[256] {
+              %p = f32[256]{0} parameter(0)
+              %m = f32[256]{0} negate(%p)
+              ROOT %n = f32[256]{0} sine(%m)
+            }
+            %once (q: f32[256]) -> f32[256] {
+              %q = f32[256]{0} parameter(0)
+              ROOT %r = f32[256]{0} cosine(%q)
+            }
+            """,
+        )
+    )
+    assert (found.opcode, found.nbytes) == ("cosine", 2 * KB)
+
+
 def test_arrays_on_the_chip_are_arrays_too() -> None:
     """A kernel that finds its operand on the chip, and leaves a result there."""
     (found,) = hlo.kernels(

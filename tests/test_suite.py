@@ -435,3 +435,20 @@ def test_one_loop_for_many_rows_is_not_broken_up(
     x = jnp.zeros((rows, 64), dtype)
     text = jax.jit(fusednorm.layer_norm).lower(x).as_text()
     assert text.count("stablehlo.case") == branches
+
+
+@pytest.mark.parametrize(("platform", "branches"), [("tpu", 1), ("cuda", 0)])
+def test_a_forward_is_spared_where_a_branch_is_cheap(
+    platform: str, branches: int
+) -> None:
+    """On a TPU, and no backward there: dy may be made where it is used."""
+
+    def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, vjp = jax.vjp(lambda x: fusednorm.group_norm(x, num_groups=8), x)
+        return y, *vjp(y)
+
+    with fusednorm.use_backend("reference"):
+        traced = jax.jit(both).trace(jnp.zeros((2, 8, 8, 64)))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.case") == branches
+    assert "optimization_barrier" not in text

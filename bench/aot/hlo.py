@@ -154,6 +154,13 @@ def _run(
         elif one.opcode == "call":
             inner = computations[_called(one, "to_apply")]
             yield from _run(computations, inner, times, loop)
+        elif one.opcode == "conditional":
+            # The branch that moves least: others are for what is rare.
+            branches = [
+                list(_run(computations, computations[name], times, loop))
+                for name in _branches(one)
+            ]
+            yield from min(branches, key=total)
         else:
             one, where = _unwrapped(computations, one, types)
             target = re.search(r'custom_call_target="([^"]*)"', one.rest)
@@ -189,6 +196,13 @@ def _called(instruction: _Instruction, role: str) -> str:
     found = re.search(rf"\b{role}=%?([\w.\-]+)", instruction.rest)
     assert found, instruction
     return found[1]
+
+
+def _branches(conditional: _Instruction) -> list[str]:
+    """Names of the computations that it chooses from."""
+    if listed := re.search(r"branch_computations=\{([^}]*)\}", conditional.rest):
+        return re.findall(r"%?([\w.\-]+)", listed[1])
+    return [_called(conditional, f"{side}_computation") for side in ("true", "false")]
 
 
 def _moved(one: _Instruction, types: dict[str, str]) -> int:

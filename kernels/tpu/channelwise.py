@@ -80,10 +80,10 @@ REGISTERS = {"forward": 40, "backward": 26}
 # one. As above, for a v6e: forward 0.87 -> 0.80, backward 0.88 -> 0.74.
 WIDE = 2 * LANES
 
-# Bytes of device memory that two convolutions of 3x3 and what is between them move, in
-# tensors, compiled for a v5e: BatchNorm and ReLU, 200 x 28 x 28 x 512 in bfloat16, 5.1
-# with flax's layer, 6.1 with the reference, 9.1 with the kernel; GroupNorm and SiLU, of
-# 10 x 128 x 128 x 512, 9.5, 11.1 and 15.5. Without norm and activation it is 5.
+# Bytes of device memory that two convolutions of 3x3 and what is between them move
+# forward, in tensors of 200 x 28 x 28 x 512 in bfloat16, compiled for a v5e: BatchNorm
+# and ReLU, 4.3 with flax's layer and with the reference, 8.3 with the kernel; GroupNorm
+# and SiLU 4.3, 4.3 and 11.2.
 BETWEEN_CONVOLUTIONS = (
     "images, on a TPU: XLA fuses the sums into the convolution before, and the rest "
     "into what follows, where a kernel reads and writes once more; a norm that stands "
