@@ -370,14 +370,14 @@ def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
     bfloat16, 732 rows of 8192 1.07 and 1.25, 16384 of 1024 2.89 and 1.26. In float16
     the loop is slow: 100000 rows of 64 0.22 and 0.86.
     """
-    if target == dispatch.ONE_TPU:
-        return call.op == "forward"
+    if call.op != "forward":
+        return target == dispatch.ONE_CPU
     if target != dispatch.ONE_CPU:
-        return False
+        return target == dispatch.ONE_TPU
     statistics = math.prod(call.norm.statistic_shape(call.x.shape))
     known = isinstance(statistics, int)  # not so in an export for any shape
     one_loop = known and statistics >= 4096 and call.x.dtype != jnp.float16
-    return call.op != "forward" or not one_loop
+    return not one_loop
 
 
 def _launch(

@@ -201,6 +201,11 @@ def _across(norm: Norm, total: Any) -> Any:
     return lax.psum(total, norm.over, axis_index_groups=norm.groups)
 
 
+def _mean(norm: Norm, total: jax.Array, count: Count) -> jax.Array:
+    """Of all devices that combine, from what was added up on each."""
+    return _over(_across(norm, total), count)
+
+
 def _count(norm: Norm, x: jax.Array, mask: jax.Array | None) -> Count:
     """Elements per statistic here: like a statistic, where it is an array."""
     if mask is not None:
@@ -439,10 +444,10 @@ def tangent(
     if x_dot is not None:
         count = _across(norm, _count(norm, x, mask))
         step = x_dot.astype(dtype)
-        c1 = _over(_across(norm, _total(norm, x_hat * step, mask)), count)
+        c1 = _mean(norm, _total(norm, x_hat * step, mask), count)
         inner = step - x_hat * _channels(norm, c1, x)
         if norm.center:
-            c2 = _over(_across(norm, _total(norm, step, mask)), count)
+            c2 = _mean(norm, _total(norm, step, mask), count)
             inner = inner - _channels(norm, c2, x)
         z_dot = rstd * inner
         if scale is not None:
@@ -474,9 +479,9 @@ def moments_tangent(
     step = x_dot.astype(norm.compute_dtype)
     mean_dot = None
     if mean is not None:
-        mean_dot = _over(_across(norm, _total(norm, step, mask)), count)
-    moved = _across(norm, _total(norm, _about(norm, x, mean) * step, mask))
-    return mean_dot, 2 * _over(moved, count)
+        mean_dot = _mean(norm, _total(norm, step, mask), count)
+    moved = _total(norm, _about(norm, x, mean) * step, mask)
+    return mean_dot, 2 * _mean(norm, moved, count)
 
 
 def backward(
@@ -521,8 +526,11 @@ def backward(
     dtype = norm.compute_dtype
     # S of x[N, S, G, K], without what scale or bias varies along; and the others.
     own = max(own_params, 0 if scale is None else scale.ndim - 1)
-    pixel_axes = [a for a in norm.reduction_axes if a not in norm.feature_axes]
-    pixel_axes = [axis for axis in pixel_axes if axis >= own]
+    pixel_axes = [
+        axis
+        for axis in norm.reduction_axes
+        if axis not in norm.feature_axes and axis >= own
+    ]
     other_axes = [axis for axis in norm.reduction_axes if axis not in pixel_axes]
     count = _across(norm, _count(norm, x, mask))
 
@@ -541,11 +549,11 @@ def backward(
     if scale is not None:
         weight = norm.weight(_spread(norm, scale, x))
     c1 = _groups(norm, _sum(weight * sum_dz_centred, other_axes))
-    c1 = _over(_across(norm, c1), count) * rstd
+    c1 = _mean(norm, c1, count) * rstd
     c2 = None
     if norm.center:
         c2 = _groups(norm, _sum(weight * sum_dz, other_axes))
-        c2 = _over(_across(norm, c2), count)
+        c2 = _mean(norm, c2, count)
     dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
 
     # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in

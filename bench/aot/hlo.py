@@ -241,15 +241,10 @@ def _on_chip(types: Sequence[str]) -> bool:
     return any(_CHIP.search(type_) for type_ in types)
 
 
-def _elements_bytes(array: re.Match[str]) -> int:
-    """Bytes of the elements, wherever they lie."""
-    return int(math.prod(_shape(array)) * _itemsize(array))
-
-
 def _all_bytes(types: Iterable[str]) -> int:
     """Bytes of the elements of the types' arrays, wherever these lie."""
     found = (array for type_ in types for array in _ARRAY.finditer(type_))
-    return sum(map(_elements_bytes, found))
+    return sum(int(math.prod(_shape(array)) * _itemsize(array)) for array in found)
 
 
 def _itemsize(array: re.Match[str]) -> float:

@@ -17,6 +17,8 @@ from fusednorm.kernels.cost import estimate
 WARPS = 4  # in a warpgroup, which is one thread to Pallas
 LANES = 32  # in a warp
 
+_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
+
 
 # --- columns -------------------------------------------------------------------------
 
@@ -109,8 +111,7 @@ def fence(_: Any) -> None:
 
 def cost(arrays: Sequence[Any]) -> dict[str, Any]:
     """What `plgpu.kernel` takes to tell XLA of a kernel: nothing in jax 0.11."""
-    takes = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
-    return {"cost_estimate": estimate(arrays)} if takes else {}
+    return {"cost_estimate": estimate(arrays)} if _TAKES_COST else {}
 
 
 def power_of_2_below(n: int) -> int:
