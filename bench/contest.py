@@ -55,15 +55,22 @@ class Peer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A jitted function and its arguments: none is a constant in its code."""
+    """A jitted function and its arguments: none is a constant in its code.
+
+    Attributes:
+      function, arguments: these.
+      options: of XLA's, for this compilation.
+    """
 
     function: Any
     arguments: tuple[Any, ...]
+    options: dict[str, Any] | None = None
 
     @functools.cached_property
     def compiled(self) -> Any:
         """The function, compiled for the arguments."""
-        return self.function.lower(*self.arguments).compile()
+        lowered = self.function.lower(*self.arguments)
+        return lowered.compile(compiler_options=self.options)
 
     def __call__(self) -> Any:
         return self.compiled(*self.arguments)

@@ -1,6 +1,7 @@
 """Other libraries on the same blocks and the same arrays, each where it is installed.
 
     tokamax         LayerNorm and RMSNorm of JAX (its Triton kernel on a GPU)
+    cudnn           LayerNorm: flax's, which XLA turns into cuDNN's
     torch           PyTorch's own operations, one after the other
     torch.compile   the same, compiled as one
     liger           Liger-Kernel: RMSNorm, LayerNorm, GroupNorm, sum and RMSNorm
@@ -17,7 +18,7 @@ import dataclasses
 import functools
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ def present(names: Sequence[str]) -> tuple[list[Peer], dict[str, str]]:
 def versions() -> dict[str, str]:
     """Of the libraries that are installed."""
     found = {}
-    for name in ("tokamax", "torch", "triton", "liger-kernel", "quack-kernels"):
+    libraries = ("tokamax", "torch", "triton", "liger-kernel", "quack-kernels")
+    for name in (*libraries, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -105,6 +107,49 @@ class Tokamax:
         mine = nnx.clone(block)
         mine.norm = _TokamaxNorm(block.norm, self._function)
         return dict(contest.passes(mine, inputs, cotangents, wanted))
+
+    def read(self, found: Named) -> Named:
+        """See `bench.contest.Peer`."""
+        return found
+
+
+class Cudnn:
+    """flax's layer, of which XLA leaves the normalization to cuDNN."""
+
+    name = "cudnn"
+    options: ClassVar = {"xla_gpu_enable_cudnn_layer_norm": True}
+
+    def __init__(self) -> None:
+        if jax.default_backend() != "gpu":
+            raise RuntimeError("its kernels are for GPUs")
+
+    def passes(
+        self,
+        block: Block,
+        inputs: tuple[Any, ...],
+        cotangents: Named,
+        wanted: Iterable[str],
+    ) -> dict[str, Callable[[], Any]]:
+        """See `bench.contest.Peer`."""
+        if not isinstance(block.norm, nnx.LayerNorm):
+            raise UnsupportedError(f"no {type(block.norm).__name__}")
+        found = {
+            which: dataclasses.replace(one, options=self.options)
+            for which, one in contest.passes(
+                self.prepared(block), inputs, cotangents, wanted
+            ).items()
+        }
+        for which, one in found.items():
+            if "__cudnn$norm" not in one.compiled.as_text():
+                raise UnsupportedError(f"XLA does not leave it to cuDNN: {which}")
+        return dict(found)
+
+    @staticmethod
+    def prepared(block: Block) -> Block:
+        """With the variance as XLA looks for it: the mean of centred squares."""
+        mine = nnx.clone(block)
+        mine.norm.use_fast_variance = False
+        return mine
 
     def read(self, found: Named) -> Named:
         """See `bench.contest.Peer`."""
@@ -389,6 +434,7 @@ def _require_gpu() -> None:
 
 PEERS: dict[str, Callable[[], Any]] = {
     "tokamax": Tokamax,
+    "cudnn": Cudnn,
     "torch": functools.partial(_torch, compiles=False),
     "torch.compile": functools.partial(_torch, compiles=True),
     "liger": _liger,

@@ -23,8 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import fusednorm
+from bench import contest
 from bench.aot import gate, hlo
-from bench.aot.chips import B200, CHIPS, H100, RTX5090, TPUS, Chip, Gpu
+from bench.aot.chips import B200, CHIPS, H100, RTX5090, TPUS, Chip, Gpu, device
 from bench.aot.compile import compile_for
 from bench.aot.measure import (
     ROWWISE,
@@ -46,7 +47,8 @@ from bench.aot.whole import (
     training_step,
 )
 from bench.cases import CASES as CASES_OF_BENCH
-from bench.cases import Case
+from bench.cases import Block, Case
+from bench.peers import Cudnn
 from fusednorm.kernels.dispatch import Kernel
 from fusednorm.kernels.tpu.blocks import order_of_axes
 from tests.compilers import Cell, layers, name, some_slow, tensor_of
@@ -655,6 +657,23 @@ def test_remat_runs_the_forward_again(norm: Any) -> None:
     function, params, x = norm
     again = jax.checkpoint(lambda params, x: function(params, jnp.sin(x)))
     assert count(jax.grad(loss(again), (0, 1)), params, x) == 3
+
+
+@pytest.mark.parametrize("which", ["forward", "forward+backward"])
+def test_xla_leaves_a_layer_norm_to_cudnn(which: str) -> None:
+    """As `bench.peers.Cudnn` asks for it, and not otherwise."""
+    (case,) = [case for case in CASES_OF_BENCH if case.name == "vit_b_16"]
+    block = Cudnn.prepared(Block(case, nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((8, *case.sample), case.dtype)
+    (one,) = contest.passes(block, (x,), {"y": x}, [which]).values()
+    one_chip = jax.sharding.SingleDeviceSharding(device(H100))
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_chip),
+        one.arguments,
+    )
+    for options in (None, Cudnn.options):
+        on_chip = contest.Pass(one.function, arguments, options)
+        assert ("__cudnn$norm" in on_chip.compiled.as_text()) == bool(options)
 
 
 def test_the_gate_sees_the_reference(norm: Any) -> None:

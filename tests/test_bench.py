@@ -479,6 +479,14 @@ def test_peers_go_on_where_they_stopped(
     assert [r["case"] for r in record["results"]] == ["decode_qk_norm"]
 
 
+def test_peers_that_need_a_gpu_say_so() -> None:
+    found, absent = peers.present(["cudnn"])
+    if jax.default_backend() == "gpu":
+        assert [peer.name for peer in found] == ["cudnn"]
+    else:
+        assert absent == {"cudnn": "RuntimeError: its kernels are for GPUs"}
+
+
 @pytest.mark.gpu  # beside a GPU there is PyTorch
 @pytest.mark.parametrize(
     "name", [name for name in KINDS_OF_BLOCKS if CASE[name].conv is None]
