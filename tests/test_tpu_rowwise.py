@@ -104,23 +104,46 @@ def test_shapes_that_become_rows(kernels: None, case: Case) -> None:
     run(case)
 
 
-@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", [("layer_norm", 384), ("rms_norm", 300)], ids=str)
+def test_several_chunks_at_a_time(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, case: tuple[str, int], dtype: str
+) -> None:
+    """Three in a turn of the loop, then those that are left, of which one is ragged."""
+    sizes = [(op, size) for op in ("forward", "backward") for size in (2, 4)]
+    monkeypatch.setattr(rowwise, "REGISTERS", dict.fromkeys(sizes, (1, 16)))
+    monkeypatch.setattr(rowwise, "TURN_REGISTERS", 3 * 6)
+    kind, features = case
+    shape = (11 * 16 + 5, features)
+    for call in calls(shape, dtype):
+        kernel = tpu.plan(call, None)
+        assert isinstance(kernel, Kernel)
+        (_, blocks) = kernel.launch.args  # type: ignore[attr-defined]
+        assert blocks.together == 3
+        assert blocks.keeps == (dtype != "float32")
+    run(Case(kind, shape), (dtype, "float32", dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("layer_norm", "float32"), ("layer_norm", "bfloat16"), ("rms_norm", "float32")],
+)
 def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
-    kernels: None, kind: str
+    kernels: None, kind: str, dtype: str
 ) -> None:
     """Here a block has fewer rows than a statistic's tile of 128 lanes."""
     case = Case(kind, (150, 8200))
-    x, _, _, dy = case.data(2, "float32", "float32")
+    x, _, _, dy = case.data(2, dtype, dtype)
     call = Call(
         "backward",
         norm_of(case),
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        dy=jax.ShapeDtypeStruct(dy.shape, jnp.dtype("float32")),
+        dy=jax.ShapeDtypeStruct(dy.shape, jnp.dtype(dtype)),
     )
     kernel = tpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     assert int(kernel.block.split()[0]) < LANES
-    run(case)
+    run(case, (dtype, "float32", dtype))
 
 
 # --- features down the sublanes -------------------------------------------------------
@@ -153,18 +176,19 @@ def test_blocks_of_slabs_and_of_rows(
     """Several of each, the last of which have less than the others."""
     monkeypatch.setattr(rowwise, "MOST_ROWS", 120)
     registers = dict.fromkeys(("forward", "backward"), 2 * 3)  # of 24 features
-    monkeypatch.setattr(rowwise, "REGISTERS", registers)
+    monkeypatch.setattr(rowwise, "DOWN_REGISTERS", registers)
     for call in calls(shape, dtype):
         assert int(tpu.plan(call, None).block.split()[0]) == 512
     run(Case("layer_norm", shape), (dtype, "float32", dtype))
 
 
+@pytest.mark.parametrize("width", [LANES, 2 * LANES])
 @pytest.mark.parametrize("features", [1, 5, 8, 24, 64, 96, 100, 127, 130, 192, 300])
-def test_both_ways_sum_in_the_same_order(features: int) -> None:
+def test_both_ways_sum_in_the_same_order(features: int, width: int) -> None:
     rng = np.random.default_rng(18)
     x = np.full((16, 384), np.nan, "float32")
     x[:, :features] = rng.normal(0.3, 2, (16, features))
-    lying = AcrossLanes(0, 1, 1, 1, 16, features, 16, 16)
+    lying = AcrossLanes(0, 1, 1, 1, 16, features, 16, 16, piece_width=width)
     standing = DownSublanes(0, 1, 1, 1, 16, features, LANES, LANES, 1)
     columns = np.full((standing.sublanes, LANES), np.nan, "float32")
     columns[:, :16] = x[:, : standing.sublanes].T

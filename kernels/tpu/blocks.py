@@ -41,11 +41,11 @@ from jax.experimental.pallas import tpu as pltpu
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 
-# Pieces of a chunk that stand one behind the other in the code, at most; and of more
-# those that one turn of a loop does. LayerNorm of 12288 features, bfloat16, forward:
-# with 8 pieces a turn 1.12 of the time of its HBM traffic on a v6e, with 16 1.05; of
-# 4096 features all in one 0.53, 8 a turn 0.68.
-UNROLLED, TOGETHER = 32, 16
+# Features of a chunk whose pieces stand one behind the other in the code, at most; and
+# of more those that one turn of a loop does. LayerNorm of 12288 features, bfloat16,
+# forward: with 1024 a turn 1.12 of the time of its HBM traffic on a v6e, with 2048
+# 1.05; of 4096 features all in one 0.53, 1024 a turn 0.68.
+UNROLLED, TOGETHER = 4096, 2048
 
 # x + NOTHING is x, to the bit; 0 would make 0 of -0.
 NOTHING = -0.0
@@ -103,14 +103,16 @@ def inverse(order: Sequence[int]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """LANES features of a chunk.
+    """Some features of a chunk.
 
     Attributes:
       number: of the piece; in a loop that of those with group 0.
-      group: TOGETHER pieces each; in a loop.
+      width: features of each piece before it.
+      group: TOGETHER features each; in a loop.
     """
 
     number: int
+    width: int = LANES
     group: Any = None
 
     def of(self, ref: Any, axis: int, size: int) -> Any:
@@ -120,10 +122,10 @@ class Piece:
             return ref.at[(slice(None),) * axis + (pl.ds(start, size),)]
 
         if self.group is None:
-            return cut(ref, self.number * LANES, size)
-        first = pl.multiple_of((1 + self.group * TOGETHER) * LANES, LANES)
-        group = cut(ref, first, TOGETHER * LANES)  # one address for all its pieces
-        return cut(group, (self.number - 1) * LANES, size)
+            return cut(ref, self.number * self.width, size)
+        first = pl.multiple_of(self.width + self.group * TOGETHER, LANES)
+        group = cut(ref, first, TOGETHER)  # one address for all its pieces
+        return cut(group, (self.number - 1) * self.width, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,13 +268,27 @@ class Chunks:
     # --- chunks ---
 
     @property
-    def chunks_of_slab(self) -> Any:
-        """Of this block's slabs, that have rows."""
+    def slabs_of_block(self) -> int:
+        """In VMEM at a time."""
+        return 1
+
+    @property
+    def rows_of_slab(self) -> Any:
+        """Of this block's slabs."""
         _, row = self.block_number
         rows = jnp.minimum(self.rows - row * self.block_rows, self.block_rows)
-        if self.cores > 1:
-            rows = jnp.maximum(rows, 0)
-        return lax.div(rows + self.chunk_rows - 1, self.chunk_rows)
+        return jnp.maximum(rows, 0) if self.cores > 1 else rows
+
+    @property
+    def chunks_of_slab(self) -> Any:
+        """Of this block's slabs, that have rows."""
+        return lax.div(self.rows_of_slab + self.chunk_rows - 1, self.chunk_rows)
+
+    @property
+    def whole_chunks(self) -> Any:
+        """Those of this block, which is one slab's, that have all their rows."""
+        whole = lax.div(self.rows_of_slab, self.chunk_rows)
+        return jnp.minimum(whole, self.chunks)  # 0 where a core has no slab
 
     @property
     def chunks(self) -> Any:
@@ -293,8 +309,13 @@ class Chunks:
         return 1
 
     @property
+    def piece_width(self) -> int:
+        """Features of a piece."""
+        return LANES
+
+    @property
     def pieces(self) -> int:
-        """Of LANES features each, the last one of what there is."""
+        """Of so many features each, the last one of what there is."""
         raise NotImplementedError
 
     def place(self, index: Any) -> Any:
@@ -305,24 +326,67 @@ class Chunks:
         """The features of a piece."""
         raise NotImplementedError
 
-    def for_each_chunk(self, chunk: Callable[[Any], None]) -> None:
-        """Calls chunk(index) for the chunks of this block that have rows."""
+    def for_each_chunk(
+        self, chunk: Callable[[Any, int, bool], None], *, masks: bool
+    ) -> None:
+        """Calls chunk(index, slot, masked) for the chunks of this block that have rows.
+
+        Of the chunks of one turn each has a slot of its own.
+
+        Args:
+          chunk: what is done to one.
+          masks: whether it must know, by `masked`, that a chunk may have garbage in its
+            last rows. A mask costs each element an operation, so one chunk that may
+            have some has code of its own.
+        """
+        masks = masks and self.is_ragged
+        apart = masks and self.slabs_of_block == 1
         count = self.together
-        turns = lax.div(self.chunks, count)
+        turns = lax.div(self.whole_chunks if apart else self.chunks, count)
 
         def turn(number: Any, _: None) -> None:
             for i in range(count):
-                chunk(number * count + i)
+                chunk(number * count + i, i, masks and not apart)
 
         lax.fori_loop(0, turns, turn, None)
-        if count > 1:
-            lax.fori_loop(turns * count, self.chunks, lambda i, _: chunk(i), None)
+        if count > 1 or apart:
+            start = turns * count
+            lax.fori_loop(start, self.chunks, lambda i, _: chunk(i, 0, masks), None)
 
     def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
         """Reads pieces of a chunk, in float32, from VMEM whenever they are wanted:
         the registers do not hold them all."""
         here = self.place(index)
         return lambda piece: memory.load(self.part(ref, piece), here)
+
+    @property
+    def kept_chunks(self) -> Any:
+        """Scratch for `keep`, or None."""
+        return None
+
+    def keep(
+        self, ref: Any, slot: int, compute: Callable[[Piece], jax.Array]
+    ) -> tuple[Callable[[Piece, jax.Array], None], Callable[[Piece], jax.Array]]:
+        """How a number is kept from one pass over a chunk to the next.
+
+        Args:
+          ref: scratch [together, chunk_rows, lanes] float32, or None.
+          slot: which of the chunks of one turn this is.
+          compute: of a piece.
+
+        Returns:
+          put(piece, value), get(piece); without scratch put does nothing, and get
+          computes anew.
+        """
+
+        def put(piece: Piece, value: jax.Array) -> None:
+            if ref is not None:
+                self.part(ref, piece)[slot] = value
+
+        def get(piece: Piece) -> jax.Array:
+            return compute(piece) if ref is None else self.part(ref, piece)[slot]
+
+        return put, get
 
     def write(self, ref: Any, index: Any, piece: Piece, value: jax.Array) -> None:
         """Writes a piece of a chunk."""
@@ -334,20 +398,22 @@ class Chunks:
         Few pieces stand one behind the other in the code; of many a loop has some at a
         time. The last one's number is always known.
         """
-        carry = step(Piece(0), None)
+        width = self.piece_width
+        carry = step(Piece(0, width), None)
         begun = 1
-        if self.pieces > UNROLLED:
-            groups = (self.pieces - 2) // TOGETHER
+        if self.pieces > UNROLLED // width:
+            of_turn = TOGETHER // width
+            groups = (self.pieces - 2) // of_turn
 
             def of_group(group: Any, carry: Any) -> Any:
-                for number in range(1, 1 + TOGETHER):
-                    carry = step(Piece(number, group), carry)
+                for number in range(1, 1 + of_turn):
+                    carry = step(Piece(number, width, group), carry)
                 return carry
 
             carry = lax.fori_loop(0, groups, of_group, carry)
-            begun = 1 + groups * TOGETHER
+            begun = 1 + groups * of_turn
         for number in range(begun, self.pieces):
-            carry = step(Piece(number), carry)
+            carry = step(Piece(number, width), carry)
         return carry
 
 
@@ -359,7 +425,25 @@ class AcrossLanes(Chunks):
     """How the view x[examples, slabs, rows, features] is cut.
 
     Rows of a block, and of a chunk, are powers of two.
+
+    Attributes:
+      piece_width: features of a piece. Of 16 bits each, memory has tiles of 8 rows
+        times 128 features, which are half a register: two side by side are one.
+      together: chunks that one turn of the loop does.
+      keeps: whether there is scratch for `keep`. It spares numbers of 16 bits a second
+        conversion, which costs more than to store them in 32 and to load them.
     """
+
+    piece_width: int = LANES
+    together: int = 1
+    keeps: bool = False
+
+    @property
+    def kept_chunks(self) -> Any:
+        """Scratch for `keep`, or None."""
+        if not self.keeps:
+            return None
+        return pltpu.VMEM((self.together, self.chunk_rows, self.lanes), jnp.float32)
 
     @property
     def view(self) -> tuple[int, int, int, int]:
@@ -402,8 +486,8 @@ class AcrossLanes(Chunks):
         return pltpu.VMEM((SUBLANES, self.lanes), jnp.float32)
 
     def sum_rows(self, value: jax.Array) -> jax.Array:
-        """[chunk_rows, LANES] -> [SUBLANES, LANES]: adds whole registers alone."""
-        return jnp.sum(value.reshape(-1, SUBLANES, LANES), 0)
+        """A piece -> [SUBLANES, its lanes]: adds whole registers alone."""
+        return jnp.sum(value.reshape(-1, SUBLANES, value.shape[1]), 0)
 
     def finish_sum(self, total: Any, result: Any) -> None:
         """[SUBLANES, lanes] -> [1, lanes]."""
@@ -417,8 +501,8 @@ class AcrossLanes(Chunks):
         return self.chunk_rows, LANES
 
     def widen(self, value: jax.Array, piece: Piece) -> jax.Array:
-        """For a piece: as it is."""
-        return value
+        """For a piece: [chunk_rows, its lanes], the same registers again."""
+        return jnp.concatenate([value] * (self._size(piece) // LANES), 1)
 
     def meet(self, total: jax.Array) -> jax.Array:
         """Sums the lanes of each row."""
@@ -490,12 +574,17 @@ class AcrossLanes(Chunks):
 
     @property
     def pieces(self) -> int:
-        """Of LANES features each: [chunk_rows, LANES] in registers at a time."""
-        return self.lanes // LANES
+        """Of so many features each, the last one of what there is."""
+        return pl.cdiv(self.lanes, self.piece_width)
+
+    def _size(self, piece: Piece) -> int:
+        is_last = piece.number == self.pieces - 1 and piece.group is None
+        left = self.lanes - (self.pieces - 1) * self.piece_width
+        return left if is_last else self.piece_width
 
     def part(self, ref: Any, piece: Piece) -> Any:
         """The lanes of a piece."""
-        return piece.of(ref, ref.ndim - 1, LANES)
+        return piece.of(ref, ref.ndim - 1, self._size(piece))
 
     def place(self, index: Any) -> Any:
         """Where a chunk is, in a block."""
@@ -508,12 +597,16 @@ class AcrossLanes(Chunks):
         values: Sequence[jax.Array],
         piece: Piece,
     ) -> list[jax.Array]:
-        """Adds a piece's to those of the pieces before, place by place."""
-        rest = self.features % LANES
-        if piece.number == self.pieces - 1 and rest:
-            lane = lax.broadcasted_iota(jnp.int32, values[0].shape, 1)
-            values = [jnp.where(lane < rest, value, NOTHING) for value in values]
-        return list(values if totals is None else map(operator.add, totals, values))
+        """Adds a piece's to those of the pieces before, LANES features at a time."""
+        for start in range(0, self._size(piece), LANES):
+            terms = [value[:, start : start + LANES] for value in values]
+            left = self.features - piece.number * self.piece_width - start
+            if piece.group is None and left < LANES:
+                lane = lax.broadcasted_iota(jnp.int32, terms[0].shape, 1)
+                terms = [jnp.where(lane < left, term, NOTHING) for term in terms]
+            totals = terms if totals is None else [*map(operator.add, totals, terms)]
+        assert totals is not None
+        return list(totals)
 
     def is_inside(self, index: Any) -> jax.Array:
         """bool [chunk_rows, 1]: whether the array has this row."""
@@ -536,6 +629,11 @@ class DownSublanes(Chunks):
     """
 
     block_slabs: int
+
+    @property
+    def slabs_of_block(self) -> int:
+        """In VMEM at a time."""
+        return self.block_slabs
 
     @property
     def view(self) -> tuple[int, int, int, int]:

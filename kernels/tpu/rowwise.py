@@ -26,13 +26,15 @@ own size.
 Of a row that lies on several devices (`Call.half`) these kernels find the statistics,
 or c1 and c2, of what is here; the rest is elementwise, XLA's, and a second read.
 
-Inside a block a loop takes a chunk of rows at a time, and goes over it two or three
-times, 128 features (a piece) at a time: for sums, and to normalize. Each time VMEM is
-read anew, for the registers hold a few pieces and the sums; had they the whole chunk,
-they would spill, and a chunk small enough for them has less to do than a sum over lanes
-is waited for. Chunks beyond the last row are left out; garbage in a chunk's own last
-rows stays in these rows, and is kept out of dscale and dbias. What is done to a row,
-and in which order, depends on features and dtypes alone.
+Inside a block a loop takes a chunk of rows at a time, or small ones together, and goes
+over it two or three times, 128 or 256 features (a piece) at a time: for sums, and to
+normalize. Each time VMEM is read anew, for the registers hold a few pieces and the
+sums; had they the whole chunk, they would spill, and a chunk small enough for them has
+less to do than a sum over lanes is waited for. What a pass makes of 16 bits it leaves
+in VMEM for the next one, centred and in float32. Chunks beyond the last row are left
+out; garbage in a chunk's own last rows stays in these rows, and is kept out of dscale
+and dbias. What is done to a row, and in which order, depends on features and dtypes
+alone.
 """
 
 import dataclasses
@@ -52,6 +54,7 @@ from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.blocks import (
+    UNROLLED,
     AcrossLanes,
     Blocks,
     DownSublanes,
@@ -71,17 +74,32 @@ MOST_ROWS = 4096
 VMEM_BYTES = 16 * 2**20
 BLOCKS_BYTES = VMEM_BYTES // 2
 
-# Vector registers that a chunk would fill in float32, forward and backward, of 64 that
-# there are; and rows of a chunk at least. It is done in pieces, for which registers
-# suffice; with fewer rows there is less to do than the sums over lanes are waited for,
-# with more their numbers spill. Cycles over those of HBM traffic, compiled for a v6e:
-# LayerNorm of 1024 features, bfloat16, forward with 64 registers 1.75, 128 1.20, 256
-# 1.02, 512 1.03; backward 1.16, 0.92, 1.06, 1.12. Of 12288, forward with 32 rows 1.20,
-# with 64 1.04.
-REGISTERS = {"forward": 256, "backward": 128}
-LEAST_ROWS = 64
+# Vector registers that a chunk would fill in float32, of 64 that there are, and rows of
+# a chunk at least: by the bytes of the smallest numbers. A chunk is done in pieces, for
+# which registers suffice; with fewer rows there is less to do than the sums over lanes
+# are waited for, with more their numbers spill. Cycles over those of HBM traffic,
+# compiled for a 7x, LayerNorm: of 768 features in bfloat16 forward with 256 registers
+# 1.60, with 512 1.44; backward with 128 1.51, with 256 1.76; in float32 forward with 64
+# 0.99, with 128 0.81, backward 0.88 and 0.78. Of 12288 in bfloat16, forward with 64
+# rows at least 1.50, with 128 1.36; backward with 32 1.44, with 64 1.36.
+REGISTERS = {
+    ("forward", 2): (512, 128),
+    ("backward", 2): (128, 64),
+    ("forward", 4): (128, 32),
+    ("backward", 4): (128, 32),
+}
 
-OTHER_BYTES = 2**20  # of VMEM: statistics, and what Mosaic has itself
+# That the chunks of one turn of a loop would fill: small ones wait for their sums
+# together. As above, of 2048 features, with 200, 300, 500 registers: bfloat16 backward
+# 1.60, 1.26, and no room in VMEM for what spills; float32 forward 1.00, 0.72, likewise.
+TURN_REGISTERS = 300
+
+# As REGISTERS, where a chunk's rows lie along the lanes.
+DOWN_REGISTERS = {"forward": 256, "backward": 128}
+
+# Of VMEM: statistics, what Mosaic has itself, and what registers spill: up to 2 MiB of
+# 256 features in float32.
+OTHER_BYTES = 4 * 2**20
 
 # Below this size in bytes a slab is not worth a step of its own (0.35 us): the slabs
 # are joined, for which XLA copies an array whose rows do not fill their tiles. Nor is
@@ -104,6 +122,7 @@ def _forward_kernel(
     var_ref: Any,  # likewise
     scale_kept: Any,  # [sublanes, LANES] float32, or None
     bias_kept: Any,  # likewise
+    centred_kept: Any,  # chunks, float32, or None
     *,
     center: bool,
     epsilon: float,
@@ -116,7 +135,7 @@ def _forward_kernel(
     per_feature = 1 / blocks.features
     _keep_params([(scale_ref, scale_kept), (bias_ref, bias_kept)], blocks)
 
-    def chunk(index: Any) -> None:
+    def chunk(index: Any, slot: int, _: bool) -> None:
         read = blocks.reader(x_ref, index)
         read_shortcut = blocks.reader(shortcut_ref, index)
         read_scale = _scale_reader(scale_ref, scale_kept, index, scales_each, blocks)
@@ -134,17 +153,21 @@ def _forward_kernel(
         def add_up(piece: Piece, totals: Any) -> list[jax.Array]:
             return blocks.add(totals, [read(piece)], piece)
 
-        def add_up_centred(piece: Piece, totals: Any) -> list[jax.Array]:
+        def read_centred(piece: Piece) -> jax.Array:
             x = read(piece)
-            if not center:
-                return blocks.add(totals, [x * x], piece)
-            x = x - blocks.widen(mean, piece)
-            return blocks.add(totals, [x * x, x], piece)
+            return x - blocks.widen(mean, piece) if center else x
+
+        put_centred, get_centred = blocks.keep(centred_kept, slot, read_centred)
+
+        def add_up_centred(piece: Piece, totals: Any) -> list[jax.Array]:
+            x = read_centred(piece)
+            put_centred(piece, x)
+            return blocks.add(totals, [x * x, x][: 1 + center], piece)
 
         def normalize(piece: Piece, _: None) -> None:
-            y = read(piece)
+            y = get_centred(piece)
             if center:
-                y = y - blocks.widen(mean, piece) - blocks.widen(shift, piece)
+                y = y - blocks.widen(shift, piece)
             y = y * blocks.widen(rstd, piece)
             if scale_ref is not None:
                 y = y * weight(read_scale(piece))
@@ -174,7 +197,7 @@ def _forward_kernel(
         if var_ref is not None:
             blocks.put_statistic(var_ref, index, var)
 
-    blocks.for_each_chunk(chunk)
+    blocks.for_each_chunk(chunk, masks=False)
 
 
 # --- backward -------------------------------------------------------------------------
@@ -197,6 +220,8 @@ def _backward_kernel(
     c2_ref: Any,  # likewise
     scale_kept: Any,  # [sublanes, LANES] float32, or None
     bias_kept: Any,  # likewise
+    centred_kept: Any,  # chunks, float32, or None
+    weighted_kept: Any,  # likewise
     dscale_sum: Any,  # [SUBLANES, lanes] or [sublanes, LANES] float32, or None: kept
     dbias_sum: Any,  # likewise                                     from step to step
     *,
@@ -222,7 +247,7 @@ def _backward_kernel(
         for total, _ in sums:
             total[...] = jnp.zeros_like(total)
 
-    def chunk(index: Any) -> None:
+    def chunk(index: Any, slot: int, masked: bool) -> None:
         mean: Any = None  # of each row, as rstd
         rstd: Any = None
         if x_ref is not None:
@@ -231,7 +256,7 @@ def _backward_kernel(
             )
         if mean_ref is not None:
             mean = blocks.get_statistic(mean_ref, index)
-        inside = blocks.is_inside(index) if blocks.is_ragged else None
+        inside = blocks.is_inside(index) if masked else None
         read_x, read_dy = blocks.reader(x_ref, index), blocks.reader(dy_ref, index)
         read_dh = blocks.reader(dh_ref, index)
         read_shortcut = blocks.reader(shortcut_ref, index)
@@ -254,6 +279,15 @@ def _backward_kernel(
                 z = z + read_shortcut(piece)
             return dy * slope(activation, z)
 
+        def weigh(dz: jax.Array, piece: Piece) -> jax.Array:
+            return dz if scale_ref is None else dz * weight(read_scale(piece))
+
+        def compute_weighted(piece: Piece) -> jax.Array:
+            return weigh(read_dz(piece) * blocks.widen(rstd, piece), piece)
+
+        put_centred, get_centred = blocks.keep(centred_kept, slot, read_centred)
+        put_weighted, get_weighted = blocks.keep(weighted_kept, slot, compute_weighted)
+
         def add_rows(total: Any, value: jax.Array, piece: Piece) -> None:
             if inside is not None:  # what is beyond the last row is garbage
                 value = jnp.where(inside, value, 0)
@@ -267,27 +301,27 @@ def _backward_kernel(
                 blocks.write(dshortcut_ref, index, piece, dz)
             if x_ref is None:
                 return []
-            of_scale = dz * (read_centred(piece) * blocks.widen(rstd, piece))
+            centred = read_centred(piece)
+            rstd_dz = dz * blocks.widen(rstd, piece)
+            of_scale = rstd_dz * centred
             if dscale_sum is not None:
                 add_rows(dscale_sum, of_scale, piece)
             elif dscale_ref is not None:
                 blocks.write(dscale_ref, index, piece, of_scale)
             if dx_ref is None and c1_ref is None:
                 return []
-            terms = [of_scale, dz][: 1 + center]
-            if scale_ref is not None:
-                scale = weight(read_scale(piece))
-                terms = [term * scale for term in terms]
+            weighted = weigh(rstd_dz, piece)  # rstd * wdz
+            put_centred(piece, centred)
+            put_weighted(piece, weighted)
+            terms = [weighted * centred]
+            if center:
+                terms.append(weighted if c2_ref is None else weigh(dz, piece))
             return blocks.add(totals, terms, piece)
 
         def store_dx(piece: Piece, _: None) -> None:
-            dx = read_dz(piece)
-            if scale_ref is not None:
-                dx = dx * weight(read_scale(piece))
-            for mean_of_wdz in c2:
-                dx = dx - blocks.widen(mean_of_wdz, piece)
-            dx = dx - read_centred(piece) * blocks.widen(rstd * c1, piece)
-            dx = dx * blocks.widen(rstd, piece)
+            dx = get_weighted(piece) - get_centred(piece) * blocks.widen(factor, piece)
+            for rstd_c2 in rest:
+                dx = dx - blocks.widen(rstd_c2, piece)
             if dh_ref is not None:
                 dx = dx + read_dh(piece)
             blocks.write(dx_ref, index, piece, dx)
@@ -298,10 +332,11 @@ def _backward_kernel(
             if ref is not None:
                 blocks.put_statistic(ref, index, mean_of_row)
         if dx_ref is not None:
-            c1, *c2 = means
+            c1, *rest = means  # the rest: rstd * c2
+            factor = rstd * rstd * c1
             blocks.over_pieces(store_dx)
 
-    blocks.for_each_chunk(chunk)
+    blocks.for_each_chunk(chunk, masks=bool(sums))
 
     @pl.when(_is_last_step(blocks))
     def _() -> None:
@@ -404,6 +439,7 @@ def forward(
         scratch=[
             None if scale is None or call.scales_each else blocks.kept_param,
             None if bias is None else blocks.kept_param,
+            None if call.half else blocks.kept_chunks,
         ],
     )
     if h is not None and h.dtype == jnp.int16:
@@ -502,6 +538,7 @@ def backward(
         scratch=[
             None if scale_given is None or call.scales_each else blocks.kept_param,
             None if bias is None else blocks.kept_param,
+            *[blocks.kept_chunks if whole else None] * 2,
             *[
                 blocks.kept_sum if n in call.summed else None
                 for n in ("dscale", "dbias")
@@ -670,7 +707,12 @@ def across_lanes(
     row_bytes = 2 * lanes * sum(itemsizes)
     block_rows = power_of_two(max(chip.blocks // row_bytes, 1))
     block_rows = min(max(block_rows, least), MOST_ROWS)
-    chunk_rows = max(REGISTERS[call.op] * SUBLANES * LANES // lanes, LEAST_ROWS)
+    narrow = min(itemsizes) == 2
+    register = SUBLANES * LANES
+    registers, least_rows = REGISTERS[call.op, 2 if narrow else 4]
+    if lanes == LANES:
+        registers = DOWN_REGISTERS[call.op]
+    chunk_rows = max(registers * register // lanes, least_rows)
     chunk_rows = min(power_of_two(chunk_rows), block_rows)
     # Of each feature: dscale and dbias, and scale, bias or results, two of each.
     of_feature = 2 * SUBLANES + 6 if call.op == "backward" else 4
@@ -693,8 +735,26 @@ def across_lanes(
     if lanes > LANES:
         if _params_differ(call):  # a step has one example's rows, and no more
             chunk_rows = min(chunk_rows, max(2 * power_of_two(max(rows - 1, 1)), least))
+        together = 1
+        if lanes <= UNROLLED:
+            chunks = min(rows, block_rows) // chunk_rows
+            together = max(
+                min(chunks, TURN_REGISTERS * register // (chunk_rows * lanes)), 1
+            )
+        kept = (1 if call.op == "forward" else 2) * together * chunk_rows * lanes * 4
+        keeps = narrow and need + kept <= chip.vmem
         return AcrossLanes(
-            need, 1, examples, slabs, rows, features, block_rows, chunk_rows
+            need + kept * keeps,
+            1,
+            examples,
+            slabs,
+            rows,
+            features,
+            block_rows,
+            chunk_rows,
+            piece_width=2 * LANES if narrow else LANES,
+            together=together,
+            keeps=keeps,
         )
     chunk_rows = min(chunk_rows, round_up(rows, LANES))
     block_rows -= block_rows % chunk_rows
@@ -729,7 +789,7 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
 
     # In tiles of LANES rows.
     registers = sublanes // SUBLANES
-    tiles, chunk = pl.cdiv(rows, LANES), REGISTERS[call.op] // registers
+    tiles, chunk = pl.cdiv(rows, LANES), DOWN_REGISTERS[call.op] // registers
     chunk = min(max(chunk, 1), most)
     if tiles <= most:  # a slab's rows all together, in chunks of one size
         chunks = pl.cdiv(tiles, chunk)
