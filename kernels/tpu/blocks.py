@@ -830,16 +830,22 @@ class Turned(DownSublanes):
         return slab, pl.ds(row, self.chunk_rows)
 
     def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
-        """Reads a chunk, and transposes it once."""
+        """Reads a chunk, and transposes it once, as it lies in memory: numbers of 16
+        bits two at a time."""
         here = self.place(index)
-        return functools.cache(lambda _: memory.load(ref, here).T[: self.sublanes])
+
+        def transposed(_: Piece) -> jax.Array:
+            return memory.widened(ref[here].T)[: self.sublanes]
+
+        return functools.cache(transposed)
 
     def write(self, ref: Any, index: Any, _: Piece, value: jax.Array) -> None:
         """Writes a chunk, transposed back."""
         more = LANES - self.sublanes
         if more:
             value = jnp.pad(value, ((0, more), (0, 0)))
-        memory.store(ref, self.place(index), value.T)
+        turned = memory.narrowed(value, ref.dtype).T
+        memory.store_narrowed(ref, self.place(index), turned)
 
 
 Blocks = AcrossLanes | DownSublanes  # of which Turned is one

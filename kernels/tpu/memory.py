@@ -143,7 +143,11 @@ def kept_as(dtype: Any) -> Any:
 
 def load(ref: Any, here: Any = slice(None)) -> jax.Array:
     """Rows of a ref, in float32."""
-    value = ref[here]
+    return widened(ref[here])
+
+
+def widened(value: jax.Array) -> jax.Array:
+    """In float32, of what a ref holds."""
     if value.dtype == jnp.int16:
         return _from_float16(value.astype(jnp.int32))
     return value.astype(jnp.float32)
@@ -151,12 +155,22 @@ def load(ref: Any, here: Any = slice(None)) -> jax.Array:
 
 def store(ref: Any, here: Any, value: jax.Array) -> None:
     """Stores float32 rows in the dtype of the ref, rounded to nearest even."""
-    if ref.dtype == jnp.int16:  # scratch, or what is read again
-        ref[here] = _to_float16(value).astype(jnp.int16)
-    elif ref.dtype == jnp.float16:
-        store_bits(ref, here, _to_float16(value).astype(jnp.int16))
+    store_narrowed(ref, here, narrowed(value, ref.dtype))
+
+
+def narrowed(value: jax.Array, dtype: Any) -> jax.Array:
+    """What a ref of this dtype holds of float32, rounded to nearest even."""
+    if dtype in (jnp.int16, jnp.float16):
+        return _to_float16(value).astype(jnp.int16)
+    return value.astype(dtype)
+
+
+def store_narrowed(ref: Any, here: Any, value: jax.Array) -> None:
+    """Stores what `narrowed` returns for the dtype of the ref."""
+    if ref.dtype == jnp.float16:  # int16 is scratch, or what is read again
+        store_bits(ref, here, value)
     else:
-        ref[here] = value.astype(ref.dtype)
+        ref[here] = value
 
 
 def store_bits(ref: Any, here: Any, bits: jax.Array) -> None:
