@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import fusednorm
 
@@ -14,6 +16,15 @@ EPS32 = float(np.finfo(np.float32).eps)
 # How far a float32 mean may be off, in EPS32 * |mean|: half for the number itself, the
 # rest for the sum. The worst seen is 5.4: 768 times -3.7, summed by XLA on a CPU.
 MEAN_ROUNDINGS = 8
+
+
+def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, of which `make test` takes the quick ones, and `make
+    test-slow` the others."""
+    return [
+        value if value in quick else pytest.param(value, marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 # --- the truth: float64 NumPy, written apart from reference/ --------------------------

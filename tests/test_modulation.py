@@ -17,7 +17,7 @@ import fusednorm
 from fusednorm.kernels import dispatch
 from fusednorm.kernels.explain import explain_jaxpr
 from tests import interpreters, test_channelwise, test_tpu_channelwise
-from tests.helpers import Case, assert_close
+from tests.helpers import Case, assert_close, slow_but
 from tests.layer_helpers import assert_agrees, build, data
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -119,10 +119,6 @@ MODULATED = [
 ]
 
 
-def slow(value: Any) -> Any:
-    return pytest.param(value, marks=pytest.mark.slow)
-
-
 # --- the reference --------------------------------------------------------------------
 
 
@@ -220,7 +216,7 @@ def test_each_sample_of_groups(scale: Any, bias: Any) -> None:
     check(FILM, MIXES[0], scale=scale, bias=bias)
 
 
-@pytest.mark.parametrize("mix", [MIXES[0], *map(slow, MIXES[1:3])], ids="-".join)
+@pytest.mark.parametrize("mix", slow_but(MIXES[:1], MIXES[:3]), ids="-".join)
 @pytest.mark.parametrize(("scale", "bias"), OWN[:2], ids=ids)
 @pytest.mark.parametrize("variant", VARIANTS[:3], indirect=True)
 def test_gpu_kernels_of_each_sample_of_groups(
@@ -349,7 +345,7 @@ def test_under(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind == "each sample" else slow(kind) for kind in ALIKE],
+    slow_but(["each sample"], ALIKE),
 )
 def test_second_order_through_kernels(kernels: str, kind: str) -> None:
     alike = ALIKE[kind]
