@@ -79,7 +79,15 @@ class _TokamaxNorm(nnx.Module):
         )
 
 
-class Tokamax:
+class _OfJax:
+    """What peers share that are JAX's functions."""
+
+    def read(self, found: Named) -> Named:
+        """See `bench.contest.Peer`."""
+        return found
+
+
+class Tokamax(_OfJax):
     """tokamax.layer_norm in the place of flax's layer."""
 
     name = "tokamax"
@@ -108,12 +116,8 @@ class Tokamax:
         mine.norm = _TokamaxNorm(block.norm, self._function)
         return dict(contest.passes(mine, inputs, cotangents, wanted))
 
-    def read(self, found: Named) -> Named:
-        """See `bench.contest.Peer`."""
-        return found
 
-
-class Cudnn:
+class Cudnn(_OfJax):
     """flax's layer, of which XLA leaves the normalization to cuDNN."""
 
     name = "cudnn"
@@ -133,16 +137,13 @@ class Cudnn:
         """See `bench.contest.Peer`."""
         if not isinstance(block.norm, nnx.LayerNorm):
             raise UnsupportedError(f"no {type(block.norm).__name__}")
-        found = {
-            which: dataclasses.replace(one, options=self.options)
-            for which, one in contest.passes(
-                self.prepared(block), inputs, cotangents, wanted
-            ).items()
-        }
-        for which, one in found.items():
-            if "__cudnn$norm" not in one.compiled.as_text():
+        found: dict[str, Callable[[], Any]] = {}
+        passes = contest.passes(self.prepared(block), inputs, cotangents, wanted)
+        for which, one in passes.items():
+            found[which] = by_cudnn = dataclasses.replace(one, options=self.options)
+            if "__cudnn$norm" not in by_cudnn.compiled.as_text():
                 raise UnsupportedError(f"XLA does not leave it to cuDNN: {which}")
-        return dict(found)
+        return found
 
     @staticmethod
     def prepared(block: Block) -> Block:
@@ -150,10 +151,6 @@ class Cudnn:
         mine = nnx.clone(block)
         mine.norm.use_fast_variance = False
         return mine
-
-    def read(self, found: Named) -> Named:
-        """See `bench.contest.Peer`."""
-        return found
 
 
 # --- PyTorch --------------------------------------------------------------------------

@@ -314,9 +314,19 @@ class Chunks:
         return LANES
 
     @property
+    def filled(self) -> int:
+        """Features, and what fills their last tile or register: garbage."""
+        raise NotImplementedError
+
+    @property
     def pieces(self) -> int:
         """Of so many features each, the last one of what there is."""
-        raise NotImplementedError
+        return pl.cdiv(self.filled, self.piece_width)
+
+    def _size(self, piece: Piece) -> int:
+        is_last = piece.number == self.pieces - 1 and piece.group is None
+        left = self.filled - (self.pieces - 1) * self.piece_width
+        return left if is_last else self.piece_width
 
     def place(self, index: Any) -> Any:
         """Where a chunk is, in a block."""
@@ -573,14 +583,8 @@ class AcrossLanes(Chunks):
     # --- chunks ---
 
     @property
-    def pieces(self) -> int:
-        """Of so many features each, the last one of what there is."""
-        return pl.cdiv(self.lanes, self.piece_width)
-
-    def _size(self, piece: Piece) -> int:
-        is_last = piece.number == self.pieces - 1 and piece.group is None
-        left = self.lanes - (self.pieces - 1) * self.piece_width
-        return left if is_last else self.piece_width
+    def filled(self) -> int:
+        return self.lanes
 
     def part(self, ref: Any, piece: Piece) -> Any:
         """The lanes of a piece."""
@@ -759,13 +763,8 @@ class DownSublanes(Chunks):
         return slab, pl.multiple_of(index * self.chunk_rows, LANES)
 
     @property
-    def pieces(self) -> int:
-        """Of LANES features each, the last one of what there is."""
-        return pl.cdiv(self.sublanes, LANES)
-
-    def _size(self, piece: Piece) -> int:
-        is_last = piece.number == self.pieces - 1
-        return self.sublanes - (self.pieces - 1) * LANES if is_last else LANES
+    def filled(self) -> int:
+        return self.sublanes
 
     def part(self, ref: Any, piece: Piece) -> Any:
         """The sublanes of a piece."""
