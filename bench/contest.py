@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.experimental.mosaic.gpu.profiler import Cupti
-from pytest_benchmark.fixture import BenchmarkFixture
 
 import fusednorm
 from bench import memory, truth
 from bench.cases import Block, Case, draw
 from fusednorm.kernels.dispatch import Fallback, Kernel
+
+if TYPE_CHECKING:  # what is compiled here is looked at without being timed, too
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 PASSES = ("forward", "forward+backward")
 # The latter's two halves, apart as a model's other layers part them: a forward that
@@ -376,7 +378,7 @@ class Contest:
                 self.peers[peer.name] = runs
 
     def time(
-        self, which: str, benchmark: BenchmarkFixture, settings: Settings
+        self, which: str, benchmark: "BenchmarkFixture", settings: Settings
     ) -> Result:
         """Times one of the passes wanted: all contestants in turn.
 
@@ -447,7 +449,7 @@ def in_words(plan: Kernel | Fallback) -> str:
 
 
 def interleave(
-    benchmark: BenchmarkFixture,
+    benchmark: "BenchmarkFixture",
     turns: Sequence[tuple[str, Callable[[], Any]]],
     rounds: int,
     *,
