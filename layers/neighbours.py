@@ -1,6 +1,7 @@
 """fuse_neighbours(fn): what stands around a norm goes into its kernels."""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from fusednorm.kernels import neighbours
 from fusednorm.layers.calls import ArrayCall, unbound
 
 
-def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
+def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     """The same function, with what stands around its norms inside their kernels.
 
     A relu, silu or gelu of a fusednorm layer's output, which nothing else uses, becomes
@@ -40,8 +41,9 @@ def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
     of a jitted function.
 
     Args:
-      fn: a model or its method, or any function that calls some. What it changes (a
-        BatchNorm in training, random keys) must be among its arguments.
+      fn: a model or its method, or any function that calls some; it decorates methods
+        too. What it changes (a BatchNorm in training, random keys, an optimizer) must
+        be among its arguments.
 
     Returns:
       A function of the same arguments and results. Results are trees of arrays.
@@ -56,12 +58,19 @@ def fuse_neighbours(fn: Callable[..., Any]) -> Callable[..., Any]:
       reference: CPU: the kernels are for NVIDIA GPUs and TPUs
     """
 
-    # A tree with the module of fn, as `explain` looks for them.
-    fused = jax.tree_util.Partial(_fused, *unbound(fn))
+    inner, args, kwargs = unbound(fn)
+    fused: Any = _Fused(_run, inner, *args, **kwargs)
     return functools.update_wrapper(fused, fn, updated=())
 
 
-def _fused(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+class _Fused(functools.partial[Any]):
+    """A function, or a method where a class has it; `explain` finds fn in it."""
+
+    def __get__(self, owner: Any, cls: Any = None) -> Any:
+        return self if owner is None else types.MethodType(self, owner)
+
+
+def _run(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     call = ArrayCall(fn, args, kwargs)
     operands = (call.state, call.arrays)
     program, shapes = jax.make_jaxpr(call, return_shape=True)(*operands)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -905,3 +906,118 @@ def test_touches_no_variable_that_the_call_leaves_alone() -> None:
 
 def test_keeps_the_name() -> None:
     assert fusednorm.fuse_neighbours(_used_within).__name__ == "_used_within"
+
+
+# --- what a call carries beside modules -----------------------------------------------
+
+
+class Noisy(nnx.Module):
+    """What it is given draws its random numbers, or not; it counts its calls."""
+
+    def __init__(self) -> None:
+        self.norm = fusednorm.LayerNorm(12, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(0.5)
+        self.calls = 0
+        self.mode: str | None = "first"
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs) -> jax.Array:
+        return self.drop(nnx.relu(self.norm(x)), rngs=rngs)
+
+    def silenced(self, x: jax.Array) -> jax.Array:
+        self.drop.eval()
+        self.calls += 1
+        del self.mode
+        self.last = "silenced"
+        return self.drop(nnx.relu(self.norm(x)))
+
+    @nnx.jit
+    def jitted(self, x: jax.Array) -> jax.Array:
+        return nnx.relu(self.norm(x))
+
+    @fusednorm.fuse_neighbours
+    def decorated(self, x: jax.Array) -> jax.Array:
+        return nnx.relu(self.norm(x))
+
+
+@pytest.mark.parametrize("how", ["by position", "by keyword", "in a jit"])
+def test_random_keys_move_on(how: str) -> None:
+    x, theirs, ours = data(SHAPE), nnx.Rngs(1), nnx.Rngs(1)
+    model = Noisy()
+    fused: Any = fusednorm.fuse_neighbours(model)
+    if how == "in a jit":
+        fused = nnx.jit(lambda x, rngs: fused_model(x, rngs))
+        fused_model = fusednorm.fuse_neighbours(model)
+    for _ in range(2):
+        y = fused(x, rngs=ours) if how == "by keyword" else fused(x, ours)
+        assert_agrees(y, model(x, theirs), 3)
+    assert ours.default.count[...] == theirs.default.count[...] == 2
+
+
+def test_variables_optimizers_and_metrics_are_changed() -> None:
+    x, times = data(SHAPE), nnx.Variable(jnp.zeros((), int))
+    model, average = Noisy(), nnx.metrics.Average()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    def step(model: Any, optimizer: Any, average: Any, times: Any, x: Any) -> Any:
+        times[...] += 1
+        loss, grads = nnx.value_and_grad(lambda model: model.jitted(x).mean())(model)
+        optimizer.update(model, grads)
+        average.update(values=loss)
+        return loss
+
+    before = model.norm.scale[...]
+    loss = fusednorm.fuse_neighbours(step)(model, optimizer, average, times, x)
+    assert times[...] == optimizer.step[...] == 1
+    assert average.compute() == loss > 0
+    assert (model.norm.scale[...] != before).any()
+
+
+def test_a_variable_that_is_shared_is_one() -> None:
+    def scaled_twice(norm: Any, scale: nnx.Variable, x: jax.Array) -> jax.Array:
+        scale[...] = scale[...] * 3
+        return nnx.relu(norm(x))
+
+    theirs, ours = (fusednorm.LayerNorm(12, rngs=nnx.Rngs(0)) for _ in range(2))
+    expected = nnx.jit(scaled_twice)(theirs, theirs.scale, data(SHAPE))
+    y = fusednorm.fuse_neighbours(scaled_twice)(ours, ours.scale, data(SHAPE))
+    assert_agrees(y, expected, 3)
+    assert (ours.scale[...] == 3).all()
+
+
+def test_what_is_no_array_is_changed_too() -> None:
+    model = Noisy()
+    y = fusednorm.fuse_neighbours(model.silenced)(data(SHAPE))
+    assert_agrees(y, nnx.relu(model.norm(data(SHAPE))), 3)
+    assert (model.calls, model.last, model.drop.deterministic) == (1, "silenced", True)
+    assert not hasattr(model, "mode")
+    looked_at = Noisy()
+    fusednorm.explain(looked_at.silenced, data(SHAPE))
+    assert looked_at.calls == 0
+
+
+@pytest.mark.parametrize("how", ["method", "partial", "decorated"])
+def test_takes_what_stands_for_a_method(how: str) -> None:
+    model = Noisy()
+    x = data(SHAPE)
+    if how == "decorated":
+        forward: Any = model.decorated
+    else:
+        method = (
+            model.jitted
+            if how == "method"
+            else functools.partial(
+                nnx.jit(lambda model, x: nnx.relu(model.norm(x))), model
+            )
+        )
+        assert activations(method, x) == [""]
+        forward = fusednorm.fuse_neighbours(method)
+    assert activations(forward, x) == ["relu"]
+    assert_agrees(forward(x), nnx.relu(model.norm(x)), 3)
+
+
+def test_a_class_of_numbers_is_no_array() -> None:
+    norm = fusednorm.LayerNorm(12, rngs=nnx.Rngs(0))
+    forward = fusednorm.fuse_neighbours(
+        lambda x, dtype: nnx.relu(norm(x)).astype(dtype)
+    )
+    assert forward(data(SHAPE), dtype=np.float16).dtype == np.float16
