@@ -212,13 +212,14 @@ _chosen = jax.make_user_context(default_value=None)
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Chooses the implementation for every fusednorm call traced in this context.
+    """Chooses the implementation for every fusednorm call traced in this context, by
+    this thread.
 
     Args:
-      backend: "auto" lets the plan choose what it expects to be fastest, and falls
-        back silently; "reference" is
-        plain jax.numpy; "mosaic_gpu" and "mosaic_tpu" are the kernels, which raise
-        where they cannot run. A gradient uses the backend of its forward.
+      backend: "auto" lets the plan choose what it expects to be fastest, and falls back
+        silently; "reference" is plain jax.numpy; "mosaic_gpu" and "mosaic_tpu" are the
+        kernels, which raise where they cannot run. A gradient uses the backend of its
+        forward.
 
     Raises:
       ValueError: no such backend.

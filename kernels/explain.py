@@ -137,6 +137,8 @@ def _never_a_kernel(eqn: Any) -> str | None:
             "BatchNorm with running statistics is elementwise: XLA fuses it into its "
             "neighbours"
         )
+    if name == "fusednorm_computed_epsilon":
+        return "an epsilon that the program computes"
     if name == "fusednorm_plain":
         if any(
             jnp.issubdtype(var.aval.dtype, jnp.complexfloating)

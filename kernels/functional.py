@@ -199,7 +199,7 @@ def group_norm(
         reduction_axes=axes[:-1],
         feature_axes=(x.ndim - 1,),
         num_groups=num_groups,
-        epsilon=float(epsilon),
+        epsilon=_epsilon(epsilon),
         dtype=dtype,
         activation=_activation(activation, x, dtype),
         scale_offset=_offset(scale_offset, scale),
@@ -316,7 +316,7 @@ def batch_norm(
     spec = Norm(
         reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
         feature_axes=features,
-        epsilon=float(epsilon),
+        epsilon=_epsilon(epsilon),
         dtype=dtype,
         activation=_activation(activation, x, dtype),
         scale_offset=_offset(scale_offset, scale),
@@ -374,18 +374,18 @@ def batch_norm_inference(
     spec = Norm(
         reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
         feature_axes=features,
-        epsilon=float(epsilon),
+        epsilon=_epsilon(epsilon),
         dtype=dtype,
         activation=_activation(activation, x, dtype),
         scale_offset=_offset(scale_offset, scale),
     )
     shape = [x.shape[a] if a in features else 1 for a in range(x.ndim)]
-    statistics = [
+    mean, var = (
         jnp.reshape(_shared(value, name, spec, x), shape).astype(spec.compute_dtype)
         for value, name in ((mean, "mean"), (var, "var"))
-    ]
-    scale, bias, _, shortcut = _params(scale, bias, None, residual, spec, x)
-    return op.fusednorm_inference(spec, x, *statistics, scale, bias, shortcut)
+    )
+    own_scale, own_bias, _, shortcut = _params(scale, bias, None, residual, spec, x)
+    return op.infer(spec, x, mean, var, own_scale, own_bias, shortcut)
 
 
 def anything_counted(
@@ -440,7 +440,7 @@ def _normalize_axes(
         reduction_axes=_axes(reduction_axes, x.ndim, "reduction_axes"),
         feature_axes=_axes(feature_axes, x.ndim, "feature_axes"),
         center=center,
-        epsilon=float(epsilon),
+        epsilon=_epsilon(epsilon),
         dtype=dtype,
         activation=_activation(activation, x, dtype),
         scale_offset=_offset(scale_offset, scale),
@@ -485,23 +485,36 @@ def _offset(offset: float, scale: Maybe) -> float:
     return float(offset)
 
 
+def _epsilon(epsilon: Any) -> Any:
+    """A float; or an array without axes, where the program computes it."""
+    if np.size(epsilon) != 1:
+        raise ValueError(
+            f"epsilon is one number, added to every variance; got an array of shape "
+            f"{np.shape(epsilon)}."
+        )
+    if isinstance(epsilon, jax.core.Tracer):
+        return epsilon.reshape(())
+    return float(np.asarray(epsilon).item())
+
+
 def _promote(
     x: ArrayLike, *params: Maybe, dtype: DTypeLike | None
 ) -> tuple[jax.Array, jnp.dtype]:
     """x as an inexact array, and the output's dtype."""
-    x = jnp.asarray(x)
+    x = x if hasattr(x, "dtype") else jnp.asarray(x)
     if dtype is None:
         dtype = jnp.result_type(x, *[p for p in params if p is not None])
         if not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(dtype, jnp.float32)
-    dtype = jnp.dtype(dtype)
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # float is float32, if x64 is off
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(
             f"Dtype must be inexact (float or complex), got dtype={dtype}."
         )
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        x = x.astype(jnp.promote_types(dtype, jnp.float32))
-    return x, dtype
+        # From NumPy's integers directly: those of 64 bits may not fit jax's.
+        return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)), dtype
+    return jnp.asarray(x), dtype
 
 
 def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
@@ -539,7 +552,7 @@ def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
     first = x.ndim - len(spec.feature_axes)  # the first feature axis, if they are last
     before, sizes = x.shape[:first], x.shape[first:]
     varies = (
-        param.ndim == x.ndim
+        param.ndim == x.ndim > len(sizes)
         and spec.feature_axes == tuple(range(first, x.ndim))
         and all(own in (1, n) for own, n in zip(param.shape, x.shape, strict=True))
     )

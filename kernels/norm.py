@@ -79,7 +79,7 @@ def normalize(
     """
     norm = _over(norm, axis_name, axis_index_groups)
     if _is_plain(norm, x.dtype):
-        return fusednorm_plain(norm, x, scale, bias, mask, shortcut)[0]
+        return _plain(norm, x, scale, bias, mask, shortcut)[0]
     operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
     return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
 
@@ -104,7 +104,7 @@ def normalize_with_moments(
     """
     norm = _over(norm, axis_name, axis_index_groups)
     if _is_plain(norm, x.dtype):
-        return fusednorm_plain(norm, x, scale, bias, mask, shortcut)
+        return _plain(norm, x, scale, bias, mask, shortcut)
     operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
     y, *statistics = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, statistics=True
@@ -150,16 +150,20 @@ def _over(norm: Norm, axis_name: Any, axis_index_groups: Any) -> Norm:
     if axis_name is None:
         return norm
     names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
-    groups = axis_index_groups and tuple(tuple(group) for group in axis_index_groups)
+    groups = None
+    if axis_index_groups is not None:
+        groups = tuple(tuple(map(int, group)) for group in axis_index_groups)
     return dataclasses.replace(norm, over=tuple(names), groups=groups)
 
 
 def _is_plain(norm: Norm, *dtypes: Any) -> bool:
-    """Whether it is no primitive's: of complex numbers, or over other mapped axes than
-    those that a `jax.shard_map` has in hand (of a vmap)."""
+    """Whether it is no primitive's: of complex numbers, with an epsilon that the
+    program computes, or over other mapped axes than those that a `jax.shard_map` has in
+    hand (of a vmap)."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return (
         norm.groups is not None
+        or not isinstance(norm.epsilon, float)
         or not set(norm.over) <= set(manual)
         or any(jnp.issubdtype(d, jnp.complexfloating) for d in (norm.dtype, *dtypes))
     )
@@ -215,8 +219,22 @@ def fusednorm_normalize(
     )
 
 
-# Complex numbers, and statistics over an axis of vmap: the reference with JAX's own
-# derivatives. `explain` knows it by this function's name.
+def _plain(norm: Norm, *operands: Maybe) -> tuple[jax.Array, Maybe, jax.Array]:
+    norm, epsilon = _without_epsilon(norm)
+    if epsilon is None:
+        return fusednorm_plain(norm, *operands)
+    return fusednorm_computed_epsilon(norm, *operands, epsilon)
+
+
+def _without_epsilon(norm: Norm) -> tuple[Norm, Maybe]:
+    """The norm as the key of a cache, and its epsilon where the program computes it."""
+    if isinstance(norm.epsilon, float):
+        return norm, None
+    return dataclasses.replace(norm, epsilon=math.nan), norm.epsilon
+
+
+# What `_is_plain`: the reference with JAX's own derivatives. `explain` knows it by the
+# functions' names.
 @functools.partial(jax.jit, static_argnames="norm")
 def fusednorm_plain(
     norm: Norm,
@@ -229,16 +247,27 @@ def fusednorm_plain(
     return reference.forward(norm, x, scale, bias, mask, shortcut)
 
 
-# BatchNorm with running statistics is elementwise, and XLA fuses it with its
-# neighbours.
 @functools.partial(jax.jit, static_argnames="norm")
-def fusednorm_inference(
+def fusednorm_computed_epsilon(
+    norm: Norm,
+    x: jax.Array,
+    scale: Maybe,
+    bias: Maybe,
+    mask: Maybe,
+    shortcut: Maybe,
+    epsilon: jax.Array,
+) -> tuple[jax.Array, Maybe, jax.Array]:
+    norm = dataclasses.replace(norm, epsilon=epsilon)
+    return reference.forward(norm, x, scale, bias, mask, shortcut)
+
+
+def infer(
     norm: Norm,
     x: jax.Array,
     mean: Maybe,
     var: jax.Array,
-    scale: Maybe,
-    bias: Maybe,
+    scale: Maybe = None,
+    bias: Maybe = None,
     shortcut: Maybe = None,
 ) -> jax.Array:
     """`normalize` for statistics given.
@@ -249,6 +278,25 @@ def fusednorm_inference(
       mean, var: x's rank, with size 1 along reduced axes.
       scale, bias, shortcut: as for `normalize`.
     """
+    norm, epsilon = _without_epsilon(norm)
+    return fusednorm_inference(norm, x, mean, var, scale, bias, shortcut, epsilon)
+
+
+# BatchNorm with running statistics is elementwise, and XLA fuses it with its
+# neighbours.
+@functools.partial(jax.jit, static_argnames="norm")
+def fusednorm_inference(
+    norm: Norm,
+    x: jax.Array,
+    mean: Maybe,
+    var: jax.Array,
+    scale: Maybe,
+    bias: Maybe,
+    shortcut: Maybe,
+    epsilon: Maybe,
+) -> jax.Array:
+    if epsilon is not None:
+        norm = dataclasses.replace(norm, epsilon=epsilon)
     return reference.apply(norm, x, mean, var, scale, bias, shortcut)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 from flax import nnx
 
 from fusednorm.layers import normalization
@@ -57,6 +58,9 @@ def fuse(model: Any) -> FuseReport:
     Returns:
       A report of what was replaced and what was left, with reasons.
 
+    Raises:
+      TypeError: `model` is a function, a method or a class.
+
     >>> import fusednorm
     >>> from flax import nnx
     >>> rngs = nnx.Rngs(0)
@@ -81,6 +85,11 @@ def unfuse(model: Any) -> FuseReport:
 
 
 def _convert(model: Any, choose: Any) -> FuseReport:
+    if callable(model) and not isinstance(model, nnx.Pytree | jax.tree_util.Partial):
+        raise TypeError(
+            "Expected an nnx Module or a tree that holds some: the model itself, got "
+            f"{model!r}."
+        )
     replaced, left = [], []
     for path, module in nnx.iter_modules(model):
         before = type(module)
@@ -109,7 +118,10 @@ def _fused_class(module: Any) -> type | str | None:
         if isinstance(module, flax_class):
             if cls.__call__ is not flax_class.__call__:
                 return f"a subclass of {_name(flax_class)} with its own __call__"
-            return _fused_subclass(cls, fused_class)
+            try:
+                return _fused_subclass(cls, fused_class)
+            except Exception as error:  # of an `__init_subclass__` of the user's
+                return f"a class that cannot be subclassed: {error}"
     return None
 
 
@@ -128,7 +140,7 @@ def _flax_class(module: Any) -> type | str | None:
 
 
 @functools.cache
-def _fused_subclass(cls: type, fused_class: type) -> type:
+def _fused_subclass(cls: Any, fused_class: type) -> type:
     """A user's subclass, with the fused `__call__` between it and flax's layer."""
 
     def reduce(layer: Any, protocol: int) -> Any:
@@ -144,7 +156,9 @@ def _fused_subclass(cls: type, fused_class: type) -> type:
         "__reduce_ex__": reduce,
         "_unfused": cls,
     }
-    return type(cls)(cls.__name__, (cls, fused_class), attributes)
+    metaclass: Any = type(cls)
+    is_pytree = cls._pytree__is_pytree
+    return metaclass(cls.__name__, (cls, fused_class), attributes, pytree=is_pytree)
 
 
 def _new(cls: type, fused_class: type, *arguments: Any) -> Any:

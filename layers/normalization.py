@@ -50,11 +50,21 @@ def _promote(
     arrays = (x, *(None if v is None else v[...] for v in variables), *there)
     deciding = arrays
     if layer.promote_dtype is not dtypes.promote_dtype:
-        arrays = layer.promote_dtype(arrays, dtype=layer.dtype)
+        arrays = tuple(layer.promote_dtype(arrays, dtype=layer.dtype))
         deciding = (arrays[0], *arrays[1 + statistics :])
     dtype = dtypes.canonicalize_dtype(*deciding, dtype=layer.dtype)
-    own, rest = arrays[: 1 + len(variables)], iter(arrays[1 + len(variables) :])
-    return [*own, *(None if a is None else next(rest) for a in given)], dtype
+    own, rest = arrays[1 : 1 + len(variables)], iter(arrays[1 + len(variables) :])
+    flat = [  # a layer's own is of all samples, whatever its shape
+        jnp.reshape(array, -1)
+        if array is not None and isinstance(variable, nnx.Variable)
+        else array
+        for array, variable in zip(own, variables, strict=True)
+    ]
+    return [
+        arrays[0],
+        *flat,
+        *(None if a is None else next(rest) for a in given),
+    ], dtype
 
 
 def _own_or_given(layer: Any, name: str, given: Any) -> Any:
@@ -477,6 +487,12 @@ class BatchNorm(nnx.BatchNorm):
             residual=residual,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
+        if mean.size != self.mean.size:
+            raise TypeError(
+                f"x has sizes {mean.shape} along axis={self.axis}, expected "
+                f"{self.mean.shape}: the running averages are of "
+                f"num_features={self.num_features}."
+            )
         counted = functional.anything_counted(
             x,
             axis=self.axis,

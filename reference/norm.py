@@ -57,7 +57,8 @@ class Norm:
       num_groups: None, or the number of groups into which the last axis is split, each
         with its own mean and variance (the last axis is the only feature axis then).
       center: whether the mean is subtracted; False is RMSNorm.
-      epsilon: added to the variance, inside the square root.
+      epsilon: added to the variance, inside the square root: a float, or where the
+        program computes it an array without axes.
       dtype: dtype of y. Arithmetic is at least float32, and wider where `dtype` is.
       activation: None, or the name of one of `activation.ACTIVATIONS`.
       scale_offset: what is added to the scale, if there is one: 1 where it is kept as
@@ -71,7 +72,7 @@ class Norm:
     feature_axes: tuple[int, ...]
     num_groups: int | None = None
     center: bool = True
-    epsilon: float = 1e-6
+    epsilon: Any = 1e-6
     dtype: Any = jnp.dtype("float32")
     activation: str | None = None
     scale_offset: float = 0.0
@@ -81,6 +82,8 @@ class Norm:
     @property
     def compute_dtype(self) -> jnp.dtype:
         """Dtype of the arithmetic and the statistics: `dtype`, float32 at least."""
+        if self.dtype.itemsize == 1:  # float8, which jax promotes to nothing by itself
+            return jnp.dtype("float32")
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def weight(self, scale: Any) -> Any:

@@ -285,6 +285,54 @@ def test_a_subclass_with_a_call_of_its_own_is_left() -> None:
     np.testing.assert_array_equal(layer(data()), y)
 
 
+class Tagged(nnx.LayerNorm):
+    """A user's layer whose subclasses must say something."""
+
+    def __init_subclass__(cls, *, tag: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.tag = tag
+
+
+class Tag(Tagged, tag="mine"):
+    """One that says it."""
+
+
+class NoTree(nnx.LayerNorm, pytree=False):
+    """A user's layer that jax is not to look into."""
+
+
+def test_a_subclass_that_cannot_be_made_is_left() -> None:
+    classes = (nnx.LayerNorm, Tag, nnx.LayerNorm)
+    model = nnx.List(cls(FEATURES, rngs=nnx.Rngs(0)) for cls in classes)
+    report = fusednorm.fuse(model)
+    assert [type(layer) for layer in model] == [
+        fusednorm.LayerNorm,
+        Tag,
+        fusednorm.LayerNorm,
+    ]
+    ((where, name, reason),) = report.left
+    assert (where, name) == ("1", "Tag")
+    assert "cannot be subclassed" in reason
+    assert "'tag'" in reason
+
+
+def test_a_subclass_that_is_no_tree_stays_none() -> None:
+    layer = NoTree(FEATURES, rngs=nnx.Rngs(0))
+    fusednorm.fuse(layer)
+    assert isinstance(layer, fusednorm.LayerNorm)
+    assert jax.tree.leaves(layer) == [layer]
+
+
+@pytest.mark.parametrize("what", ["class", "method", "function"])
+def test_what_is_no_model_is_refused(what: str) -> None:
+    layer = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
+    wrong = {"class": nnx.LayerNorm, "method": layer.__call__, "function": nnx.relu}
+    for convert in (fusednorm.fuse, fusednorm.unfuse):
+        with pytest.raises(TypeError, match="the model itself"):
+            convert(wrong[what])
+    assert type(layer) is nnx.LayerNorm
+
+
 def test_a_subclass_of_a_fused_layer_is_its_users() -> None:
     layer = OurScaled(FEATURES, rngs=nnx.Rngs(0))
     assert fusednorm.fuse(layer).left == (

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -437,6 +438,66 @@ def test_errors_say_what_is_wrong(
     assert message in str(caught)
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm"])
+def test_one_feature_is_not_spread_over_x(name: str) -> None:
+    """A scale or bias that a call gives is, a layer's own is as long as x."""
+    x = data((FEATURES,))
+    for library in (nnx, fusednorm):
+        layer = build(library, name, num_features=1)
+        with pytest.raises((TypeError, ValueError)):
+            layer(x)
+    layer = build(fusednorm, "LayerNorm")
+    layer.bias = nnx.Param(jnp.zeros((5, FEATURES)))
+    with pytest.raises(TypeError, match=r"bias has shape \(60,\), expected \(12,\)"):
+        layer(data((5, FEATURES)))
+    layer.bias = nnx.Param(jnp.ones((1, FEATURES)))
+    assert layer(data((5, FEATURES))).shape == (5, FEATURES)
+
+
+def test_running_averages_keep_their_shape() -> None:
+    layer = build(
+        fusednorm, "BatchNorm", num_features=1, use_scale=False, use_bias=False
+    )
+    with pytest.raises(TypeError, match=r"sizes \(12,\).*num_features=1"):
+        layer(data())
+    assert layer.mean.shape == layer.var.shape == (1,)
+
+
+@by_name
+def test_integers_of_64_bits(name: str) -> None:
+    """Beyond what jax's 32 bits hold."""
+    theirs, ours = pair(name)
+    x = np.random.default_rng(0).integers(-(10**12), 10**12, SHAPE)
+    assert x.dtype == np.int64
+    expected = theirs(x)
+    assert_agrees(ours(x), ours(x.astype(np.float32)), 0)
+    np.testing.assert_allclose(ours(x), expected, atol=1e-4)
+
+
+@by_name
+def test_float_is_float32(name: str) -> None:
+    """Without x64, with no warning, and a kernel takes it."""
+    layer = pair(name, dtype=float)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y, grads = nnx.value_and_grad(
+            lambda layer, x: jnp.vdot(layer(x), x), argnums=1
+        )(layer, data())
+    assert y.dtype == grads.dtype == jnp.float32
+    (choice,) = fusednorm.explain(layer, data()).choices
+    assert "float64" not in str(choice)
+
+
+def test_an_output_in_float8() -> None:
+    dtype = jnp.float8_e4m3fn
+    theirs, ours = pair("BatchNorm", dtype=dtype, use_running_average=True)
+    x = data()
+    y, expected = ours(x), theirs(x)
+    assert y.dtype == expected.dtype == dtype
+    exact = pair("BatchNorm", use_running_average=True)[1](x)
+    np.testing.assert_array_equal(y, exact.astype(dtype))
+
+
 def test_a_mask_that_does_not_broadcast_is_refused_by_group_norm_too() -> None:
     """flax reshapes the mask before it looks, and raises a TypeError of reshape."""
     for shape in ((5,), (2, *SHAPE[1:]), SHAPE[::-1]):
@@ -467,9 +528,40 @@ def test_a_call_that_fails_changes_nothing(name: str) -> None:
 
 
 def test_epsilon_of_any_number_type() -> None:
-    for epsilon in (1, np.float32(0.25), np.float64(0.25), jnp.float32(0.25)):
+    for epsilon in (1, np.float32(0.25), np.full(1, 0.25), jnp.float32(0.25)):
         theirs, ours = pair("LayerNorm", epsilon=epsilon)
         assert_agrees(ours(data()), theirs(data()))
+    _, layer = pair("LayerNorm", epsilon=np.full(FEATURES, 0.25))
+    with pytest.raises(ValueError, match=r"one number.* of shape \(12,\)"):
+        layer(data())
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "BatchNorm", "eval"])
+def test_an_epsilon_that_the_program_computes(name: str) -> None:
+    """It is no key of a cache: the reference, with a derivative for epsilon too."""
+    options = {"use_running_average": True} if name == "eval" else {}
+    layers = pair("BatchNorm" if name == "eval" else name, **options)
+    x, dy = data(), data()[::-1]
+
+    def call(layer: Any, epsilon: Any) -> Any:
+        layer = nnx.clone(layer)
+        layer.epsilon = epsilon
+        return layer(x)
+
+    theirs, ours = (
+        jax.vmap(
+            jax.value_and_grad(lambda e, layer=layer: jnp.vdot(call(layer, e), dy))
+        )
+        for layer in layers
+    )
+    epsilons = jnp.array([1e-3, 0.5], jnp.float32)
+    assert_trees_agree(ours(epsilons), theirs(epsilons))
+    if name != "eval":
+        (choice,) = fusednorm.explain(
+            jax.vmap(lambda e: call(layers[1], e)), epsilons
+        ).choices
+        assert choice.plan.reason == "an epsilon that the program computes"
+        assert choice.x == f"float32{list(x.shape)}"
 
 
 # --- BatchNorm's running averages and modes -------------------------------------------
@@ -1029,6 +1121,20 @@ def test_axis_name_and_mask_are_the_whole_batch(how: str) -> None:
     mean, var = truth.mean.ravel(), truth.var.ravel()
     assert_roundings(results["state"]["mean"], moved * mean)
     assert_roundings(results["state"]["var"], 1 - moved + moved * var)
+
+
+def test_axis_index_groups_of_numpy() -> None:
+    groups = np.array([[0, 1], [2, 3]])
+    layers = pair("LayerNorm", axis_name="i", axis_index_groups=groups)
+    mesh = jax.make_mesh((4,), ("i",), devices=jax.devices()[:4])
+    theirs, ours = (
+        jax.shard_map(
+            layer, mesh=mesh, in_specs=P("i"), out_specs=P("i"), check_vma=False
+        )
+        for layer in layers
+    )
+    x = jax.device_put(data((8, 5, FEATURES)), jax.NamedSharding(mesh, P("i")))
+    assert_agrees(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm"])
