@@ -132,17 +132,25 @@ def test_each_sample(case: Case, scale: Any, bias: Any, mix: Any) -> None:
 # --- the kernels ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("number", slow_but([0, 3, 5, 8, 10], range(12)))
+def test_kernels_of_each_sample(kernels: str, number: int) -> None:
+    scale, bias = SAMPLES[number // 2]
+    check(MODULATED[number % 2], MIXES[number // 2 % 3], scale=scale, bias=bias)
+
+
 @pytest.mark.parametrize(
-    ("own", "mix"), list(zip(SAMPLES, 2 * MIXES[:3], strict=True)), ids=str
+    ("per_row", "shape"),
+    [
+        (False, (2, 9, 64)),
+        (True, (2, 3, 760)),
+        (False, (3, 37, 128)),
+        (True, (2, 2, 5000)),
+        pytest.param(True, (2, 9, 64), marks=pytest.mark.slow),
+        pytest.param(False, (2, 3, 760), marks=pytest.mark.slow),
+        pytest.param(True, (3, 37, 128), marks=pytest.mark.slow),
+        pytest.param(False, (2, 2, 5000), marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("case", MODULATED, ids=str)
-def test_kernels_of_each_sample(kernels: str, case: Case, own: Any, mix: Any) -> None:
-    scale, bias = own
-    check(case, mix, scale=scale, bias=bias)
-
-
-@pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("shape", [(2, 9, 64), (2, 3, 760), (3, 37, 128), (2, 2, 5000)])
 def test_kernels_of_sizes(kernels: str, shape: tuple[int, ...], per_row: bool) -> None:
     own = shape if per_row else (shape[0], 1, shape[-1])
     check(modulated("layer_norm", shape), MIXES[1], scale=own, bias=own)
@@ -343,10 +351,8 @@ def test_under(name: str, kind: str) -> None:
         assert_agrees(a, b, roundings=1024)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    slow_but(["each sample"], ALIKE),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALIKE)
 def test_second_order_through_kernels(kernels: str, kind: str) -> None:
     alike = ALIKE[kind]
     given = (X, *alike.others)

@@ -13,7 +13,7 @@ import fusednorm
 from fusednorm.kernels import dispatch
 from fusednorm.kernels.explain import explain_jaxpr
 from tests import interpreters
-from tests.helpers import EPS32, Case, assert_close
+from tests.helpers import EPS32, Case, assert_close, slow_but
 from tests.layer_helpers import assert_agrees, build, data
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -91,23 +91,26 @@ def test_several_axes_against_float64() -> None:
 # --- kernels --------------------------------------------------------------------------
 
 
+MIXED = [
+    (Case("layer_norm", (37, 64)), MIXES[0]),
+    (Case("layer_norm", (37, 64)), MIXES[2]),
+    (Case("rms_norm", (2, 150, 64)), MIXES[1]),
+    (Case("rms_norm", (11, 128)), MIXES[4]),
+    (Case("layer_norm", (37, 760)), MIXES[1]),
+    (Case("rms_norm", (11, 761)), MIXES[3]),
+    (Case("layer_norm", (5, 2048), (("activation", "gelu_tanh"),)), MIXES[2]),
+    (Case("rms_norm", (3, 4096)), MIXES[1]),
+    (Case("layer_norm", (3, 8200)), MIXES[5]),
+]
+
+
 @pytest.mark.parametrize(
-    ("case", "mix"),
-    [
-        (Case("layer_norm", (37, 64)), MIXES[0]),
-        (Case("layer_norm", (37, 64)), MIXES[2]),
-        (Case("rms_norm", (2, 150, 64)), MIXES[1]),
-        (Case("rms_norm", (11, 128)), MIXES[4]),
-        (Case("layer_norm", (37, 760)), MIXES[1]),
-        (Case("rms_norm", (11, 761)), MIXES[3]),
-        (Case("layer_norm", (5, 2048), (("activation", "gelu_tanh"),)), MIXES[2]),
-        (Case("rms_norm", (3, 4096)), MIXES[1]),
-        (Case("layer_norm", (3, 8200)), MIXES[5]),
-    ],
-    ids=lambda value: str(value) if isinstance(value, Case) else "-".join(value),
+    "number",
+    slow_but([0, 2, 5, 6], range(len(MIXED))),
+    ids=lambda n: f"{MIXED[n][0]}-{'-'.join(MIXED[n][1])}",
 )
-def test_kernels_against_float64(kernels: str, case: Case, mix: Any) -> None:
-    check(case, mix)
+def test_kernels_against_float64(kernels: str, number: int) -> None:
+    check(*MIXED[number])
     assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
 
 
@@ -241,6 +244,7 @@ def test_under(name: str) -> None:
         assert_agrees(a, b, roundings=512)
 
 
+@pytest.mark.slow
 def test_second_order_through_kernels(kernels: str) -> None:
     for name in ("hvp", "vmap of grad", "scan and checkpoint"):
         ours = jax.jit(lambda: TRANSFORMED[name](_joined))()  # noqa: B023

@@ -117,10 +117,10 @@ def test_values_and_gradients(kernels: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "shape", "activation"),
     [
-        ("layer_norm", (37, 64), "relu"),
+        pytest.param("layer_norm", (37, 64), "relu", marks=pytest.mark.slow),
         ("layer_norm", (5, 127), "silu"),
         ("rms_norm", (37, 192), "gelu"),
-        ("layer_norm", (7, 1128), "gelu_tanh"),
+        pytest.param("layer_norm", (7, 1128), "gelu_tanh", marks=pytest.mark.slow),
     ],
 )
 def test_activations(
@@ -243,8 +243,15 @@ def test_mean_and_variance(kernels: str, case: Case) -> None:
         assert mean is None
 
 
-@pytest.mark.parametrize("mean", [0.0, 30.0])
-@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize(
+    ("kind", "mean"),
+    [
+        ("layer_norm", 30.0),
+        ("rms_norm", 0.0),
+        pytest.param("layer_norm", 0.0, marks=pytest.mark.slow),
+        pytest.param("rms_norm", 30.0, marks=pytest.mark.slow),
+    ],
+)
 def test_never_less_accurate_than_flax(kernels: str, kind: str, mean: float) -> None:
     """RMS error against float64 at most 1.05 times flax's, forward and backward."""
     case = Case(kind, (1024, 128))
@@ -364,7 +371,12 @@ def test_nan_and_inf_stay_in_their_row(kernels: str, poison: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "mix"), [(64, MIXES[0]), (760, MIXES[1]), (4096, MIXES[2])]
+    ("features", "mix"),
+    [
+        (64, MIXES[0]),
+        (760, MIXES[1]),
+        pytest.param(4096, MIXES[2], marks=pytest.mark.slow),
+    ],
 )
 def test_a_row_does_not_depend_on_the_others(
     kernels: str, features: int, mix: tuple[str, str, str]

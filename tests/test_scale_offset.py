@@ -1,7 +1,5 @@
 """scale_offset: the scale plus a number, in float32, as if it had been added before."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +10,7 @@ from flax import nnx
 
 import fusednorm
 from tests import interpreters
-from tests.helpers import Case
+from tests.helpers import Case, slow_but
 from tests.layer_helpers import FEATURES, assert_agrees, build, data
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -27,13 +25,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["reference", "mosaic_gpu", "mosaic_tpu"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The reference, or the kernels of one chip, which take every call or raise."""
-    kernels = request.param != "reference"
-    interpreter = interpreters.interpreted if kernels else contextlib.nullcontext
-    with interpreter(request.param), fusednorm.use_backend(request.param):
-        yield request.param
+kernels = interpreters.kernels_of_each_chip
 
 
 def results(
@@ -61,7 +53,14 @@ def check(case: Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
-def test_as_if_added_before(backend: str, number: int) -> None:
+def test_as_if_added_before(number: int) -> None:
+    check(CASES[number], "bfloat16" if number % 2 else "float32")
+
+
+@pytest.mark.parametrize(
+    "number", slow_but([0, 3], range(len(CASES))), ids=lambda n: str(CASES[n])
+)
+def test_kernels_as_if_added_before(kernels: str, number: int) -> None:
     check(CASES[number], "bfloat16" if number % 2 else "float32")
 
 

@@ -518,8 +518,17 @@ def test_batch_norm_of_sharded_channels(statistics: P) -> None:
 # --- shard_map ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", ["layer_norm", "batch_norm", "group_norm silu"])
+@pytest.mark.parametrize(
+    ("kind", "check_vma"),
+    [
+        ("layer_norm", True),
+        ("layer_norm", False),
+        ("batch_norm", True),
+        ("group_norm silu", False),
+        pytest.param("batch_norm", False, marks=pytest.mark.slow),
+        pytest.param("group_norm silu", True, marks=pytest.mark.slow),
+    ],
+)
 def test_statistics_over_an_axis_of_a_shard_map(
     kernels: str, kind: str, check_vma: bool
 ) -> None:
