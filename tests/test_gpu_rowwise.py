@@ -4,6 +4,7 @@ How rows are cut, what falls back, what is lowered, and (marked gpu) all of it o
 one. Values and gradients in the interpreter are in test_rowwise.py.
 """
 
+import dataclasses
 import functools
 import re
 import types
@@ -267,6 +268,45 @@ def test_gpu_offsets_beyond_31_bits() -> None:
         y = jax.jit(lambda x: fusednorm.layer_norm(x)[-3:])(x)
         expected = jax.jit(fusednorm.layer_norm)(x[-3:])
     np.testing.assert_array_equal(y, expected)
+
+
+def backward_grid(call: Call) -> tuple[rowwise.Config, int, int, int]:
+    """The plan's config, and tile, tiles and blocks."""
+    kernel = gpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    config, shared_out, _, processors = kernel.launch.args  # type: ignore[attr-defined]
+    rows = call.x.size // config.features
+    return config, *rowwise._grid(config, rows, 1, processors, shared_out.threads)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("features", [64, 512, 1024, 2048, 2304, 4096, 12288, 65536])
+def test_a_backward_fills_the_device(
+    features: int, dtype: str, residual: bool, activation: str | None
+) -> None:
+    """With a block on each of the 132 multiprocessors, or nearly."""
+    _, call = calls((8192, features), dtype)
+    norm = dataclasses.replace(call.norm, activation=activation)
+    call = dataclasses.replace(call, norm=norm, beside=call.x if residual else None)
+    if activation:
+        call = dataclasses.replace(call, bias=call.scale)
+    config, _, _, blocks = backward_grid(call)
+    assert blocks * config.cluster >= 128
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("features", [8, 64, 256, 512, 1024, 4096])
+def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:
+    """They would not wait for each other, which no interpreter sees."""
+    for rows in range(1, 9):
+        config, tile, tiles, blocks = backward_grid(calls((rows, features), dtype)[1])
+        assert tile <= rows
+        assert not rowwise._keeps(config, tiles, blocks)
+    config, tile, tiles, blocks = backward_grid(calls((10**6, features), dtype)[1])
+    assert rowwise._keeps(config, tiles, blocks)
+    assert config.long or tile >= rowwise.WARPS
 
 
 def test_the_plan_is_that_of_the_platform() -> None:

@@ -861,7 +861,8 @@ def _launch(
         grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(
-            # What is read after it was written lies behind a barrier.
+            # What other lanes wrote is read behind a barrier; of all else a lane reads
+            # what it wrote itself.
             unsafe_no_auto_barriers=True,
             # Each load says how it lies on the lanes: nothing is to be inferred. The
             # other semantics search for it, in time that grows with the square of the
@@ -982,7 +983,9 @@ def _bytes_moved(call: Call, config: Config) -> int:
     else:
         values = len(_summed(call))
         moved += size * reads * (x_size + call.dy.dtype.itemsize)
-        moved += size * x_size * (call.wanted[0] and not call.half) + statistics
+        moved += size * x_size * (call.wanted[0] and not call.half)
+        # Half of it writes c1 and c2, of which dx is made.
+        moved += statistics * (1 + (call.half and call.wanted[0]))
         if call.beside is not None:
             moved += size * call.beside.dtype.itemsize
         examples = math.prod(call.x.shape[: call.own_params])

@@ -17,7 +17,7 @@ Each is one kernel that reads x (and dy, and all else of x's size) once: a row l
 registers from its first sum to its last store. How many threads share a row depends on
 its length:
 
-    short   8 to 32 lanes of a warp; its sums are shuffles, there is no barrier
+    short   2 to 32 lanes of a warp; its sums are shuffles, there is no barrier
     long    1 to 4 warpgroups of a block; their warps' sums meet in shared memory
     longer  the blocks of a cluster too; their sums meet in device memory
 
@@ -29,7 +29,8 @@ same element.
 
 What a row's result is made of (lanes, chunks, the order of every sum) follows from the
 features and dtypes alone, never from the number of rows: results are bitwise the same
-in any batch.
+in any batch. Over how many blocks dscale and dbias are added up follows from the number
+of rows, and of examples that have their own.
 
 Sources: layer normalization, Ba et al. 2016 (arXiv:1607.06450); RMS normalization,
 Zhang and Sennrich 2019 (arXiv:1910.07467); the corrected two-pass variance, Chan, Golub
@@ -116,8 +117,9 @@ def share(
         without, as far as the registers hold them.
     """
     narrow = itemsize == 2
-    if slopes:
-        return Share(columns=8, threads=384 if beside else 512, ahead=36)
+    if slopes:  # 384 threads are no block of the 4 warpgroups of a long row
+        many = 384 if beside and features <= 1024 else 512
+        return Share(columns=8, threads=many, ahead=36)
     if features <= 256:
         many = 896 if center or features < 128 else 1024
         many = 768 if beside else many
@@ -692,8 +694,7 @@ def backward(
     columns = config.per_lane(tile)
     next_tile = columns * sum(inputs[n].dtype.itemsize for n in loaded_at_once) // 4
     ahead = columns * len(summed) + next_tile <= shared_out.ahead
-    # Mosaic would move lanes of one column in shared memory by `stmatrix`.
-    kept = all(chunk.vector > 1 for chunk in config.chunks)
+    kept = _keeps(config, tiles, blocks)
 
     def body(ref: dict[str, Any], part: Part) -> None:
         example, block = _example_and_block(examples, blocks)
@@ -880,6 +881,17 @@ def _example_and_block(examples: int, blocks: int) -> tuple[Any, Any]:
     return lax.div(program, blocks), lax.rem(program, blocks)
 
 
+def _keeps(config: Config, tiles: int, blocks: int) -> bool:
+    """Whether sums over `IN_A_ROW` tiles go to shared memory, for more will follow.
+
+    Not where a block has no more tiles. There may be fewer rows than warps then, and
+    warps that hold the same row would add to one sum without waiting for each other.
+    """
+    # Mosaic would move lanes of one column in shared memory by `stmatrix`.
+    wide = all(chunk.vector > 1 for chunk in config.chunks)
+    return wide and pl.cdiv(tiles, blocks) >= IN_A_ROW
+
+
 def _grid(
     config: Config, rows: int, examples: int, processors: int, threads: int
 ) -> tuple[int, int, int]:
@@ -891,7 +903,9 @@ def _grid(
     """
     tile = min(config.rows, memory.power_of_2_below(rows))
     tiles = rows // tile
-    resident = processors * (threads // (WARPS * LANES * config.warpgroups))
+    block = WARPS * LANES * config.warpgroups
+    assert threads >= block, "no block of the grid would be resident"
+    resident = processors * (threads // block)
     least = pl.cdiv(processors, examples)
     blocks = min(resident // examples, max(rows // 32, least)) // config.cluster
     return tile, tiles, max(min(blocks, tiles), 1)
@@ -955,7 +969,8 @@ def _launch(
             # short rows. Mosaic gives all warpgroups of a block the same scratch, so
             # that sums of long rows must go another way.
             reduction_scratch_bytes=0 if config.long else 2048,
-            # What is read after it was written, `sums`, lies behind a barrier.
+            # `sums` are read behind a barrier. Of all else that is written and read, a
+            # lane reads what it wrote, and no other writes there (`_keeps`).
             unsafe_no_auto_barriers=True,
         ),
         **memory.cost([*inputs.values(), *outputs.values()]),
@@ -1038,6 +1053,8 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
             for name, want in call.wants.items()
             if want and name not in call.summed and not (name == "dx" and call.half)
         ]
+        if call.half and call.wanted[0]:
+            statistics *= 2  # it writes c1 and c2, of which dx is made
         moved = call.x.size * (
             x_size + call.dy.dtype.itemsize + sum(beside) + sum(written)
         )
