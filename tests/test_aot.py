@@ -114,6 +114,19 @@ RESIDUAL = [
         residual=True,
     )
 ]
+# Both, whose backward has most in registers.
+RESIDUAL += [
+    workload
+    for features, dtype in ((2048, "float32"), (4096, "bfloat16"), (12288, "bfloat16"))
+    for workload in workloads(
+        f"{features}_residual_silu",
+        nnx.LayerNorm,
+        (80_000_000 // features, features),
+        dtype,
+        residual=True,
+        activation="silu",
+    )
+]
 # adaLN: scale and bias of each sample, and of each row.
 MODULATED = [
     workload
@@ -255,6 +268,27 @@ def test_within_limits(cell: Cell, found: Measurement) -> None:
     if found.op == "backward" and (chip, work.name) in MANY_PARTIALS:
         found = dataclasses.replace(found, partials=0, rest=0)  # rest: their sum
     assert gate.beyond(found) == []
+
+
+# What libtpu spills has to fit VMEM too, and no plan knows how much that will be.
+OF_ANY_LENGTH = [
+    (chip, workload)
+    for chip in TPUS
+    for features in (64, 256, 384, 760, 1536, 4096, 8200, 16384, 32768)
+    for dtype in ("bfloat16", "float32")
+    for workload in workloads(
+        f"any_{features}_{dtype}",
+        nnx.LayerNorm,
+        (32_000_000 // features + 5, features),
+        dtype,
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", OF_ANY_LENGTH, ids=name)
+def test_rows_of_any_length_fit_a_tpu(found: Measurement) -> None:
+    assert len(found.kernels) == 1, found.kernels
 
 
 def large(found: Measurement) -> list[tuple[str, int]]:

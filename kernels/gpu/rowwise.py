@@ -118,7 +118,7 @@ def share(
     """
     narrow = itemsize == 2
     if slopes:  # 384 threads are no block of the 4 warpgroups of a long row
-        many = 384 if beside and features <= 1024 else 512
+        many = 384 if beside and features <= 2048 else 512
         return Share(columns=8, threads=many, ahead=36)
     if features <= 256:
         many = 896 if center or features < 128 else 1024
