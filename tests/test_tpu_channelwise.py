@@ -6,6 +6,7 @@ for races (tests/on_tpu.py), and what a block has beyond the array is NaN there.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ import fusednorm
 from fusednorm.kernels import dispatch, tpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.tpu import channelwise, memory, pixels
+from fusednorm.kernels.tpu.blocks import SUBLANES, order_of_axes
 from tests import interpreters
 from tests.helpers import Case
 from tests.on_tpu import Device
@@ -135,10 +137,10 @@ def test_mosaic_takes_it(case: Case) -> None:
 
 
 @pytest.fixture
-def two_cores(every_variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def two_cores(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
     chip = dataclasses.replace(memory.chip(None), cores=2)
     monkeypatch.setattr(memory, "chip", lambda _: chip)
-    return every_variant
+    return variant
 
 
 SHARED = [  # 11 samples are 2 units, or where a block has a part of one, 11
@@ -228,6 +230,10 @@ def test_models_run_kernels(kind: str, dtype: str) -> None:
         ("group_norm", (64, 64, 320)),
         ("group_norm", (32, 32, 1024)),  # could be cut into strips
         ("instance_norm", (9, 9, 24)),
+        # Of which XLA would have a single sample's other axis along the sublanes.
+        ("group_norm", (7, 7, 32)),
+        ("group_norm", (1500, 512)),
+        ("instance_norm", (55, 55, 128)),
     ],
 )
 def test_the_cut_does_not_depend_on_the_number_of_samples(
@@ -236,12 +242,45 @@ def test_the_cut_does_not_depend_on_the_number_of_samples(
     chip = dataclasses.replace(memory.chip(None), cores=cores)
     monkeypatch.setattr(memory, "chip", lambda _: chip)
     cuts = set()
-    for n in (1, 2, 37):
-        for call in calls(norm, (n, *shape)):
+    for n, dtype in itertools.product((1, 2, 37), ("bfloat16", "float32")):
+        for call in calls(norm, (n, *shape), dtype):
             launch = planned(call)
             one = dataclasses.replace(launch.cut, samples=1, cores=1)
-            cuts.add((call.op, launch.order, launch.late, launch.whole, one))
-    assert len(cuts) == 2
+            cuts.add((call.op, dtype, launch.order, launch.late, launch.whole, one))
+    assert len(cuts) == 4
+
+
+def test_a_single_sample_is_as_one_of_several(kernels: None) -> None:
+    """Bitwise: its axis of size 1 is no axis of pixels."""
+    case = Case("group_norm", (3, 7, 7, 32), (("num_groups", 8),))
+    x, scale, bias, dy = map(jnp.asarray, case.data(13, "float32", "float32"))
+
+    def of(some: slice) -> list[jax.Array]:
+        y, vjp = jax.vjp(lambda x: case.run(x, scale, bias), x[some])
+        return [y, *vjp(dy[some])]
+
+    for alone, among in zip(of(np.s_[1:2]), of(np.s_[:]), strict=True):
+        np.testing.assert_array_equal(alone, among[1:2])
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        ("batch_norm", (2, 1500, 512)),
+        ("group_norm", (4, 1500, 1, 512)),
+        ("group_norm", (4, 2, 63, 63, 512)),
+    ],
+)
+def test_registers_are_full_of_pixels(norm: str, shape: tuple[int, ...]) -> None:
+    """Where XLA has few of them to a tile, it is asked for others."""
+    for call in calls(norm, shape, "float32"):
+        first = 0 if norm == "batch_norm" else 1
+        assert shape[order_of_axes(shape, 4, first)[-2]] < SUBLANES
+        assert planned(call).cut.chunk_rows >= SUBLANES
+        assert shape[planned(call).order[-2]] >= SUBLANES
+        kernel = tpu.plan(call, None)
+        assert isinstance(kernel, Kernel)
+        assert "would be copied" in kernel.unless_named or len(shape) > 3
 
 
 def test_a_chip_with_more_vmem_keeps_more() -> None:

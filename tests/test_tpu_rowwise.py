@@ -33,7 +33,7 @@ from fusednorm.kernels.tpu.blocks import (
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES
 from fusednorm.reference import Norm
 from tests import interpreters
-from tests.helpers import Case
+from tests.helpers import Case, slow_but
 from tests.on_tpu import Device
 from tests.test_rowwise import MIXES, calls, run, run_each_example
 from tests.test_suite import norm_of
@@ -56,13 +56,13 @@ RAGGED = list(itertools.product(ROWS, FEATURES))[::2]
 
 
 @pytest.mark.parametrize(
-    ("number", "shape"),
-    list(enumerate(RAGGED)),
-    ids=["x".join(map(str, shape)) for shape in RAGGED],
+    "number",
+    slow_but(range(0, len(RAGGED), 2), range(len(RAGGED))),
+    ids=lambda n: "x".join(map(str, RAGGED[n])),
 )
-def test_ragged_shapes(kernels: None, number: int, shape: tuple[int, int]) -> None:
+def test_ragged_shapes(kernels: None, number: int) -> None:
     kind = "layer_norm" if number % 3 else "rms_norm"
-    run(Case(kind, shape), MIXES[number % len(MIXES)])
+    run(Case(kind, RAGGED[number]), MIXES[number % len(MIXES)])
 
 
 @pytest.mark.parametrize("rows", [1, 37])
@@ -88,12 +88,7 @@ def test_one_feature(kernels: None, rows: int) -> None:
     [
         Case("layer_norm", (2, 3, 50, 768)),  # a slab each, for 50 rows fill no tiles
         Case("layer_norm", (3, 5, 760)),  # joined
-        Case("layer_norm", (7, 5, 6), (("reduction_axes", (1, 2)),), params=False),
         Case("rms_norm", (4, 3, 9), (("reduction_axes", (1, 2)),), params=False),
-        Case("layer_norm", (1, 9, 1, 300)),
-        Case("group_norm", (9, 24), (("num_groups", 3),), params=False),
-        Case("layer_norm", (2, 33), params=False),
-        Case("layer_norm", (300,)),
         Case("layer_norm", (16, 5, 40)),  # 16 fill sublanes, 5 do not: transposed
         Case("layer_norm", (3, 8, 2, 5, 200)),
         Case("layer_norm", (16, 1, 5, 40), (("reduction_axes", (1, 3)),), params=False),
@@ -149,7 +144,7 @@ def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
 # --- features down the sublanes -------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", slow_but([1, 3, 4, 6, 8], range(9)))
 def test_rows_along_the_lanes(kernels: None, number: int) -> None:
     """Their sizes and numbers of features, around tiles, blocks and chunks."""
     shape = [
@@ -265,7 +260,11 @@ SHARED = {  # and how many blocks of slabs and of rows each core has
 }
 
 
-@pytest.mark.parametrize("number", range(len(SHARED)), ids=lambda n: str([*SHARED][n]))
+@pytest.mark.parametrize(
+    "number",
+    slow_but([0, 3, 4, 5], range(len(SHARED))),
+    ids=lambda n: str([*SHARED][n]),
+)
 def test_two_cores(two_cores: None, number: int) -> None:
     """Each has its blocks, and sums of its own, which are added up."""
     (shape, blocks), mix = list(SHARED.items())[number], MIXES[number % len(MIXES)]
@@ -288,6 +287,32 @@ def test_one_core_where_two_would_not_both_have_rows(
 ) -> None:
     assert all(planned(call).cores == 1 for call in calls(shape, "float32"))
     run(Case("layer_norm", shape))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inner", "slabs"),
+    [
+        ("float32", 24, 1),
+        ("float32", 20, 9),
+        ("bfloat16", 24, 9),
+        ("bfloat16", 32, 1),
+    ],
+)
+def test_axes_are_joined_where_rows_fill_tiles(
+    dtype: str, inner: int, slabs: int
+) -> None:
+    """8 rows of float32, 16 of bfloat16."""
+    for call in calls((9, inner, 16384), dtype):
+        assert planned(call).slabs == slabs
+
+
+@pytest.mark.parametrize("rows", [1, 8, 49, 197])
+def test_a_chunk_is_no_longer_than_the_rows(rows: int) -> None:
+    for shape in ((rows, 4096), (9, rows, 768)):
+        for call in calls(shape, "bfloat16"):
+            blocks = planned(call)
+            assert blocks.rows >= rows  # several slabs may be one
+            assert blocks.chunk_rows <= max(2 * blocks.rows - 1, 16)
 
 
 def planned(call: Call) -> Any:

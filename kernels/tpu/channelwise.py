@@ -90,8 +90,16 @@ BETWEEN_CONVOLUTIONS = (
     "alone moves less with the kernel, which fusednorm.use_backend('mosaic_tpu') runs"
 )
 
+COPIED = (
+    "XLA has fewer than 8 pixels of this array to a tile of a TPU's memory: x and y "
+    "would be copied around a kernel, which fusednorm.use_backend('mosaic_tpu') runs"
+)
+
 SPILLED = 8  # values of a unit's places that lie in VMEM while it is completed
 OTHER_BYTES = 2**20  # of VMEM: parameters, statistics, and what Mosaic has itself
+# And what registers spill, for which the quarter of VMEM that no plan gives away has
+# room: up to 1.9 MiB (forward of 5 x 1024 x 8192 in bfloat16 and 32 groups, v5e).
+SPILLED_BYTES = 3 * 2**20
 
 # --- forward --------------------------------------------------------------------------
 
@@ -803,7 +811,7 @@ class Launch:
             out_shape=tuple(shape for shape, _ in results),
             out_specs=tuple(itertools.starmap(spec_of, results)),
             scratch_shapes=(*keep, *scratch),
-            compiler_params=memory.compiler_params(grid, self.vmem),
+            compiler_params=memory.compiler_params(grid, self.vmem + SPILLED_BYTES),
             cost_estimate=cost.estimate(array for array, _ in (*operands, *results)),
         )(*[memory.bits(array) for array, _ in operands])
 
@@ -906,7 +914,9 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         block=str(cut),
         why=f"channels {lie}; {why}",
         bytes_moved=_bytes_moved(call, cut, whole=whole),
-        unless_named=BETWEEN_CONVOLUTIONS if _is_of_images(call) else "",
+        unless_named=BETWEEN_CONVOLUTIONS
+        if _is_of_images(call)
+        else (COPIED if shape.copied else ""),
     )
 
 
@@ -924,6 +934,7 @@ class _Shape:
       examples, samples, slabs, rows: sizes, as of `Cut`.
       down: whether channels lie down the sublanes, and rows across the lanes.
       is_one: whether an example has one sample whatever its size: as in BatchNorm.
+      copied: whether it is not quite as XLA has it, which copies it.
     """
 
     order: tuple[int, ...]
@@ -933,6 +944,7 @@ class _Shape:
     rows: int
     down: bool
     is_one: bool
+    copied: bool = False
 
 
 def _in_memory(call: Call, view: Geometry) -> _Shape:
@@ -940,9 +952,13 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
     last = len(shape) - 1
     examples = math.prod(shape[:own])
     samples = view.n // examples
-    others = [axis for axis in range(own, last) if shape[axis] > 1]
-    unreduced = [axis for axis in others if axis not in call.norm.reduction_axes]
-    first = max([own - 1, *unreduced]) + 1  # the first axis of pixels
+    reduced = [axis for axis in range(own, last) if axis in call.norm.reduction_axes]
+    # The first axis of pixels. A single sample's axis, of size 1, is in front of it as
+    # that of several is.
+    first = min(reduced, default=last)
+    for axis in range(first, last):
+        if shape[axis] > 1 and axis not in reduced:
+            first = axis + 1
     natural = tuple(range(len(shape)))
     simple = (
         call.norm.feature_axes == (last,)
@@ -951,7 +967,8 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
     )
     if not simple:  # what the axes are is known of the view alone
         return _Shape(natural, examples, samples, 1, view.s, down=False, is_one=False)
-    order = order_of_axes(shape, call.x.dtype.itemsize, first)
+    xla_order = order_of_axes(shape, call.x.dtype.itemsize, first)
+    order = _with_full_sublanes(xla_order, shape, first)
     down = order[-1] != last
     axis = order[-1] if down else order[-2]
     rows = shape[axis] if axis >= first else 1
@@ -959,7 +976,28 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
     if not down and rows % SUBLANES == 0:  # joined they fill the same tiles
         slabs, rows = 1, view.s
     is_one = set(range(own, last)) <= set(call.norm.reduction_axes)
-    return _Shape(order, examples, samples, slabs, rows, down, is_one)
+    copied = order != xla_order
+    return _Shape(order, examples, samples, slabs, rows, down, is_one, copied)
+
+
+def _with_full_sublanes(
+    order: tuple[int, ...], shape: Sequence[int], first: int
+) -> tuple[int, ...]:
+    """With 8 pixels or more along the sublanes, where an axis has so many.
+
+    Of 1500 x 512 float32, 1500 being no multiple of 8, XLA has one pixel to a tile. A
+    kernel that takes it so computes 20 to 35 times as long as it waits for memory (v5e,
+    7x: 1 x 1500 x 1280 in float32, 4 x 2 x 63 x 63 x 512 in bfloat16); this one has x
+    copied.
+    """
+    *_, sublane, lane = order
+    if lane != len(shape) - 1 or shape[sublane] >= SUBLANES:
+        return order
+    full = [axis for axis in range(first, lane) if shape[axis] >= SUBLANES]
+    if not full:
+        return order
+    others = [axis for axis in range(lane) if axis != full[-1]]
+    return (*others, full[-1], lane)
 
 
 def _strips(shape: _Shape, view: Geometry, cores: int) -> list[int]:

@@ -714,8 +714,9 @@ def across_lanes(
         registers = DOWN_REGISTERS[call.op]
     chunk_rows = max(registers * register // lanes, least_rows)
     chunk_rows = min(power_of_two(chunk_rows), block_rows)
-    # Of each feature: dscale and dbias, and scale, bias or results, two of each.
-    of_feature = 2 * SUBLANES + 6 if call.op == "backward" else 4
+    # Of each feature: dscale and dbias; and scale, bias (a backward's before an
+    # activation alone) and results, two of each.
+    of_feature = 2 * SUBLANES + 6 + 2 * call.slopes if call.op == "backward" else 4
     need = block_rows * row_bytes + lanes * of_feature * 4 + OTHER_BYTES
     if need > chip.vmem:
         return Fallback(
@@ -730,11 +731,11 @@ def across_lanes(
     if call.x.ndim - call.own > 2 and call.x.shape[-1] == features:
         inner = call.x.shape[-2]
         slab_bytes = inner * features * call.x.dtype.itemsize
-        if inner % (4 * SUBLANES // 2) and slab_bytes >= SLAB_BYTES:
+        if inner % least and slab_bytes >= SLAB_BYTES:
             rows, slabs = inner, rows // inner
     if lanes > LANES:
-        if _params_differ(call):  # a step has one example's rows, and no more
-            chunk_rows = min(chunk_rows, max(2 * power_of_two(max(rows - 1, 1)), least))
+        enough = 2 * power_of_two(max(rows - 1, 1))  # the next power of two
+        chunk_rows = min(chunk_rows, max(enough, least))
         together = 1
         if lanes <= UNROLLED:
             chunks = min(rows, block_rows) // chunk_rows
@@ -864,4 +865,5 @@ def bytes_moved(call: Call, blocks: Blocks) -> int:
     parts = blocks.cores * blocks.examples
     sums += 2 * parts if parts > sums else 0
     total += len(call.summed) * sums * blocks.features * 4
-    return total + statistics * _reads_x(call)
+    # A half writes what it subtracts, c1 and c2, for its other half.
+    return total + statistics * (_reads_x(call) + (call.half and call.wanted[0]))
