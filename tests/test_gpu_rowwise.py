@@ -22,7 +22,7 @@ from fusednorm.kernels.gpu import rowwise
 from tests import interpreters
 from tests.helpers import Case
 from tests.test_dispatch import COUNTED
-from tests.test_rowwise import MIXES, calls
+from tests.test_rowwise import MIXES, calls, run
 from tests.test_suite import check, flax_function, norm_of, rms_errors
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -307,6 +307,23 @@ def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:
     config, tile, tiles, blocks = backward_grid(calls((10**6, features), dtype)[1])
     assert rowwise._keeps(config, tiles, blocks)
     assert config.long or tile >= rowwise.WARPS
+
+
+@pytest.mark.parametrize("shape", [(300, 64), (150, 192), (9, 2048)], ids=str)
+def test_sums_of_several_batches_of_tiles(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiles each, with a ragged one: their sums go to shared memory."""
+    found: list[bool] = []
+    keeps = rowwise._keeps
+    monkeypatch.setattr(rowwise, "IN_A_ROW", 2)
+    monkeypatch.setattr(
+        rowwise, "_keeps", lambda *args: found.append(keeps(*args)) or found[-1]
+    )
+    with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
+        run(Case("layer_norm", shape), MIXES[0])
+    assert found
+    assert all(found)
 
 
 def test_the_plan_is_that_of_the_platform() -> None:
