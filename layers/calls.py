@@ -96,7 +96,7 @@ def _fixed(node: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(node).items()
-        if isinstance(value, bool | int | float | complex | str | bytes | None)
+        if isinstance(value, int | float | complex | str | bytes | None)
     }
 
 

@@ -85,7 +85,8 @@ def unfuse(model: Any) -> FuseReport:
 
 
 def _convert(model: Any, choose: Any) -> FuseReport:
-    if callable(model) and not isinstance(model, nnx.Pytree | jax.tree_util.Partial):
+    is_leaf = jax.tree_util.all_leaves([model])
+    if callable(model) and is_leaf and not isinstance(model, nnx.Pytree):
         raise TypeError(
             "Expected an nnx Module or a tree that holds some: the model itself, got "
             f"{model!r}."

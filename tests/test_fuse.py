@@ -1,6 +1,7 @@
 """fuse() and unfuse(): models of flax.nnx whose norm layers change in place."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
@@ -331,6 +332,23 @@ def test_what_is_no_model_is_refused(what: str) -> None:
         with pytest.raises(TypeError, match="the model itself"):
             convert(wrong[what])
     assert type(layer) is nnx.LayerNorm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Head:
+    """A tree that can be called."""
+
+    norm: nnx.LayerNorm
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(x)
+
+
+def test_a_tree_that_can_be_called_is_a_tree() -> None:
+    head = Head(nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0)))
+    assert len(fusednorm.fuse(head).replaced) == 1
+    assert type(head.norm) is fusednorm.LayerNorm
 
 
 def test_a_subclass_of_a_fused_layer_is_its_users() -> None:

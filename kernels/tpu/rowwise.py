@@ -734,8 +734,7 @@ def across_lanes(
         if inner % least and slab_bytes >= SLAB_BYTES:
             rows, slabs = inner, rows // inner
     if lanes > LANES:
-        enough = 2 * power_of_two(max(rows - 1, 1))  # the next power of two
-        chunk_rows = min(chunk_rows, max(enough, least))
+        chunk_rows = min(chunk_rows, max(pl.next_power_of_2(rows), least))
         together = 1
         if lanes <= UNROLLED:
             chunks = min(rows, block_rows) // chunk_rows
