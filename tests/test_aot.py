@@ -65,8 +65,16 @@ RAGGED = [
         f"{rows}x{features}", nnx.LayerNorm, (rows, features), "bfloat16"
     )
 ]
-# A row on a cluster of blocks: they meet in device memory.
-WIDE = list(workloads("512x65536", nnx.LayerNorm, (512, 65536), "bfloat16"))
+# A row on a cluster of blocks, which meet in device memory: of parts that are alike, of
+# parts that end in narrower chunks, and with a last one that is shorter (of 512 rows it
+# spills 12 bytes). And of an odd number of features, no two of which come in one load.
+WIDE = [
+    workload
+    for rows, features in ((512, 65536), (2048, 13824), (610, 65512), (4097, 4095))
+    for workload in workloads(
+        f"{rows}x{features}", nnx.LayerNorm, (rows, features), "bfloat16"
+    )
+]
 CASES = [workload for case in ROWWISE for workload in of_case(case)]
 # Of models in 16 bits, whose rows lie otherwise than in 32.
 NARROW = [
@@ -244,8 +252,14 @@ def test_each_element_crosses_the_pins_once(found: Measurement) -> None:
 
 @each_cell
 def test_what_is_read_again_is_the_ends_of_ragged_rows(found: Measurement) -> None:
-    aligned = found.shape[-1] % 64 == 0
-    assert found.again <= (0.001 if aligned else 1) * found.ideal
+    rows, features = math.prod(found.shape[:-1]), found.shape[-1]
+    if features % 64 == 0 and features <= 12288:
+        most = 0.001
+    elif rows > 100 and features > 64:  # a line of lanes of 1032 columns, the most
+        most = 0.125
+    else:
+        most = 1
+    assert found.again <= most * found.ideal
 
 
 @each_cell

@@ -37,24 +37,31 @@ ROWS = (1, 2, 37, 4097)
 @pytest.mark.parametrize(
     ("per_lane", "of_long", "in_warp"), [(16, 16, 512), (32, 64, 2048)]
 )
-@pytest.mark.parametrize("features", [2, 3, 7, 96, 127, 760, 5120, 8209, 12288, 65535])
+@pytest.mark.parametrize(
+    "features",
+    [2, 3, 7, 96, 127, 760, 4128, 5120, 8209, 12288, 13824, 32776, 65512, 65535],
+)
 def test_each_column_counts_once(
     features: int, per_lane: int, of_long: int, in_warp: int, itemsize: int
 ) -> None:
-    """And every load is aligned, and inside its row."""
+    """And every load is aligned, and inside its part of the row."""
     config = rowwise.configure(
         features, itemsize, per_lane=per_lane, of_long=of_long, in_warp=in_warp
     )
     counted = np.zeros(features, int)
     for part in range(config.parts):
+        first = part * config.width
         for chunk in config.chunks:
-            start = chunk.start + (0 if chunk.tail else part * config.width)
+            is_last = part == config.parts - 1
+            earlier = config.beyond(chunk) if is_last else 0
+            start = first + chunk.start - earlier
             end = start + config.lanes * chunk.vector
-            assert 0 <= start < end <= features
+            assert first <= start < end <= min(first + config.width, features)
             assert start % chunk.vector == features % chunk.vector == 0
             assert chunk.vector * itemsize <= 16
-            if not chunk.tail or part == config.parts - 1:
-                counted[start + chunk.seen : end] += 1
+            counted[start + chunk.seen + earlier : end] += 1
+    held = sum(config.lanes * chunk.vector for chunk in config.chunks)
+    assert held < 1.1 * config.width + config.lanes
     np.testing.assert_array_equal(counted, 1)
 
 
@@ -156,7 +163,7 @@ def test_an_older_gpu_falls_back() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", [5120, 8192, 8209, 12288, 16384])
+@pytest.mark.parametrize("features", [5120, 8192, 8209, 12288, 13824, 16392])
 def test_long_rows(features: int) -> None:
     with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
         case = Case("layer_norm", (3, features))
@@ -183,7 +190,7 @@ def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-@pytest.mark.parametrize("features", [3, 7, 127, 5120, *FEATURES])
+@pytest.mark.parametrize("features", [3, 7, 127, 5120, 13824, 65512, *FEATURES])
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_gpu_values_and_gradients(
     kind: str, features: int, mix: tuple[str, str, str]

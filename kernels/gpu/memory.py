@@ -28,36 +28,34 @@ class Chunk:
     """Columns of one row that its lanes load together, `vector` a lane.
 
     Attributes:
-      start: first column, counted from the first of the part, or of the row if `tail`.
+      start: first column, counted from the first of the part.
       vector: consecutive columns of a lane, one load.
       seen: so many of its first columns lie in the chunk before too.
-      tail: whether it is beyond the parts, at the end of the row.
     """
 
     start: int
     vector: int
     seen: int = 0
-    tail: bool = False
 
 
-def cut(start: int, width: int, lanes: int, vector: int, spare: int) -> list[Chunk]:
-    """Covers columns [start, start + width).
+def cut(width: int, lanes: int, vector: int, spare: int) -> list[Chunk]:
+    """Covers columns [0, width); `lanes * vector` are no more than these.
 
     What `lanes * vector` leaves over is one narrower chunk that begins earlier, if it
     sees no more than `spare` columns twice; else narrower chunks side by side, each of
     which costs another sum over lanes.
     """
-    chunks = []
-    end = start + width
-    while start < end:
-        rest = end - start
+    chunks: list[Chunk] = []
+    start = 0
+    while start < width:
+        rest = width - start
         if rest >= lanes * vector:
             chunks.append(Chunk(start, vector))
             start += lanes * vector
             continue
         covering = pl.next_power_of_2(pl.cdiv(rest, lanes))
         seen = lanes * covering - rest
-        if covering == 1 or seen <= spare:
+        if covering == 1 or seen <= min(spare, start):
             chunks.append(Chunk(start - seen, covering, seen))
             break
         vector = covering // 2

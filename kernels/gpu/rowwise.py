@@ -22,10 +22,10 @@ its length:
     longer  the blocks of a cluster too; their sums meet in device memory
 
 A row is a list of *chunks*, each `lanes * vector` columns wide. There are no masked
-loads in Mosaic GPU: a ragged row ends in a chunk that overlaps the one before it, and
-the columns that come twice are left out of the sums. Ragged rows are treated alike: the
-last tile overlaps the one before it, within one block, so that no two blocks write the
-same element.
+loads in Mosaic GPU: where the columns do not come out even, the last chunk of a row, or
+of a warpgroup's part of it, begins earlier and overlaps the one before it, and the
+columns that come twice are left out of the sums. Ragged rows are treated alike: the
+last tile overlaps the one before it. No warpgroup writes what another one does.
 
 What a row's result is made of (lanes, chunks, the order of every sum) follows from the
 features and dtypes alone, never from the number of rows: results are bitwise the same
@@ -150,8 +150,9 @@ class Config:
       warpgroups: of a block that share a row, side by side.
       cluster: blocks that share a row, side by side.
       rows: rows that a warpgroup works on at once.
-      width: columns of a part, of which a row has warpgroups * cluster.
-      chunks: of one part, and of the row's tail.
+      width: columns of a part, of which a row has warpgroups * cluster; the last one
+        may have fewer.
+      chunks: of one part.
     """
 
     features: int
@@ -167,9 +168,12 @@ class Config:
         """Whether a row takes whole warpgroups."""
         return self.lanes == WARPS * LANES
 
-    def per_lane(self, rows: int) -> int:
-        """Columns that a lane holds of a tile of so many rows."""
-        each = sum(chunk.vector for chunk in self.chunks)
+    def registers(self, rows: int, itemsize: int) -> int:
+        """That hold a tile of so many rows, in each thread.
+
+        Two numbers of 16 bits share one if a lane loads them together.
+        """
+        each = sum(pl.cdiv(chunk.vector * itemsize, 4) for chunk in self.chunks)
         return each * max(rows * self.lanes // (WARPS * LANES), 1)
 
     def shape(self, chunk: Chunk, rows: int) -> tuple[int, int]:
@@ -182,6 +186,11 @@ class Config:
     def parts(self) -> int:
         """Warpgroups that share a row."""
         return self.warpgroups * self.cluster
+
+    def beyond(self, chunk: Chunk) -> int:
+        """Columns by which the chunk of the last part would be beyond the row."""
+        end = (self.parts - 1) * self.width + chunk.start + self.lanes * chunk.vector
+        return max(end - self.features, 0)
 
     def __str__(self) -> str:
         if not self.long:
@@ -235,12 +244,10 @@ def configure(
     parts = threads // (WARPS * LANES) or 1
     warpgroups = min(parts, 4)  # of 128 registers a thread
     cluster = parts // warpgroups
-    width = features if parts == 1 else features // parts // lanes * lanes
-    spare = width // 16
-    chunks = memory.cut(0, width, lanes, vector, spare)
-    if rest := features - parts * width:
-        tail = memory.cut(parts * width, rest, lanes, vector, spare)
-        chunks += [dataclasses.replace(chunk, tail=True) for chunk in tail]
+    width = pl.cdiv(features, parts * vector) * vector
+    while lanes * vector > features - (parts - 1) * width:  # in the last part too
+        vector //= 2
+    chunks = memory.cut(width, lanes, vector, spare=width // 16)
     rows = WARPS * LANES // lanes
     if fill and rows > 1:
         rows *= memory.power_of_2_below(max(per_lane * lanes // features, 1))
@@ -315,8 +322,14 @@ class Part:
         return [self._layout(chunk) for chunk in self.config.chunks]
 
     def _columns(self, chunk: Chunk) -> pl.Slice:
-        first = 0 if chunk.tail else self.index * self.config.width
-        return pl.ds(first + chunk.start, self.config.lanes * chunk.vector)
+        first = self.index * self.config.width + chunk.start - self._earlier(chunk)
+        return pl.ds(first, self.config.lanes * chunk.vector)
+
+    def _earlier(self, chunk: Chunk) -> Any:
+        """Columns by which it begins earlier, lest it be beyond the row."""
+        if not (beyond := self.config.beyond(chunk)):
+            return 0
+        return jnp.where(self.index == self.config.parts - 1, beyond, 0)
 
     def _layout(self, chunk: Chunk) -> Any:
         if self.config.long:
@@ -325,13 +338,6 @@ class Part:
 
     def _shape(self, chunk: Chunk) -> tuple[int, int]:
         return self.config.shape(chunk, self.rows)
-
-    def _owned(self, chunk: Chunk, do: Callable[[], None]) -> None:
-        """All parts have the row's tail, and one of them writes it."""
-        if chunk.tail and self.config.parts > 1:
-            pl.when(self.index == self.config.parts - 1)(do)
-        else:
-            do()
 
     # Chunks.
 
@@ -359,10 +365,9 @@ class Part:
         """One chunk of row `row` and those after it."""
         columns = self._columns(chunk)
         if self.config.long:
-            self._owned(chunk, lambda: memory.store_as(ref, (row, columns), value))
+            memory.store_as(ref, (row, columns), value)
         else:
-            rows = pl.ds(row, self.rows)
-            self._owned(chunk, lambda: memory.store(ref, (rows, columns), value))
+            memory.store(ref, (pl.ds(row, self.rows), columns), value)
 
     def load_param(
         self, ref: Any, chunk: Chunk, example: Any, examples: int
@@ -493,13 +498,10 @@ class Part:
         return functools.reduce(jnp.add, [jnp.sum(v, axis=1) for v in alike.values()])
 
     def _once(self, chunk: Chunk, value: jax.Array) -> jax.Array:
-        """Zeros for columns that another chunk or another part counts."""
-        if not chunk.seen and not chunk.tail:
+        """Zeros for columns that another chunk counts."""
+        if not chunk.seen and not self.config.beyond(chunk):
             return value
-        first: Any = chunk.seen
-        if chunk.tail:  # the last part's
-            last = self.index == self.config.parts - 1
-            first = jnp.where(last, first, self.config.lanes * chunk.vector)
+        first = chunk.seen + self._earlier(chunk)
         column = self._index(chunk, 1)
         if self.config.long:
             column = column + self._index(chunk, 0) * (LANES * chunk.vector)
@@ -692,9 +694,10 @@ def backward(
             assert like is not None
             outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, like.dtype)
     loaded_at_once = ("dy", "x", *_streamed(call))
-    columns = config.per_lane(tile)
-    next_tile = columns * sum(inputs[n].dtype.itemsize for n in loaded_at_once) // 4
-    ahead = columns * len(summed) + next_tile <= shared_out.ahead
+    held = config.registers(tile, 4) * len(summed)
+    sizes = [inputs[name].dtype.itemsize for name in loaded_at_once]
+    next_tile = sum(config.registers(tile, size) for size in sizes)
+    ahead = held + next_tile <= shared_out.ahead
     kept = _keeps(config, tiles, blocks)
 
     def body(ref: dict[str, Any], part: Part) -> None:

@@ -293,7 +293,7 @@ def _config(
         group=view.k,
         width=width,
         strips=view.features // width,
-        chunks=tuple(memory.cut(0, width, lanes, vector, spare=width // 16)),
+        chunks=tuple(memory.cut(width, lanes, vector, spare=width // 16)),
         lanes=lanes,
         warps=min(WARPS, line),
         line=line,
@@ -770,7 +770,7 @@ class Group:
         vector = _vector(config.group, 4)
         self._lanes = min(LANES, memory.power_of_2_below(config.group // vector))
         self._chunks = memory.cut(
-            0, config.group, self._lanes, vector, spare=config.group // 16
+            config.group, self._lanes, vector, spare=config.group // 16
         )
         self._layouts = [_layout(self._lanes, chunk.vector) for chunk in self._chunks]
 
