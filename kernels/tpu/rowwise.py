@@ -150,12 +150,15 @@ def _forward_kernel(
             blocks.over_pieces(add_residual)
             read = blocks.reader(h_ref, index)
 
+        put_x, get_x = blocks.keep(centred_kept, slot, read)
+
         def add_up(piece: Piece, totals: Any) -> list[jax.Array]:
-            return blocks.add(totals, [read(piece)], piece)
+            x = read(piece)
+            put_x(piece, x)
+            return blocks.add(totals, [x], piece)
 
         def read_centred(piece: Piece) -> jax.Array:
-            x = read(piece)
-            return x - blocks.widen(mean, piece) if center else x
+            return get_x(piece) - blocks.widen(mean, piece) if center else read(piece)
 
         put_centred, get_centred = blocks.keep(centred_kept, slot, read_centred)
 
