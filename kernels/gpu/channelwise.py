@@ -890,63 +890,82 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
       call: one of geometry x[N, S, G, K], S > 1.
       shared: bytes of shared memory that a block may have.
     """
-    view = _view(call)
-    loaded, kept = [call.x.dtype.itemsize], [call.x.dtype.itemsize]
-    others = [a.dtype.itemsize for a in (call.beside, call.shortcut) if a is not None]
-    if call.dy is None:
-        others.append(call.norm.dtype.itemsize)
-    else:
-        loaded.append(call.dy.dtype.itemsize)
-        kept.append(call.dy_kept.itemsize)
-        if call.shortcut is not None:
-            loaded.append(call.shortcut.dtype.itemsize)
-    widest = max(*loaded, *others, 0)
     alone = 0 in call.norm.reduction_axes
     cluster = strips.MAX_CLUSTER
     if call.op == "backward" and not alone:
         cluster = 2  # larger ones gain nothing on two reads
     if call.wanted[0] and not call.half:
-        config = strips.resident(
-            view, widest, sum(kept), shared, cluster=cluster, alone=alone
+        kernel = _in_one_read(call, shared, cluster=cluster, alone=alone)
+        if kernel is not None:
+            return kernel
+    # Or nothing of x's size is written, and there is no second read here.
+    return _in_two_reads(call, shared, cluster)
+
+
+def _in_one_read(
+    call: Call, shared: int, *, cluster: int, alone: bool
+) -> Kernel | None:
+    """Whose pixels stay in shared memory; None where they do not fit."""
+    view = _view(call)
+    kept = call.x.dtype.itemsize + (0 if call.dy is None else call.dy_kept.itemsize)
+    arrays = [a for a in (call.x, call.dy, call.beside, call.shortcut) if a is not None]
+    dtypes = [array.dtype for array in arrays]
+    if call.op == "forward":
+        dtypes.append(call.norm.dtype)
+    widest = max(dtype.itemsize for dtype in dtypes)
+    config = strips.resident(view, widest, kept, shared, cluster=cluster, alone=alone)
+    if config is None:
+        return None
+    size = f"{config.width * view.s * kept / KB:.0f} KB"
+    where = "the block" if config.blocks == 1 else f"{config.blocks} blocks"
+    why = f"{where} keep{'s' * (config.blocks == 1)} {size} on the chip: one read"
+    config = _at_once(call, config)
+    launch = forward if call.op == "forward" else backward
+    return _kernel(call, config, functools.partial(launch, config, call), "", why)
+
+
+def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
+    """Of which the kernels do the first."""
+    view = _view(call)
+    arrays = [call.x, call.dy, None if call.dy is None else call.shortcut]
+    loaded = [array.dtype.itemsize for array in arrays if array is not None]
+    configs = strips.in_two_reads(view, max(loaded), shared, arrays=len(loaded))
+    if configs is None:
+        return Fallback(
+            f"{view.features} channels in groups of {view.k} cannot be cut into strips "
+            f"of {strips.SECTOR} bytes or more and {MAX_CHUNKS} loads or fewer"
         )
+    config, last = (_at_once(call, config) for config in configs)
+    forwards = call.op == "forward"
+    launch: Any = forward_in_two_reads if forwards else backward_in_two_reads
+    if call.half:
+        launch = moments if forwards else sums
+    if not call.wanted[0]:
+        variant, why = ", sums", "sums alone are wanted: one read"
+    elif call.half:
+        variant = call.half_name
+        why = "statistics cross devices: XLA normalizes, in a second read"
     else:
-        config = None  # nothing of x's size is written: there is no second read here
-    if config is not None:
-        config = _at_once(call, config)
-        launch: Any = forward if call.op == "forward" else backward
-        launch = functools.partial(launch, config, call)
-        size = f"{config.width * view.s * sum(kept) / KB:.0f} KB"
-        where = "the block" if config.blocks == 1 else f"{config.blocks} blocks"
-        variant = ""
-        why = f"{where} keep{'s' * (config.blocks == 1)} {size} on the chip: one read"
-    else:
-        configs = strips.in_two_reads(view, max(loaded), shared, arrays=len(loaded))
-        if configs is None:
-            return Fallback(
-                f"{view.features} channels in groups of {view.k} cannot be cut into "
-                f"strips of {strips.SECTOR} bytes or more and {MAX_CHUNKS} loads or "
-                "fewer"
-            )
-        config, last = (_at_once(call, config) for config in configs)
-        forwards = call.op == "forward"
-        launch = forward_in_two_reads if forwards else backward_in_two_reads
-        if call.half:
-            launch = moments if forwards else sums
-        launch = functools.partial(launch, config, last, call)
         variant = ", two reads"
         why = (
-            f"a group's {view.s} pixels do not fit the shared memory of "
-            f"{cluster} blocks, two to a multiprocessor: two reads, the "
-            "second one in XLA's code, which normalizes with what follows"
+            f"a group's {view.s} pixels do not fit the shared memory of {cluster} "
+            "blocks, two to a multiprocessor: two reads, the second one in XLA's code, "
+            "which normalizes with what follows"
         )
-        if call.half:
-            variant = call.half_name
-            why = "statistics cross devices: XLA normalizes, in a second read"
-        if not call.wanted[0]:
-            variant, why = ", sums", "sums alone are wanted: one read"
+    run = functools.partial(launch, config, last, call)
+    return _kernel(call, config, run, variant, why)
+
+
+def _kernel(
+    call: Call,
+    config: Config,
+    launch: Callable[..., list[jax.Array]],
+    variant: str,
+    why: str,
+) -> Kernel:
     return Kernel(
         backend="mosaic_gpu",
-        name=f"channelwise {call.op}" + variant,
+        name=f"channelwise {call.op}{variant}",
         launch=launch,
         block=str(config),
         why=why,

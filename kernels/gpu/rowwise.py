@@ -790,43 +790,7 @@ def backward(
         if rows % tile:
             count = count + (block == (tiles - 1) % blocks)
 
-        zeros = [part.zeros(chunk) for chunk in config.chunks]
-
-        def sums_of(first: Any, number: Any, following: Any) -> tuple[Any, Any]:
-            """Of so many of the block's tiles, from the first-th on."""
-
-            def one(j: Any, carry: Any) -> Any:
-                i = first + j
-                if not ahead:
-                    return step(i, carry, load(i))
-                totals, loaded = carry
-                following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
-                return step(i, totals, loaded), following
-
-            totals: Any = dict.fromkeys(summed, zeros)
-            if not ahead:
-                return lax.fori_loop(0, number, one, totals), None
-            return lax.fori_loop(0, number, one, (totals, following))
-
-        def some(n: Any, following: Any) -> Any:
-            first = n * IN_A_ROW
-            number = jnp.minimum(count - first, IN_A_ROW)
-            totals, following = sums_of(first, number, following)
-            for name, total in totals.items():
-                before = part.kept(name)
-                part.keep(name, [a + b for a, b in zip(before, total, strict=True)])
-            return following
-
-        # With `ahead` a tile is on its way while the one before it is worked on.
-        following = load(0) if ahead else None
-        if kept:
-            for name in summed:
-                part.keep(name, zeros)
-            number = (count + IN_A_ROW - 1) // IN_A_ROW
-            lax.fori_loop(0, number, some, following)
-            totals = {name: part.kept(name) for name in summed}
-        else:
-            totals, _ = sums_of(0, count, following)
+        totals = _over_tiles(part, summed, count, load, step, ahead=ahead, kept=kept)
         program = lax.axis_index("block")
         for name, total in totals.items():
             for chunk, value in zip(config.chunks, total, strict=True):
@@ -856,6 +820,65 @@ def backward(
     shapes |= {name: results[name].shape for name in summed}
     order = (*inner_products, *(name for name in want if name in results))
     return [results[name].reshape(shapes[name]) for name in order]
+
+
+def _over_tiles(
+    part: Part,
+    names: Sequence[str],
+    count: Any,
+    load: Callable[[Any], Any],
+    step: Callable[[Any, Any, Any], Any],
+    *,
+    ahead: bool,
+    kept: bool,
+) -> dict[str, Sequence[jax.Array]]:
+    """Sums over a block's tiles, by name, chunk by chunk.
+
+    Args:
+      part: whose.
+      names: of the sums.
+      count: tiles of the block.
+      load: what step(i, totals, loaded) needs of the i-th.
+      step: totals and the i-th tile's.
+      ahead: whether a tile is on its way while the one before it is worked on.
+      kept: whether sums of `IN_A_ROW` tiles go to shared memory.
+    """
+    zeros = [part.zeros(chunk) for chunk in part.config.chunks]
+
+    def in_a_row(first: Any, number: Any, following: Any) -> tuple[Any, Any]:
+        """Of so many tiles, from the first-th on, which is on its way."""
+
+        def one(j: Any, carry: Any) -> Any:
+            i = first + j
+            if not ahead:
+                return step(i, carry, load(i))
+            totals, loaded = carry
+            following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
+            return step(i, totals, loaded), following
+
+        totals: Any = dict.fromkeys(names, zeros)
+        if not ahead:
+            return lax.fori_loop(0, number, one, totals), None
+        return lax.fori_loop(0, number, one, (totals, following))
+
+    following = load(0) if ahead else None
+    if not kept:
+        totals, _ = in_a_row(0, count, following)
+        return totals
+
+    def some(n: Any, following: Any) -> Any:
+        first = n * IN_A_ROW
+        number = jnp.minimum(count - first, IN_A_ROW)
+        totals, following = in_a_row(first, number, following)
+        for name, total in totals.items():
+            before = part.kept(name)
+            part.keep(name, [a + b for a, b in zip(before, total, strict=True)])
+        return following
+
+    for name in names:
+        part.keep(name, zeros)
+    lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, some, following)
+    return {name: part.kept(name) for name in names}
 
 
 def _rows(features: int, **operands: jax.Array | None) -> dict[str, jax.Array]:
