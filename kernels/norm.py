@@ -18,6 +18,7 @@ How they hang together:
     jvp of norm_p           norm_p with statistics, and tangent_p for the tangent of y
     transpose of tangent_p  gradient_p: the backward kernel of every reverse pass
     jvp of the other two    that of their jax.numpy formulas, so every order exists
+    Taylor series (jet)     those of the formulas
     vmap                    one more leading axis, and the same primitive again
     abstract evaluation     that of the formulas, which know shardings and manual axes
     lowering                what `plan` chose for the platform and partitioning at hand
@@ -39,6 +40,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -735,6 +737,32 @@ ad.primitive_jvps[norm_p] = _norm_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 for _p, _formula in ((tangent_p, _tangent_formula), (gradient_p, _gradient_formula)):
     ad.primitive_jvps[_p] = functools.partial(_formula_jvp, _p, _formula)
+
+
+# --- Taylor series --------------------------------------------------------------------
+
+
+def _taylor(
+    formula: Callable[..., list[jax.Array]],
+    primals: Sequence[Any],
+    series: Sequence[Any],
+    *,
+    tree: Any,
+    backend: str,
+    **params: Any,
+) -> tuple[list[Any], list[Any]]:
+    """That of the formula, without kernels."""
+    return jet.jet(
+        lambda *flat: formula(tree.unflatten(flat), **params),
+        primals,
+        series,
+        factorial_scaled=False,  # as the rules have them
+    )
+
+
+jet.jet_rules[norm_p] = functools.partial(_taylor, _norm_formula)
+jet.jet_rules[tangent_p] = functools.partial(_taylor, _tangent_formula)
+jet.jet_rules[gradient_p] = functools.partial(_taylor, _gradient_formula)
 
 
 # --- vmap -----------------------------------------------------------------------------

@@ -2,22 +2,28 @@
 
 import functools
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 import jax
+import numpy as np
 from flax import nnx
 
 
 class ArrayCall:
-    """fn(*args, **kwargs) as a function of the arrays in it.
+    """fn(*args, **kwargs) as a function of the arrays in it; a context.
 
     A node is what NNX carries from one place to another as one object, however often it
-    is there: a module, random keys, an optimizer, a metric, a Variable.
+    is there: a module, random keys, an optimizer, a metric, a Variable. What the call
+    does to them, NNX's update context brings back, as it does for `nnx.jit`: values,
+    attributes that are no arrays, nodes that come, go, or take another's place.
+
+        with ArrayCall(fn, args, kwargs) as call:
+            outputs = jax.jit(call)(*call.operands)
+            result = call.finish(outputs)
 
     Attributes:
-      state: of all nodes among fn and its arguments.
-      arrays: the other arrays.
+      operands: arrays among fn and its arguments, and of the nodes in them.
     """
 
     def __init__(
@@ -25,26 +31,27 @@ class ArrayCall:
     ):
         fn, own_args, own_kwargs = unbound(fn)
         called = (fn, (*own_args, *args), {**own_kwargs, **kwargs})
-        self._tree: Any
         self._leaves, self._tree = jax.tree.flatten(called, is_leaf=_is_node)
-        self._nodes = nnx.List(leaf for leaf in self._leaves if _is_node(leaf))
-        self.arrays = [leaf for leaf in self._leaves if _is_array(leaf)]
-        self._graph: Any
-        self.state: Any
-        self._graph, self.state = nnx.split(self._nodes)
-        self._fixed_changes: list[tuple[Any, dict[str, Any], set[str]]] = []
+        self._nodes = [leaf for leaf in self._leaves if _is_node(leaf)]
+        self._context = nnx.update_context(self)
 
-    def __call__(self, state: Any, arrays: list[Any]) -> tuple[Any, Any]:
-        """What the call returns, and what it changes in the nodes' state."""
-        nodes = nnx.merge(self._graph, state, copy=True)
+    def __enter__(self) -> Self:
+        self._context.__enter__()
+        pure = nnx.to_tree(self._nodes, ctxtag=self)
+        arrays = [leaf for leaf in self._leaves if _is_array(leaf)]
+        self.operands, self._inputs = jax.tree.flatten((pure, arrays))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+    def __call__(self, *operands: Any) -> list[Any]:
+        """Arrays: of what the call returns, and of what it changes in the nodes."""
+        pure, arrays = jax.tree.unflatten(self._inputs, operands)
+        nodes = nnx.from_tree(pure, ctxtag=self, is_inner=True, merge_fn=_as_they_are)
         next_node, next_array = iter(nodes), iter(arrays)
-        originals = dict(nnx.iter_graph(self._nodes))
-        copies = [
-            (copy, originals[path], _fixed(copy))
-            for path, copy in nnx.iter_graph(nodes)
-            if isinstance(copy, nnx.Pytree) and not isinstance(copy, nnx.List)
-        ]
-        fn, args, kwargs = self._tree.unflatten(
+        fn, args, kwargs = jax.tree.unflatten(
+            self._tree,
             [
                 next(next_node)
                 if _is_node(leaf)
@@ -52,30 +59,45 @@ class ArrayCall:
                 if _is_array(leaf)
                 else leaf
                 for leaf in self._leaves
-            ]
+            ],
         )
+        graph, before = nnx.graphdef(nodes), _values(nodes)
         result = fn(*args, **kwargs)
-        before = _by_path(state)
-        changed = [
-            (path, now)
-            for path, now in _by_path(nnx.state(nodes)).items()
-            if path not in before or _differ(before[path], now)
-        ]
-        self._fixed_changes = [
-            (original, now, was.keys() - now.keys())
-            for copy, original, was in copies
-            if (now := _fixed(copy)) != was
-        ]
-        return result, nnx.from_flat_state(changed)
+        returned: Any
+        self._is_regraphed = nnx.graphdef(nodes) != graph or any(
+            map(_is_node, jax.tree.leaves(result, is_leaf=_is_node))
+        )
+        if self._is_regraphed:
+            returned = nnx.to_tree((nodes, result), ctxtag=self)
+        else:  # Variables that did not change may belong to another trace
+            changed = {
+                path: value
+                for path, value in _values(nodes).items()
+                if _ids(value) != _ids(before[path])
+            }
+            returned = changed, result
+        of_nodes, self._outputs = jax.tree.flatten(returned[0])
+        results, self._result = jax.tree.flatten(returned[1])
+        # What came in with the nodes is not returned: a reference must not be.
+        place = {id(operand): i for i, operand in enumerate(operands)}
+        self._came_in = [place.get(id(leaf)) for leaf in of_nodes]
+        new = [a for a, i in zip(of_nodes, self._came_in, strict=True) if i is None]
+        return [*new, *results]
 
-    def update(self, changed: Any) -> None:
-        """Makes the changes of the last call in the nodes that were given."""
-        nnx.update(self._nodes, changed)
-        for node, now, gone in self._fixed_changes:
-            for name in gone:
-                delattr(node, name)
-            for name, value in now.items():
-                setattr(node, name, value)
+    def finish(self, outputs: Iterable[Any]) -> Any:
+        """What the call returns; its changes are made in the nodes that were given."""
+        left = iter(outputs)
+        of_nodes = [
+            next(left) if i is None else self.operands[i] for i in self._came_in
+        ]
+        changed = jax.tree.unflatten(self._outputs, of_nodes)
+        result = jax.tree.unflatten(self._result, left)
+        if self._is_regraphed:
+            return nnx.from_tree((changed, result), ctxtag=self, is_inner=False)[1]
+        variables = dict(nnx.iter_graph(self._nodes))
+        for path, value in changed.items():
+            variables[path].set_raw_value(value)
+        return result
 
 
 def unbound(
@@ -91,24 +113,26 @@ def unbound(
     return fn, (), {}
 
 
-def _fixed(node: Any) -> dict[str, Any]:
-    """What a node has besides arrays and other nodes: numbers, strings, flags."""
+def _as_they_are(context: Any, path: Any, prefix: Any, node: Any) -> Any:
+    """Merges a node without copies, so that references are those that were given."""
+    (state,) = node.states
+    alone = isinstance(state, nnx.Variable)
+    return context.unflatten(
+        node.graphdef, [state] if alone else nnx.to_flat_state(state)
+    )
+
+
+def _values(nodes: Any) -> dict[Any, Any]:
+    """Of all Variables, by their paths."""
     return {
-        name: value
-        for name, value in vars(node).items()
-        if isinstance(value, int | float | complex | str | bytes | None)
+        path: node.get_raw_value()
+        for path, node in nnx.iter_graph(nodes)
+        if isinstance(node, nnx.Variable)
     }
 
 
-def _by_path(state: Any) -> dict[Any, Any]:
-    flat = nnx.to_flat_state(state)
-    return dict(zip(flat.paths, flat.leaves, strict=True))
-
-
-def _differ(before: Any, now: Any) -> bool:
-    """Whether a Variable was given another value."""
-    old, new = (list(map(id, jax.tree.leaves(value))) for value in (before, now))
-    return old != new
+def _ids(value: Any) -> list[int]:
+    return list(map(id, jax.tree.leaves(value)))
 
 
 def _is_node(leaf: Any) -> bool:
@@ -116,7 +140,8 @@ def _is_node(leaf: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    # A Variable has both attributes, and so has a class of NumPy's numbers.
-    if _is_node(leaf) or isinstance(leaf, type):
+    # NumPy's stay as they are: sizes may be among them. A Variable has both attributes,
+    # and so has a class of NumPy's numbers.
+    if _is_node(leaf) or isinstance(leaf, type | np.ndarray | np.generic):
         return False
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

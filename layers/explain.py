@@ -34,10 +34,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     forward   float32[8, 128, 768]  N=1024 S=1 G=1 K=768
       reference: CPU: the kernels are for NVIDIA GPUs and TPUs
     """
-    call = ArrayCall(fn, args, kwargs)
+    with ArrayCall(fn, args, kwargs) as call:
 
-    def run(state: Any, arrays: Any) -> None:  # what `fn` returns need be no array
-        call(state, arrays)
+        def run(*operands: Any) -> None:  # what `fn` returns need be no array
+            call(*operands)
 
-    jaxpr = jax.make_jaxpr(run)(call.state, call.arrays)
-    return explain_jaxpr(jaxpr, target_of_arguments((call.state, call.arrays)))
+        jaxpr = jax.make_jaxpr(run)(*call.operands)
+        return explain_jaxpr(jaxpr, target_of_arguments(call.operands))

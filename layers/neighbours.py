@@ -43,7 +43,7 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     Args:
       fn: a model or its method, or any function that calls some; it decorates methods
         too. What it changes (a BatchNorm in training, random keys, an optimizer) must
-        be among its arguments.
+        be among its arguments; its changes are made there, as `nnx.jit` makes them.
 
     Returns:
       A function of the same arguments and results. Results are trees of arrays.
@@ -71,11 +71,7 @@ class _Fused(functools.partial[Any]):
 
 
 def _run(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    call = ArrayCall(fn, args, kwargs)
-    operands = (call.state, call.arrays)
-    program, shapes = jax.make_jaxpr(call, return_shape=True)(*operands)
-    run = jaxpr_as_fun(neighbours.join(program))
-    results = run(*jax.tree.leaves(operands))
-    result, changed = jax.tree.unflatten(jax.tree.structure(shapes), results)
-    call.update(changed)
-    return result
+    with ArrayCall(fn, args, kwargs) as call:
+        program = jax.make_jaxpr(call)(*call.operands)
+        run = jaxpr_as_fun(neighbours.join(program))
+        return call.finish(run(*call.operands))

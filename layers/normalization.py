@@ -487,7 +487,7 @@ class BatchNorm(nnx.BatchNorm):
             residual=residual,
             **_shared(self, dtype, mask, activation, scale_offset),
         )
-        if mean.size != self.mean.size:
+        if mean.size != jnp.size(self.mean[...]):
             raise TypeError(
                 f"x has sizes {mean.shape} along axis={self.axis}, expected "
                 f"{self.mean.shape}: the running averages are of "

@@ -1021,3 +1021,115 @@ def test_a_class_of_numbers_is_no_array() -> None:
         lambda x, dtype: nnx.relu(norm(x)).astype(dtype)
     )
     assert forward(data(SHAPE), dtype=np.float16).dtype == np.float16
+
+
+class Frozen(nnx.Param):
+    pass
+
+
+def _linear(use_bias: bool = True) -> nnx.Linear:
+    return nnx.Linear(12, 12, use_bias=use_bias, rngs=nnx.Rngs(1))
+
+
+# What a call makes of a model, and what is looked at behind it.
+REMADE: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]] = {
+    "a shape for None": (
+        lambda m, y: setattr(m, "nothing", y.shape),
+        lambda m: m.nothing,
+    ),
+    "a new dtype": (lambda m, y: setattr(m, "dtype", y.dtype), lambda m: m.dtype),
+    "an array for None": (lambda m, y: setattr(m, "array", y), lambda m: m.array),
+    "a Variable for None": (
+        lambda m, y: setattr(m, "array", nnx.Cache(y)),
+        lambda m: m.array[...],
+    ),
+    "an item": (lambda m, y: m.items.append(y), lambda m: len(m.items)),
+    "a layer when it is needed": (
+        lambda m, y: hasattr(m, "late") or setattr(m, "late", _linear()),
+        lambda m: m.late.kernel[...],
+    ),
+    "another layer": (
+        lambda m, y: setattr(m, "linear", _linear(use_bias=False)),
+        lambda m: m.linear.bias,
+    ),
+    "a layer around one": (
+        lambda m, y: setattr(
+            m, "linear", nnx.LoRA(12, 2, 12, base_module=m.linear, rngs=nnx.Rngs(1))
+        ),
+        lambda m: (type(m.linear.base_module), m.linear.lora_a[...]),
+    ),
+    "no layer": (lambda m, y: delattr(m, "linear"), lambda m: hasattr(m, "linear")),
+    "another kind of Variable": (
+        lambda m, y: setattr(m.linear, "kernel", Frozen(m.linear.kernel[...])),
+        lambda m: type(m.linear.kernel),
+    ),
+}
+
+
+class Remade(nnx.Module):
+    def __init__(self, change: Callable[[Any, Any], Any]):
+        self.norm = fusednorm.BatchNorm(12, rngs=nnx.Rngs(0))
+        self.linear = _linear()
+        self.nothing = None
+        self.array = nnx.data(None)
+        self.items = nnx.List([])
+        self.change = change
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.norm(x))
+        self.change(self, y)
+        return y
+
+
+@pytest.mark.parametrize("what", REMADE)
+def test_a_model_may_be_remade(what: str) -> None:
+    """Once and again, as without."""
+    change, look = REMADE[what]
+    theirs, ours = Remade(change), Remade(change)
+    for _ in range(1 if what == "no layer" else 2):
+        expected, y = theirs(data(SHAPE)), fusednorm.fuse_neighbours(ours)(data(SHAPE))
+        assert_agrees(y, expected, 3)
+        assert_agrees(ours.norm.mean[...], theirs.norm.mean[...], 3)
+        (found, seen), (found_there, seen_there) = map(
+            _apart, (look(ours), look(theirs))
+        )
+        assert seen == seen_there
+        jax.tree.map(functools.partial(assert_agrees, roundings=3), found, found_there)
+
+
+def _apart(tree: Any) -> tuple[list[jax.Array], list[Any]]:
+    """Arrays, and what is none."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    return arrays, [leaf for leaf in leaves if not isinstance(leaf, jax.Array)]
+
+
+def test_a_model_that_is_returned_is_the_same_one() -> None:
+    model = Remade(lambda m, y: None)
+    returned, _ = fusednorm.fuse_neighbours(lambda m, x: (m, nnx.relu(m.norm(x))))(
+        model, data(SHAPE)
+    )
+    assert returned is model
+    assert (model.norm.mean[...] != 0).all()
+
+
+def test_sizes_of_numpy_stay_numbers() -> None:
+    norm = fusednorm.LayerNorm(12, rngs=nnx.Rngs(0))
+
+    def forward(x: jax.Array, size: Any, shape: Any) -> jax.Array:
+        return nnx.relu(norm(x)).reshape(size, -1).reshape(shape)
+
+    x, shape = data(SHAPE), np.array([-1, 12])
+    y = fusednorm.fuse_neighbours(forward)(x, np.int64(4), shape)
+    assert_agrees(y, forward(x, 4, shape), 3)
+
+
+def test_references_are_changed_in_place() -> None:
+    with nnx.var_defaults(ref=True):
+        theirs, ours = (fusednorm.BatchNorm(12, rngs=nnx.Rngs(0)) for _ in range(2))
+        forward = fusednorm.fuse_neighbours(lambda norm, x: nnx.relu(norm(x)))
+        for wrap in (lambda f: f, jax.jit):
+            expected = nnx.relu(theirs(data(SHAPE)))
+            y = wrap(forward)(ours, data(SHAPE))
+            assert_agrees(y, expected, 3)
+            assert_agrees(ours.mean[...], theirs.mean[...], 3)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.experimental import jet
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -523,3 +524,20 @@ def test_complex_input_is_flax_s() -> None:
             expected = flax_function(kind)(x, scale, bias)
         y = function(kind)(x, scale, bias)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "batch_norm"])
+def test_taylor_series(kind: str, data: Any) -> None:
+    """Of y and of a gradient, to the third order. (flax's BatchNorm has none.)"""
+    x, scale, bias, dy = data
+
+    def series(f: Fn, *, derive: bool) -> Any:
+        g = scalar(f, dy)
+        at = jax.grad(g) if derive else f
+        return jet.jet(lambda x: at(x, scale, bias), (x,), ((dy, x * dy, dy**2),))
+
+    for derive in (False, True):
+        ours, theirs = (
+            series(f, derive=derive) for f in (function(kind), flax_function(kind))
+        )
+        assert_same(ours, theirs)
