@@ -296,6 +296,18 @@ OF_ANY_LENGTH = [
         (32_000_000 // features + 5, features),
         dtype,
     )
+] + [  # and with most in registers, where rows are turned
+    (chip, workload)
+    for chip in TPUS
+    for dtype in ("bfloat16", "float32")
+    for workload in workloads(
+        f"any_128_own_row_{dtype}",
+        nnx.LayerNorm,
+        (8, 20_000, 128),
+        dtype,
+        own="row",
+        activation="gelu_tanh",
+    )
 ]
 
 
