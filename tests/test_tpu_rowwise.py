@@ -101,20 +101,27 @@ def test_shapes_that_become_rows(kernels: None, case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", [("layer_norm", 384), ("rms_norm", 300)], ids=str)
-def test_several_chunks_at_a_time(
-    kernels: None, monkeypatch: pytest.MonkeyPatch, case: tuple[str, int], dtype: str
+@pytest.mark.parametrize("together", [1, 3])
+def test_chunks_of_a_turn(
+    kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    together: int,
+    case: tuple[str, int],
+    dtype: str,
 ) -> None:
-    """Three in a turn of the loop, then those that are left, of which one is ragged."""
+    """Three, then those that are left; or one, whose statistics the turn before finds.
+    The last chunk is ragged."""
     sizes = [(op, size) for op in ("forward", "backward") for size in (2, 4)]
     monkeypatch.setattr(rowwise, "REGISTERS", dict.fromkeys(sizes, (1, 16)))
-    monkeypatch.setattr(rowwise, "TURN_REGISTERS", 3 * 6)
+    monkeypatch.setattr(rowwise, "TURN_REGISTERS", together * 6)
     kind, features = case
     shape = (11 * 16 + 5, features)
     for call in calls(shape, dtype):
         kernel = tpu.plan(call, None)
         assert isinstance(kernel, Kernel)
         (_, blocks) = kernel.launch.args  # type: ignore[attr-defined]
-        assert blocks.together == 3
+        assert blocks.together == together
+        assert blocks.looks_ahead == (together == 1)
         assert blocks.keeps == (dtype != "float32")
     run(Case(kind, shape), (dtype, "float32", dtype))
 
