@@ -355,8 +355,8 @@ class Chunks:
 
         Args:
           chunk: what is done to one.
-          given: (index) -> what the chunk is told, found in the turn before if
-            `looks_ahead`.
+          given: (index) -> what the chunk is told; found in the turn before if
+            `looks_ahead`, and once more than there are chunks.
           masks: whether it must know, by `masked`, that a chunk may have garbage in its
             last rows. A mask costs each element an operation, so one chunk that may
             have some has code of its own.
@@ -366,17 +366,16 @@ class Chunks:
         count = self.together
         turns = lax.div(self.whole_chunks if apart else self.chunks, count)
 
-        def given_to(number: Any) -> list[Any]:
-            return [given(number * count + i) for i in range(count)]
+        ahead = self.looks_ahead  # then count is 1
 
-        def turn(number: Any, now: Any) -> Any:
+        def turn(number: Any, told: Any) -> Any:
             for i in range(count):
                 index = number * count + i
-                told = now[i] if self.looks_ahead else given(index)
-                chunk(index, i, masks and not apart, told)
-            return given_to(number + 1) if self.looks_ahead else None
+                now = told if ahead else given(index)
+                chunk(index, i, masks and not apart, now)
+            return given(number + 1) if ahead else None
 
-        lax.fori_loop(0, turns, turn, given_to(0) if self.looks_ahead else None)
+        lax.fori_loop(0, turns, turn, given(0) if ahead else None)
         if count > 1 or apart:
 
             def alone(index: Any, _: None) -> None:
