@@ -398,12 +398,18 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
                 implementation = functools.partial(_launch, answer, params)
         return mlir.lower_fun(implementation, multiple_results=True)(ctx, *flat)
 
+    def taylor(primals_in: Any, series_in: Any, **params: Any) -> Any:
+        del params["backend"]  # a rule of jet has and returns unscaled coefficients
+        along = functools.partial(meaning, **params)
+        return jet.jet(along, primals_in, series_in, factorial_scaled=False)
+
     def run(*flat: Any, backend: str, **params: Any) -> list[jax.Array]:
         return meaning(*flat, **params)  # only jax.disable_jit() comes here
 
     primitive.def_impl(run)
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, lower)
+    jet.jet_rules[primitive] = taylor
     return primitive
 
 
@@ -737,32 +743,6 @@ ad.primitive_jvps[norm_p] = _norm_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 for _p, _formula in ((tangent_p, _tangent_formula), (gradient_p, _gradient_formula)):
     ad.primitive_jvps[_p] = functools.partial(_formula_jvp, _p, _formula)
-
-
-# --- Taylor series --------------------------------------------------------------------
-
-
-def _taylor(
-    formula: Callable[..., list[jax.Array]],
-    primals: Sequence[Any],
-    series: Sequence[Any],
-    *,
-    tree: Any,
-    backend: str,
-    **params: Any,
-) -> tuple[list[Any], list[Any]]:
-    """That of the formula, without kernels."""
-    return jet.jet(
-        lambda *flat: formula(tree.unflatten(flat), **params),
-        primals,
-        series,
-        factorial_scaled=False,  # as the rules have them
-    )
-
-
-jet.jet_rules[norm_p] = functools.partial(_taylor, _norm_formula)
-jet.jet_rules[tangent_p] = functools.partial(_taylor, _tangent_formula)
-jet.jet_rules[gradient_p] = functools.partial(_taylor, _gradient_formula)
 
 
 # --- vmap -----------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
         be among its arguments; its changes are made there, as `nnx.jit` makes them.
 
     Returns:
-      A function of the same arguments and results. Results are trees of arrays.
+      A function of the same arguments and results. Results are trees of arrays and
+      nnx objects.
 
     >>> import fusednorm, jax
     >>> from flax import nnx

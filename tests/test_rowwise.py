@@ -253,25 +253,32 @@ def test_mean_and_variance(kernels: str, case: Case) -> None:
     ],
 )
 def test_never_less_accurate_than_flax(kernels: str, kind: str, mean: float) -> None:
-    """RMS error against float64 at most 1.05 times flax's, forward and backward."""
+    """RMS error against float64 at most 1.05 times flax's, forward and backward.
+
+    That of four draws: of one it is up to 0.02 more or less.
+    """
     case = Case(kind, (1024, 128))
-    x, scale, bias, dy = case.data(17, "float32", "float32")
-    x = (x + mean).astype("float32")
-    dy = dy.astype("float32")
-    truth = case.truth(x, scale, bias, dy)
-    with interpreters.quickly_compiled(False):  # LLVM decides on what is rounded
-        ours, theirs = (
-            rms_errors(function, truth, x, scale, bias, dy)
-            for function in (case.run, flax_function(case))
-        )
+    errors = []
+    for seed in range(17, 21):
+        x, scale, bias, dy = case.data(seed, "float32", "float32")
+        x = (x + mean).astype("float32")
+        dy = dy.astype("float32")
+        truth = case.truth(x, scale, bias, dy)
+        with interpreters.quickly_compiled(False):  # LLVM decides on what is rounded
+            errors.append(
+                [
+                    rms_errors(function, truth, x, scale, bias, dy)
+                    for function in (case.run, flax_function(case))
+                ]
+            )
+    ours, theirs = np.sqrt(np.mean(np.square(errors), axis=0))
     if kernels == "mosaic_gpu":
         # The rest on a GPU alone: XLA on a CPU adds up the rows of a tile, the blocks
         # and columns in chains, where a GPU has trees (dbias: 1.23 times flax's;
-        # RMSNorm's dx: 1.12, and 0.70 to 1.00 on an H200; its y 1.0504 on some CPUs).
+        # RMSNorm's dx: 1.12, and 0.70 to 1.00 on an H200).
         known = 2 if kind == "layer_norm" else 1
         ours, theirs = ours[:known], theirs[:known]
-    most = 1.06 if (kernels, kind) == ("mosaic_gpu", "rms_norm") else 1.05
-    assert (ours <= most * theirs).all(), ours / theirs
+    assert (ours <= 1.05 * theirs).all(), ours / theirs
 
 
 # --- what is wanted -------------------------------------------------------------------

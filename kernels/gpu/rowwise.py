@@ -543,7 +543,7 @@ def forward(
 
     Blocks are many and small, one tile each, rather than few and persistent: the next
     tile's loads are those of the next block, and an uneven tail of the grid costs one
-    small block. A lane holds 17 to 72 columns; by the registers of the compiled code
+    small block. A lane holds 17 to 64 columns; by the registers of the compiled code
     that is 48 KB (12288 features, bfloat16) to 160 KB of loads in flight on a
     multiprocessor, in two blocks or more. Half of all traffic being loads, bandwidth
     times latency wants 9 KB (H100: 3.35 TB/s / 2 * 700 ns / 132) to 13 KB (H200), but
@@ -666,7 +666,7 @@ def backward(
     resident (`_grid`). A cluster's blocks write 64 bytes a row more.
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
-    of its rows in registers, 1 to 47 columns a lane (`share`), and the sums of some
+    of its rows in registers, 1 to 32 columns a lane (`share`), and the sums of some
     tiles each (`IN_A_ROW`) in shared memory. The sum over blocks is one more small
     kernel of XLA's, in a fixed order. No atomics. Loads in flight are 10 KB (1128
     features, bfloat16) to 64 KB a multiprocessor, where bandwidth times latency wants
