@@ -152,7 +152,7 @@ KNOBS = (
         },
         values=lambda asked: {
             "per_lane": (8, 16, 32, 64),
-            "of_long": (16, 32, 64, 128),
+            "of_long": (16, 32, 64, 96, 160),
             "in_warp": (512, 1024, 2048, 4096),
         },
         make=_remade,

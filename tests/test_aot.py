@@ -70,7 +70,14 @@ RAGGED = [
 # spills 12 bytes). And of an odd number of features, no two of which come in one load.
 WIDE = [
     workload
-    for rows, features in ((512, 65536), (2048, 13824), (610, 65512), (4097, 4095))
+    for rows, features in (
+        (512, 65536),
+        (2048, 13824),
+        (2048, 20488),
+        (1024, 40952),
+        (610, 65512),
+        (4097, 4095),
+    )
     for workload in workloads(
         f"{rows}x{features}", nnx.LayerNorm, (rows, features), "bfloat16"
     )
@@ -113,6 +120,7 @@ RESIDUAL = [
         (nnx.RMSNorm, 7168, "bfloat16"),
         (nnx.LayerNorm, 12288, "bfloat16"),
         (nnx.LayerNorm, 16384, "float32"),
+        (nnx.LayerNorm, 24576, "bfloat16"),
     )
     for workload in workloads(
         f"{features}_residual",
@@ -222,10 +230,14 @@ def test_no_spills(cell: Cell, found: Measurement) -> None:
 
 @each_cell
 def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
+    chip, work = cell
     assert found.scratch <= found.scratch_limit
-    if isinstance(cell[0], Gpu):
+    if isinstance(chip, Gpu):
         assert found.resident is not None
         assert found.resident >= 1
+        alone = not work.residual and work.own == "all"
+        if found.op != "backward" and alone and found.shape[-1] <= 20480:
+            assert found.resident >= 2  # one loads while the other one stores
 
 
 @each_cell

@@ -35,7 +35,8 @@ ROWS = (1, 2, 37, 4097)
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(
-    ("per_lane", "of_long", "in_warp"), [(16, 16, 512), (32, 64, 2048)]
+    ("per_lane", "of_long", "in_warp"),
+    [(16, 16, 512), (32, 64, 2048), (32, 160, 2048)],
 )
 @pytest.mark.parametrize(
     "features",
@@ -68,10 +69,11 @@ def test_each_column_counts_once(
 def test_lanes_grow_with_the_row() -> None:
     cut = {
         features: (config.lanes, config.warpgroups, config.cluster, config.rows)
-        for features in (64, 256, 1024, 2048, 4096, 16384, 65536)
+        for features in (64, 256, 1024, 2048, 4096, 20480, 40960, 65536)
+        for of_long in [rowwise.columns_of_long(features, 0)]
         for config in [
             rowwise.configure(
-                features, 2, per_lane=32, of_long=64, in_warp=2048, fill=True
+                features, 2, per_lane=32, of_long=of_long, in_warp=2048, fill=True
             )
         ]
     }
@@ -81,7 +83,8 @@ def test_lanes_grow_with_the_row() -> None:
         1024: (32, 1, 1, 4),
         2048: (32, 1, 1, 4),
         4096: (128, 1, 1, 1),
-        16384: (128, 2, 1, 1),
+        20480: (128, 1, 1, 1),
+        40960: (128, 2, 1, 1),
         65536: (128, 4, 2, 1),
     }
 
@@ -163,7 +166,9 @@ def test_an_older_gpu_falls_back() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", [5120, 8192, 8209, 12288, 13824, 16392])
+@pytest.mark.parametrize(
+    "features", [5120, 8192, 8209, 10752, 12288, 13824, 16384, 16392]
+)
 def test_long_rows(features: int) -> None:
     with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
         case = Case("layer_norm", (3, features))
@@ -183,6 +188,37 @@ def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> N
     operands = (call.dy, call.x, call.scale, None, statistic, statistic)
     jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(*operands)
     assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
+
+
+@pytest.mark.parametrize(
+    ("kind", "features", "blocks", "smaller"),
+    [
+        ("layer_norm", 8192, 1, 1),
+        ("layer_norm", 9216, 1, 2),
+        ("layer_norm", 8256, 2, 2),  # a lane would have one column of shared memory
+        ("layer_norm", 12288, 1, 2),
+        ("layer_norm", 16384, 2, 2),
+        ("rms_norm", 16384, 1, 2),
+        ("rms_norm with a bias", 16384, 2, 2),
+        ("layer_norm", 65536, 8, 8),
+        ("layer_norm", 8193, 2, 2),
+    ],
+)
+def test_sums_in_shared_memory_spare_a_cluster(
+    kind: str, features: int, blocks: int, smaller: int
+) -> None:
+    """Of a backward; not where the device has 99 KB of it."""
+    norm = norm_of(Case(kind.removesuffix(" with a bias"), (64, features)))
+    wanted = True, True, kind != "rms_norm", False
+    call = calls((64, features), "bfloat16")[1]
+    call = dataclasses.replace(call, norm=norm, wanted=wanted)
+    for shared, expected in ((gpu.SHARED, blocks), (gpu.SMALLER_SHARED, smaller)):
+        kernel = rowwise.plan(call, 132, shared)
+        assert isinstance(kernel, Kernel)
+        config, shared_out, *_ = kernel.launch.args  # type: ignore[attr-defined]
+        assert config.cluster == expected
+        in_shared = shared == gpu.SHARED and features % 1024 == 0 and features > 8192
+        assert (shared_out.shared > 0) == in_shared
 
 
 # --- on a real one --------------------------------------------------------------------
@@ -310,22 +346,24 @@ def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:
     for rows in range(1, 9):
         config, tile, tiles, blocks = backward_grid(calls((rows, features), dtype)[1])
         assert tile <= rows
-        assert not rowwise._keeps(config, tiles, blocks)
+        assert not rowwise._sums_twice(config, tiles, blocks)
     config, tile, tiles, blocks = backward_grid(calls((10**6, features), dtype)[1])
-    assert rowwise._keeps(config, tiles, blocks)
+    assert rowwise._sums_twice(config, tiles, blocks)
     assert config.long or tile >= rowwise.WARPS
 
 
-@pytest.mark.parametrize("shape", [(300, 64), (150, 192), (9, 2048)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(300, 64), (150, 192), (9, 2048), (9, 9216)], ids=str
+)
 def test_sums_of_several_batches_of_tiles(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two tiles each, with a ragged one: their sums go to shared memory."""
     found: list[bool] = []
-    keeps = rowwise._keeps
+    twice = rowwise._sums_twice
     monkeypatch.setattr(rowwise, "IN_A_ROW", 2)
     monkeypatch.setattr(
-        rowwise, "_keeps", lambda *args: found.append(keeps(*args)) or found[-1]
+        rowwise, "_sums_twice", lambda *args: found.append(twice(*args)) or found[-1]
     )
     with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
         run(Case("layer_norm", shape), MIXES[0])

@@ -47,7 +47,9 @@ def clock_of(cost: Callable[[], float]) -> tune.Clock:
 
 
 def share_of_rows() -> rowwise.Share:
-    return rowwise.share(64, 4, center=False, slopes=False, beside=False)
+    return rowwise.share(
+        64, 4, center=False, slopes=False, beside=False, own=False, shared=0
+    )
 
 
 @pytest.mark.usefixtures("kernels")

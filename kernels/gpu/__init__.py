@@ -33,5 +33,5 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
             shared = SMALLER_SHARED
     assert call.geometry is not None
     if call.geometry.family == "rowwise":
-        return rowwise.plan(call, processors)
+        return rowwise.plan(call, processors, shared)
     return channelwise.plan(call, shared)

@@ -40,7 +40,7 @@ and LeVeque 1983.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,10 @@ MAX_FEATURES = 65536
 # XLA does.
 IN_A_ROW = 16
 
+# Of shared memory, that `Share.shared` takes: the sums of dscale and dbias, in two
+# levels, of the 12288 features of a block; RMSNorm's have 16384, and no dbias.
+SUMS_BYTES = 2 * 2 * 4 * 12288 + 1024
+
 
 # --- how the work is cut --------------------------------------------------------------
 
@@ -75,15 +79,25 @@ class Share:
       threads: of a multiprocessor, in persistent blocks.
       ahead: registers of a thread for the sums of dscale and dbias and for the next
         tile, which is loaded while this one is worked on; with too few it is not.
+      shared: bytes of shared memory in which these sums are instead, and the scale if
+        it fits; or 0.
     """
 
     columns: int
     threads: int
     ahead: int
+    shared: int = 0
 
 
 def share(
-    features: int, itemsize: int, *, center: bool, slopes: bool, beside: bool
+    features: int,
+    itemsize: int,
+    *,
+    center: bool,
+    slopes: bool,
+    beside: bool,
+    own: bool,
+    shared: int,
 ) -> Share:
     """That of a backward, from measurements.
 
@@ -105,18 +119,32 @@ def share(
           2048  bfloat16  132 (LayerNorm); 8 columns on 512 threads 149
           4096  both      116 to 125; 16 columns on 512 threads 117 to 141
           7168  bfloat16  123; without the next tile 161
-         12288  bfloat16  202, on a cluster; without the next tile 257
+         12288  bfloat16  202, on a cluster, of which each row waits for two barriers
+                          and the L2 cache; without the next tile 257
+
+    So where shared memory has room for the sums of rows of 12288 features (RMSNorm:
+    16384), their registers go to the row: it needs half as many blocks, mostly one, and
+    no cluster. An H100's multiprocessor has 48 KB of loads in flight then instead of 24
+    (12288 features, bfloat16). Adding to the sums takes 16 * features bytes of shared
+    memory's 128 a cycle, 1536 cycles a row, while HBM takes 3500 for it (H200). Not
+    measured yet.
 
     Args:
       features: length of a row.
       itemsize: bytes of the wider one of x and dy.
-      center: whether mean and dbias come to it.
+      center: whether mean or dbias come to it.
       slopes: whether through an activation, whose slope takes registers, and z.
-      beside: whether more of x's size is read than x and dy, or examples have their
-        own scale, which takes registers too. Not measured: the shares are those
-        without, as far as the registers hold them.
+      beside: whether more of x's size is read than x and dy.
+      own: whether examples have their own scale, which takes registers too. Neither is
+        measured: the shares are those without, as far as the registers hold them.
+      shared: bytes of shared memory of a block.
     """
     narrow = itemsize == 2
+    if features > 8192 and shared >= SUMS_BYTES:
+        ahead = 0 if slopes or own or not narrow else 28 if beside else 32
+        columns = 24 if center else 32
+        return Share(columns=columns, threads=512, ahead=ahead, shared=shared - 1024)
+    beside = beside or own
     if slopes:  # 384 threads are no block of the 4 warpgroups of a long row
         many = 384 if beside and features <= 2048 else 512
         return Share(columns=8, threads=many, ahead=36)
@@ -138,6 +166,31 @@ def share(
     if features <= 4096:
         return Share(columns=32, threads=256, ahead=100)
     return Share(columns=16, threads=512, ahead=40 if beside else 56)
+
+
+def columns_of_long(features: int, more: int) -> int:
+    """That a lane of a forward should hold, of a row that takes whole warpgroups.
+
+    As many as its registers have room for: the fewer threads hold a row, the fewer
+    registers go to what each has of its own, and the more rows are on their way. By the
+    compiled code's registers, blocks of an H100's multiprocessor and their loads, with
+    64 columns at most and with these, in bfloat16:
+
+        LayerNorm of 12288      2 of 24 KB    3 of 24 KB
+        RMSNorm of 12288        2 of 24 KB    4 of 24 KB
+        LayerNorm of 15360      1 of 30 KB    3 of 30 KB
+        LayerNorm of 20480      1 of 40 KB    2 of 40 KB
+        RMSNorm of 40960        1 of 40 KB    1 of 80 KB, and no cluster
+
+    Not measured on a chip; what few loads in flight cost is: see `forward`.
+
+    Args:
+      features: length of a row.
+      more: how many arrays of x's size are read beside x.
+    """
+    columns = (160, 96, 64)[min(more, 2)]
+    # 4 warpgroups have 128 registers a thread, half as many as one or two.
+    return columns if features <= 2 * WARPS * LANES * columns else 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +234,11 @@ class Config:
         if self.long:
             return WARPS, LANES * chunk.vector
         return rows, self.lanes * chunk.vector
+
+    def kept_bytes(self, rows: int) -> int:
+        """Of shared memory, that a block's part of a tile takes in float32."""
+        each = [math.prod(self.shape(chunk, rows)) for chunk in self.chunks]
+        return 4 * self.warpgroups * sum(each)
 
     @property
     def parts(self) -> int:
@@ -543,13 +601,14 @@ def forward(
 
     Blocks are many and small, one tile each, rather than few and persistent: the next
     tile's loads are those of the next block, and an uneven tail of the grid costs one
-    small block. A lane holds 17 to 64 columns; by the registers of the compiled code
-    that is 48 KB (12288 features, bfloat16) to 160 KB of loads in flight on a
-    multiprocessor, in two blocks or more. Half of all traffic being loads, bandwidth
-    times latency wants 9 KB (H100: 3.35 TB/s / 2 * 700 ns / 132) to 13 KB (H200), but
-    a block loads for half of its time at best: on an H200 rows that left 24 KB in one
-    block an SM (12288 features on 4 warpgroups) took 2.2 times as long as a copy, 42 KB
-    in three blocks (7168) 1.14 times, 56 KB and more in five to nine at most 1.07.
+    small block. A lane holds 17 to 160 columns (`columns_of_long`); by the registers of
+    the compiled code that is 36 KB (96 features, bfloat16) to 224 KB of loads in flight
+    on a multiprocessor, in two blocks or more up to 20480 features. Half of all traffic
+    being loads, bandwidth times latency wants 9 KB (H100: 3.35 TB/s / 2 * 700 ns / 132)
+    to 13 KB (H200), but a block loads for half of its time at best: on an H200 rows
+    that left 24 KB in one block an SM (12288 features on 4 warpgroups) took 2.2 times
+    as long as a copy, 42 KB in three blocks (7168) 1.14 times, 56 KB and more in five
+    to nine at most 1.07.
     """
     norm, features = call.norm, config.features
     examples = math.prod(x.shape[: call.own])
@@ -666,11 +725,11 @@ def backward(
     resident (`_grid`). A cluster's blocks write 64 bytes a row more.
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
-    of its rows in registers, 1 to 32 columns a lane (`share`), and the sums of some
-    tiles each (`IN_A_ROW`) in shared memory. The sum over blocks is one more small
-    kernel of XLA's, in a fixed order. No atomics. Loads in flight are 10 KB (1128
-    features, bfloat16) to 64 KB a multiprocessor, where bandwidth times latency wants
-    12 (H100) to 17 KB (H200).
+    of its rows in registers, 1 to 32 columns a lane, or those of long rows in shared
+    memory (`share`); and the sums of some tiles each (`IN_A_ROW`) in shared memory. The
+    sum over blocks is one more small kernel of XLA's, in a fixed order. No atomics.
+    Loads in flight are 10 KB (1128 features, bfloat16) to 128 KB a multiprocessor,
+    where bandwidth times latency wants 12 (H100) to 17 KB (H200).
     """
     norm, features = call.norm, config.features
     examples = math.prod(x.shape[: call.own])
@@ -694,14 +753,22 @@ def backward(
             assert like is not None
             outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, like.dtype)
     loaded_at_once = ("dy", "x", *_streamed(call))
-    held = config.registers(tile, 4) * len(summed)
+    held = 0 if shared_out.shared else config.registers(tile, 4) * len(summed)
     sizes = [inputs[name].dtype.itemsize for name in loaded_at_once]
     next_tile = sum(config.registers(tile, size) for size in sizes)
     ahead = held + next_tile <= shared_out.ahead
-    kept = _keeps(config, tiles, blocks)
+    levels = {
+        "shared": shared_out.shared > 0,
+        "twice": _sums_twice(config, tiles, blocks),
+    }
+    kept = Totals.kept(summed, **levels)
+    if scale is not None and not call.scales_each:
+        size = (len(kept) + 1) * config.kept_bytes(tile)
+        kept = (*kept, "scale") if size <= shared_out.shared else kept
 
     def body(ref: dict[str, Any], part: Part) -> None:
         example, block = _example_and_block(examples, blocks)
+        sums_of = Totals(part, summed, **levels)
 
         def params(name: str) -> list[jax.Array]:
             chunks = config.chunks
@@ -710,6 +777,8 @@ def backward(
         of_example: list[Any] = [1.0] * len(config.chunks)
         if "scale" in ref and not call.scales_each:
             of_example = [norm.weight(scale) for scale in params("scale")]
+        if "scale" in kept:
+            part.keep("scale", of_example)
 
         def first_row(i: Any) -> tuple[Any, Any]:
             """The block's i-th tile's, and the first that no tile before has."""
@@ -732,7 +801,7 @@ def backward(
             if norm.center:
                 xs = [x - part.across(loaded["mean"], x) for x in xs]
             x_hats = [x * part.across(rstd, x) for x in xs]
-            scales = of_example
+            scales = part.kept("scale") if "scale" in kept else of_example
             if call.scales_each:
                 scales = [norm.weight(scale) for scale in _float32(loaded["scale"])]
             if norm.activation is not None:  # from here on dy is dz
@@ -744,6 +813,20 @@ def backward(
                     zs = [z + more for z, more in zip(zs, added, strict=True)]
                 slopes = [slope(norm.activation, z) for z in zs]
                 dys = [dy * of_z for dy, of_z in zip(dys, slopes, strict=True)]
+
+            more = {"dbias": dys, "dshortcut": dys}
+            more["dscale"] = [dy * x for dy, x in zip(dys, x_hats, strict=True)]
+            for name in ("dscale", "dshortcut"):
+                if want[name] and name not in summed:
+                    for chunk, value in zip(config.chunks, more[name], strict=True):
+                        part.store(ref[name], row, chunk, value)
+            if rows % tile:  # the ragged tile has rows that were added before
+                for name, added in more.items():
+                    more[name] = [
+                        part.rows_from(after - first, chunk, term)
+                        for chunk, term in zip(config.chunks, added, strict=True)
+                    ]
+            totals = sums_of.add(totals, more)
 
             if want["dx"]:
                 # On its way while the sums are taken.
@@ -767,22 +850,7 @@ def backward(
                         dx = dx + dhs[i_chunk].astype(jnp.float32)
                     part.store(ref["dx"], row, chunk, dx)
 
-            more = {"dbias": dys, "dshortcut": dys}
-            more["dscale"] = [dy * x for dy, x in zip(dys, x_hats, strict=True)]
-            for name in ("dscale", "dshortcut"):
-                if want[name] and name not in summed:
-                    for chunk, value in zip(config.chunks, more[name], strict=True):
-                        part.store(ref[name], row, chunk, value)
-            if rows % tile:  # the ragged tile has rows that were added before
-                for name, added in more.items():
-                    more[name] = [
-                        part.rows_from(after - first, chunk, term)
-                        for chunk, term in zip(config.chunks, added, strict=True)
-                    ]
-            return {
-                name: [a + b for a, b in zip(total, more[name], strict=True)]
-                for name, total in totals.items()
-            }
+            return totals
 
         # Tiles block, block + blocks, ...; the ragged one goes with the last whole one,
         # which it overlaps.
@@ -790,7 +858,7 @@ def backward(
         if rows % tile:
             count = count + (block == (tiles - 1) % blocks)
 
-        totals = _over_tiles(part, summed, count, load, step, ahead=ahead, kept=kept)
+        totals = sums_of.over_tiles(count, load, step, ahead=ahead)
         program = lax.axis_index("block")
         for name, total in totals.items():
             for chunk, value in zip(config.chunks, total, strict=True):
@@ -805,7 +873,7 @@ def backward(
         inputs=inputs,
         outputs=outputs,
         places=4,
-        kept=summed if kept else (),
+        kept=kept,
     )
     if summed:
         own = x.shape[: call.own_params]
@@ -822,63 +890,117 @@ def backward(
     return [results[name].reshape(shapes[name]) for name in order]
 
 
-def _over_tiles(
-    part: Part,
-    names: Sequence[str],
-    count: Any,
-    load: Callable[[Any], Any],
-    step: Callable[[Any, Any, Any], Any],
-    *,
-    ahead: bool,
-    kept: bool,
-) -> dict[str, Sequence[jax.Array]]:
-    """Sums over a block's tiles, by name, chunk by chunk.
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """dscale and dbias of a block, which add up tile by tile, chunk by chunk.
 
-    Args:
+    Of up to `IN_A_ROW` tiles in a row they are in registers, or in shared memory; the
+    sums of several such, if there are, in shared memory.
+
+    Attributes:
       part: whose.
       names: of the sums.
-      count: tiles of the block.
-      load: what step(i, totals, loaded) needs of the i-th.
-      step: totals and the i-th tile's.
-      ahead: whether a tile is on its way while the one before it is worked on.
-      kept: whether sums of `IN_A_ROW` tiles go to shared memory.
+      shared: whether the first ones are in shared memory.
+      twice: whether there are second ones.
     """
-    zeros = [part.zeros(chunk) for chunk in part.config.chunks]
 
-    def in_a_row(first: Any, number: Any, following: Any) -> tuple[Any, Any]:
-        """Of so many tiles, from the first-th on, which is on its way."""
+    part: Part
+    names: Sequence[str]
+    shared: bool
+    twice: bool
 
-        def one(j: Any, carry: Any) -> Any:
-            i = first + j
+    @staticmethod
+    def kept(names: Sequence[str], *, shared: bool, twice: bool) -> tuple[str, ...]:
+        """Names of what has room in shared memory."""
+        first = [_in_a_row(name) for name in names if shared]
+        return (*first, *[name for name in names if twice])
+
+    def begin(self) -> dict[str, Sequence[jax.Array]]:
+        """What a loop over tiles carries: zeros, but for those in shared memory."""
+        zeros = [self.part.zeros(chunk) for chunk in self.part.config.chunks]
+        if not self.shared:
+            return dict.fromkeys(self.names, zeros)
+        for name in self.names:
+            self.part.keep(_in_a_row(name), zeros)
+        return {}
+
+    def add(self, carried: Any, more: Mapping[str, Sequence[jax.Array]]) -> Any:
+        """With one tile's."""
+        if not self.shared:
+            return {n: _added(total, more[n]) for n, total in carried.items()}
+        for name in self.names:
+            self._add(_in_a_row(name), more[name])
+        return carried
+
+    def end(self, carried: Any) -> dict[str, Sequence[jax.Array]]:
+        """Sums of the tiles in a row."""
+        if not self.shared:
+            return dict(carried)
+        return {name: self.part.kept(_in_a_row(name)) for name in self.names}
+
+    def _add(self, name: str, more: Sequence[jax.Array]) -> None:
+        self.part.keep(name, _added(self.part.kept(name), more))
+
+    def over_tiles(
+        self,
+        count: Any,
+        load: Callable[[Any], Any],
+        step: Callable[[Any, Any, Any], Any],
+        *,
+        ahead: bool,
+    ) -> dict[str, Sequence[jax.Array]]:
+        """The sums over a block's tiles, by name.
+
+        Args:
+          count: tiles of the block.
+          load: what step(i, carried, loaded) needs of the i-th.
+          step: adds the i-th tile's to what is carried.
+          ahead: whether a tile is on its way while the one before it is worked on.
+        """
+
+        def in_a_row(first: Any, number: Any, following: Any) -> tuple[Any, Any]:
+            """Of so many tiles, from the first-th on, which is on its way."""
+
+            def one(j: Any, carry: Any) -> Any:
+                i = first + j
+                if not ahead:
+                    return step(i, carry, load(i))
+                carried, loaded = carry
+                following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
+                return step(i, carried, loaded), following
+
+            carried = self.begin()
             if not ahead:
-                return step(i, carry, load(i))
-            totals, loaded = carry
-            following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
-            return step(i, totals, loaded), following
+                return self.end(lax.fori_loop(0, number, one, carried)), None
+            carried, following = lax.fori_loop(0, number, one, (carried, following))
+            return self.end(carried), following
 
-        totals: Any = dict.fromkeys(names, zeros)
-        if not ahead:
-            return lax.fori_loop(0, number, one, totals), None
-        return lax.fori_loop(0, number, one, (totals, following))
+        following = load(0) if ahead else None
+        if not self.twice:
+            return in_a_row(0, count, following)[0]
 
-    following = load(0) if ahead else None
-    if not kept:
-        totals, _ = in_a_row(0, count, following)
-        return totals
+        def some(n: Any, following: Any) -> Any:
+            first = n * IN_A_ROW
+            number = jnp.minimum(count - first, IN_A_ROW)
+            totals, following = in_a_row(first, number, following)
+            for name, total in totals.items():
+                self._add(name, total)
+            return following
 
-    def some(n: Any, following: Any) -> Any:
-        first = n * IN_A_ROW
-        number = jnp.minimum(count - first, IN_A_ROW)
-        totals, following = in_a_row(first, number, following)
-        for name, total in totals.items():
-            before = part.kept(name)
-            part.keep(name, [a + b for a, b in zip(before, total, strict=True)])
-        return following
+        for name in self.names:
+            zeros = [self.part.zeros(chunk) for chunk in self.part.config.chunks]
+            self.part.keep(name, zeros)
+        lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, some, following)
+        return {name: self.part.kept(name) for name in self.names}
 
-    for name in names:
-        part.keep(name, zeros)
-    lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, some, following)
-    return {name: part.kept(name) for name in names}
+
+def _in_a_row(name: str) -> str:
+    """Of the sums of a few tiles, in shared memory."""
+    return f"{name}_in_a_row"
+
+
+def _added(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def _rows(features: int, **operands: jax.Array | None) -> dict[str, jax.Array]:
@@ -908,15 +1030,21 @@ def _example_and_block(examples: int, blocks: int) -> tuple[Any, Any]:
     return lax.div(program, blocks), lax.rem(program, blocks)
 
 
-def _keeps(config: Config, tiles: int, blocks: int) -> bool:
+def _sums_twice(config: Config, tiles: int, blocks: int) -> bool:
     """Whether sums over `IN_A_ROW` tiles go to shared memory, for more will follow.
 
     Not where a block has no more tiles. There may be fewer rows than warps then, and
     warps that hold the same row would add to one sum without waiting for each other.
     """
-    # Mosaic would move lanes of one column in shared memory by `stmatrix`.
-    wide = all(chunk.vector > 1 for chunk in config.chunks)
-    return wide and pl.cdiv(tiles, blocks) >= IN_A_ROW
+    return _in_lines(config) and pl.cdiv(tiles, blocks) >= IN_A_ROW
+
+
+def _in_lines(config: Config) -> bool:
+    """Whether each lane reads from shared memory what it wrote there.
+
+    Mosaic moves lanes of one column by `stmatrix`, for which others write.
+    """
+    return all(chunk.vector > 1 for chunk in config.chunks)
 
 
 def _grid(
@@ -997,7 +1125,7 @@ def _launch(
             # that sums of long rows must go another way.
             reduction_scratch_bytes=0 if config.long else 2048,
             # `sums` are read behind a barrier. Of all else that is written and read, a
-            # lane reads what it wrote, and no other writes there (`_keeps`).
+            # lane reads what it wrote, and no other writes there (`_in_lines`).
             unsafe_no_auto_barriers=True,
         ),
         **memory.cost([*inputs.values(), *outputs.values()]),
@@ -1008,15 +1136,37 @@ def _launch(
     return results
 
 
+def _share_out(
+    features: int, itemsize: int, *, shared: int, **kind: bool
+) -> tuple[Share, Config]:
+    """How a backward's work is shared out and cut; for the arguments see `share`."""
+    shared_out = share(features, itemsize, shared=shared, **kind)
+    columns = shared_out.columns
+    # Mosaic adds up rows over warps by 4 columns a lane at most; and in shared memory
+    # 16 bytes a lane, side by side, meet in no bank.
+    four = features <= LANES * columns or shared_out.shared > 0
+    config = configure(
+        features,
+        4 if four else itemsize,
+        per_lane=columns,
+        of_long=columns if features <= MAX_FEATURES // 2 or shared_out.shared else 16,
+        in_warp=LANES * columns,
+    )
+    if shared_out.shared and not _in_lines(config):
+        return _share_out(features, itemsize, shared=0, **kind)
+    return shared_out, config
+
+
 # --- which calls they take ------------------------------------------------------------
 
 
-def plan(call: Call, processors: int) -> Kernel | Fallback:
+def plan(call: Call, processors: int, shared: int) -> Kernel | Fallback:
     """Chooses the kernel for one rowwise call.
 
     Args:
       call: one of geometry x[N, 1, G, K].
       processors: multiprocessors of the GPU.
+      shared: bytes of shared memory of a block.
     """
     view = call.geometry
     assert view is not None
@@ -1042,7 +1192,7 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
             features,
             max(streamed),
             per_lane=32,
-            of_long=64,
+            of_long=columns_of_long(features, len(own) + (call.beside is not None)),
             in_warp=2048,
             fill=True,
         )
@@ -1054,22 +1204,14 @@ def plan(call: Call, processors: int) -> Kernel | Fallback:
         assert call.dy is not None
         beside = own + ([] if call.beside is None else [call.beside.dtype.itemsize])
         itemsize = max(x_size, call.dy.dtype.itemsize, *beside)
-        shared_out = share(
+        shared_out, config = _share_out(
             features,
             itemsize,
-            center=call.norm.center,
+            center=call.norm.center or call.wants["dbias"],
             slopes=call.slopes,
-            beside=bool(beside) or call.own > 0,
-        )
-        columns = shared_out.columns
-        if features <= LANES * columns:
-            itemsize = 4  # Mosaic adds up rows over warps by 4 columns a lane at most
-        config = configure(
-            features,
-            itemsize,
-            per_lane=columns,
-            of_long=columns if features <= MAX_FEATURES // 2 else 16,
-            in_warp=LANES * columns,
+            beside=bool(beside),
+            own=call.own > 0,
+            shared=shared,
         )
         launch = functools.partial(backward, config, shared_out, call, processors)
         examples = math.prod(call.x.shape[: call.own])
