@@ -1,11 +1,14 @@
 """A call of NNX modules as jax traces it: a function of arrays."""
 
+import dataclasses
 import functools
+import operator
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -61,21 +64,26 @@ class ArrayCall:
                 for leaf in self._leaves
             ],
         )
-        graph, before = nnx.graphdef(nodes), _values(nodes)
+        graph, before = nnx.graphdef(nodes), _contents(nodes)
         result = fn(*args, **kwargs)
         returned: Any
-        self._is_regraphed = nnx.graphdef(nodes) != graph or any(
-            map(_is_node, jax.tree.leaves(result, is_leaf=_is_node))
+        changed = {
+            path: now.node
+            for path, now in _contents(nodes).items()
+            if path not in before or not before[path].is_still(now)
+        }
+        self._is_regraphed = (
+            nnx.graphdef(nodes) != graph
+            or not all(isinstance(node, nnx.Variable) for node in changed.values())
+            or any(map(_is_node, jax.tree.leaves(result, is_leaf=_is_node)))
         )
         if self._is_regraphed:
             returned = nnx.to_tree((nodes, result), ctxtag=self)
         else:  # Variables that did not change may belong to another trace
-            changed = {
-                path: value
-                for path, value in _values(nodes).items()
-                if _ids(value) != _ids(before[path])
-            }
-            returned = changed, result
+            values = {path: node.get_raw_value() for path, node in changed.items()}
+            returned = values, result
+            with nnx.split_context(self) as context:  # which forgets the nodes here
+                context.split(())
         of_nodes, self._outputs = jax.tree.flatten(returned[0])
         results, self._result = jax.tree.flatten(returned[1])
         # What came in with the nodes is not returned: a reference must not be.
@@ -86,7 +94,8 @@ class ArrayCall:
 
     def finish(self, outputs: Iterable[Any]) -> Any:
         """What the call returns; its changes are made in the nodes that were given."""
-        left = iter(outputs)
+        # Of a jaxpr's constants, some are no arrays yet.
+        left = (o if isinstance(o, jax.Array) else jnp.asarray(o) for o in outputs)
         of_nodes = [
             next(left) if i is None else self.operands[i] for i in self._came_in
         ]
@@ -122,17 +131,33 @@ def _as_they_are(context: Any, path: Any, prefix: Any, node: Any) -> Any:
     )
 
 
-def _values(nodes: Any) -> dict[Any, Any]:
-    """Of all Variables, by their paths."""
+@dataclasses.dataclass
+class _Content:
+    """What a Variable, or an attribute that is an array, holds: the very same arrays,
+    in containers that may change."""
+
+    node: Any
+    leaves: list[Any]
+    tree: Any
+
+    @classmethod
+    def of(cls, node: Any) -> Self:
+        value = node.get_raw_value() if isinstance(node, nnx.Variable) else node
+        return cls(node, *jax.tree.flatten(value))
+
+    def is_still(self, now: Self) -> bool:
+        if self.tree != now.tree or len(self.leaves) != len(now.leaves):
+            return False
+        return all(map(operator.is_, self.leaves, now.leaves))
+
+
+def _contents(nodes: Any) -> dict[Any, _Content]:
+    """By their paths."""
     return {
-        path: node.get_raw_value()
+        path: _Content.of(node)
         for path, node in nnx.iter_graph(nodes)
-        if isinstance(node, nnx.Variable)
+        if isinstance(node, nnx.Variable | jax.Array | np.ndarray)
     }
-
-
-def _ids(value: Any) -> list[int]:
-    return list(map(id, jax.tree.leaves(value)))
 
 
 def _is_node(leaf: Any) -> bool:

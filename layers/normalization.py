@@ -69,7 +69,7 @@ def _promote(
 
 def _own_or_given(layer: Any, name: str, given: Any) -> Any:
     """The scale or bias of a layer, or that of a call where the layer has none."""
-    own = getattr(layer, name, None)
+    own = getattr(layer, name)
     if own is not None and given is not None:
         raise ValueError(
             f"The layer has a {name}, and the call gives it another one of shape "

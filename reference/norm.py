@@ -37,6 +37,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fusednorm.reference.activation import activate, slope
@@ -84,7 +85,8 @@ class Norm:
         """Dtype of the arithmetic and the statistics: `dtype`, float32 at least."""
         if self.dtype.itemsize == 1:  # float8, which jax promotes to nothing by itself
             return jnp.dtype("float32")
-        return jnp.promote_types(self.dtype, jnp.float32)
+        # jax's may be told to promote nothing.
+        return np.promote_types(self.dtype, np.float32)
 
     def weight(self, scale: Any) -> Any:
         """scale + scale_offset, of a scale in `compute_dtype`."""

@@ -1189,6 +1189,24 @@ def test_strict_dtype_promotion(name: str) -> None:
                 layer(data(dtype="bfloat16"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_strict_dtype_promotion_of_running_averages(dtype: str) -> None:
+    theirs, ours = pair("BatchNorm", dtype=dtype, use_running_average=True)
+    with jax.numpy_dtype_promotion("strict"):
+        assert theirs(data()).dtype == dtype
+        found = outputs_and_gradients(ours, data())
+    expected = outputs_and_gradients(ours, data())
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@by_name
+def test_parameters_that_are_gone_are_missed(name: str) -> None:
+    for layer in pair(name):
+        nnx.pop(layer, nnx.Param)
+        with pytest.raises(AttributeError, match="has no attribute 'scale'"):
+            layer(data())
+
+
 @by_name
 def test_rank_promotion_is_never_needed(name: str) -> None:
     theirs, ours = pair(name)

@@ -1043,6 +1043,18 @@ REMADE: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]] = {
         lambda m, y: setattr(m, "array", nnx.Cache(y)),
         lambda m: m.array[...],
     ),
+    "a count": (
+        lambda m, y: setattr(m, "count", m.count + 1),
+        lambda m: m.count,
+    ),
+    "an array in a tuple": (
+        lambda m, y: setattr(m, "pair", nnx.data((m.pair[1] + 1, m.pair[0]))),
+        lambda m: m.pair,
+    ),
+    "a cache in a dict": (
+        lambda m, y: m.cache.update(n=m.cache["n"] + 1, y=y),
+        lambda m: m.cache.get_value(),
+    ),
     "an item": (lambda m, y: m.items.append(y), lambda m: len(m.items)),
     "a layer when it is needed": (
         lambda m, y: hasattr(m, "late") or setattr(m, "late", _linear()),
@@ -1072,6 +1084,9 @@ class Remade(nnx.Module):
         self.linear = _linear()
         self.nothing = None
         self.array = nnx.data(None)
+        self.count = jnp.zeros((), int)
+        self.pair = nnx.data((jnp.zeros(1), jnp.ones(1)))
+        self.cache = nnx.Cache({"n": jnp.zeros((), int)})
         self.items = nnx.List([])
         self.change = change
 
@@ -1133,3 +1148,53 @@ def test_references_are_changed_in_place() -> None:
             y = wrap(forward)(ours, data(SHAPE))
             assert_agrees(y, expected, 3)
             assert_agrees(ours.mean[...], theirs.mean[...], 3)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+def test_captures_what_is_sown(wrap: Any) -> None:
+    class Sowing(nnx.Module):
+        def __init__(self) -> None:
+            self.norm = fusednorm.LayerNorm(12, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            y = nnx.relu(self.norm(x))
+            self.sow(nnx.Intermediate, "y", y)
+            return y
+
+    model, x = Sowing(), data(SHAPE)
+    forward = wrap(fusednorm.fuse_neighbours(lambda m, x: m(x)))
+    y, found = nnx.capture(forward, nnx.Intermediate)(model, x)
+    assert_agrees(jax.tree.leaves(found)[0], y, 0)
+
+
+def test_constants_come_back_as_arrays() -> None:
+    """Those that are returned, and those that are put into a model."""
+    model = Remade(lambda m, y: setattr(m, "count", jnp.zeros((), int)))
+
+    def forward(model: Any, x: jax.Array) -> Any:
+        model.cache["n"] = jnp.zeros((), int)
+        return model(x), jnp.float32(3), 1.5, True, np.ones(2)
+
+    _, *constants = fusednorm.fuse_neighbours(forward)(model, data(SHAPE))
+    _, *expected = nnx.jit(forward)(model, data(SHAPE))
+    for found, there in zip(constants, expected, strict=True):
+        assert isinstance(found, jax.Array)
+        assert found.aval == there.aval
+        np.testing.assert_array_equal(found, there)
+    assert isinstance(model.count, jax.Array)
+    assert isinstance(model.cache["n"], jax.Array)
+
+
+@pytest.mark.parametrize("how", ["eager", "jit", "grad", "explain"])
+def test_no_tracer_leaks(how: str) -> None:
+    model, x = Remade(lambda m, y: None), data(SHAPE)
+    forward = fusednorm.fuse_neighbours(lambda m, x: m(x))
+    loss = lambda m, x: (forward(m, x) ** 2).mean()  # noqa: E731
+    run = {
+        "eager": forward,
+        "jit": nnx.jit(forward),
+        "grad": nnx.jit(nnx.grad(loss)),
+        "explain": lambda m, x: fusednorm.explain(forward, m, x),
+    }[how]
+    with jax.checking_leaks():
+        run(model, x)
