@@ -11,7 +11,8 @@ calls the op of `kernels/norm.py`. What they share:
     arXiv:2212.09748, section 3.2), with `scale_offset=1.0` for 1 + scale.
   dtype: dtype of the output; None is what jax.numpy promotes x, scale and bias to.
   mask: bool, broadcastable to x: which elements the statistics are taken from. All are
-    normalized. Where it lets nothing in, the mean is 0 and the variance 1.
+    normalized. Where it lets nothing in, the mean is 0 and the variance 1. ValueError
+    for another dtype.
   axis_name, axis_index_groups: mapped axes over which statistics are combined, as for
     `jax.lax.psum`, each device weighing in with its own count of elements.
   activation: None, "relu", "silu", "gelu" or "gelu_tanh": what y is the activation of,
@@ -25,7 +26,9 @@ calls the op of `kernels/norm.py`. What they share:
     them as it reads them, and backward adds dx to the cotangent of h. In the others it
     is added behind, as in a ResNet: y = act(norm(x) + residual), in float32.
 
-Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) / n.
+Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) / n. On
+one CPU or TPU device the reference may take sum(x^2) / n - mean^2 in the same pass,
+where the mean is within two deviations of 0, which loses about three bits.
 """
 
 import math

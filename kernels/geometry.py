@@ -77,6 +77,11 @@ def is_rowwise(norm: Norm, shape: Sequence[int], *, has_params: bool) -> bool:
     return view is not None and view.family == "rowwise"
 
 
+def power_of_two(most: int) -> int:
+    """The largest power of two up to `most`."""
+    return 1 << (most.bit_length() - 1)
+
+
 def _view(sizes: list[int], reduced: set[int], features: set[int]) -> Geometry | None:
     view = [1, 1, 1, 1]
     role = 0

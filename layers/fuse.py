@@ -75,11 +75,17 @@ def fuse(model: Any) -> FuseReport:
 def unfuse(model: Any) -> FuseReport:
     """The reverse of `fuse`: every fusednorm layer inside a model becomes flax's.
 
+    A subclass that `fuse` changed is the user's class again. Left alone are flax's own
+    layers and subclasses of these, and subclasses of fusednorm's layers.
+
     Args:
       model: an nnx Module, or any tree that holds some.
 
     Returns:
-      A report of what was replaced, and of the norm layers that were flax's already.
+      A report of what was replaced and what was left, with reasons.
+
+    Raises:
+      TypeError: `model` is a function, a method or a class.
     """
     return _convert(model, _flax_class)
 

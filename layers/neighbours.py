@@ -25,6 +25,9 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     Where x goes on beside a norm, as in `x + f(norm(x))`, the backward kernel adds dx
     to what comes to x from there, as it writes it.
 
+    A sum before a norm of rows, h = x + r, is added by the norm where r is what a
+    collective made, as in `norm(x + psum(f))`, and x lies in memory anyway.
+
     Results are the same up to rounding; in half precision a sum and an activation are
     computed, and dx added, before they are rounded.
 
@@ -33,8 +36,8 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     `custom_vjp`. Left as it is: an activation of an output that is used twice, is cast
     to another dtype first or is complex, and a sum with one; a sum with an array that
     is broadcast or cast to a wider dtype first, that depends on the norm's statistics,
-    or that the platform's kernels do not add; the sum before a norm, which XLA takes
-    into a product before it (`residual=` adds it in the norm).
+    or that the platform's kernels do not add; any other sum before a norm, which XLA
+    takes into a product before it (`residual=` adds it in the norm).
 
     Wrap the forward pass and differentiate the result: a derivative taken inside of
     `fn` uses the norm's output a second time. Each call traces `fn`, and outside of

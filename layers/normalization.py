@@ -7,9 +7,11 @@ shapes and dtypes are flax's in every case. A call takes more keywords, `activat
 the kernels do to what they have in registers. What differs is in the numbers, and
 better:
 
-  - The variance is centred, whatever `use_fast_variance` says. flax's default,
-    E[x^2] - E[x]^2, loses all digits where the mean is a few thousand times the
-    deviation. The argument is accepted, and costs or gains nothing.
+  - The variance is centred wherever the mean is more than two deviations from 0,
+    whatever `use_fast_variance` says: nearer to 0, one CPU or TPU device may take
+    E[x^2] - E[x]^2. That is flax's default, which loses all digits where the mean is a
+    few thousand times the deviation. The argument is accepted, and costs or gains
+    nothing.
   - x, scale, bias and running statistics are used at their own precision, in float32
     arithmetic. flax rounds them to `dtype` first.
   - With `axis_name`, devices weigh in with the number of elements they hold, so that a
@@ -148,9 +150,11 @@ class LayerNorm(nnx.LayerNorm):
 
         Raises:
           TypeError: x does not fit scale or bias along `feature_axes`.
-          ValueError: an axis is out of range, the mask does not broadcast to x, the
-            residual has another shape, the layer has a scale or bias and another one is
-            given, or `dtype` is not a float or complex type.
+          ValueError: an axis is out of range, the mask is not bool or does not
+            broadcast to x, the residual has another shape, the layer has a scale or
+            bias and another one is given, `scale_offset` is given and no scale is
+            there, the activation is unknown, or of complex x or output, or `dtype` is
+            not a float or complex type.
         """
         scale = _own_or_given(self, "scale", scale)
         bias = _own_or_given(self, "bias", bias)
@@ -273,8 +277,10 @@ class GroupNorm(nnx.GroupNorm):
         Raises:
           TypeError: x's last axis is not `num_features` long.
           ValueError: `reduction_axes` lacks the last axis or is out of range, the mask
-            does not broadcast to x, the residual has another shape, or `dtype` is not a
-            float or complex type.
+            is not bool or does not broadcast to x, the residual has another shape,
+            `scale_offset` is given and the layer has no scale, the activation is
+            unknown, or of complex x or output, or `dtype` is not a float or complex
+            type.
         """
         channels = self.num_groups * self.group_size
         if jnp.shape(x)[-1:] != (channels,):
@@ -355,8 +361,10 @@ class InstanceNorm(nnx.InstanceNorm):
         Raises:
           TypeError: x does not fit scale or bias along `feature_axes`.
           ValueError: `feature_axes` includes the first axis or is out of range, the
-            mask does not broadcast to x, the residual has another shape, or `dtype` is
-            not a float or complex type.
+            mask is not bool or does not broadcast to x, the residual has another shape,
+            `scale_offset` is given and the layer has no scale, the activation is
+            unknown, or of complex x or output, or `dtype` is not a float or complex
+            type.
         """
         (x, scale, bias, residual), dtype = _promote(
             self, x, self.scale, self.bias, given=[residual]
@@ -453,8 +461,10 @@ class BatchNorm(nnx.BatchNorm):
         Raises:
           TypeError: x is not `num_features` long along `axis`.
           ValueError: `use_running_average` was given nowhere, the axis is out of range,
-            the mask does not broadcast to x, the residual has another shape, or `dtype`
-            is not a float or complex type.
+            the mask is not bool or does not broadcast to x (in training; running
+            averages leave it out), the residual has another shape, `scale_offset` is
+            given and the layer has no scale, the activation is unknown, or of complex x
+            or output, or `dtype` is not a float or complex type.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average

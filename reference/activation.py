@@ -1,10 +1,14 @@
 """Activations behind a normalization: y = act(z), z = x_hat * scale + bias.
 
-    relu       max(z, 0)                                   slope 1 above 0, else 0
-    silu       z * s,  s = 1 / (1 + exp(-z))               s * (1 + z * (1 - s))
-    gelu       z * Phi(z),  Phi of the normal distribution Phi(z) + z * phi(z)
-    gelu_tanh  z * (1 + t) / 2,                            (1 + t) / 2
-               t = tanh(sqrt(2 / pi) * (z + 0.044715 z^3)) + z * (1 - t^2) * u' / 2
+    name       act(z)                 act'(z), the slope
+    relu       max(z, 0)              1 above 0, else 0
+    silu       z * s                  s * (1 + z * (1 - s))
+    gelu       z * Phi(z)             Phi(z) + z * phi(z)
+    gelu_tanh  z * (1 + t) / 2        (1 + t) / 2 + z * (1 - t^2) * u' / 2
+
+    s = 1 / (1 + exp(-z))
+    Phi, phi: the normal distribution and its density
+    t = tanh(u),  u = sqrt(2 / pi) * (z + 0.044715 z^3),  u' its derivative
 
 They are `jax.nn`'s relu, silu, gelu(approximate=False) and gelu(approximate=True), with
 their slopes written out: a backward computes z again from x, and multiplies dy by them.

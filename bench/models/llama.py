@@ -173,7 +173,7 @@ class Llama(nnx.Module):
 def inputs(
     config: Config, batch: int, dtype: Any, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens and those that follow them, both (batch, tokens)."""
+    """Tokens and those that follow them, both (batch, tokens), whatever the dtype."""
     shape = (batch, config.tokens + 1)
     drawn = jax.random.randint(rngs(), shape, 0, config.vocabulary)
     return drawn[:, :-1], drawn[:, 1:]

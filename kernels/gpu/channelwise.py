@@ -932,8 +932,10 @@ def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
     configs = strips.in_two_reads(view, max(loaded), shared, arrays=len(loaded))
     if configs is None:
         return Fallback(
-            f"{view.features} channels in groups of {view.k} cannot be cut into strips "
-            f"of {strips.SECTOR} bytes or more and {MAX_CHUNKS} loads or fewer"
+            f"{view.features} channels in groups of {view.k}: no strip of "
+            f"{strips.SECTOR} bytes or more and {MAX_CHUNKS} loads or fewer divides "
+            f"them, or a group takes more than {MAX_CHUNKS} loads or {shared:,} bytes "
+            "of shared memory"
         )
     config, last = (_at_once(call, config) for config in configs)
     forwards = call.op == "forward"

@@ -112,11 +112,6 @@ def cost(arrays: Sequence[Any]) -> dict[str, Any]:
     return {"cost_estimate": estimate(arrays)} if _TAKES_COST else {}
 
 
-def power_of_2_below(n: int) -> int:
-    """The largest power of two that is at most n."""
-    return 1 << (n.bit_length() - 1)
-
-
 def sum_over_blocks(*partials: jax.Array) -> Sequence[jax.Array]:
     """(examples, blocks, features) -> (examples, features), all in one kernel.
 

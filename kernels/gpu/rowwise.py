@@ -51,6 +51,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
+from fusednorm.kernels.geometry import power_of_two
 from fusednorm.kernels.gpu import memory
 from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 
@@ -308,7 +309,7 @@ def configure(
     chunks = memory.cut(width, lanes, vector, spare=width // 16)
     rows = WARPS * LANES // lanes
     if fill and rows > 1:
-        rows *= memory.power_of_2_below(max(per_lane * lanes // features, 1))
+        rows *= power_of_two(max(per_lane * lanes // features, 1))
     return Config(features, lanes, warpgroups, cluster, rows, width, tuple(chunks))
 
 
@@ -613,7 +614,7 @@ def forward(
     norm, features = call.norm, config.features
     examples = math.prod(x.shape[: call.own])
     rows = x.size // features // examples  # that share a scale and bias
-    tile = min(config.rows, memory.power_of_2_below(rows))
+    tile = min(config.rows, power_of_two(rows))
     blocks = rows // tile  # of an example
 
     operands: dict[str, Any] = {"x": x, "scale": scale, "bias": bias}
@@ -1056,7 +1057,7 @@ def _grid(
     would leave a block less than 32 rows, whose partial sums would be over a tenth of
     what it moves; but no multiprocessor goes without work.
     """
-    tile = min(config.rows, memory.power_of_2_below(rows))
+    tile = min(config.rows, power_of_two(rows))
     tiles = rows // tile
     block = WARPS * LANES * config.warpgroups
     assert threads >= block, "no block of the grid would be resident"

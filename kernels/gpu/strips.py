@@ -23,14 +23,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fusednorm.kernels.geometry import Geometry
+from fusednorm.kernels.geometry import Geometry, power_of_two
 from fusednorm.kernels.gpu import memory
 from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 
 KB = 1024
 SECTOR = 32  # bytes: what the L2 cache fetches at least
 MAX_CLUSTER = 8  # blocks: what every GPU can do
-MAX_WARPGROUPS = 2  # of a block: two blocks of 128 registers a thread fit an SM
+MAX_WARPGROUPS = 2  # of a block that loads x: two of 128 registers a thread fit an SM
 MAX_CHUNKS = 8  # of a strip: each is code of its own
 PLACES = 4  # sums of channels that a block holds in shared memory
 
@@ -286,7 +286,7 @@ def _config(
     warpgroups = min(warpgroups, view.s)
     blocks = min(blocks, view.s // warpgroups)
     vector = _vector(width, 16 // itemsize)  # 16 bytes is the widest load
-    lanes = min(LANES, memory.power_of_2_below(width // vector))
+    lanes = min(LANES, power_of_two(width // vector))
     line = _line(view.s // (blocks * warpgroups), lanes)
     return Config(
         pixels=view.s,
@@ -311,7 +311,7 @@ def _vector(columns: int, widest: int) -> int:
 
 def _line(pixels: int, lanes: int) -> int:
     """Pixels of a line, where a warpgroup has so many pixels or one more."""
-    return min(WARPS * LANES // lanes, memory.power_of_2_below(pixels))
+    return min(WARPS * LANES // lanes, power_of_two(pixels))
 
 
 def _multiples(of: int, count: int) -> Iterator[int]:
@@ -768,7 +768,7 @@ class Group:
         self._number = part.strip * (config.width // config.group) + number
         self._first = number * config.group
         vector = _vector(config.group, 4)
-        self._lanes = min(LANES, memory.power_of_2_below(config.group // vector))
+        self._lanes = min(LANES, power_of_two(config.group // vector))
         self._chunks = memory.cut(
             config.group, self._lanes, vector, spare=config.group // 16
         )

@@ -53,10 +53,10 @@ from fusednorm import reference
 from fusednorm.kernels import cost
 from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.geometry import Geometry
+from fusednorm.kernels.geometry import Geometry, power_of_two
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.blocks import inverse, order_of_axes
-from fusednorm.kernels.tpu.memory import LANES, SUBLANES, power_of_two, round_up
+from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 from fusednorm.kernels.tpu.pixels import (
     AcrossLanes,
     AnyCut,
@@ -97,8 +97,9 @@ COPIED = (
 
 SPILLED = 8  # values of a unit's places that lie in VMEM while it is completed
 OTHER_BYTES = 2**20  # of VMEM: parameters, statistics, and what Mosaic has itself
-# And what registers spill, for which the quarter of VMEM that no plan gives away has
-# room: up to 1.9 MiB (forward of 5 x 1024 x 8192 in bfloat16 and 32 groups, v5e).
+# What registers spill comes on top, and is in no plan's sum: a plan has three quarters
+# of VMEM, and the rest, 4 MiB at least, has room for it. It is up to 1.9 MiB (forward
+# of 5 x 1024 x 8192 in bfloat16 and 32 groups, v5e).
 SPILLED_BYTES = 3 * 2**20
 
 # --- forward --------------------------------------------------------------------------

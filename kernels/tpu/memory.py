@@ -20,7 +20,7 @@ class Chip:
     Attributes:
       vmem: bytes that a kernel may have: of a core's VMEM three quarters.
       blocks: bytes for blocks of all operands together, two of each: one in use, one in
-        flight. At the bandwidth of HBM they take about 10 us, against about 0.35 us
+        flight. At the bandwidth of HBM they take 4 to 10 us, against about 0.35 us
         that a step costs by itself, and against what waits for the first of them.
       cores: that share the device's memory, and its kernels.
     """
@@ -56,11 +56,6 @@ def compiler_params(grid: Sequence[int], vmem: int) -> pltpu.CompilerParams:
     """Of a kernel with one number of the first axis of its grid for each core."""
     semantics: list[Any] = ["parallel", *["arbitrary"] * (len(grid) - 1)]
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)
-
-
-def power_of_two(most: int) -> int:
-    """The largest power of two up to `most`."""
-    return 1 << (most.bit_length() - 1)
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -51,7 +51,7 @@ from jax.experimental import pallas as pl
 from fusednorm.kernels import cost
 from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.geometry import Geometry
+from fusednorm.kernels.geometry import Geometry, power_of_two
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.blocks import (
     UNROLLED,
@@ -63,7 +63,7 @@ from fusednorm.kernels.tpu.blocks import (
     inverse,
     order_of_axes,
 )
-from fusednorm.kernels.tpu.memory import LANES, SUBLANES, power_of_two, round_up
+from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 
 # Of a block; a MiB of 128 bfloat16 features. Down the sublanes, where 64 features fill
 # their registers, as many elements.
@@ -784,8 +784,8 @@ def across_lanes(
 def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
     """The block is as large as features and dtypes allow; None where VMEM has no room.
 
-    That is for 128 rows at least: of several thousand features on a v4, of ten
-    thousands on others. XLA then copies x and y for `AcrossLanes`, to twice flax's
+    It has room for 128 rows at least of a few thousand features on a v4, of some ten
+    thousand on others. Beyond XLA copies x and y for `AcrossLanes`, to twice flax's
     bytes. The reference would copy nothing, but does not give the bits that this
     row has in an array of other size, where XLA has features across the lanes.
 
