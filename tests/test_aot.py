@@ -243,7 +243,7 @@ def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
 @each_cell
 def test_persistent_blocks_come_in_one_wave(cell: Cell, found: Measurement) -> None:
     chip, work = cell
-    if isinstance(chip, Gpu) and work.op == "backward":
+    if isinstance(chip, Gpu) and work.op == "backward" and work.own != "sample":
         assert found.resident is not None
         assert found.blocks <= found.resident * chip.core_count
 

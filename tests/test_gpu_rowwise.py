@@ -339,6 +339,25 @@ def test_a_backward_fills_the_device(
     assert blocks * config.cluster >= 128
 
 
+@pytest.mark.parametrize(
+    ("examples", "rows", "expected"),
+    [
+        (1, 65536, 396),  # all that are resident
+        (2, 4096, 128),  # of 32 rows each
+        (64, 256, 6),  # 384, of 396 that are resident
+        (100, 1024, 5),  # with 3 some multiprocessors had 3 and some 2
+        (271, 256, 4),
+        (133, 256, 8),  # it gets no better
+        (264, 256, 1),
+        (10000, 32, 1),
+    ],
+)
+def test_blocks_of_examples_are_even(examples: int, rows: int, expected: int) -> None:
+    config = rowwise.configure(1152, 2, per_lane=16, of_long=16, in_warp=512)
+    _, _, blocks = rowwise._grid(config, rows, examples, 132, 384)
+    assert blocks == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("features", [8, 64, 256, 512, 1024, 4096])
 def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:

@@ -1055,7 +1055,10 @@ def _grid(
 
     As many blocks as are resident, of `threads` a multiprocessor. Fewer where that
     would leave a block less than 32 rows, whose partial sums would be over a tenth of
-    what it moves; but no multiprocessor goes without work.
+    what it moves; but no multiprocessor goes without work. A block has one example's
+    rows: more than are resident where the busiest multiprocessor would have over a
+    tenth more of them than the mean. Of DiT-XL/2's 271 samples, a block each, some of
+    132 have three and most two; in four blocks each they have nine and eight.
     """
     tile = min(config.rows, power_of_two(rows))
     tiles = rows // tile
@@ -1063,8 +1066,20 @@ def _grid(
     assert threads >= block, "no block of the grid would be resident"
     resident = processors * (threads // block)
     least = pl.cdiv(processors, examples)
-    blocks = min(resident // examples, max(rows // 32, least)) // config.cluster
-    return tile, tiles, max(min(blocks, tiles), 1)
+    most = max(min(max(rows // 32, least) // config.cluster, tiles), 1)
+    blocks = max(min(resident // config.cluster // examples, most), 1)
+    if examples > 1:
+        clusters = processors // config.cluster
+
+        def busiest(blocks: int) -> float:
+            """Times the mean."""
+            mean = examples * blocks / clusters
+            return math.ceil(mean) / mean
+
+        choices = range(blocks, most + 1)
+        even = [count for count in choices if busiest(count) <= 1.1]
+        blocks = even[0] if even else min(choices, key=busiest)
+    return tile, tiles, blocks
 
 
 def _launch(
