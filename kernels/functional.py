@@ -22,7 +22,8 @@ calls the op of `kernels/norm.py`. What they share:
     distance from 1, which weight decay then pulls to 1. ValueError without a scale.
   residual: an array of x's shape. In `layer_norm` and `rms_norm` it is added before,
     as pre-norm transformers do: h = x + residual is what is normalized, rounded to the
-    dtype that the two promote to, and returned behind y: `y, h = ...`. A kernel adds
+    dtype that the two promote to (integers of x are floats by then), and returned
+    behind y: `y, h = ...`. A kernel adds
     them as it reads them, and backward adds dx to the cotangent of h. In the others it
     is added behind, as in a ResNet: y = act(norm(x) + residual), in float32.
 

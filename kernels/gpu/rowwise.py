@@ -172,16 +172,15 @@ def share(
 def columns_of_long(features: int, more: int) -> int:
     """That a lane of a forward should hold, of a row that takes whole warpgroups.
 
-    As many as its registers have room for: the fewer threads hold a row, the fewer
-    registers go to what each has of its own, and the more rows are on their way. By the
-    compiled code's registers, blocks of an H100's multiprocessor and their loads, with
-    64 columns at most and with these, in bfloat16:
+    A warpgroup holds as many as its registers have room for: the fewer threads hold a
+    row, the fewer registers go to what each has of its own, and the more rows are on
+    their way. By the compiled code's registers, blocks of an H100's multiprocessor and
+    their loads, with 64 columns at most and with these, in bfloat16:
 
         LayerNorm of 12288      2 of 24 KB    3 of 24 KB
         RMSNorm of 12288        2 of 24 KB    4 of 24 KB
         LayerNorm of 15360      1 of 30 KB    3 of 30 KB
         LayerNorm of 20480      1 of 40 KB    2 of 40 KB
-        RMSNorm of 40960        1 of 40 KB    1 of 80 KB, and no cluster
 
     Not measured on a chip; what few loads in flight cost is: see `forward`.
 
@@ -190,8 +189,7 @@ def columns_of_long(features: int, more: int) -> int:
       more: how many arrays of x's size are read beside x.
     """
     columns = (160, 96, 64)[min(more, 2)]
-    # 4 warpgroups have 128 registers a thread, half as many as one or two.
-    return columns if features <= 2 * WARPS * LANES * columns else 64
+    return columns if features <= WARPS * LANES * columns else 64
 
 
 @dataclasses.dataclass(frozen=True)
