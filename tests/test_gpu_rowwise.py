@@ -226,7 +226,9 @@ def test_sums_in_shared_memory_spare_a_cluster(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-@pytest.mark.parametrize("features", [3, 7, 127, 5120, 13824, 65512, *FEATURES])
+@pytest.mark.parametrize(
+    "features", [3, 7, 127, 5120, 9216, 13824, 16384, 20480, 65512, *FEATURES]
+)
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_gpu_values_and_gradients(
     kind: str, features: int, mix: tuple[str, str, str]
