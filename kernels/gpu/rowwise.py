@@ -260,9 +260,11 @@ class Config:
         """What the row's length led to."""
         if not self.long:
             return f"{self.lanes} lanes hold a row, whose sums need no barrier"
-        threads = f"{self.parts} warpgroup{'s' if self.parts > 1 else ''}"
+        hold = "a warpgroup holds"
+        if self.parts > 1:
+            hold = f"{self.parts} warpgroups hold"
         where = "device" if self.cluster > 1 else "shared"
-        return f"{threads} hold a row, whose sums meet in {where} memory"
+        return f"{hold} a row, whose sums meet in {where} memory"
 
 
 def configure(
