@@ -43,7 +43,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fusednorm.kernels import norm as op
-from fusednorm.reference import ACTIVATIONS, Norm, each_its_own
+from fusednorm.reference import ACTIVATIONS, Norm, at_least_float32, each_its_own
 
 Axes = int | Iterable[int]
 Maybe = ArrayLike | None
@@ -517,7 +517,7 @@ def _promote(
         )
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         # From NumPy's integers directly: those of 64 bits may not fit jax's.
-        return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)), dtype
+        return jnp.asarray(x, at_least_float32(dtype)), dtype
     return jnp.asarray(x), dtype
 
 

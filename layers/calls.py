@@ -146,9 +146,8 @@ class _Content:
         return cls(node, *jax.tree.flatten(value))
 
     def is_still(self, now: Self) -> bool:
-        if self.tree != now.tree or len(self.leaves) != len(now.leaves):
-            return False
-        return all(map(operator.is_, self.leaves, now.leaves))
+        same = all(map(operator.is_, self.leaves, now.leaves))
+        return same and self.tree == now.tree
 
 
 def _contents(nodes: Any) -> dict[Any, _Content]:

@@ -83,10 +83,7 @@ class Norm:
     @property
     def compute_dtype(self) -> jnp.dtype:
         """Dtype of the arithmetic and the statistics: `dtype`, float32 at least."""
-        if self.dtype.itemsize == 1:  # float8, which jax promotes to nothing by itself
-            return jnp.dtype("float32")
-        # jax's may be told to promote nothing.
-        return np.promote_types(self.dtype, np.float32)
+        return at_least_float32(self.dtype)
 
     def weight(self, scale: Any) -> Any:
         """scale + scale_offset, of a scale in `compute_dtype`."""
@@ -108,6 +105,14 @@ class Norm:
             reduction_axes=tuple(axis + new_axes for axis in self.reduction_axes),
             feature_axes=tuple(axis + new_axes for axis in self.feature_axes),
         )
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of arithmetic on floats or complex numbers of a dtype."""
+    # jax promotes float8 to nothing by itself, and may be told to promote nothing.
+    if dtype.itemsize == 1:
+        return jnp.dtype("float32")
+    return np.promote_types(dtype, np.float32)
 
 
 # --- statistics and what they are of --------------------------------------------------

@@ -65,9 +65,10 @@ RAGGED = [
         f"{rows}x{features}", nnx.LayerNorm, (rows, features), "bfloat16"
     )
 ]
-# A row on a cluster of blocks, which meet in device memory: of parts that are alike, of
-# parts that end in narrower chunks, and with a last one that is shorter (of 512 rows it
-# spills 12 bytes). And of an odd number of features, no two of which come in one load.
+# A row on four warpgroups, or on a cluster of blocks, which meet in device memory: of
+# parts that are alike, of parts that end in narrower chunks, and with a last one that
+# is shorter (of 512 rows it spills 12 bytes). And of an odd number of features, no two
+# of which come in one load.
 WIDE = [
     workload
     for rows, features in (
@@ -243,9 +244,12 @@ def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
 @each_cell
 def test_persistent_blocks_come_in_one_wave(cell: Cell, found: Measurement) -> None:
     chip, work = cell
-    if isinstance(chip, Gpu) and work.op == "backward" and work.own != "sample":
+    if isinstance(chip, Gpu) and work.op == "backward":
         assert found.resident is not None
-        assert found.blocks <= found.resident * chip.core_count
+        mean = found.blocks / chip.core_count
+        # More are for samples that would come out uneven.
+        even = work.own == "sample" and math.ceil(mean) <= 1.1 * mean
+        assert mean <= found.resident or even
 
 
 @each_cell

@@ -1192,8 +1192,10 @@ def test_strict_dtype_promotion(name: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_strict_dtype_promotion_of_running_averages(dtype: str) -> None:
     theirs, ours = pair("BatchNorm", dtype=dtype, use_running_average=True)
+    integers = np.ones(SHAPE, np.int32)
     with jax.numpy_dtype_promotion("strict"):
-        assert theirs(data()).dtype == dtype
+        for x in (data(), integers):
+            assert theirs(x).dtype == ours(x).dtype == dtype
         found = outputs_and_gradients(ours, data())
     expected = outputs_and_gradients(ours, data())
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -63,9 +63,11 @@ MAX_FEATURES = 65536
 # XLA does.
 IN_A_ROW = 16
 
-# Of shared memory, that `Share.shared` takes: the sums of dscale and dbias, in two
-# levels, of the 12288 features of a block; RMSNorm's have 16384, and no dbias.
-SUMS_BYTES = 2 * 2 * 4 * 12288 + 1024
+# Of shared memory: the sums of dscale and dbias, in two levels, of the 12288 features
+# of a block (RMSNorm's have 16384, and no dbias); and barriers, and where the sums of
+# rows meet.
+SUMS_BYTES = 2 * 2 * 4 * 12288
+OTHER_BYTES = 1024
 
 
 # --- how the work is cut --------------------------------------------------------------
@@ -141,10 +143,11 @@ def share(
       shared: bytes of shared memory of a block.
     """
     narrow = itemsize == 2
-    if features > 8192 and shared >= SUMS_BYTES:
+    room = shared - OTHER_BYTES
+    if features > 8192 and room >= SUMS_BYTES:
         ahead = 0 if slopes or own or not narrow else 28 if beside else 32
         columns = 24 if center else 32
-        return Share(columns=columns, threads=512, ahead=ahead, shared=shared - 1024)
+        return Share(columns=columns, threads=512, ahead=ahead, shared=room)
     beside = beside or own
     if slopes:  # 384 threads are no block of the 4 warpgroups of a long row
         many = 384 if beside and features <= 2048 else 512
@@ -932,10 +935,10 @@ class Totals:
             self._add(_in_a_row(name), more[name])
         return carried
 
-    def end(self, carried: Any) -> dict[str, Sequence[jax.Array]]:
+    def end(self, carried: dict[str, Any]) -> dict[str, Sequence[jax.Array]]:
         """Sums of the tiles in a row."""
         if not self.shared:
-            return dict(carried)
+            return carried
         return {name: self.part.kept(_in_a_row(name)) for name in self.names}
 
     @property
@@ -1071,7 +1074,7 @@ def _grid(
     most = max(min(max(rows // 32, least) // config.cluster, tiles), 1)
     blocks = max(min(resident // config.cluster // examples, most), 1)
     if examples > 1:
-        clusters = processors // config.cluster
+        clusters = max(processors // config.cluster, 1)
 
         def busiest(blocks: int) -> float:
             """Times the mean."""
@@ -1079,8 +1082,8 @@ def _grid(
             return math.ceil(mean) / mean
 
         choices = range(blocks, most + 1)
-        even = [count for count in choices if busiest(count) <= 1.1]
-        blocks = even[0] if even else min(choices, key=busiest)
+        even = (count for count in choices if busiest(count) <= 1.1)
+        blocks = next(even, None) or min(choices, key=busiest)
     return tile, tiles, blocks
 
 
@@ -1158,21 +1161,22 @@ def _share_out(
     features: int, itemsize: int, *, shared: int, **kind: bool
 ) -> tuple[Share, Config]:
     """How a backward's work is shared out and cut; for the arguments see `share`."""
-    shared_out = share(features, itemsize, shared=shared, **kind)
-    columns = shared_out.columns
-    # Mosaic adds up rows over warps by 4 columns a lane at most; and in shared memory
-    # 16 bytes a lane, side by side, meet in no bank.
-    four = features <= LANES * columns or shared_out.shared > 0
-    config = configure(
-        features,
-        4 if four else itemsize,
-        per_lane=columns,
-        of_long=columns if features <= MAX_FEATURES // 2 or shared_out.shared else 16,
-        in_warp=LANES * columns,
-    )
-    if shared_out.shared and not _in_lines(config):
-        return _share_out(features, itemsize, shared=0, **kind)
-    return shared_out, config
+    for room in (shared, 0):
+        shared_out = share(features, itemsize, shared=room, **kind)
+        in_shared, columns = shared_out.shared > 0, shared_out.columns
+        # Mosaic adds up rows over warps by 4 columns a lane at most; and in shared
+        # memory 16 bytes a lane, side by side, meet in no bank.
+        four = features <= LANES * columns or in_shared
+        config = configure(
+            features,
+            4 if four else itemsize,
+            per_lane=columns,
+            of_long=columns if features <= MAX_FEATURES // 2 or in_shared else 16,
+            in_warp=LANES * columns,
+        )
+        if not in_shared or _in_lines(config):
+            return shared_out, config
+    raise ValueError(f"{features} features: a lane's shared memory is one column wide")
 
 
 # --- which calls they take ------------------------------------------------------------
