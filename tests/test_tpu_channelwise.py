@@ -192,14 +192,26 @@ def planned(call: Call) -> channelwise.Launch:
     ("channels", "group"),
     [(40, 10), (320, 10), (96, 32), (260, 26), (384, 128), (77, 11), (1024, 256)],
 )
-def test_sums_of_groups(channels: int, group: int, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("down", [False, True], ids=["lanes", "sublanes"])
+def test_sums_of_groups(
+    channels: int, group: int, down: bool, monkeypatch: Any
+) -> None:
     """Each its own: NaN and infinity stay there, also those beyond the channels."""
     monkeypatch.setattr(pixels.pltpu, "roll", jnp.roll)
-    lanes = memory.round_up(channels, memory.LANES)
-    value = np.full((2, lanes), np.nan, np.float32)
+    tile = memory.SUBLANES if down else memory.LANES
+    value = np.full((2, memory.round_up(channels, tile)), np.nan, np.float32)
     value[:, :channels] = np.random.default_rng(0).normal(size=(2, channels))
     value[0, group], value[1, 2 * group + group - 1] = np.inf, np.nan
-    found = np.asarray(pixels.sum_groups(jnp.asarray(value), channels, group))
+    each = value
+    if down:  # the same in all lanes
+        each = np.repeat(value[:, :, None], memory.LANES, 2)
+    found = np.asarray(pixels.sum_groups(jnp.asarray(each), channels, group))
+    if down:
+        first = found[:, :, 0]
+        np.testing.assert_array_equal(
+            found, np.repeat(first[..., None], memory.LANES, 2)
+        )
+        found = first
     truth = value[:, :channels].astype(np.float64).reshape(2, -1, group).sum(-1)
     truth = np.repeat(truth, group, 1)
     assert np.isnan(truth).any()

@@ -95,7 +95,7 @@ COPIED = (
     "would be copied around a kernel, which fusednorm.use_backend('mosaic_tpu') runs"
 )
 
-SPILLED = 8  # values of a unit's places that lie in VMEM while it is completed
+SPILLED = 8  # values of a unit's channels that lie in VMEM while it is completed
 OTHER_BYTES = 2**20  # of VMEM: parameters, statistics, and what Mosaic has itself
 # What registers spill comes on top, and is in no plan's sum: a plan has three quarters
 # of VMEM, and the rest, 4 MiB at least, has room for it. It is up to 1.9 MiB (forward
@@ -115,7 +115,7 @@ def _forward_kernel(
     var_ref: Any,  # likewise
     kept_x: Any,  # the blocks of a unit, or None
     seen: Any,  # [3, unit, *places] float32: count, mean, sum of squares about it
-    found: Any,  # [3, unit, *places] float32: mean, rstd * scale, bias
+    found: Any,  # [3, unit, *values] float32: mean, rstd * scale, bias
     *,
     cut: AnyCut,
     center: bool,
@@ -135,7 +135,7 @@ def _forward_kernel(
 
             return _add_chunks(cut, before, map(read, chunks), rows, center)
 
-        at = sample, *cut.of_tile(tile)
+        at = cut.places_at(sample, tile)
         zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
         first = zero
         if center:  # near enough to the mean
@@ -143,19 +143,23 @@ def _forward_kernel(
             left = cut.rows - block[1] * cut.block_rows
             first = jnp.where(cut.first_places(left), first[0, 0], 0)
         of_block = cut.over_chunks(block, step, (zero, first, zero))
-        before = tuple(seen[i, *at] for i in range(3))
-        for i, value in enumerate(_merge(before, of_block)):
+        if cut.blocks > 1:
+            of_block = _merge(tuple(seen[i, *at] for i in range(3)), of_block)
+        for i, value in enumerate(of_block):
             seen[i, *at] = value
 
     def complete(_: Any) -> None:
-        count, of_place, m2 = (seen[i] for i in range(3))
+        means, m2s = (functools.partial(cut.by_place, seen.at[i]) for i in (1, 2))
         if center:
-            mean = cut.meet(count * of_place) * (1 / cut.pixels)
-            apart = of_place - cut.spread(mean)
-            m2 = cut.meet(m2 + count * apart * apart)
+            of_places = zip(cut.counts, means(), strict=True)
+            mean = cut.meet(n * mean for n, mean in of_places) * (1 / cut.pixels)
+            m2 = cut.meet(
+                m2 + n * ((of_place - mean) * (of_place - mean))
+                for n, of_place, m2 in zip(cut.counts, means(), m2s(), strict=True)
+            )
             mean, m2 = cut.merge_groups(mean, m2)
         else:
-            m2 = cut.sum_groups(cut.meet(m2))
+            m2 = cut.sum_groups(cut.meet(m2s()))
         var = m2 * (1 / (cut.pixels * cut.group))
         if mean_ref is not None:
             mean_ref[...] = cut.to_row(mean)
@@ -163,12 +167,12 @@ def _forward_kernel(
             var_ref[...] = cut.to_row(var)
         if y_ref is not None:
             if center:
-                found[0] = cut.spread(mean)
+                cut.keep(found.at[0], mean)
             rstd = lax.rsqrt(var + epsilon)
             _keep_affine(cut, found, 1, rstd, scale_ref, bias_ref, weight)
 
     def normalize(block: Block, sample: Any, tile: Any) -> None:
-        at = sample, *cut.of_tile(tile)
+        at = cut.values_at(sample, tile)
         source = x_ref if kept_x is None else kept_x.at[cut.number(block)]
 
         def step(chunks: Any, _: int, __: None) -> None:
@@ -258,10 +262,10 @@ def _backward_kernel(
     c2_ref: Any,  # likewise: mean(w)
     kept_dy: Any,  # the blocks of a unit, of dz if there is a shortcut; or None
     kept_x: Any,  # likewise, of x
-    center_at: Any,  # [unit, *places] float32: the mean of what is added up; or None
-    affine_at: Any,  # [2, unit, *places] float32: factor and bias of z; or None
+    center_at: Any,  # [unit, *values] float32: the mean of what is added up; or None
+    affine_at: Any,  # [2, unit, *values] float32: factor and bias of z; or None
     seen: Any,  # [2, unit, *places] float32: sum(dz * (x - mean)), sum(dz)
-    found: Any,  # [4, or 6, unit, *places] float32: mean, the factors of dx, affine_at
+    found: Any,  # [4, or 6, unit, *values] float32: mean, the factors of dx, affine_at
     *,
     cut: AnyCut,
     epsilon: float,
@@ -273,7 +277,7 @@ def _backward_kernel(
 
     def begin() -> None:
         if center:
-            center_at[...] = cut.spread(cut.from_row(mean_ref[...]))
+            cut.keep(center_at, cut.from_row(mean_ref[...]))
         if affine_at is not None:
             rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
             _keep_affine(cut, affine_at, 0, rstd, scale_ref, bias_ref, weight)
@@ -293,7 +297,7 @@ def _backward_kernel(
         return dy * slope(activation, z)
 
     def add_up(block: Block, sample: Any, tile: Any) -> None:
-        at = sample, *cut.of_tile(tile)
+        at = cut.values_at(sample, tile)
         mean = center_at[at] if center else None
         affine = None if affine_at is None else (affine_at[0, *at], affine_at[1, *at])
 
@@ -324,11 +328,13 @@ def _backward_kernel(
 
         zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
         for i, value in enumerate(cut.over_chunks(block, step, [zero, zero])):
-            seen[i, *at] += value
+            place = i, *cut.places_at(sample, tile)
+            seen[place] = value if cut.blocks == 1 else seen[place] + value
 
     def complete(unit: Any) -> None:
         rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
-        dscale, dbias = cut.meet(seen[0]) * rstd, cut.meet(seen[1])
+        dscale, dbias = (cut.meet(cut.by_place(seen.at[i])) for i in range(2))
+        dscale = dscale * rstd
         for ref, value in ((dscale_ref, dscale), (dbias_ref, dbias)):
             if ref is not None:
                 _add_samples(cut, unit, ref, cut.to_row(value))
@@ -344,14 +350,14 @@ def _backward_kernel(
         if dx_ref is not None:
             if center:
                 found[0] = center_at[...]
-                found[3] = cut.spread(rstd * c2)
-            found[1] = cut.spread(rstd * scale)
-            found[2] = cut.spread(rstd * rstd * c1)
+                cut.keep(found.at[3], rstd * c2)
+            cut.keep(found.at[1], rstd * scale)
+            cut.keep(found.at[2], rstd * rstd * c1)
             if affine_at is not None:
                 found[4], found[5] = affine_at[0], affine_at[1]
 
     def store_dx(block: Block, sample: Any, tile: Any) -> None:
-        at = sample, *cut.of_tile(tile)
+        at = cut.values_at(sample, tile)
         from_x = x_ref if kept_x is None else kept_x.at[cut.number(block)]
         from_dy = dy_ref if kept_dy is None else kept_dy.at[cut.number(block)]
 
@@ -411,10 +417,9 @@ def _keep_affine(
     factor = rstd
     if scale_ref is not None:
         factor = factor * weight(cut.from_row(memory.load(scale_ref)))
-    kept[first] = cut.spread(factor)
+    cut.keep(kept.at[first], factor)
     if bias_ref is not None:
-        bias = cut.from_row(memory.load(bias_ref))
-        kept[first + 1] = jnp.broadcast_to(cut.spread(bias), kept.shape[1:])
+        cut.keep(kept.at[first + 1], cut.from_row(memory.load(bias_ref)))
 
 
 def _for_each_unit(
@@ -431,7 +436,7 @@ def _for_each_unit(
 
     Args:
       cut: how the array is cut.
-      seen: scratch that is zero before a unit's first block.
+      seen: scratch for a unit's sums, zero before the first of several blocks.
       add_up: (block, sample, tile), for each of the unit's.
       complete: (unit), once all are added up.
       finish: (block, sample, tile), for each of a unit that is complete; or None.
@@ -458,7 +463,8 @@ def _for_each_unit(
     def gather() -> None:
         @pl.when(number == 0)
         def _() -> None:
-            seen[...] = jnp.zeros_like(seen)
+            if cut.blocks > 1:
+                seen[...] = jnp.zeros_like(seen)
             if begin is not None:
                 begin()
 
@@ -563,7 +569,6 @@ class Launch:
         beside = None if shortcut is None else self._to_view(shortcut)
         y = memory.result(x, cut.view, norm.dtype) if whole else None
         statistic = self._of_channels_like(x) if statistics else None
-        places = pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32)
         return self._pallas_call(
             functools.partial(
                 _forward_kernel,
@@ -587,7 +592,10 @@ class Launch:
             ],
             finished=[beside, y],
             kept=[x.dtype],
-            scratch=[places, places if whole else None],
+            scratch=[
+                pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32),
+                self._values(3) if whole else None,
+            ],
         )
 
     def backward(
@@ -694,9 +702,6 @@ class Launch:
         if (dtype := _dz_dtype(self.call, whole=self.whole)) is not None:
             dz = memory.result(x, cut.view, dtype)
 
-        def places(count: int) -> Any:
-            return pltpu.VMEM((count, cut.unit, *cut.places), jnp.float32)
-
         dx, dz, dscale, dbias, c1, c2 = self._pallas_call(
             functools.partial(
                 _backward_kernel,
@@ -726,12 +731,10 @@ class Launch:
             finished=[dx],
             kept=[self.call.dy_kept, x.dtype],
             scratch=[
-                pltpu.VMEM((cut.unit, *cut.places), jnp.float32)
-                if norm.center
-                else None,
-                places(2) if slopes else None,
-                places(2),
-                places(4 + 2 * slopes) if self.whole else None,
+                self._values() if norm.center else None,
+                self._values(2) if slopes else None,
+                pltpu.VMEM((2, cut.unit, *cut.places), jnp.float32),
+                self._values(4 + 2 * slopes) if self.whole else None,
             ],
         )
         params = map(self._of_params, (dscale, dbias))
@@ -824,6 +827,10 @@ class Launch:
     def _from_view(self, array: jax.Array) -> jax.Array:
         shape = [self.call.x.shape[axis] for axis in self.order]
         return lax.transpose(array.reshape(shape), inverse(self.order))
+
+    def _values(self, *count: int) -> Any:
+        """Scratch for what the channels of a unit have."""
+        return pltpu.VMEM((*count, self.cut.unit, *self.cut.values), jnp.float32)
 
     def _of_channels_like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
         cut = self.cut
@@ -1101,9 +1108,10 @@ def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
     if whole and cut.blocks > 1:
         kept = call.x.dtype.itemsize + (0 if call.dy is None else call.dy_kept.itemsize)
         need += cut.blocks * block * kept
-    places = cut.unit * math.prod(cut.places) * 4
     # Scratch, and the values of `complete`, of which registers hold few.
-    need += (7 + 4 * call.slopes + SPILLED) * places
+    places = cut.unit * math.prod(cut.places) * 4
+    values = cut.unit * math.prod(cut.values) * 4
+    need += 3 * places + (5 + 4 * call.slopes + SPILLED) * values
     return need + OTHER_BYTES
 
 
