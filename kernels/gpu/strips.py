@@ -94,9 +94,9 @@ class Config:
         """Lines that a lane loads before it looks at the first: 64 to 128 bytes of each
         array.
 
-        With 512 threads or more on an SM these are 32 to 64 KB in flight, where
-        bandwidth times latency wants 18 (H100: 3.35 TB/s * 700 ns / 132) to 25 KB
-        (H200).
+        All blocks of an SM, 384 to 768 threads in the benchmark's cases, then have 30
+        to 192 KB in flight (compiled for an H100), where bandwidth times latency wants
+        18 (H100: 3.35 TB/s * 700 ns / 132) to 25 KB (H200).
         """
         return max(self.at_once // sum(chunk.vector for chunk in self.chunks), 1)
 
