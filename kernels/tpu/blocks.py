@@ -767,6 +767,8 @@ class DownSublanes(Chunks):
 
     # --- chunks ---
 
+    turn_registers = 168  # that the chunks of one turn of the loop would fill
+
     @property
     def together(self) -> int:
         """Chunks that one turn of the loop does: small ones wait for their sums
@@ -779,7 +781,7 @@ class DownSublanes(Chunks):
         registers = self.sublanes // SUBLANES * (self.chunk_rows // LANES)
         of_slab = pl.cdiv(min(self.rows, self.block_rows), self.chunk_rows)
         chunks = of_slab * min(self.slabs, self.block_slabs)
-        most = max(min(chunks, 168 // registers), 1)
+        most = max(min(chunks, self.turn_registers // registers), 1)
         even = max(n for n in range(1, most + 1) if chunks % n == 0)
         return even if 2 * even > most else most
 
@@ -847,6 +849,9 @@ class Turned(DownSublanes):
     features: bfloat16 1.26 forward, 1.07 backward instead of 2.25 and 2.12; float32
     0.64, 0.66 instead of 1.15 and 1.10.
     """
+
+    # One chunk is transposed while another is computed.
+    turn_registers = 512
 
     @property
     def view(self) -> tuple[int, int, int, int]:
