@@ -172,7 +172,7 @@ def _forward_kernel(
             _keep_affine(cut, found, 1, rstd, scale_ref, bias_ref, weight)
 
     def normalize(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.values_at(sample, tile)
+        at = cut.places_at(sample, tile)
         source = x_ref if kept_x is None else kept_x.at[cut.number(block)]
 
         def step(chunks: Any, _: int, __: None) -> None:
@@ -297,7 +297,7 @@ def _backward_kernel(
         return dy * slope(activation, z)
 
     def add_up(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.values_at(sample, tile)
+        at = cut.places_at(sample, tile)
         mean = center_at[at] if center else None
         affine = None if affine_at is None else (affine_at[0, *at], affine_at[1, *at])
 
@@ -328,8 +328,7 @@ def _backward_kernel(
 
         zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
         for i, value in enumerate(cut.over_chunks(block, step, [zero, zero])):
-            place = i, *cut.places_at(sample, tile)
-            seen[place] = value if cut.blocks == 1 else seen[place] + value
+            seen[i, *at] = value if cut.blocks == 1 else seen[i, *at] + value
 
     def complete(unit: Any) -> None:
         rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
@@ -357,7 +356,7 @@ def _backward_kernel(
                 found[4], found[5] = affine_at[0], affine_at[1]
 
     def store_dx(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.values_at(sample, tile)
+        at = cut.places_at(sample, tile)
         from_x = x_ref if kept_x is None else kept_x.at[cut.number(block)]
         from_dy = dy_ref if kept_dy is None else kept_dy.at[cut.number(block)]
 

@@ -441,7 +441,7 @@ class AcrossLanes(Cut):
         return chunk.reshape(self.chunk_slabs, self.chunk_rows, self.chunk_channels)
 
     def places_at(self, sample: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in [unit, *places] a chunk's are."""
+        """Where in [unit, *places], or [unit, *values], a chunk's are."""
         return sample, slice(None), _slice(tile, self.chunk_channels)
 
     # What channels have, of each sample: [unit, lanes].
@@ -449,10 +449,6 @@ class AcrossLanes(Cut):
     @property
     def values(self) -> tuple[int, ...]:
         return 1, self.lanes
-
-    def values_at(self, sample: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in [unit, *values] those are that each place of a chunk gets."""
-        return self.places_at(sample, tile)
 
     def keep(self, values_ref: Any, value: jax.Array) -> None:
         """[unit, *values] = of channels."""
@@ -518,7 +514,7 @@ class DownSublanes(Cut):
         return jnp.concatenate([chunk[:, i] for i in range(chunk.shape[1])], -1)
 
     def places_at(self, sample: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in [unit, *places] a chunk's are."""
+        """Where in [unit, *places], or [unit, *values], a chunk's are."""
         return sample, _slice(tile, self.chunk_channels), slice(None)
 
     # What channels have, of each sample: [unit, sublanes, LANES], each number in all
@@ -527,10 +523,6 @@ class DownSublanes(Cut):
     @property
     def values(self) -> tuple[int, ...]:
         return self.places
-
-    def values_at(self, sample: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in [unit, *values] those are that each place of a chunk gets."""
-        return self.places_at(sample, tile)
 
     def keep(self, values_ref: Any, value: jax.Array) -> None:
         """[unit, *values] = of channels."""
@@ -597,7 +589,7 @@ def sum_groups(value: jax.Array, channels: int, group: int) -> jax.Array:
     """
     if group == 1:
         return value
-    if group == channels or group >= LEAST_SUMMED:
+    if _is_summed(channels, group):
         return _sums(value, channels, group)
     for width, count in _windows(group):
         value = _add(_neighbours(value, width, count, ahead=True))
@@ -616,7 +608,7 @@ def merge_groups(
       channels: how many are none.
       group: channels of a group.
     """
-    if group in (1, channels) or group >= LEAST_SUMMED:
+    if group == 1 or _is_summed(channels, group):
         total = sum_groups(mean, channels, group) * (1 / group)
         apart = mean - total
         return total, sum_groups(m2 + apart * apart * pixels, channels, group)
@@ -628,6 +620,11 @@ def merge_groups(
         m2 = _add(_neighbours(m2, width, count, ahead=True))
         m2 = m2 + apart * (width * pixels)
     return _from_first(mean, channels, group), _from_first(m2, channels, group)
+
+
+def _is_summed(channels: int, group: int) -> bool:
+    """Whether each group's sum is taken by itself."""
+    return group == channels or group >= LEAST_SUMMED
 
 
 def _sums(value: jax.Array, channels: int, group: int) -> jax.Array:
