@@ -44,8 +44,9 @@ import dataclasses
 import functools
 import math
 import re
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +77,12 @@ _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 # What XLA does to an array where it is read.
 _WIDENING = (lax.broadcast_in_dim_p, lax.convert_element_type_p)
 
+# What was made of a jaxpr, as long as it lives: joined, None where nothing was; and of
+# a jitted norm's, by the parameters of the norm inside. JAX finds compiled code again
+# by the very jaxpr, which its cache returns for each function and shapes seen before.
+_joined: MutableMapping[Any, Any] = weakref.WeakKeyDictionary()
+_norms: MutableMapping[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
 
 def join(program: Any) -> Any:
     """The same jaxpr, with what stands around the norms inside them.
@@ -88,10 +95,7 @@ def join(program: Any) -> Any:
 
 
 class _Joiner:
-    """Joins each jaxpr once: those that a program holds twice, it still shares."""
-
     def __init__(self) -> None:
-        self._joined: dict[int, tuple[Any, Any]] = {}
         self._patterns: dict[Any, list[tuple[str, Jaxpr]]] = {}
 
     def __call__(self, value: Any) -> Any:
@@ -102,15 +106,16 @@ class _Joiner:
             return joined if changed else value
         if not isinstance(value, (Jaxpr, ClosedJaxpr)):
             return value
-        if id(value) not in self._joined:  # with the key's object, that it lives on
+        if value not in _joined:
             if isinstance(value, Jaxpr):
                 now = self._open(value)
             else:
                 inner = self(value.jaxpr)
                 same = inner is value.jaxpr
                 now = value if same else value.replace(jaxpr=inner)
-            self._joined[id(value)] = (value, now)
-        return self._joined[id(value)][1]
+            _joined[value] = None if now is value else now
+        now = _joined[value]
+        return value if now is None else now
 
     def _open(self, jaxpr: Jaxpr) -> Jaxpr:
         eqns = [self._inside(eqn) for eqn in jaxpr.eqns]
@@ -216,18 +221,10 @@ def _with_inside(
     names inside and outside.
     """
     closed = eqn.params["jaxpr"]
-    body = closed.jaxpr
-    if added:
-        more = [inside for inside, _ in added]
-        unnamed = body.debug_info._replace(arg_names=None)
-        body = body.replace(invars=[*body.invars, *more], debug_info=unnamed)
-    if len(inner.outvars) > len(body.outvars):
-        unnamed = body.debug_info._replace(result_paths=None)
-        body = body.replace(outvars=list(inner.outvars), debug_info=unnamed)
-    body = body.replace(eqns=[inner])
-    if not isinstance(closed, Jaxpr):
-        body = closed.replace(jaxpr=body)
-    params = eqn.params | {"jaxpr": body}
+    of_norms, key = _norms.setdefault(closed, {}), frozenset(inner.params.items())
+    if key not in of_norms:
+        of_norms[key] = _body(closed, inner, [inside for inside, _ in added])
+    params = eqn.params | {"jaxpr": of_norms[key]}
     for name in ("out_shardings", "out_layouts"):
         first, *others = params[name]
         copies = [first] * (len(outvars) - len(eqn.outvars))
@@ -236,6 +233,19 @@ def _with_inside(
         params[name] = (*params[name], *params[name][:1] * len(added))
     operands = [*eqn.invars, *(outside for _, outside in added)]
     return eqn.replace(params=params, invars=operands, outvars=outvars)
+
+
+def _body(closed: Any, inner: JaxprEqn, more: Sequence[Var]) -> Any:
+    """A jitted norm's jaxpr, with another norm and more operands."""
+    body = closed.jaxpr
+    if more:
+        unnamed = body.debug_info._replace(arg_names=None)
+        body = body.replace(invars=[*body.invars, *more], debug_info=unnamed)
+    if len(inner.outvars) > len(body.outvars):
+        unnamed = body.debug_info._replace(result_paths=None)
+        body = body.replace(outvars=list(inner.outvars), debug_info=unnamed)
+    body = body.replace(eqns=[inner])
+    return body if isinstance(closed, Jaxpr) else closed.replace(jaxpr=body)
 
 
 def _with_residuals(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:

@@ -40,8 +40,8 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     takes into a product before it (`residual=` adds it in the norm).
 
     Wrap the forward pass and differentiate the result: a derivative taken inside of
-    `fn` uses the norm's output a second time. Each call traces `fn`, and outside of
-    a jitted function compiles its parts anew: call it inside of one.
+    `fn` uses the norm's output a second time. Each call traces `fn`: call it inside
+    of a jitted function, which does so once.
 
     Args:
       fn: a model or its method, or any function that calls some; it decorates methods

@@ -1,6 +1,7 @@
 """fuse_neighbours: what around a norm goes into it, and that nothing else does."""
 
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -902,6 +903,36 @@ def test_touches_no_variable_that_the_call_leaves_alone() -> None:
         return fusednorm.fuse_neighbours(layer)(x)
 
     assert_agrees(call(data()), layer(data()))
+
+
+def test_outside_of_jit_nothing_is_compiled_twice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not what is joined, forward or backward, in a jitted part neither; and what was
+    joined for a program goes with it."""
+
+    part = jax.jit(lambda x: nnx.relu(norm(x) + x))
+
+    def block(x: jax.Array) -> jax.Array:
+        return x + nnx.silu(norm(x)) + part(x)
+
+    def gradient(x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: (forward(x) ** 2).mean())(x)
+
+    forward = fusednorm.fuse_neighbours(block)
+    x = data(SHAPE)
+    assert behind(forward, x) == ["silu", "+ relu"]
+    first = forward(x), gradient(x)
+    gc.collect()
+    kept = len(neighbours._joined), len(neighbours._norms)
+    with jax.log_compiles():
+        again = forward(x), gradient(x)
+    compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+    assert compiled == []
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    gc.collect()
+    assert (len(neighbours._joined), len(neighbours._norms)) <= kept
 
 
 def test_keeps_the_name() -> None:
