@@ -627,7 +627,8 @@ def _norm_jvp(
         h, *moments = moments
     if residual is not None:
         dots = [d.astype(h.dtype) for d in (h_dot, residual_dot) if d is not None]
-        h_dot = functools.reduce(jnp.add, dots) if dots else None
+        if dots:
+            h_dot = parts.lying_as(jax.typeof(h), functools.reduce(jnp.add, dots))
     mean, var = moments if norm.center else (None, *moments)
     passes = carries and h_dot is not None
     moving = (h_dot, scale_dot, bias_dot, shortcut_dot)
@@ -700,7 +701,8 @@ def _tangent_transpose(
 
 
 def _sum_to(value: jax.Array, aval: Any) -> jax.Array:
-    """Adds up a gradient (*own, features) over the axes that its parameter shares."""
+    """Adds up a gradient (*own, features) over the axes that its parameter shares; it
+    lies where types say that what it is of does (explicit mode)."""
     *lead, features = aval.shape
     if value.ndim > 1 and value.shape != aval.shape:
         aligned = (*lead, *[1] * (value.ndim - len(aval.shape)), features)
@@ -710,7 +712,7 @@ def _sum_to(value: jax.Array, aval: Any) -> jax.Array:
             if own != kept
         ]
         value = jnp.sum(value, axis=shared, keepdims=True).reshape(aval.shape)
-    return value.astype(aval.dtype)
+    return parts.lying_as(aval, value).astype(aval.dtype)
 
 
 def _formula_jvp(

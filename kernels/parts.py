@@ -307,6 +307,14 @@ def explicit_devices(mesh: Any) -> int:
     return _size(mesh, tuple(_explicit(mesh)))
 
 
+def lying_as(like: Any, array: jax.Array) -> jax.Array:
+    """The array, sharded as the types say that another one is."""
+    spec, sharding = like.sharding.spec, jax.typeof(array).sharding
+    if spec == sharding.spec:
+        return array
+    return jax.sharding.reshard(array, sharding.update(spec=spec))
+
+
 def mapped(
     parts: Parts, bind: Callable[..., list[jax.Array]], results: Sequence[Any]
 ) -> Callable[..., list[jax.Array]]:

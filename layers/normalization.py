@@ -26,6 +26,7 @@ A `promote_dtype` other than flax's default is called as flax calls it, and the 
 it returns are what is normalized.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from fusednorm.kernels import functional
+from fusednorm.kernels import functional, parts
 
 
 def _promote(
@@ -512,20 +513,12 @@ class BatchNorm(nnx.BatchNorm):
         )
         for average, batch in ((self.mean, mean), (self.var, var)):
             before = average[...]
-            batch, has_any = _lie_as(before, batch), _lie_as(before, counted)
+            # Where types say how running statistics are sharded, they stay so.
+            kept = functools.partial(parts.lying_as, jax.typeof(before))
+            batch = kept(batch)
+            has_any = counted if isinstance(counted, bool) else kept(counted)
             moved = self.momentum * before + (1 - self.momentum) * batch
             moved = jnp.where(has_any, moved, before)
             moved = jnp.real(moved).astype(before.dtype)
             average.set_value(jax.lax.stop_gradient(moved))
         return y
-
-
-def _lie_as(like: jax.Array, array: Any) -> Any:
-    """The array, sharded as the one that it moves, where types say how (explicit mode):
-    running statistics stay as they are sharded."""
-    if isinstance(array, bool):
-        return array
-    spec, sharding = jax.typeof(like).sharding.spec, jax.typeof(array).sharding
-    if spec == sharding.spec:
-        return array
-    return jax.sharding.reshard(array, sharding.update(spec=spec))

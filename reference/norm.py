@@ -193,7 +193,8 @@ def _total(norm: Norm, x: jax.Array, mask: jax.Array | None = None) -> jax.Array
 
 
 def _masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
+    # A 0 without axes: jax asks that arrays of one shape are sharded alike.
+    return x if mask is None else jnp.where(mask, x, 0)
 
 
 def _over(total: jax.Array, count: Count) -> jax.Array:
@@ -288,7 +289,7 @@ def variance(count: Count, m2: jax.Array) -> jax.Array:
     if isinstance(count, int):
         return m2 / count if count else jnp.ones_like(m2)
     var = _over(m2, count)
-    return jnp.where(jnp.asarray(count, var.dtype) > 0, var, jnp.ones_like(var))
+    return jnp.where(jnp.asarray(count, var.dtype) > 0, var, 1)
 
 
 def combine(

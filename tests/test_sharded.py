@@ -6,6 +6,7 @@ device is asked, and tests/test_aot_sharded.py that kernels do it.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -379,6 +380,99 @@ def test_the_key_of_the_persistent_cache_knows_all(stand_in: list[Call]) -> None
     assert text() == text()
     assert text(epsilon=1e-3) != text()
     assert text(activation="gelu") != text()
+
+
+# --- explicit mode, with the stand-in -------------------------------------------------
+
+
+def written_out(x: Any, r: Any, scale: Any, bias: Any, *, how: str) -> tuple[Any, ...]:
+    """LayerNorm, alone or with a sum before or behind it, by jax.numpy."""
+    h = x + r if how == "before" else x
+    mean = h.mean(-1, keepdims=True)
+    var = ((h - mean) ** 2).mean(-1, keepdims=True)
+    z = (h - mean) * jax.lax.rsqrt(var + 1e-6) * scale + bias
+    return (z + r,) if how == "behind" else (z, h)[: 1 + (how == "before")]
+
+
+def by_a_layer(x: Any, r: Any, scale: Any, bias: Any, *, how: str) -> tuple[Any, ...]:
+    """The same."""
+    if how == "before":
+        return fusednorm.layer_norm(x, scale, bias, residual=r)
+    y = fusednorm.layer_norm(x, scale, bias)
+    return (y + r if how == "behind" else y,)
+
+
+@pytest.mark.parametrize("how", ["alone", "before", "behind"])
+@pytest.mark.parametrize(
+    ("of_x", "of_r", "of_params"),
+    [
+        (P("d", None, "e"), P("d", None, "e"), P()),
+        (P("d", None, "e"), P(), P()),
+        (P("d"), P(), P("e")),
+        (P(), P("d"), P()),
+        (P(None, "d"), P(), P()),
+    ],
+    ids=str,
+)
+def test_explicit_operands_that_lie_otherwise(
+    stand_in: list[Call], of_x: P, of_r: P, of_params: P, how: str
+) -> None:
+    """Results, gradients and tangents have the types of the formula's."""
+    x, scale, bias, r = data()
+
+    def all_of(f: Fn) -> Fn:
+        joined = functools.partial(fusednorm.fuse_neighbours(f), how=how)
+
+        def whole(x: Any, r: Any, scale: Any, bias: Any) -> Any:
+            y, vjp = jax.vjp(joined, x, r, scale, bias)
+            along_r = jax.jvp(lambda r: joined(x, r, scale, bias), (r,), (r,))
+            along_scale = jax.jvp(lambda s: joined(x, r, s, bias), (scale,), (scale,))
+            return y, vjp(jax.tree.map(jnp.cos, y)), along_r, along_scale
+
+        return jax.jit(whole)
+
+    with jax.set_mesh(mesh_of("data and features", "Explicit")):
+        args = [
+            jax.device_put(a, spec)
+            for a, spec in zip(
+                (x, r, scale, bias), (of_x, of_r, of_params, of_params), strict=True
+            )
+        ]
+        expected = jax.tree.leaves(all_of(written_out)(*args))
+        assert stand_in == []
+        found = jax.tree.leaves(all_of(by_a_layer)(*args))
+    assert {call.op for call in stand_in} == {"forward", "backward"}
+    assert list(map(jax.typeof, found)) == list(map(jax.typeof, expected))
+    agree(found, expected)
+
+
+@pytest.mark.parametrize("of_mask", [P(), P("d"), P(None, "e")], ids=str)
+@pytest.mark.parametrize("shape", [(4, 8, 32), (4, 1, 1), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("kind", [nnx.LayerNorm, nnx.BatchNorm, nnx.InstanceNorm])
+def test_explicit_masks_that_lie_otherwise(
+    kind: Any, shape: tuple[int, ...], of_mask: P
+) -> None:
+    """Than x does: y has the type of flax's, and the numbers of one device."""
+    x = data()[0]
+    mask = np.random.default_rng(1).random(shape) < 0.7
+    padded = (*of_mask, None, None)
+    of_mask = P(*[s if n > 1 else None for s, n in zip(padded, shape, strict=False)])
+
+    @nnx.jit
+    def call(layer: Any, x: Any, mask: Any) -> jax.Array:
+        return layer(x, mask=mask)
+
+    layer = kind(32, rngs=nnx.Rngs(0))
+    fusednorm.fuse(layer)
+    expected = call(layer, x, mask)
+    with jax.set_mesh(mesh_of("data and features", "Explicit")):
+        args = jax.device_put(x, P("d")), jax.device_put(mask, of_mask)
+        flax_s = kind(32, rngs=nnx.Rngs(0))
+        layer = nnx.clone(flax_s)
+        fusednorm.fuse(layer)
+        found = call(layer, *args)
+        assert jax.typeof(found) == jax.typeof(call(flax_s, *args))
+    agree([found], [expected])
 
 
 # --- both modes -----------------------------------------------------------------------
