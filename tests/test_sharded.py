@@ -24,6 +24,7 @@ from bench.aot import hlo
 from fusednorm import reference
 from fusednorm.kernels import dispatch, parts
 from fusednorm.kernels.dispatch import Call, Kernel
+from fusednorm.reference import norm as of
 from tests import interpreters
 from tests.test_op import gathered
 
@@ -172,38 +173,25 @@ def plan(call: Call, device: Any) -> Kernel:
 
     def backward(*operands: Any, dh: Any = None) -> list[jax.Array]:
         own = call.own_params
-        found = list(reference.backward(here, *operands, dh, own_params=own))
-        if call.half:
-            found[0] = None
-        found = [a for a, want in zip(found, call.wanted, strict=True) if want]
-        return [*inner_products(here, *operands), *found[1:]] if call.half else found
+        dx, *others = reference.backward(here, *operands, dh, own_params=own)
+        inner = inner_products(here, *operands) if call.half else [dx]
+        wants_dx, *wanted = call.wanted
+        outer = [a for a, want in zip(others, wanted, strict=True) if want]
+        return [*inner, *outer] if wants_dx else outer
 
     launch = forward if call.op == "forward" else backward
     return Kernel("mosaic_gpu", "stand-in", launch)
 
 
 def inner_products(norm: reference.Norm, *operands: Any) -> list[jax.Array]:
-    """mean(w * x_hat) and mean(w), over what shares a mean."""
+    """c1 and c2: mean(w * x_hat) and mean(w), over what shares a mean here."""
     dy, x, scale, bias, mean, var, _ = operands
-    w = reference.before_activation(norm, dy, x, scale, bias, mean, var) * scale
-    groups = norm.num_groups or 1
-    each = x.shape[-1] // groups if norm.num_groups else 1
-
-    def on_x(statistic: jax.Array) -> jax.Array:
-        return jnp.repeat(statistic, each, axis=-1)
-
-    def mean_of(a: jax.Array) -> jax.Array:
-        axes = norm.reduction_axes
-        if norm.num_groups:
-            a = a.reshape(*a.shape[:-1], groups, each)
-            return a.mean((*axes, a.ndim - 1), keepdims=True)[..., 0]
-        return a.mean(axes, keepdims=True)
-
-    x_hat = x * jax.lax.rsqrt(on_x(var) + norm.epsilon)
-    if not norm.center:
-        return [mean_of(w * x_hat)]
-    x_hat = (x - on_x(mean)) * jax.lax.rsqrt(on_x(var) + norm.epsilon)
-    return [mean_of(w * x_hat), mean_of(w)]
+    dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
+    weight = 1 if scale is None else norm.weight(of._spread(norm, scale, x))
+    rstd = jax.lax.rsqrt(var + norm.epsilon)
+    w, x_hat = weight * dz, of._about(norm, x, mean) * of._channels(norm, rstd, x)
+    found = [w * x_hat, w] if norm.center else [w * x_hat]
+    return [of._total(norm, a) / of._count(norm, x, None) for a in found]
 
 
 @pytest.fixture
@@ -514,6 +502,33 @@ def test_scan_and_checkpoint_and_jit_on_a_mesh_of_three_axes(
     assert gathered(compiled.as_text()) == []
     assert (2, 8, 8) in {call.x.shape for call in stand_in if call.op == "forward"}
     assert (2, 8, 8) in {call.x.shape for call in stand_in if call.op == "backward"}
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["rms_norm", "group_norm", "batch_norm"])
+def test_gradients_of_an_ensemble_s_parameters_alone(
+    stand_in: list[Call], kind: str, mode: str
+) -> None:
+    """Statistics cross devices, dx is not asked for, and each member has its own
+    dscale."""
+    x, scale, bias, _ = data()
+    params = jnp.stack([scale, 2 * scale]), jnp.stack([bias, bias - 1])
+
+    def gradients(x: jax.Array, *params: jax.Array) -> Any:
+        ensemble = jax.vmap(KINDS[kind], in_axes=(None, 0, 0))
+        y, vjp = jax.vjp(functools.partial(ensemble, x), *params)
+        return vjp(jnp.cos(y))
+
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(gradients)(x, *params)
+    sharding = "features" if kind == "rms_norm" else "sequence"
+    stand_in.clear()
+    with jax.set_mesh(mesh_of(sharding, mode)):
+        there = jax.device_put(x, SHARDINGS[sharding])
+        agree(jax.jit(gradients)(there, *params), expected)
+    last = stand_in[-1]
+    assert last.half
+    assert last.wanted[:3] == (False, True, True)
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
