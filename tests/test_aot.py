@@ -460,6 +460,9 @@ def test_spills_and_cycles_do_not_pass() -> None:
     assert gate.beyond(dataclasses.replace(once, matrices=3)) == [
         "moves matrices in shared memory: 3 instructions"
     ]
+    assert gate.beyond(dataclasses.replace(once, uneven=2)) == [
+        "adds a product to what a lane sent: 2 FMAs"
+    ]
     assert "not recorded" in gate.grown(once, {})[0]
 
 
@@ -659,6 +662,21 @@ def test_gradient_is_two_kernels(norm: Any) -> None:
     function, params, x = norm
     assert count(jax.grad(loss(function), (0, 1)), params, x) == 2
     assert count(forward_backward(function), params, x, x) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        # Fewer rows than a tile has, and tiles of fewer elements than threads.
+        *((nnx.LayerNorm, shape, 2) for shape in ((3, 3), (33, 2), (9, 33))),
+        # One channel: the reference.
+        *((nnx.BatchNorm, (n, 28, 28, 1), 0) for n in (1, 32)),
+    ],
+)
+def test_the_smallest_compile(kind: Any, shape: tuple[int, ...], expected: int) -> None:
+    function, params = pure(kind(shape[-1], rngs=nnx.Rngs(0)), fused=True)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert count(forward_backward(function), params, x, x) == expected
 
 
 @pytest.mark.parametrize("chip", [H100, CHIPS["v5e"]], ids=lambda chip: chip.name)

@@ -32,6 +32,9 @@ class Registers:
       matrices: instructions that move matrices to or from shared memory. Mosaic has
         them for 4 bytes a lane, and does not ask whether each 4 lanes' 16 bytes are
         aligned, as the hardware wants.
+      uneven: FMAs that add what another lane sent to a product. Where lanes add up what
+        they have, each rounds its own product with the sum and the others' before, and
+        they find different sums.
     """
 
     kernel: str
@@ -40,6 +43,7 @@ class Registers:
     spilled: int
     stack: int
     matrices: int
+    uneven: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +166,12 @@ _REPORT = re.compile(
 )
 
 
+def _uneven(ptx: str) -> int:
+    sent = set(re.findall(r"\bshfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    added = re.findall(r"\bfma\.rn\.f32\s+[^;]*,\s*(%\w+);", ptx)
+    return sum(register in sent for register in added)
+
+
 def parse_ptxas(text: str) -> Iterator[Registers]:
     """The reports in what was printed, each behind the PTX it is of."""
     end = 0
@@ -174,4 +184,5 @@ def parse_ptxas(text: str) -> Iterator[Registers]:
             spilled=int(report["stores"]) + int(report["loads"]),
             stack=int(report["stack"]),
             matrices=len(re.findall(r"\b(?:ld|st)matrix\.", ptx)),
+            uneven=_uneven(ptx),
         )

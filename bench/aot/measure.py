@@ -140,7 +140,7 @@ class Measurement:
       block: what one block works on, in the plan's words.
       registers, spilled: of a thread: count, of the kernel that loads most, as are the
         threads and what is resident; bytes, the most of any. None for a TPU.
-      matrices: instructions of a GPU's kernels that move matrices (`Registers`).
+      matrices, uneven: of a GPU's kernels, as in `Registers`.
       scratch: bytes of shared memory of a block, or of VMEM.
       scratch_limit: what a block may have.
       threads, blocks, resident: threads of a block, blocks, and how many of them an SM
@@ -174,6 +174,7 @@ class Measurement:
     registers: int | None
     spilled: int | None
     matrices: int | None
+    uneven: int | None
     scratch: int
     scratch_limit: int
     threads: int | None
@@ -345,7 +346,8 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
     for one in around:
         bytes_of["rest" if one.nbytes >= tensor else "partials"] += one.nbytes
     largest = max(found, key=lambda kernel: kernel.loaded)
-    registers = spilled = matrices = threads = resident = in_flight = clock = None
+    registers = spilled = matrices = uneven = None
+    threads = resident = in_flight = clock = None
     cycles: tuple[int, ...] = ()
     seconds_of_bytes: tuple[float, ...] = ()
     scratch = max(kernel.scratch for kernel in found)
@@ -359,6 +361,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
         )
         spilled = max(report.spilled for report in compiled.registers)
         matrices = sum(report.matrices for report in compiled.registers)
+        uneven = sum(report.uneven for report in compiled.registers)
         resident = chip.resident_blocks(registers, threads, largest.scratch)
         blocks_of_sm = min(resident, -(-largest.blocks // chip.core_count))
         in_flight = blocks_of_sm * largest.in_flight
@@ -383,6 +386,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
         registers=registers,
         spilled=spilled,
         matrices=matrices,
+        uneven=uneven,
         scratch=scratch,
         scratch_limit=limit,
         threads=threads,

@@ -890,6 +890,8 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
       call: one of geometry x[N, S, G, K], S > 1.
       shared: bytes of shared memory that a block may have.
     """
+    if _view(call).features == 1:
+        return Fallback("one channel")
     alone = 0 in call.norm.reduction_axes
     cluster = strips.MAX_CLUSTER
     if call.op == "backward" and not alone:
@@ -980,12 +982,21 @@ def _at_once(call: Call, config: Config) -> Config:
     64 x 320 in float32 takes 114 us so, 121 otherwise, moments in bfloat16 38 to 46 and
     42 to 49; but 8 x 8 x 1280 in bfloat16 155 and 131. Half as much where a backward
     takes an activation's slope of it: silu's on 64 x 64 x 320 in bfloat16 would need
-    136 registers, and has 123."""
+    136 registers, and has 123.
+
+    Half of all that where two warpgroups mask what overlaps: more than 128 registers
+    would be one block of an SM. 47 x 47 x 320 in float32 has 80, for 160 (compiled for
+    an H100); backward of 23 x 48 x 80 in bfloat16 119, for 137."""
+    times = 1.0
     if call.slopes:
-        return dataclasses.replace(config, at_once=config.at_once // 2)
-    if call.op == "forward" and config.resident == (call.x.dtype.itemsize == 4):
-        return dataclasses.replace(config, at_once=2 * config.at_once)
-    return config
+        times = 0.5
+    elif call.op == "forward" and config.resident == (call.x.dtype.itemsize == 4):
+        times = 2.0
+    more = dataclasses.replace(config, at_once=int(times * config.at_once))
+    overlaps = config.pixels % (config.workers * config.line) > 0
+    if config.resident and config.warpgroups > 1 and overlaps:
+        return dataclasses.replace(more, at_once=more.at_once // 2)
+    return more
 
 
 def _bytes_moved(call: Call, config: Config) -> int:

@@ -94,6 +94,17 @@ def store_as(ref: Any, at: Any, value: jax.Array) -> None:
     store(ref.at[at].reshape(value.shape), ..., value)
 
 
+def sum_lanes(value: jax.Array, axis: int) -> jax.Array:
+    """The sum over an axis, the same on all lanes that hold it.
+
+    It is added up by a butterfly: each lane adds another one's to its own. LLVM would
+    make one FMA of the sum and a product before it, which rounds a lane's own product
+    with the sum, and another lane's before: the lanes' sums would differ in the last
+    bit, and which of them is stored would be left to chance. The 0 keeps them apart.
+    """
+    return jnp.sum(value + 0.0, axis=axis)
+
+
 @plgpu.inline_mgpu()
 def fence(_: Any) -> None:
     """Orders device memory for other multiprocessors.

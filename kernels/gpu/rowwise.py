@@ -557,7 +557,8 @@ class Part:
             value = self._once(chunk, value)
             before = alike.get(chunk.vector)
             alike[chunk.vector] = value if before is None else before + value
-        return functools.reduce(jnp.add, [jnp.sum(v, axis=1) for v in alike.values()])
+        sums = [memory.sum_lanes(value, 1) for value in alike.values()]
+        return functools.reduce(jnp.add, sums)
 
     def _once(self, chunk: Chunk, value: jax.Array) -> jax.Array:
         """Zeros for columns that another chunk counts."""
@@ -825,10 +826,10 @@ def backward(
                     for chunk, value in zip(config.chunks, more[name], strict=True):
                         part.store(ref[name], row, chunk, value)
             if rows % tile:  # the ragged tile has rows that were added before
-                for name, added in more.items():
+                for name in summed:  # alone: Mosaic lays out no index that nobody reads
                     more[name] = [
                         part.rows_from(after - first, chunk, term)
-                        for chunk, term in zip(config.chunks, added, strict=True)
+                        for chunk, term in zip(config.chunks, more[name], strict=True)
                     ]
             totals = sums_of.add(totals, more)
 

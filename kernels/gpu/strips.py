@@ -256,8 +256,6 @@ def in_two_reads(
     # warpgroup a block is as good for that, and has half as much to add up: on an H200
     # 45 to 48 us for 160 MB, with two 52.
     warpgroups = 1 if arrays * itemsize == 2 else MAX_WARPGROUPS
-    if blocks == view.features == 1:  # the sum of one block of one channel: `_vector`
-        return None
     config = _config(view, width, itemsize, warpgroups, blocks, resident=False)
     groups = [width for width in _multiples(view.k, view.g) if width >= 32]
     last = _config(
@@ -633,7 +631,8 @@ class Part:
         for place, term in enumerate(terms, first):
             for columns, array in zip(self._columns_here, term.arrays, strict=True):
                 at = (place, pl.ds(own, warps), columns)
-                of_warps = jnp.sum(array, axis=1) if array.ndim == 3 else array
+                in_warps = array.ndim == 3
+                of_warps = memory.sum_lanes(array, 1) if in_warps else array
                 memory.store(sums, at, of_warps)
         self.meet()
         begin = 0 if self.config.warpgroups > 1 else own  # one may work for itself
@@ -814,7 +813,7 @@ class Group:
                     jnp.int32, array.shape, 0, layout=layout
                 )
                 array = jnp.where(column >= chunk.seen, array, 0.0)
-            sums.append(jnp.sum(array))
+            sums.append(memory.sum_lanes(array, 0))
         return add(sums)
 
     def load(self, ref: Any) -> jax.Array:
