@@ -82,7 +82,7 @@ CASES = [  # one channel a group, several, all; ragged pixels and channels
     Case("batch_norm", (6, 5, 4, 10)),
     Case("batch_norm", (41, 33)),
     Case("batch_norm", (3, 2)),
-    Case("batch_norm", (1600, 1)),  # 3 blocks in two reads, in lines of 2
+    Case("batch_norm", (1600, 2)),  # 3 blocks in two reads
     Case("instance_norm", (2, 9, 7, 16)),
     Case("instance_norm", (2, 5, 7), params=False),
     Case("group_norm", (3, 7, 5, 24), (("num_groups", 4),)),
