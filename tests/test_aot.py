@@ -460,9 +460,6 @@ def test_spills_and_cycles_do_not_pass() -> None:
     assert gate.beyond(dataclasses.replace(once, matrices=3)) == [
         "moves matrices in shared memory: 3 instructions"
     ]
-    assert gate.beyond(dataclasses.replace(once, uneven=2)) == [
-        "adds a product to what a lane sent: 2 FMAs"
-    ]
     assert "not recorded" in gate.grown(once, {})[0]
 
 

@@ -557,8 +557,11 @@ class Part:
             value = self._once(chunk, value)
             before = alike.get(chunk.vector)
             alike[chunk.vector] = value if before is None else before + value
-        sums = [memory.sum_lanes(value, 1) for value in alike.values()]
-        return functools.reduce(jnp.add, sums)
+        # Of a long row a lane adds up several columns first; 12288 would spill.
+        of = functools.partial(jnp.sum, axis=1)
+        if not self.config.long:
+            of = functools.partial(memory.sum_lanes, axis=1)
+        return functools.reduce(jnp.add, map(of, alike.values()))
 
     def _once(self, chunk: Chunk, value: jax.Array) -> jax.Array:
         """Zeros for columns that another chunk counts."""
