@@ -26,7 +26,6 @@ A `promote_dtype` other than flax's default is called as flax calls it, and the 
 it returns are what is normalized.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -514,11 +513,12 @@ class BatchNorm(nnx.BatchNorm):
         for average, batch in ((self.mean, mean), (self.var, var)):
             before = average[...]
             # Where types say how running statistics are sharded, they stay so.
-            kept = functools.partial(parts.lying_as, jax.typeof(before))
-            batch = kept(batch)
-            has_any = counted if isinstance(counted, bool) else kept(counted)
+            like = jax.typeof(before)
+            batch = parts.lying_as(like, batch)
             moved = self.momentum * before + (1 - self.momentum) * batch
-            moved = jnp.where(has_any, moved, before)
+            if not isinstance(counted, bool):
+                counted = parts.lying_as(like, counted)
+            moved = jnp.where(counted, moved, before)
             moved = jnp.real(moved).astype(before.dtype)
             average.set_value(jax.lax.stop_gradient(moved))
         return y

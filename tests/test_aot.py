@@ -230,6 +230,11 @@ def test_no_spills(cell: Cell, found: Measurement) -> None:
 
 
 @each_cell
+def test_lanes_find_the_same_sum(found: Measurement) -> None:
+    assert not found.uneven
+
+
+@each_cell
 def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
     chip, work = cell
     assert found.scratch <= found.scratch_limit

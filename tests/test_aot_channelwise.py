@@ -217,6 +217,11 @@ def test_no_spills(found: Measurement) -> None:
 
 
 @each_cell
+def test_lanes_find_the_same_sum(found: Measurement) -> None:
+    assert not found.uneven
+
+
+@each_cell
 def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
     """One block an SM; whether a cluster finds its SMs only the chip can say."""
     assert isinstance(cell[0], Gpu)

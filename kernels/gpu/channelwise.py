@@ -987,16 +987,15 @@ def _at_once(call: Call, config: Config) -> Config:
     Half of all that where two warpgroups mask what overlaps: more than 128 registers
     would be one block of an SM. 47 x 47 x 320 in float32 has 80, for 160 (compiled for
     an H100); backward of 23 x 48 x 80 in bfloat16 119, for 137."""
-    times = 1.0
+    at_once = config.at_once
     if call.slopes:
-        times = 0.5
+        at_once //= 2
     elif call.op == "forward" and config.resident == (call.x.dtype.itemsize == 4):
-        times = 2.0
-    more = dataclasses.replace(config, at_once=int(times * config.at_once))
+        at_once *= 2
     overlaps = config.pixels % (config.workers * config.line) > 0
     if config.resident and config.warpgroups > 1 and overlaps:
-        return dataclasses.replace(more, at_once=more.at_once // 2)
-    return more
+        at_once //= 2
+    return dataclasses.replace(config, at_once=at_once)
 
 
 def _bytes_moved(call: Call, config: Config) -> int:

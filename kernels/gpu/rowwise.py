@@ -552,16 +552,13 @@ class Part:
 
     def _sum(self, values: Sequence[jax.Array]) -> jax.Array:
         """Over the columns of this part, each of them once: (rows,) or (4,)."""
-        alike: dict[int, jax.Array] = {}  # by vector: what lies alike on the lanes
+        alike: dict[int, Any] = {}  # by vector: what lies alike on the lanes
         for chunk, value in zip(self.config.chunks, values, strict=True):
-            value = self._once(chunk, value)
-            before = alike.get(chunk.vector)
-            alike[chunk.vector] = value if before is None else before + value
-        # Of a long row a lane adds up several columns first; 12288 would spill.
-        of = functools.partial(jnp.sum, axis=1)
-        if not self.config.long:
-            of = functools.partial(memory.sum_lanes, axis=1)
-        return functools.reduce(jnp.add, map(of, alike.values()))
+            # From 0 on, for what `memory.sum_lanes` says: there it would be one number
+            # more to hold for each that 12288 features' backward has no register for.
+            before = alike.get(chunk.vector, 0.0)
+            alike[chunk.vector] = before + self._once(chunk, value)
+        return functools.reduce(jnp.add, [jnp.sum(v, axis=1) for v in alike.values()])
 
     def _once(self, chunk: Chunk, value: jax.Array) -> jax.Array:
         """Zeros for columns that another chunk counts."""

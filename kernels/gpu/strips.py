@@ -631,9 +631,9 @@ class Part:
         for place, term in enumerate(terms, first):
             for columns, array in zip(self._columns_here, term.arrays, strict=True):
                 at = (place, pl.ds(own, warps), columns)
-                in_warps = array.ndim == 3
-                of_warps = memory.sum_lanes(array, 1) if in_warps else array
-                memory.store(sums, at, of_warps)
+                if array.ndim == 3:
+                    array = memory.sum_lanes(array, 1)
+                memory.store(sums, at, array)
         self.meet()
         begin = 0 if self.config.warpgroups > 1 else own  # one may work for itself
         count = self.config.warpgroups * warps
