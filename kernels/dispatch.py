@@ -378,6 +378,13 @@ def _refusal(call: Call) -> str | None:
             f"{call.norm.feature_axes} of shape {call.x.shape} need a transpose; put "
             "reduced axes behind the others and channels last"
         )
+    view = call.geometry
+    rows = view.n * (view.g if view.family == "rowwise" else view.s)
+    if max(rows, view.s * view.k) >= 2**30:
+        return (
+            f"2^30 rows or pixels, or a mean of as many elements, in x of shape "
+            f"{call.x.shape}: kernels count in int32, which their last block may exceed"
+        )
     return None
 
 

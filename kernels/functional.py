@@ -556,7 +556,7 @@ def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
     first = x.ndim - len(spec.feature_axes)  # the first feature axis, if they are last
     before, sizes = x.shape[:first], x.shape[first:]
     varies = (
-        param.ndim == x.ndim > len(sizes)
+        param.ndim == x.ndim
         and spec.feature_axes == tuple(range(first, x.ndim))
         and all(own in (1, n) for own, n in zip(param.shape, x.shape, strict=True))
     )

@@ -42,7 +42,8 @@ CROSSING = {  # where statistics cross devices
     "InstanceNorm": ("sequence",),
     "BatchNorm": ("data", "fsdp", "sequence"),
 }
-# Where flax raises: for the split of channels into groups, and for running statistics.
+# Where flax raises: for the split of channels into groups, and for running statistics
+# that are constants of the program, on one device.
 REFUSED = {("GroupNorm", "tensor", "Explicit"), ("BatchNorm", "tensor", "Explicit")}
 
 

@@ -280,6 +280,8 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
         "its shape is (1, 8, 24), that of x (4, 8, 24)"
     )
     assert refusal(call((8, 13))) == "13 features bring bad luck"
+    assert "2^30 rows or pixels" in refusal(call((2**30, 24)))
+    assert isinstance(dispatch.plan(call((2**30 - 1, 24)), CPU), Kernel)
     assert refusal(call(), Target(("cpu", "cuda"))) == (
         "lowered for several platforms: cpu, cuda"
     )
@@ -297,6 +299,33 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
         "reduction axes (0, 2, 3) and feature axes (1,) of shape (4, 8, 5, 5) need a "
         "transpose; put reduced axes behind the others and channels last"
     )
+
+
+@pytest.mark.parametrize(
+    ("platform", "backend"), [("cuda", "mosaic_gpu"), ("tpu", "mosaic_tpu")]
+)
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (Norm((1,), (1,)), (2**31, 2)),
+        (Norm((1, 2), (2,)), (1, 2**24, 2**7)),
+        (Norm((1,), (2,)), (2, 2**30, 8)),
+        (Norm((0, 1, 2), (3,)), (2**10, 2**10, 2**10, 8)),
+    ],
+    ids=["rows", "elements", "pixels", "batch"],
+)
+def test_kernels_refuse_what_int32_cannot_count(
+    platform: str, backend: str, norm: Norm, shape: tuple[int, ...]
+) -> None:
+    def of(shape: tuple[int, ...]) -> Call:
+        features = jax.ShapeDtypeStruct(shape[-1:], "bfloat16")
+        x = jax.ShapeDtypeStruct(shape, "bfloat16")
+        return Call("forward", norm, x, features, features)
+
+    assert "int32" in refusal(of(shape), Target((platform,)))
+    less = tuple(n // 4 if n == max(shape) else n for n in shape)
+    answer = dispatch.plan(of(less), Target((platform,)), backend)
+    assert isinstance(answer, Kernel)
 
 
 def test_kernels_run_on_each_part_and_in_shard_map(kernels: Any) -> None:

@@ -480,6 +480,12 @@ def test_one_number_for_all_features() -> None:
     assert_agrees(y, fusednorm.layer_norm(X) * repeated + repeated)
 
 
+def test_one_number_for_all_features_of_one_axis() -> None:
+    numbers = V[:, 0, :1]
+    y = jax.vmap(fusednorm.layer_norm)(X[:, 0], numbers, numbers)
+    assert_agrees(y, fusednorm.layer_norm(X[:, 0]) * numbers + numbers)
+
+
 def test_shapes_that_are_refused() -> None:
     with pytest.raises(TypeError, match="must have x's rank"):
         fusednorm.layer_norm(X, V[:, :3])
@@ -509,6 +515,18 @@ def test_counts_the_bytes(
     for choice, units in zip(choices, (forward, backward), strict=True):
         assert isinstance(choice.plan, dispatch.Kernel)
         assert units <= choice.plan.bytes_moved / (x.size * 2) < units + 0.25
+
+
+@pytest.mark.parametrize("samples", [1, 2, 64])
+@pytest.mark.parametrize(
+    ("rows", "runs"), [(16, dispatch.Fallback), (512, dispatch.Kernel)]
+)
+def test_number_of_samples_chooses_nothing(samples: int, rows: int, runs: Any) -> None:
+    x = jax.ShapeDtypeStruct((samples, rows, 512), "float32")
+    scale = jax.ShapeDtypeStruct((samples, 512), "float32")
+    jaxpr = jax.make_jaxpr(jax.vmap(fusednorm.layer_norm))(x, scale)
+    (choice,) = explain_jaxpr(jaxpr, dispatch.Target(("tpu",))).choices
+    assert isinstance(choice.plan, runs)
 
 
 @pytest.mark.gpu

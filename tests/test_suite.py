@@ -5,6 +5,9 @@ float32 implementation: half an ulp of the output's dtype, 16 roundings in float
 the rounding of the mean itself.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.nnx.nn.normalization as flax_normalization
 import hypothesis
 import hypothesis.strategies as st
@@ -435,6 +438,30 @@ def test_one_loop_for_many_rows_is_not_broken_up(
     x = jnp.zeros((rows, 64), dtype)
     text = jax.jit(fusednorm.layer_norm).lower(x).as_text()
     assert text.count("stablehlo.case") == branches
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted", "barriers"),
+    [
+        (fusednorm.layer_norm, (0,), 0),
+        (fusednorm.layer_norm, (1, 2), 0),
+        (fusednorm.layer_norm, (0, 1), 1),
+        (functools.partial(fusednorm.group_norm, num_groups=8), (0,), 1),
+    ],
+    ids=["dx", "dscale and dbias", "dx and dscale", "dx of groups"],
+)
+def test_dy_is_kept_where_several_loops_read_it(
+    function: Callable[..., jax.Array], wanted: tuple[int, ...], barriers: int
+) -> None:
+    """XLA's CPU code makes one loop of a row's norm and one sum of its gradient."""
+
+    def loss(*operands: jax.Array) -> jax.Array:
+        return (function(*operands) ** 2).sum()
+
+    x, params = jnp.zeros((2, 8, 8, 64)), jnp.ones(64)
+    gradient = jax.jit(jax.grad(loss, wanted))
+    text = gradient.lower(x, params, params).as_text()
+    assert text.count("optimization_barrier") == barriers
 
 
 @pytest.mark.parametrize(("platform", "branches"), [("tpu", 1), ("cuda", 0)])

@@ -665,7 +665,7 @@ def _not_worth_it(call: Call, blocks: Blocks) -> str:
     """Why the reference is expected to be faster, or ""."""
     rows = blocks.slabs * blocks.rows
     size = rows * blocks.features * call.x.dtype.itemsize
-    if blocks.examples == 1 or not _params_differ(call) or size >= SLAB_BYTES:
+    if not _params_differ(call) or size >= SLAB_BYTES:
         return ""
     return (
         f"only {rows} rows of {blocks.features} features share a scale and bias: too "
