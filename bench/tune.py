@@ -115,7 +115,10 @@ def _resident(asked: Asked, setting: Setting) -> Any:
     if not setting:
         return None
     view, itemsize, kept, shared = asked.args
-    config = strips._config(view, itemsize=itemsize, resident=True, **setting)
+    load = asked.kwargs["load"]
+    config = strips._config(
+        view, itemsize=itemsize, resident=True, load=load, **setting
+    )
     if config.shared(kept) > shared or len(config.chunks) > strips.MAX_CHUNKS:
         raise UnfitError(f"{config.shared(kept)} bytes, {len(config.chunks)} chunks")
     return config
@@ -125,7 +128,10 @@ def _in_two_reads(asked: Asked, setting: Setting) -> Any:
     """The first read's strips, and what adds up what its blocks found."""
     view, itemsize, shared = asked.args
     _, last = asked.answer
-    config = strips._config(view, itemsize=itemsize, resident=False, **setting)
+    load = asked.kwargs["load"]
+    config = strips._config(
+        view, itemsize=itemsize, resident=False, load=load, **setting
+    )
     last = dataclasses.replace(last, pixels=config.blocks)
     if config.shared(0) > shared or len(config.chunks) > strips.MAX_CHUNKS:
         raise UnfitError(f"{config.shared(0)} bytes, {len(config.chunks)} chunks")

@@ -8,6 +8,7 @@ for a reason that can be read with `fusednorm.explain`.
 import contextlib
 import dataclasses
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -101,6 +102,11 @@ class Call:
         if self.shortcut is None or self.norm.activation == "relu":
             return self.dy.dtype
         return jnp.dtype(jnp.float32)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of an element of x, and in a backward of dy or dz, kept on chip."""
+        return self.x.dtype.itemsize + (0 if self.dy is None else self.dy_kept.itemsize)
 
     @property
     def has_params(self) -> bool:
@@ -324,6 +330,11 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
         return Fallback(reason)
     if call.half:
         call = _first_half(call)
+    view = call.geometry
+    if view is not None and view.family == "rowwise" and view.g > 1 and call.has_params:
+        return Fallback(
+            "scale differs from row to row (groups of channels, nothing else reduced)"
+        )
     _, module = KERNELS[platform]
     try:
         device = jax.devices(platform)[0]
@@ -345,6 +356,8 @@ def _refusal(call: Call) -> str | None:
     """Why no kernel of any platform takes the call, or None."""
     if call.mask:
         return "mask given"
+    if call.op == "backward" and not any(call.wanted[:3]):
+        return "the shortcut's gradient alone is wanted: elementwise, and XLA's"
     for name in ("x", "scale", "bias", "dy", "beside", "shortcut"):
         operand = getattr(call, name)
         if operand is not None and operand.dtype.name not in _KERNEL_DTYPES:
@@ -400,10 +413,7 @@ def target_of(ctx: mlir.LoweringRuleContext) -> Target:
     if isinstance(axes, mlir.SPMDAxisContext):
         manual = frozenset(axes.manual_axes)
         left = [size for name, size in axes.mesh.shape.items() if name not in manual]
-        partitioned = 1
-        for size in left:
-            partitioned *= size
-        return Target(platforms, partitioned)
+        return Target(platforms, math.prod(left))
     devices = getattr(axes, "num_devices", None) or 1
     # An exported program would keep a pointer to what XLA asks.
     exported = module.lowering_parameters.for_export

@@ -3,13 +3,15 @@
 Each function turns its axes into one `Norm`, checks what it was given against it, and
 calls the op of `kernels/norm.py`. What they share:
 
-  x: float32, bfloat16, float16, float64 or complex; integers are taken as float32.
+  x: float32, bfloat16, float16, float64 or complex; integers are taken as float32, or
+    float64 where the output is.
   scale, bias: real or complex, each with its own dtype, or None for none. They are used
     in float32 (float64 where the output is), not rounded to the output's dtype first.
     Of x's rank, they may vary along the axes before the features too, as (batch, 1,
     features) or (batch, tokens, features): adaptive layer norm (Peebles and Xie 2022,
     arXiv:2212.09748, section 3.2), with `scale_offset=1.0` for 1 + scale.
-  dtype: dtype of the output; None is what jax.numpy promotes x, scale and bias to.
+  dtype: dtype of the output; None is what jax.numpy promotes x, scale, bias and
+    residual to, float32 for integers.
   mask: bool, broadcastable to x: which elements the statistics are taken from. All are
     normalized. Where it lets nothing in, the mean is 0 and the variance 1. ValueError
     for another dtype.
@@ -186,6 +188,7 @@ def group_norm(
     Source: Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3 and 7.
     """
     x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
+    num_groups = operator.index(num_groups)
     if x.ndim == 0 or num_groups < 1 or x.shape[-1] % num_groups:
         raise ValueError(
             f"num_groups={num_groups} must divide the channels, the last axis of x "
@@ -316,15 +319,7 @@ def batch_norm(
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1.
     """
     x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
-    features = _axes(axis, x.ndim, "axis")
-    spec = Norm(
-        reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
-        feature_axes=features,
-        epsilon=_epsilon(epsilon),
-        dtype=dtype,
-        activation=_activation(activation, x, dtype),
-        scale_offset=_offset(scale_offset, scale),
-    )
+    spec = _batch_spec(x, scale, axis, epsilon, dtype, activation, scale_offset)
     y, mean, var = op.normalize_with_moments(
         spec,
         x,
@@ -374,16 +369,8 @@ def batch_norm_inference(
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 2.
     """
     x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
-    features = _axes(axis, x.ndim, "axis")
-    spec = Norm(
-        reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
-        feature_axes=features,
-        epsilon=_epsilon(epsilon),
-        dtype=dtype,
-        activation=_activation(activation, x, dtype),
-        scale_offset=_offset(scale_offset, scale),
-    )
-    shape = [x.shape[a] if a in features else 1 for a in range(x.ndim)]
+    spec = _batch_spec(x, scale, axis, epsilon, dtype, activation, scale_offset)
+    shape = spec.statistic_shape(x.shape)
     mean, var = (
         jnp.reshape(_shared(value, name, spec, x), shape).astype(spec.compute_dtype)
         for value, name in ((mean, "mean"), (var, "var"))
@@ -398,7 +385,7 @@ def anything_counted(
     axis: Axes,
     mask: Maybe,
     axis_name: Hashable | None,
-    axis_index_groups: Any = None,
+    axis_index_groups: Any,
 ) -> jax.Array | bool:
     """Whether the batch statistics of each feature were taken from any element at all.
 
@@ -420,6 +407,26 @@ def anything_counted(
 
 
 # --- shared ---------------------------------------------------------------------------
+
+
+def _batch_spec(
+    x: jax.Array,
+    scale: Maybe,
+    axis: Axes,
+    epsilon: Any,
+    dtype: Any,
+    activation: str | None,
+    scale_offset: float,
+) -> Norm:
+    features = _axes(axis, x.ndim, "axis")
+    return Norm(
+        reduction_axes=tuple(a for a in range(x.ndim) if a not in features),
+        feature_axes=features,
+        epsilon=_epsilon(epsilon),
+        dtype=dtype,
+        activation=_activation(activation, x, dtype),
+        scale_offset=_offset(scale_offset, scale),
+    )
 
 
 def _normalize_axes(

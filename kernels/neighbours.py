@@ -124,7 +124,7 @@ class _Joiner:
         uses = _Uses(jaxpr, eqns)
         gone: set[int] = set()
         for at, eqn in enumerate(eqns):
-            if at in gone or not _is_plain_norm(eqn):
+            if at in gone or not _has_no_activation(eqn):
                 continue
             y = eqn.outvars[0]
             if y.aval not in self._patterns:
@@ -184,7 +184,7 @@ class _Uses:
 # --- norms ----------------------------------------------------------------------------
 
 
-def _is_plain_norm(eqn: JaxprEqn) -> bool:
+def _has_no_activation(eqn: JaxprEqn) -> bool:
     """Whether it is `fusednorm_normalize` without an activation."""
     inner = _norm_inside(eqn)
     return inner is not None and inner.params["norm"].activation is None
@@ -342,7 +342,7 @@ def _with_shortcuts(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
     now = list(eqns)
     taken: set[int] = set()
     for at in reversed(range(len(eqns))):
-        if not _is_plain_norm(eqns[at]) or _has_shortcut(eqns[at]):
+        if not _has_no_activation(eqns[at]) or _has_shortcut(eqns[at]):
             continue
         found = _sum_behind(eqns[at].outvars[0], uses)
         if found is None or found[0] in taken:

@@ -1,14 +1,14 @@
 """The differentiable normalization: three primitives and their rules.
 
     norm_p       x, scale, bias -> y (and mean, var when a derivative will need them)
-    tangent_p    x_dot, scale_dot, bias_dot -> y_dot, linear in these three
-    gradient_p   dy, x, scale, mean, var -> dx, dscale, dbias
+    tangent_p    x_dot, scale_dot, bias_dot, shortcut_dot -> y_dot, linear in these four
+    gradient_p   dy, x, scale, mean, var -> dx, dscale, dbias, dshortcut
 
-To x_hat * scale + bias a shortcut can be added, of x's shape. Before an activation lie
-bias and shortcut: the latter two are given them where there are any. With a residual
-norm_p normalizes h = x + residual. It can return h too, or x where there is none
-(`carries`): its tangent goes through tangent_p unchanged, so that the transpose of that
-primitive has its cotangent in hand, and gradient_p adds dx to it.
+To x_hat * scale + bias a shortcut of x's shape can be added, and an activation follow,
+whose slope depends on bias and shortcut: tangent_p and gradient_p take these too then.
+With a residual norm_p normalizes h = x + residual. It can return h too, or x where
+there is none (`carries`): its tangent goes through tangent_p unchanged, so that the
+transpose of that primitive has its cotangent in hand, and gradient_p adds dx to it.
 
 A scale or bias can have leading axes, those of x along which it varies: of each sample,
 or of each row, or what vmap has made of it.
@@ -160,8 +160,8 @@ def _over(norm: Norm, axis_name: Any, axis_index_groups: Any) -> Norm:
 
 def _is_plain(norm: Norm, *dtypes: Any) -> bool:
     """Whether it is no primitive's: of complex numbers, with an epsilon that the
-    program computes, or over other mapped axes than those that a `jax.shard_map` has in
-    hand (of a vmap)."""
+    program computes, with `axis_index_groups`, or over other mapped axes than those
+    that a `jax.shard_map` has in hand (of a vmap)."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return (
         norm.groups is not None
@@ -205,8 +205,8 @@ def fusednorm_normalize(
     scale: Maybe,
     bias: Maybe,
     mask: Maybe,
-    residual: Maybe = None,
-    shortcut: Maybe = None,
+    residual: Maybe,
+    shortcut: Maybe,
     carries: bool = False,
     statistics: bool = False,
 ) -> list[jax.Array]:
@@ -268,9 +268,9 @@ def infer(
     x: jax.Array,
     mean: Maybe,
     var: jax.Array,
-    scale: Maybe = None,
-    bias: Maybe = None,
-    shortcut: Maybe = None,
+    scale: Maybe,
+    bias: Maybe,
+    shortcut: Maybe,
 ) -> jax.Array:
     """`normalize` for statistics given.
 

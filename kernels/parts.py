@@ -292,8 +292,8 @@ def of_types(
 
 
 def splits(norm: Norm) -> bool:
-    """Whether a scale or bias has an axis for each that it goes along with: not where
-    several axes of features are one of its own."""
+    """Whether the features are one axis of x. Several are joined in one axis of a scale
+    or bias, which then goes along with none of them."""
     return len(norm.feature_axes) == 1
 
 

@@ -66,7 +66,6 @@ class ArrayCall:
         )
         graph, before = nnx.graphdef(nodes), _contents(nodes)
         result = fn(*args, **kwargs)
-        returned: Any
         changed = {
             path: now.node
             for path, now in _contents(nodes).items()
@@ -77,6 +76,7 @@ class ArrayCall:
             or not all(isinstance(node, nnx.Variable) for node in changed.values())
             or any(map(_is_node, jax.tree.leaves(result, is_leaf=_is_node)))
         )
+        returned: Any
         if self._is_regraphed:
             returned = nnx.to_tree((nodes, result), ctxtag=self)
         else:  # Variables that did not change may belong to another trace

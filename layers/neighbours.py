@@ -35,9 +35,9 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     `jax.checkpoint` or `jax.shard_map` too, but not in functions with a `custom_jvp` or
     `custom_vjp`. Left as it is: an activation of an output that is used twice, is cast
     to another dtype first or is complex, and a sum with one; a sum with an array that
-    is broadcast or cast to a wider dtype first, that depends on the norm's statistics,
-    or that the platform's kernels do not add; any other sum before a norm, which XLA
-    takes into a product before it (`residual=` adds it in the norm).
+    is broadcast or cast to a wider dtype first, or that depends on the norm's
+    statistics; any other sum before a norm, which XLA takes into a product before it
+    (`residual=` adds it in the norm).
 
     Wrap the forward pass and differentiate the result: a derivative taken inside of
     `fn` uses the norm's output a second time. Each call traces `fn`: call it inside

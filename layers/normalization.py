@@ -43,7 +43,8 @@ def _promote(
     """The arrays to normalize with, and the output's dtype, as flax decides it.
 
     Args:
-      variables: of the layer; a promotion of the user's is given all, None included.
+      variables: the layer's, or the call's scale and bias in their place; a promotion
+        of the user's is given all, None included.
       given: of the call; a promotion of the user's is given those there are.
       statistics: so many of the variables, the first ones, are running averages. They
         have a say in flax's own promotion, none in the dtype of a user's.

@@ -57,6 +57,8 @@ SHAPES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "ragged_batch": (nnx.BatchNorm, (8, 5, 7, 33), {}),
     "ragged_group": (nnx.GroupNorm, (3, 7, 9, 24), {"num_groups": 4}),
     "sd_unet_64_silu": (nnx.GroupNorm, (8, 64, 64, 320), {"activation": "silu"}),
+    "sd_unet_32_silu": (nnx.GroupNorm, (32, 32, 32, 640), {"activation": "silu"}),
+    "sd_unet_16_gelu": (nnx.GroupNorm, (64, 16, 16, 1280), {"activation": "gelu"}),
     "sd_vae_256_gelu": (nnx.GroupNorm, (2, 256, 256, 256), {"activation": "gelu"}),
     # With dh, to which dx is added.
     "sd_unet_16_beside": (nnx.GroupNorm, (64, 16, 16, 1280), {"residual": True}),
@@ -84,6 +86,7 @@ IN_FLOAT32 = (
     "resnet50_56_of_8",
     "resnet50_7_of_64",
     "sd_unet_64",
+    "sd_unet_32_silu",
     "sd_vae_512",
     "sd_vae_128",
     "style",
@@ -223,11 +226,12 @@ def test_lanes_find_the_same_sum(found: Measurement) -> None:
 
 @each_cell
 def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
-    """One block an SM; whether a cluster finds its SMs only the chip can say."""
+    """Two blocks an SM, so that one loads while the other stores; whether a cluster
+    finds its SMs only the chip can say."""
     assert isinstance(cell[0], Gpu)
     assert found.scratch <= cell[0].block_shared == found.scratch_limit
     assert found.resident is not None
-    assert found.resident >= 1
+    assert found.resident >= 2
 
 
 @each_cell

@@ -215,10 +215,10 @@ def test_sums_in_shared_memory_spare_a_cluster(
     for shared, expected in ((gpu.SHARED, blocks), (gpu.SMALLER_SHARED, smaller)):
         kernel = rowwise.plan(call, 132, shared)
         assert isinstance(kernel, Kernel)
-        config, shared_out, *_ = kernel.launch.args  # type: ignore[attr-defined]
+        config, work, *_ = kernel.launch.args  # type: ignore[attr-defined]
         assert config.cluster == expected
         in_shared = shared == gpu.SHARED and features % 1024 == 0 and features > 8192
-        assert (shared_out.shared > 0) == in_shared
+        assert (work.smem > 0) == in_shared
 
 
 # --- on a real one --------------------------------------------------------------------
@@ -319,9 +319,9 @@ def backward_grid(call: Call) -> tuple[rowwise.Config, int, int, int]:
     """The plan's config, and tile, tiles and blocks."""
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
-    config, shared_out, _, processors = kernel.launch.args  # type: ignore[attr-defined]
+    config, work, _, processors = kernel.launch.args  # type: ignore[attr-defined]
     rows = call.x.size // config.features
-    return config, *rowwise._grid(config, rows, 1, processors, shared_out.threads)
+    return config, *rowwise._grid(config, rows, 1, processors, work.threads)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

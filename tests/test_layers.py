@@ -536,6 +536,13 @@ def test_epsilon_of_any_number_type() -> None:
         layer(data())
 
 
+def test_groups_are_a_whole_number() -> None:
+    y = fusednorm.group_norm(data(), num_groups=np.int64(2))
+    assert_agrees(y, build(nnx, "GroupNorm", num_groups=2)(data()))
+    with pytest.raises(TypeError, match="interpreted as an integer"):
+        fusednorm.group_norm(data(), num_groups=2.0)
+
+
 @pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "BatchNorm", "eval"])
 def test_an_epsilon_that_the_program_computes(name: str) -> None:
     """It is no key of a cache: the reference, with a derivative for epsilon too."""

@@ -517,6 +517,25 @@ def test_counts_the_bytes(
         assert units <= choice.plan.bytes_moved / (x.size * 2) < units + 0.25
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_residuals_gradient_alone_needs_no_kernel(platform: str) -> None:
+    """It is elementwise; XLA would drop the kernel, whose sums nobody reads."""
+    x = jax.ShapeDtypeStruct((4, 16, 16, 64), "bfloat16")
+    scale = jax.ShapeDtypeStruct((64,), "float32")
+
+    def gradient(x: Any, scale: Any, residual: Any, dy: Any) -> Any:
+        norm = functools.partial(
+            fusednorm.group_norm, num_groups=2, activation="silu", dtype="bfloat16"
+        )
+        _, vjp = jax.vjp(lambda r: norm(x, scale, scale, residual=r), residual)
+        return vjp(dy)
+
+    target = dispatch.Target((platform,))
+    _, choice = explain_jaxpr(jax.make_jaxpr(gradient)(x, scale, x, x), target).choices
+    assert isinstance(choice.plan, dispatch.Fallback)
+    assert choice.plan.reason.startswith("the shortcut's gradient alone")
+
+
 @pytest.mark.parametrize("samples", [1, 2, 64])
 @pytest.mark.parametrize(
     ("rows", "runs"), [(16, dispatch.Fallback), (512, dispatch.Kernel)]

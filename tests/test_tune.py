@@ -48,7 +48,7 @@ def clock_of(cost: Callable[[], float]) -> tune.Clock:
 
 def share_of_rows() -> rowwise.Share:
     return rowwise.share(
-        64, 4, center=False, slopes=False, beside=False, own=False, shared=0
+        64, 4, center=False, slopes=False, beside=False, own=False, smem=0
     )
 
 

@@ -212,9 +212,10 @@ def forward(
 ) -> list[jax.Array]:
     """y, and with `call.statistics` mean (if centred) and var: resident, one read of x.
 
-    Bytes: x and y, once each, and the shortcut; scale and bias once a block, from the
-    caches; 4 bytes a statistic. For a cluster of b blocks 8 * (b + b * b) bytes a
-    channel of each sample more, almost all of them reads that hit the L2 cache.
+    Bytes: x and y, once each, and the shortcut; scale and bias once a warpgroup, from
+    the caches; 4 bytes a statistic. For a cluster of b blocks of w warpgroups 8 * (b +
+    w * b * b) bytes a channel of each sample more (without centring half of it), almost
+    all of them reads that hit the L2 cache.
     """
     norm = call.norm
     inputs = _inputs(call, x=x, shortcut=shortcut, scale=scale, bias=bias)
@@ -347,8 +348,8 @@ def backward(
 
     Bytes: x, dy and dx, once each, and dh, the shortcut and its gradient; 4 bytes a
     statistic; for dscale and dbias each 4 a channel of each sample, which XLA adds up.
-    For a cluster of b blocks 8 * (b + b * b) bytes a channel of each sample more,
-    almost all of them from the L2 cache.
+    For a cluster of b blocks of w warpgroups 8 * (b + w * b * b) bytes a channel of
+    each sample more, almost all of them from the L2 cache.
     """
     norm = call.norm
     inputs = _inputs(
@@ -374,7 +375,10 @@ def backward(
             found = _sums_of_blocks(blocks, ref["partials"], to=part)
         terms = _store_gradients(norm, part, names, ref, rstd, found)
         c1, *c2 = part.by_group(_inner_products(config, ref), *terms)
-        scale = _weight(norm, part, ref)
+        # dx = rstd * (w - c2 - x_hat * c1), of what each channel has multiplied out.
+        factor = rstd * _weight(norm, part, ref)
+        of_centred = rstd * rstd * c1
+        constant = [rstd * each for each in c2]
 
         def store_dx(lines: Sequence[Any], _: None) -> None:
             dhs = [part.load(ref["dh"], line) for line in lines if "dh" in ref]
@@ -383,11 +387,10 @@ def backward(
                 if norm.center:
                     centred = centred - mean[0]
                 kept = part.kept("dy", line)  # dz, with a shortcut
-                w = (kept if "shortcut" in ref else dz(kept, centred)) * scale
-                inner = w - centred * rstd * c1
+                kept = kept if "shortcut" in ref else dz(kept, centred)
+                dx = kept * factor - centred * of_centred
                 if norm.center:
-                    inner = inner - c2[0]
-                dx = inner * rstd
+                    dx = dx - constant[0]
                 if dhs:
                     dx = dx + dhs[i].float32()
                 part.store(ref["dx"], line, dx)
@@ -712,7 +715,7 @@ def _store_gradients(
 
 
 def _inner_products(config: Config, ref: dict[str, Any]) -> Callable[..., list[Any]]:
-    """The formula of c1 = mean(w * x_hat) and c2 = mean(w), w = dy * scale.
+    """The formula of c1 = mean(w * x_hat) and c2 = mean(w), w = dz * scale.
 
     It writes them to the references of these names, if there are such.
     """
@@ -909,13 +912,15 @@ def _in_one_read(
 ) -> Kernel | None:
     """Whose pixels stay in shared memory; None where they do not fit."""
     view = _view(call)
-    kept = call.x.dtype.itemsize + (0 if call.dy is None else call.dy_kept.itemsize)
+    kept = call.kept_bytes
     arrays = [a for a in (call.x, call.dy, call.beside, call.shortcut) if a is not None]
     dtypes = [array.dtype for array in arrays]
     if call.op == "forward":
         dtypes.append(call.norm.dtype)
     widest = max(dtype.itemsize for dtype in dtypes)
-    config = strips.resident(view, widest, kept, shared, cluster=cluster, alone=alone)
+    cut = functools.partial(strips.resident, view, widest, kept, shared)
+    configs = (cut(cluster=cluster, alone=alone, load=n) for n in _loads(call, widest))
+    config = next(filter(None, configs), None)
     if config is None:
         return None
     size = f"{config.width * view.s * kept / KB:.0f} KB"
@@ -926,12 +931,37 @@ def _in_one_read(
     return _kernel(call, config, functools.partial(launch, config, call), "", why)
 
 
+def _loads(call: Call, itemsize: int) -> tuple[int, ...]:
+    """Bytes of a lane's loads, at most: the first of these with which pixels fit.
+
+    16 is the widest. In a backward each column of a lane has two sums and up to six
+    values of its channel, and takes registers of which an SM's second block is short.
+    Compiled for an H100: registers, blocks of an SM and their loads in flight, with 16
+    and with 8 bytes. Not measured on a chip.
+
+        16 x 16 x 1280, bfloat16              130, 1 of 30 KB     106, 2 of 15 KB
+        32 x 32 x 640, bfloat16, and SiLU     160, 1 of 10 KB     127, 2 of 15 KB
+        32 x 32 x 640, float32, and SiLU      134, 1 of 30 KB     109, 2 of 30 KB
+        32 x 32 x 640, float32                127, 2 of 60 KB     128, 2 of 60 KB
+        256 x 256 x 256, bfloat16              80, 3 of 32 KB      64, 4 of 32 KB
+        256 x 256 x 256, bfloat16, and GELU   128, 2 of 16 KB      89, 2 of 16 KB
+
+    Narrow loads may fill the end of a strip less well: 24 x 24 x 1280 in float32 fits
+    with 16 bytes alone.
+    """
+    if call.op == "backward" and (itemsize == 2 or call.slopes):
+        return 8, 16
+    return (16,)
+
+
 def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
     """Of which the kernels do the first."""
     view = _view(call)
     arrays = [call.x, call.dy, None if call.dy is None else call.shortcut]
     loaded = [array.dtype.itemsize for array in arrays if array is not None]
-    configs = strips.in_two_reads(view, max(loaded), shared, arrays=len(loaded))
+    widest = max(loaded)
+    load, *_ = _loads(call, widest)
+    configs = strips.in_two_reads(view, widest, shared, arrays=len(loaded), load=load)
     if configs is None:
         return Fallback(
             f"{view.features} channels in groups of {view.k}: no strip of "
@@ -1023,7 +1053,10 @@ def _bytes_moved(call: Call, config: Config) -> int:
         rows = samples if samples == examples else 2 * samples + examples
         moved += 4 * channels * len(call.summed) * rows
     if call.shortcut is not None:
-        again = call.dy is not None and call.dy_kept != call.dy.dtype
+        # XLA finds dz again where the kernel did not write it.
+        again = call.dy is not None and not (
+            call.wanted[3] and call.dy_kept == call.dy.dtype
+        )
         moved += size * call.shortcut.dtype.itemsize * (reads if again else 1)
         moved += size * call.shortcut.dtype.itemsize * call.wanted[3]
     if config.blocks > 1 or not config.resident:  # written and read

@@ -38,12 +38,12 @@ class Chunk:
     seen: int = 0
 
 
-def cut(width: int, lanes: int, vector: int, spare: int) -> list[Chunk]:
+def cut(width: int, lanes: int, vector: int) -> list[Chunk]:
     """Covers columns [0, width); `lanes * vector` are no more than these.
 
     What `lanes * vector` leaves over is one narrower chunk that begins earlier, if it
-    sees no more than `spare` columns twice; else narrower chunks side by side, each of
-    which costs another sum over lanes.
+    sees no more than a sixteenth of the columns twice; else narrower chunks side by
+    side, each of which costs another sum over lanes.
     """
     chunks: list[Chunk] = []
     start = 0
@@ -55,7 +55,7 @@ def cut(width: int, lanes: int, vector: int, spare: int) -> list[Chunk]:
             continue
         covering = pl.next_power_of_2(pl.cdiv(rest, lanes))
         seen = lanes * covering - rest
-        if covering == 1 or seen <= min(spare, start):
+        if covering == 1 or seen <= min(width // 16, start):
             chunks.append(Chunk(start - seen, covering, seen))
             break
         vector = covering // 2

@@ -82,14 +82,14 @@ class Share:
       threads: of a multiprocessor, in persistent blocks.
       ahead: registers of a thread for the sums of dscale and dbias and for the next
         tile, which is loaded while this one is worked on; with too few it is not.
-      shared: bytes of shared memory in which these sums are instead, and the scale if
-        it fits; or 0.
+      smem: bytes of shared memory in which these sums are instead, and the scale if it
+        fits; or 0.
     """
 
     columns: int
     threads: int
     ahead: int
-    shared: int = 0
+    smem: int = 0
 
 
 def share(
@@ -100,7 +100,7 @@ def share(
     slopes: bool,
     beside: bool,
     own: bool,
-    shared: int,
+    smem: int,
 ) -> Share:
     """That of a backward, from measurements.
 
@@ -134,20 +134,20 @@ def share(
 
     Args:
       features: length of a row.
-      itemsize: bytes of the wider one of x and dy.
+      itemsize: bytes of an element of the widest array of x's size that is read.
       center: whether mean or dbias come to it.
       slopes: whether through an activation, whose slope takes registers, and z.
       beside: whether more of x's size is read than x and dy.
       own: whether examples have their own scale, which takes registers too. Neither is
         measured: the shares are those without, as far as the registers hold them.
-      shared: bytes of shared memory of a block.
+      smem: bytes of shared memory of a block.
     """
     narrow = itemsize == 2
-    room = shared - OTHER_BYTES
+    room = smem - OTHER_BYTES
     if features > 8192 and room >= SUMS_BYTES:
         ahead = 0 if slopes or own or not narrow else 28 if beside else 32
         columns = 24 if center else 32
-        return Share(columns=columns, threads=512, ahead=ahead, shared=room)
+        return Share(columns=columns, threads=512, ahead=ahead, smem=room)
     beside = beside or own
     if slopes:  # 384 threads are no block of the 4 warpgroups of a long row
         many = 384 if beside and features <= 2048 else 512
@@ -309,7 +309,7 @@ def configure(
     width = pl.cdiv(features, parts * vector) * vector
     while lanes * vector > features - (parts - 1) * width:  # in the last part too
         vector //= 2
-    chunks = memory.cut(width, lanes, vector, spare=width // 16)
+    chunks = memory.cut(width, lanes, vector)
     rows = WARPS * LANES // lanes
     if fill and rows > 1:
         rows *= power_of_two(max(per_lane * lanes // features, 1))
@@ -477,10 +477,10 @@ class Part:
 
     def rows_from(self, first: Any, chunk: Chunk, value: jax.Array) -> jax.Array:
         """Zeros for the rows of the tile before the first-th."""
-        row = self._index(chunk, 0)
+        row = self._iota(chunk, 0)
         return jnp.where(row >= first, value, 0.0)
 
-    def _index(self, chunk: Chunk, axis: int) -> jax.Array:
+    def _iota(self, chunk: Chunk, axis: int) -> jax.Array:
         return plgpu.broadcasted_iota(
             jnp.int32, self._shape(chunk), axis, layout=self._layout(chunk)
         )
@@ -554,8 +554,9 @@ class Part:
         """Over the columns of this part, each of them once: (rows,) or (4,)."""
         alike: dict[int, Any] = {}  # by vector: what lies alike on the lanes
         for chunk, value in zip(self.config.chunks, values, strict=True):
-            # From 0 on, for what `memory.sum_lanes` says: there it would be one number
-            # more to hold for each that 12288 features' backward has no register for.
+            # From 0 on, for the reason that `memory.sum_lanes` gives. Added there, at
+            # the end, the 0 would take a register, and the backward of 12288 features
+            # has none left.
             before = alike.get(chunk.vector, 0.0)
             alike[chunk.vector] = before + self._once(chunk, value)
         return functools.reduce(jnp.add, [jnp.sum(v, axis=1) for v in alike.values()])
@@ -565,9 +566,9 @@ class Part:
         if not chunk.seen and not self.config.beyond(chunk):
             return value
         first = chunk.seen + self._earlier(chunk)
-        column = self._index(chunk, 1)
+        column = self._iota(chunk, 1)
         if self.config.long:
-            column = column + self._index(chunk, 0) * (LANES * chunk.vector)
+            column = column + self._iota(chunk, 0) * (LANES * chunk.vector)
         return jnp.where(column >= first, value, 0.0)
 
 
@@ -598,8 +599,9 @@ def forward(
 
     Bytes: x and y, once each, and what there is of the residual, the sum, the shortcut
     and a scale of each row; other scales and biases once a tile, from the caches; 4
-    bytes a statistic. A cluster's blocks write 96 bytes a row more, a sector for each
-    of three sums, and read them from the L2 cache.
+    bytes a statistic. A cluster's blocks write 32 bytes a row more for each of its
+    sums, a sector, of which LayerNorm has three and RMSNorm one, and read them from the
+    L2 cache.
 
     The mean is corrected by the mean of what it leaves over, so that it is right to the
     last bit but one wherever it lies: x_hat keeps its digits at mean/std of 5000.
@@ -708,7 +710,7 @@ def forward(
 
 def backward(
     config: Config,
-    shared_out: Share,
+    work: Share,
     call: Call,
     processors: int,
     dy: jax.Array,
@@ -727,7 +729,8 @@ def backward(
     Bytes: x, dy and dx, once each, and what there is of dh, the shortcut, a scale of
     each row, and the gradients of the latter two; 4 bytes a statistic; for dscale and
     dbias that add up each 8 * features a block, of which there are as many as are
-    resident (`_grid`). A cluster's blocks write 64 bytes a row more.
+    resident (`_grid`). A cluster's blocks write 32 bytes a row more for each of two
+    sums (RMSNorm: one).
 
     A block is persistent: it takes every blocks-th tile, and adds up dscale and dbias
     of its rows in registers, 1 to 32 columns a lane, or those of long rows in shared
@@ -739,7 +742,7 @@ def backward(
     norm, features = call.norm, config.features
     examples = math.prod(x.shape[: call.own])
     rows = x.size // features // examples  # that share a scale, bias and their sums
-    tile, tiles, blocks = _grid(config, rows, examples, processors, shared_out.threads)
+    tile, tiles, blocks = _grid(config, rows, examples, processors, work.threads)
     want = call.wants
 
     operands: dict[str, Any] = {"dy": dy, "x": x, "scale": scale, "bias": bias}
@@ -758,18 +761,18 @@ def backward(
             assert like is not None
             outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, like.dtype)
     loaded_at_once = ("dy", "x", *_streamed(call))
-    held = 0 if shared_out.shared else config.registers(tile, 4) * len(summed)
+    held = 0 if work.smem else config.registers(tile, 4) * len(summed)
     sizes = [inputs[name].dtype.itemsize for name in loaded_at_once]
     next_tile = sum(config.registers(tile, size) for size in sizes)
-    ahead = held + next_tile <= shared_out.ahead
+    ahead = held + next_tile <= work.ahead
     levels = {
-        "shared": shared_out.shared > 0,
+        "in_smem": work.smem > 0,
         "twice": _sums_twice(config, tiles, blocks),
     }
-    kept = Totals.kept(summed, **levels)
+    kept = Totals.scratch_names(summed, **levels)
     if scale is not None and not call.scales_each:
         size = (len(kept) + 1) * config.kept_bytes(tile)
-        kept = (*kept, "scale") if size <= shared_out.shared else kept
+        kept = (*kept, "scale") if size <= work.smem else kept
 
     def body(ref: dict[str, Any], part: Part) -> None:
         example, block = _example_and_block(examples, blocks)
@@ -905,24 +908,26 @@ class Totals:
     Attributes:
       part: whose.
       names: of the sums.
-      shared: whether the first ones are in shared memory.
+      in_smem: whether the first ones are in shared memory.
       twice: whether there are second ones.
     """
 
     part: Part
     names: Sequence[str]
-    shared: bool
+    in_smem: bool
     twice: bool
 
     @staticmethod
-    def kept(names: Sequence[str], *, shared: bool, twice: bool) -> tuple[str, ...]:
+    def scratch_names(
+        names: Sequence[str], *, in_smem: bool, twice: bool
+    ) -> tuple[str, ...]:
         """Names of what has room in shared memory."""
-        first = [_in_a_row(name) for name in names if shared]
+        first = [_in_a_row(name) for name in names if in_smem]
         return (*first, *[name for name in names if twice])
 
     def begin(self) -> dict[str, Sequence[jax.Array]]:
         """What a loop over tiles carries: zeros, but for those in shared memory."""
-        if not self.shared:
+        if not self.in_smem:
             return dict.fromkeys(self.names, self._zeros)
         for name in self.names:
             self.part.keep(_in_a_row(name), self._zeros)
@@ -930,7 +935,7 @@ class Totals:
 
     def add(self, carried: Any, more: Mapping[str, Sequence[jax.Array]]) -> Any:
         """With one tile's."""
-        if not self.shared:
+        if not self.in_smem:
             return {n: _added(total, more[n]) for n, total in carried.items()}
         for name in self.names:
             self._add(_in_a_row(name), more[name])
@@ -938,7 +943,7 @@ class Totals:
 
     def end(self, carried: dict[str, Any]) -> dict[str, Sequence[jax.Array]]:
         """Sums of the tiles in a row."""
-        if not self.shared:
+        if not self.in_smem:
             return carried
         return {name: self.part.kept(_in_a_row(name)) for name in self.names}
 
@@ -1038,10 +1043,11 @@ def _example_and_block(examples: int, blocks: int) -> tuple[Any, Any]:
 
 
 def _sums_twice(config: Config, tiles: int, blocks: int) -> bool:
-    """Whether sums over `IN_A_ROW` tiles go to shared memory, for more will follow.
+    """Whether sums over `IN_A_ROW` tiles go to shared memory: where a block has so
+    many, which a ragged one may follow.
 
-    Not where a block has no more tiles. There may be fewer rows than warps then, and
-    warps that hold the same row would add to one sum without waiting for each other.
+    With fewer tiles there may be fewer rows than warps, and warps that hold the same
+    row would add to one sum without waiting for each other.
     """
     return _in_lines(config) and pl.cdiv(tiles, blocks) >= IN_A_ROW
 
@@ -1057,7 +1063,8 @@ def _in_lines(config: Config) -> bool:
 def _grid(
     config: Config, rows: int, examples: int, processors: int, threads: int
 ) -> tuple[int, int, int]:
-    """Rows of a tile, and of an example whole tiles, and blocks of a persistent grid.
+    """(tile, tiles, blocks): rows of a tile, whole tiles of an example, and blocks that
+    an example has in a persistent grid.
 
     As many blocks as are resident, of `threads` a multiprocessor. Fewer where that
     would leave a block less than 32 rows, whose partial sums would be over a tenth of
@@ -1159,63 +1166,66 @@ def _launch(
 
 
 def _share_out(
-    features: int, itemsize: int, *, shared: int, **kind: bool
+    features: int, itemsize: int, *, smem: int, **kind: bool
 ) -> tuple[Share, Config]:
     """How a backward's work is shared out and cut; for the arguments see `share`."""
-    for room in (shared, 0):
-        shared_out = share(features, itemsize, shared=room, **kind)
-        in_shared, columns = shared_out.shared > 0, shared_out.columns
-        # Mosaic adds up rows over warps by 4 columns a lane at most; and in shared
-        # memory 16 bytes a lane, side by side, meet in no bank.
-        four = features <= LANES * columns or in_shared
-        config = configure(
-            features,
-            4 if four else itemsize,
-            per_lane=columns,
-            of_long=columns if features <= MAX_FEATURES // 2 or in_shared else 16,
-            in_warp=LANES * columns,
-        )
-        if not in_shared or _in_lines(config):
-            return shared_out, config
-    raise ValueError(f"{features} features: a lane's shared memory is one column wide")
+    work = share(features, itemsize, smem=smem, **kind)
+    config = _cut(features, itemsize, work)
+    if work.smem and not _in_lines(config):
+        work = share(features, itemsize, smem=0, **kind)
+        config = _cut(features, itemsize, work)
+    return work, config
+
+
+def _cut(features: int, itemsize: int, work: Share) -> Config:
+    """How rows are cut of which a lane holds `work.columns`."""
+    columns, in_smem = work.columns, work.smem > 0
+    # Mosaic adds up rows over warps by 4 columns a lane at most; and in shared memory
+    # 16 bytes a lane, side by side, meet in no bank.
+    four = features <= LANES * columns or in_smem
+    return configure(
+        features,
+        4 if four else itemsize,
+        per_lane=columns,
+        of_long=columns if features <= MAX_FEATURES // 2 or in_smem else 16,
+        in_warp=LANES * columns,
+    )
 
 
 # --- which calls they take ------------------------------------------------------------
 
 
-def plan(call: Call, processors: int, shared: int) -> Kernel | Fallback:
+def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
     """Chooses the kernel for one rowwise call.
 
     Args:
       call: one of geometry x[N, 1, G, K].
       processors: multiprocessors of the GPU.
-      shared: bytes of shared memory of a block.
+      smem: bytes of shared memory of a block.
     """
     view = call.geometry
     assert view is not None
     features = view.k
     rows = view.n * view.g
-    if view.g > 1 and call.has_params:
-        return Fallback(
-            "scale differs from row to row (groups of channels, nothing else reduced)"
-        )
     if features == 1:
         return Fallback("rows of one feature")
     if features > MAX_FEATURES:
         return Fallback(f"{features} features; kernels take at most {MAX_FEATURES}")
     statistics = 4 * rows * (1 + call.norm.center)
     x_size = call.x.dtype.itemsize
-    own = [getattr(call, name).dtype.itemsize for name in _streamed(call)]
+    each_row = [getattr(call, name).dtype.itemsize for name in _streamed(call)]
     if call.op == "forward":
         streamed = [x_size, call.norm.dtype.itemsize]
         if call.beside is not None:
             streamed += [call.beside.dtype.itemsize, call.sum_dtype.itemsize]
-        streamed += own
+        streamed += each_row
         config = configure(
             features,
             max(streamed),
             per_lane=32,
-            of_long=columns_of_long(features, len(own) + (call.beside is not None)),
+            of_long=columns_of_long(
+                features, len(each_row) + (call.beside is not None)
+            ),
             in_warp=2048,
             fill=True,
         )
@@ -1225,20 +1235,22 @@ def plan(call: Call, processors: int, shared: int) -> Kernel | Fallback:
         moved = call.x.size * sum(streamed) + statistics * call.statistics
     else:
         assert call.dy is not None
-        beside = own + ([] if call.beside is None else [call.beside.dtype.itemsize])
+        beside = each_row + (
+            [] if call.beside is None else [call.beside.dtype.itemsize]
+        )
         itemsize = max(x_size, call.dy.dtype.itemsize, *beside)
-        shared_out, config = _share_out(
+        work, config = _share_out(
             features,
             itemsize,
             center=call.norm.center or call.wants["dbias"],
             slopes=call.slopes,
             beside=bool(beside),
             own=call.own > 0,
-            shared=shared,
+            smem=smem,
         )
-        launch = functools.partial(backward, config, shared_out, call, processors)
+        launch = functools.partial(backward, config, work, call, processors)
         examples = math.prod(call.x.shape[: call.own])
-        grid = _grid(config, rows // examples, examples, processors, shared_out.threads)
+        grid = _grid(config, rows // examples, examples, processors, work.threads)
         blocks = examples * grid[2]
         written = [
             getattr(call, name.removeprefix("d")).dtype.itemsize
@@ -1251,8 +1263,8 @@ def plan(call: Call, processors: int, shared: int) -> Kernel | Fallback:
             x_size + call.dy.dtype.itemsize + sum(beside) + sum(written)
         )
         # Partial sums are written and read, the sum is written.
-        examples = math.prod(call.x.shape[: call.own_params])
-        sums = len(call.summed) * (2 * blocks + examples)
+        results = math.prod(call.x.shape[: call.own_params])
+        sums = len(call.summed) * (2 * blocks + results)
         moved += statistics + 4 * features * sums
     for param in (None if call.scales_each else call.scale, call.bias):
         moved += 0 if param is None else param.size * param.dtype.itemsize

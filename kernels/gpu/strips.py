@@ -30,7 +30,7 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 KB = 1024
 SECTOR = 32  # bytes: what the L2 cache fetches at least
 MAX_CLUSTER = 8  # blocks: what every GPU can do
-MAX_WARPGROUPS = 2  # of a block that loads x: two of 128 registers a thread fit an SM
+MAX_WARPGROUPS = 2  # of a block that loads x: of 128 registers a thread, two fit an SM
 MAX_CHUNKS = 8  # of a strip: each is code of its own
 PLACES = 4  # sums of channels that a block holds in shared memory
 
@@ -91,8 +91,8 @@ class Config:
 
     @property
     def held(self) -> int:
-        """Lines that a lane loads before it looks at the first: 64 to 128 bytes of each
-        array.
+        """Lines that a lane loads before it looks at the first: 16 to 256 bytes of each
+        array, by `at_once`.
 
         All blocks of an SM, 384 to 768 threads in the benchmark's cases, then have 30
         to 192 KB in flight (compiled for an H100), where bandwidth times latency wants
@@ -123,7 +123,8 @@ class Config:
         groups = PLACES * self.width * (self.group > 1)
         columns = sum(self.lanes * chunk.vector for chunk in self.chunks)
         pixels = self.warpgroups * self.lines * self.line
-        return pixels * columns * kept + 4 * (places + groups) + 4 * KB
+        barriers = 4 * KB  # and what it takes to align each array
+        return pixels * columns * kept + 4 * (places + groups) + barriers
 
     @property
     def pitch(self) -> int:
@@ -156,8 +157,9 @@ def resident(
     kept: int,
     shared: int,
     *,
-    cluster: int = MAX_CLUSTER,
-    alone: bool = False,
+    cluster: int,
+    alone: bool,
+    load: int,
 ) -> Config | None:
     """Cuts a sample whose strips stay in the shared memory of a cluster, if they fit.
 
@@ -181,9 +183,10 @@ def resident(
       cluster: blocks of a strip at most.
       alone: whether there is one sample whatever the batch: its blocks have the GPU for
         themselves, and are many rather than large.
+      load: bytes of a lane's loads, at most.
     """
     # Two blocks at least fit an SM, so that one loads while another one adds up or
-    # stores.
+    # stores. It has 1 KB more than a block may have, and CUDA takes 1 KB of each.
     limit = (shared - KB) // 2
     large = (32 if alone else 96) * KB
     found = []
@@ -194,7 +197,9 @@ def resident(
         blocks = min(pl.next_power_of_2(pl.cdiv(strip, large)), cluster)
         while blocks <= cluster:
             warpgroups = min(pl.cdiv(strip // blocks, 64 * KB), MAX_WARPGROUPS)
-            config = _config(view, width, itemsize, warpgroups, blocks, resident=True)
+            config = _config(
+                view, width, itemsize, warpgroups, blocks, resident=True, load=load
+            )
             if config.shared(kept) <= limit and len(config.chunks) <= MAX_CHUNKS:
                 found.append(config)
                 break
@@ -226,7 +231,7 @@ def resident(
 
 
 def in_two_reads(
-    view: Geometry, itemsize: int, shared: int, *, arrays: int
+    view: Geometry, itemsize: int, shared: int, *, arrays: int, load: int
 ) -> tuple[Config, Config] | None:
     """Cuts a sample whose pixels are read twice, and what its blocks find.
 
@@ -235,6 +240,7 @@ def in_two_reads(
       itemsize: bytes of the widest of the arrays that are loaded.
       shared: bytes of shared memory that a block may have.
       arrays: how many are loaded.
+      load: bytes of a lane's loads, at most.
     """
     # 128 bytes of a pixel, or as nearly so many as divides it.
     widths = [
@@ -256,7 +262,9 @@ def in_two_reads(
     # warpgroup a block is as good for that, and has half as much to add up: on an H200
     # 45 to 48 us for 160 MB, with two 52.
     warpgroups = 1 if arrays * itemsize == 2 else MAX_WARPGROUPS
-    config = _config(view, width, itemsize, warpgroups, blocks, resident=False)
+    config = _config(
+        view, width, itemsize, warpgroups, blocks, resident=False, load=load
+    )
     groups = [width for width in _multiples(view.k, view.g) if width >= 32]
     last = _config(
         dataclasses.replace(view, s=blocks),
@@ -265,6 +273,7 @@ def in_two_reads(
         4 if blocks > 64 else 1,
         1,
         resident=True,
+        load=16,
     )
     both = (config, last)
     fit = all(c.shared(0) <= shared and len(c.chunks) <= MAX_CHUNKS for c in both)
@@ -279,11 +288,12 @@ def _config(
     blocks: int,
     *,
     resident: bool,
+    load: int,
 ) -> Config:
     """Fewer warpgroups and blocks where there are fewer pixels."""
     warpgroups = min(warpgroups, view.s)
     blocks = min(blocks, view.s // warpgroups)
-    vector = _vector(width, 16 // itemsize)  # 16 bytes is the widest load
+    vector = _vector(width, load // itemsize)
     lanes = min(LANES, power_of_two(width // vector))
     line = _line(view.s // (blocks * warpgroups), lanes)
     return Config(
@@ -291,7 +301,7 @@ def _config(
         group=view.k,
         width=width,
         strips=view.features // width,
-        chunks=tuple(memory.cut(width, lanes, vector, spare=width // 16)),
+        chunks=tuple(memory.cut(width, lanes, vector)),
         lanes=lanes,
         warps=min(WARPS, line),
         line=line,
@@ -369,9 +379,6 @@ class Columns:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __rtruediv__(self, other: Any) -> "Columns":
-        return self._with(other, lambda a, b: b / a)
-
 
 def add(values: Iterable[Any]) -> Any:
     """Their sum, in their order."""
@@ -397,7 +404,8 @@ class Part:
 
     Attributes:
       config: how the sample is cut.
-      sample, strip, block: which; of so many samples.
+      sample, strip, block: which one.
+      samples: how many there are.
       warpgroup: which of the block's; a Python 0 where there is one.
       pixels: of the block.
     """
@@ -768,9 +776,7 @@ class Group:
         self._first = number * config.group
         vector = _vector(config.group, 4)
         self._lanes = min(LANES, power_of_two(config.group // vector))
-        self._chunks = memory.cut(
-            config.group, self._lanes, vector, spare=config.group // 16
-        )
+        self._chunks = memory.cut(config.group, self._lanes, vector)
         self._layouts = [_layout(self._lanes, chunk.vector) for chunk in self._chunks]
 
     def _columns(self) -> list[pl.Slice]:

@@ -18,8 +18,4 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
     chip = memory.chip(device)
     if view.family == "channelwise":
         return channelwise.plan(call, view, chip)
-    if view.g > 1 and call.has_params:
-        return Fallback(
-            "scale differs from row to row (groups of channels, nothing else reduced)"
-        )
     return rowwise.plan(call, view, chip)

@@ -106,13 +106,13 @@ class Piece:
     """Some features of a chunk.
 
     Attributes:
-      number: of the piece; in a loop that of those with group 0.
+      number: of the piece; in a loop its number in the loop's first turn.
       width: features of each piece before it.
-      group: UNROLLED features each; in a loop.
+      group: the turn of the loop, UNROLLED features each, behind piece 0; or None.
     """
 
     number: int
-    width: int = LANES
+    width: int
     group: Any = None
 
     def of(self, ref: Any, axis: int, size: int) -> Any:

@@ -541,15 +541,13 @@ class Launch:
             mean_or_none = mean[0] if mean else None
             y = reference.apply(norm, x, mean_or_none, var, scale, bias, shortcut)
             return [y, *mean, var] if statistics else [y]
-        y, mean, var = self._forward(
-            x, scale, bias, shortcut, whole=True, statistics=statistics
-        )
+        y, mean, var = self._forward(x, scale, bias, shortcut, statistics=statistics)
         found = [self._from_view(y), self._of_groups(mean), self._of_groups(var)]
         return [array for array in found if array is not None]
 
     def moments(self, x: jax.Array, *others: None) -> list[jax.Array]:
         """mean (if centred) and var, in the statistics' shape: one read of x."""
-        _, *found = self._forward(x, None, None, None, whole=False, statistics=True)
+        _, *found = self._forward(x, None, None, None, statistics=True)
         of_groups = map(self._of_groups, found)
         return [array for array in of_groups if array is not None]
 
@@ -560,13 +558,12 @@ class Launch:
         bias: jax.Array | None,
         shortcut: jax.Array | None,
         *,
-        whole: bool,
         statistics: bool,
     ) -> Any:
         cut, norm = self.cut, self.call.norm
         x = self._to_view(x)
         beside = None if shortcut is None else self._to_view(shortcut)
-        y = memory.result(x, cut.view, norm.dtype) if whole else None
+        y = memory.result(x, cut.view, norm.dtype) if self.whole else None
         statistic = self._of_channels_like(x) if statistics else None
         return self._pallas_call(
             functools.partial(
@@ -593,7 +590,7 @@ class Launch:
             kept=[x.dtype],
             scratch=[
                 pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32),
-                self._values(3) if whole else None,
+                self._values(3) if self.whole else None,
             ],
         )
 
@@ -630,8 +627,6 @@ class Launch:
           shortcut's shape and dtype.
         """
         wants_dx, wants_dscale, wants_dbias, wants_dshortcut = self.call.wanted
-        if not any(self.call.wanted):
-            return []
         operands = (dy, x, scale, bias, mean, var)
         dx, dz, dscale, dbias, c1, c2 = self._backward(*operands, shortcut)
         if dz is not None:
@@ -895,7 +890,7 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         )
     cut = cast(AnyCut, fits.shared_by(chip.cores))
     launch = Launch(call, shape.order, cut, whole, _vmem(call, cut, whole=whole))
-    size = view.s * cut.strip * sum(d.itemsize for d in _read(call)) / 2**20
+    size = view.s * cut.strip * call.kept_bytes / 2**20
     lie = "down the sublanes" if shape.down else "across the lanes"
     variant, why = "", f"a unit of {size:.1f} MiB stays in VMEM: one read"
     run: Callable[..., list[jax.Array]]
@@ -1105,8 +1100,7 @@ def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
     block = cut.unit * math.prod(cut.block)
     need = 2 * block * sum(dtype.itemsize for dtype in _streamed(call, whole=whole))
     if whole and cut.blocks > 1:
-        kept = call.x.dtype.itemsize + (0 if call.dy is None else call.dy_kept.itemsize)
-        need += cut.blocks * block * kept
+        need += cut.blocks * block * call.kept_bytes
     # Scratch, and the values of `complete`, of which registers hold few.
     places = cut.unit * math.prod(cut.places) * 4
     values = cut.unit * math.prod(cut.values) * 4
@@ -1164,9 +1158,10 @@ def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
         if not whole:  # x again, and dy, or dz in its place
             assert call.dy is not None
             each += x_size + call.dy.dtype.itemsize
-    if call.shortcut is not None and wants_dshortcut:
-        each += call.shortcut.dtype.itemsize
-        if not whole and _dz_dtype(call, whole=False) is None:
+    if call.shortcut is not None:
+        each += call.shortcut.dtype.itemsize * wants_dshortcut
+        again = call.op == "backward" and wants_dx and not (whole or call.half)
+        if again and _dz_dtype(call, whole=False) is None:
             each += call.shortcut.dtype.itemsize
     moved = size * each
     of_channels = 4 * cut.examples * cut.samples * cut.channels * (1 + call.norm.center)

@@ -132,7 +132,7 @@ def bits(operand: jax.Array | None) -> jax.Array | None:
 
 
 def kept_as(dtype: Any) -> Any:
-    """The dtype of scratch for an operand as it enters."""
+    """The dtype of what a kernel writes and reads again: of float16 its bits."""
     return jnp.int16 if dtype == jnp.float16 else dtype
 
 

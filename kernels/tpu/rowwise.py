@@ -1,8 +1,8 @@
 """Norms of contiguous rows on a TPU, forward and backward, each in one kernel.
 
     x_hat = (x - mean) * rstd,  y = x_hat * scale + bias
-    dx = rstd * (wdy - c2 - x_hat * c1),  wdy = dy * scale,
-        c1 = sum(wdy * x_hat) / features,  c2 = sum(wdy) / features
+    dx = rstd * (w - c2 - x_hat * c1),  w = dy * scale,
+        c1 = sum(w * x_hat) / features,  c2 = sum(w) / features
     dscale = sum(dy * x_hat),  dbias = sum(dy)  over the rows
 
 One row's mean and variance are taken over its own features; RMSNorm leaves out mean
@@ -123,7 +123,7 @@ SLAB_BYTES = 64 * 2**10
 
 
 def _forward_kernel(
-    x_ref: Any,  # a block: [block_rows, lanes], or [block_slabs, sublanes, block_rows]
+    x_ref: Any,  # a block: [block_rows, lanes], or as `DownSublanes` or `Turned` cut
     scale_ref: Any,  # [1, lanes], or a block if `scales_each`, or None
     bias_ref: Any,  # [1, lanes], or None
     residual_ref: Any,  # a block, or None
@@ -219,7 +219,7 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    dy_ref: Any,  # a block: [block_rows, lanes], or [block_slabs, sublanes, block_rows]
+    dy_ref: Any,  # a block: [block_rows, lanes], or as `DownSublanes` or `Turned` cut
     x_ref: Any,  # a block, or None where dbias alone is wanted
     scale_ref: Any,  # [1, lanes], or a block if `scales_each`, or None
     bias_ref: Any,  # [1, lanes], or None; for an activation
@@ -330,7 +330,7 @@ def _backward_kernel(
                 blocks.write(dscale_ref, index, piece, of_scale)
             if dx_ref is None and c1_ref is None:
                 return []
-            weighted = weigh(rstd_dz, piece)  # rstd * wdz
+            weighted = weigh(rstd_dz, piece)  # rstd * w
             put_centred(piece, centred)
             put_weighted(piece, weighted)
             terms = [weighted * centred]
@@ -501,8 +501,6 @@ def backward(
       the leading axes of x that `call.own_params` counts, or dscale in the shape and
       dtype of a scale of x's shape; dshortcut in the shortcut's shape and dtype.
     """
-    if not any(call.wanted):
-        return []
     dx, dscale, dbias, dshortcut = call.wanted
     reads_x = _reads_x(call)
     scale_given = scale if _reads_scale(call) else None
@@ -604,7 +602,7 @@ def _pallas_call(
     blocks: Blocks,
     operands: Sequence[tuple[jax.Array | None, pl.BlockSpec]],
     results: Sequence[tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
-    scratch: Sequence[Any] = (),
+    scratch: Sequence[Any],
 ) -> tuple[jax.Array | None, ...]:
     """Runs a kernel over operands, results and scratch; None stays None, as its ref."""
     return pl.pallas_call(
@@ -765,21 +763,31 @@ def across_lanes(
         kept = (1 if call.op == "forward" else 2) * together * chunk_rows * lanes * 4
         keeps = narrow and need + kept <= chip.vmem
         return AcrossLanes(
-            need + kept * keeps,
-            1,
-            examples,
-            slabs,
-            rows,
-            features,
-            block_rows,
-            chunk_rows,
+            vmem=need + kept * keeps,
+            cores=1,
+            examples=examples,
+            slabs=slabs,
+            rows=rows,
+            features=features,
+            block_rows=block_rows,
+            chunk_rows=chunk_rows,
             piece_width=2 * LANES if narrow else LANES,
             together=together,
             keeps=keeps,
         )
     chunk_rows = min(chunk_rows, round_up(rows, LANES))
     block_rows -= block_rows % chunk_rows
-    return Turned(need, 1, examples, slabs, rows, features, block_rows, chunk_rows, 1)
+    return Turned(
+        vmem=need,
+        cores=1,
+        examples=examples,
+        slabs=slabs,
+        rows=rows,
+        features=features,
+        block_slabs=1,
+        block_rows=block_rows,
+        chunk_rows=chunk_rows,
+    )
 
 
 def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
@@ -859,7 +867,7 @@ def _streamed(call: Call) -> list[jnp.dtype]:
 
 
 def _reads_x(call: Call) -> bool:
-    """Whether a backward reads x: not for dbias alone, but where dz takes it."""
+    """Whether a backward reads x: dbias alone needs it for an activation's slope."""
     dx, dscale, *_ = call.wanted
     return dx or dscale or call.slopes
 
