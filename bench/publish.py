@@ -220,7 +220,7 @@ def _family(one: Entry) -> str:
     """Cases that stand on one line."""
     layer = one["layer"]
     if " + " in layer:
-        return "norms with a sum, an activation or a modulation"
+        return "norms together with their neighbours"
     if layer in ("LayerNorm", "RMSNorm"):
         above = "more than" if one["shape"][-1] > WIDE else "up to"
         return f"LayerNorm, RMSNorm: rows of {above} {WIDE} features"

@@ -18,8 +18,9 @@ calls the op of `kernels/norm.py`. What they share:
   axis_name, axis_index_groups: mapped axes over which statistics are combined, as for
     `jax.lax.psum`, each device weighing in with its own count of elements.
   activation: None, "relu", "silu", "gelu" or "gelu_tanh": what y is the activation of,
-    in the arithmetic's dtype, before it is rounded to `dtype`. Real numbers only:
-    ValueError for others, and for another name.
+    in the arithmetic's dtype, before it is rounded to `dtype`. "gelu" is the exact one,
+    `jax.nn.gelu(y, approximate=False)`; `jax.nn.gelu(y)` is "gelu_tanh". Real numbers
+    only: ValueError for others, and for another name.
   scale_offset: added to the scale, in float32: 1.0 where the scale is kept as its
     distance from 1, which weight decay then pulls to 1. ValueError without a scale.
   residual: an array of x's shape. In `layer_norm` and `rms_norm` it is added before,
@@ -478,7 +479,7 @@ def _activation(name: str | None, x: jax.Array, dtype: Any) -> str | None:
         return None
     if name not in ACTIVATIONS:
         raise ValueError(
-            f"activation={name!r} is not known; it is one of "
+            f"activation={name!r} is not known; it is the name of one, "
             f"{', '.join(map(repr, ACTIVATIONS))}, or None."
         )
     for what, kind in (("x", x.dtype), ("the output", dtype)):
@@ -505,6 +506,8 @@ def _epsilon(epsilon: Any) -> Any:
         )
     if isinstance(epsilon, jax.core.Tracer):
         return epsilon.reshape(())
+    if isinstance(epsilon, str):
+        raise TypeError(f"epsilon is a number, got {epsilon!r}.")
     return float(np.asarray(epsilon).item())
 
 
@@ -545,14 +548,14 @@ def _params(
 
     A bias of each element's own is a shortcut.
     """
-    shared = _param(bias, "bias", spec, x)
+    own_scale, shared = _param(scale, "scale", spec, x), _param(bias, "bias", spec, x)
     added: Any = None if shortcut is None else _residual(shortcut, x)
     if shared is not None and each_its_own(shared, x):
         own, shared = shared, None
         added = own if added is None else own.astype(spec.compute_dtype) + added
     if added is not None and not jnp.issubdtype(added.dtype, jnp.inexact):
         added = added.astype(spec.compute_dtype)
-    return _param(scale, "scale", spec, x), shared, _mask(mask, x), added
+    return own_scale, shared, _mask(mask, x), added
 
 
 def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
@@ -563,7 +566,7 @@ def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
     first = x.ndim - len(spec.feature_axes)  # the first feature axis, if they are last
     before, sizes = x.shape[:first], x.shape[first:]
     varies = (
-        param.ndim == x.ndim
+        param.ndim == x.ndim > len(sizes)
         and spec.feature_axes == tuple(range(first, x.ndim))
         and all(own in (1, n) for own, n in zip(param.shape, x.shape, strict=True))
     )
@@ -581,11 +584,14 @@ def _shared(param: ArrayLike, name: str, spec: Norm, x: jax.Array) -> jax.Array:
     param = jnp.asarray(param)
     sizes = tuple(x.shape[axis] for axis in spec.feature_axes)
     if param.size != math.prod(sizes):
+        varies = (
+            " One that varies along other axes must have x's rank and broadcast to it, "
+            "and the feature axes be the last."
+        )
         raise TypeError(
             f"{name} has shape {param.shape}, expected ({math.prod(sizes)},): x with "
             f"shape {x.shape} has sizes {sizes} along its feature axes "
-            f"{spec.feature_axes}. One that varies along other axes must have x's rank "
-            "and broadcast to it, and the feature axes be the last."
+            f"{spec.feature_axes}.{varies if param.ndim > 1 else ''}"
         )
     return param.reshape(-1)
 

@@ -19,6 +19,10 @@ from collections.abc import Sequence
 
 from fusednorm.reference import Norm
 
+# Features that a GPU's rowwise kernels take: on a cluster of 8 blocks as many as the
+# backward's registers hold. Beyond, a view with pixels is preferred, if there is one.
+LONGEST_ROW = 65536
+
 # Which of N, S, G, K an axis belongs to, by (is it reduced, do scale and bias vary on
 # it).
 _ROLE = {(False, False): 0, (True, False): 1, (False, True): 2, (True, True): 3}
@@ -53,7 +57,8 @@ def geometry(norm: Norm, shape: Sequence[int], *, has_params: bool) -> Geometry 
       norm: what is normalized over what.
       shape: shape of x.
       has_params: whether there is a scale or a bias. Without them no axis need be a
-        feature axis, more views will do, and a rowwise one is preferred.
+        feature axis, more views will do, and a rowwise one is preferred, up to
+        `LONGEST_ROW` features.
     """
     sizes = list(shape)
     reduced = set(norm.reduction_axes)
@@ -68,7 +73,12 @@ def geometry(norm: Norm, shape: Sequence[int], *, has_params: bool) -> Geometry 
 
     views = [_view(sizes, reduced, choice) for choice in choices]
     found = [view for view in views if view is not None]
-    return min(found, key=lambda view: view.family != "rowwise", default=None)
+
+    def is_worse(view: Geometry) -> bool:
+        too_long = isinstance(view.k, int) and view.k > LONGEST_ROW
+        return view.family != "rowwise" or too_long
+
+    return min(found, key=is_worse, default=None)
 
 
 def is_rowwise(norm: Norm, shape: Sequence[int], *, has_params: bool) -> bool:

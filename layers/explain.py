@@ -12,7 +12,8 @@ from fusednorm.layers.calls import ArrayCall
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Says which implementation each normalization inside a call gets, and why.
 
-    The call is traced, not run: no state changes, and no accelerator is needed.
+    The call is traced, not run: no state changes. The answer is for jax's default
+    platform, and as many devices as the arrays lie on.
 
     Args:
       fn: a layer, a model or its method, or any function that calls some: a training
@@ -26,6 +27,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
       kernel, its block and the bytes it moves, or the reason why the reference runs.
       Its `choices` are for programs. A normalization inside `jax.lax.scan` counts once.
 
+    Raises:
+      TypeError: `fn` cannot be called.
+      NotImplementedError: a backend is named that cannot run what is asked, as in the
+        call itself.
+
     >>> import fusednorm, jax
     >>> from flax import nnx
     >>> layer = fusednorm.LayerNorm(768, rngs=nnx.Rngs(0))
@@ -34,6 +40,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     forward   float32[8, 128, 768]  N=1024 S=1 G=1 K=768
       reference: CPU: the kernels are for NVIDIA GPUs and TPUs
     """
+    if not callable(fn):
+        raise TypeError(
+            f"Expected a layer, a model or a function, got a {type(fn).__name__}: "
+            "explain(model, x) traces model(x) itself."
+        )
     with ArrayCall(fn, args, kwargs) as call:
 
         def run(*operands: Any) -> None:  # what `fn` returns need be no array

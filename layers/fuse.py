@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx import graphlib
 
 from fusednorm.layers import normalization
 
@@ -17,6 +18,7 @@ _FUSED: dict[Any, Any] = {
     nnx.RMSNorm: normalization.RMSNorm,
 }
 _WEIGHT_NORMS = (nnx.SpectralNorm, nnx.WeightNorm)
+_PARTS = (nnx.GraphDef, nnx.State)  # what `nnx.split` returns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,8 @@ def fuse(model: Any) -> FuseReport:
     the constructor) are no different.
 
     Left alone are subclasses of flax's layers with a `__call__` of their own, for
-    theirs is not flax's computation. Doing it twice does nothing more.
+    theirs is not flax's computation. Doing it twice does nothing more. A graphdef that
+    was taken before, by `nnx.split` or `nnx.cached_partial`, still names flax's layers.
 
     Args:
       model: an nnx Module, or any tree that holds some.
@@ -59,7 +62,10 @@ def fuse(model: Any) -> FuseReport:
       A report of what was replaced and what was left, with reasons.
 
     Raises:
-      TypeError: `model` is a function, a method or a class.
+      TypeError: there is no module: `model` is a function, a method, a class, what
+        `nnx.split` returns, or arrays.
+      ValueError: an NNX transform (`nnx.jit`, `nnx.grad`) or `fuse_neighbours` has
+        brought the model in, and could not carry the change back.
 
     >>> import fusednorm
     >>> from flax import nnx
@@ -85,19 +91,21 @@ def unfuse(model: Any) -> FuseReport:
       A report of what was replaced and what was left, with reasons.
 
     Raises:
-      TypeError: `model` is a function, a method or a class.
+      TypeError, ValueError: as `fuse`.
     """
     return _convert(model, _flax_class)
 
 
 def _convert(model: Any, choose: Any) -> FuseReport:
-    is_leaf = jax.tree_util.all_leaves([model])
-    if callable(model) and is_leaf and not isinstance(model, nnx.Pytree):
+    leaves = jax.tree.leaves(
+        model, is_leaf=lambda n: isinstance(n, (nnx.Pytree, *_PARTS))
+    )
+    if not any(isinstance(leaf, nnx.Pytree) for leaf in leaves):
         raise TypeError(
-            "Expected an nnx Module or a tree that holds some: the model itself, got "
-            f"{model!r}."
+            "Expected an nnx Module or a tree that holds some: the model itself, not "
+            f"what `nnx.split` makes of it, nor a function; got {model!r}."
         )
-    replaced, left = [], []
+    replaced, left, changed = [], [], []
     for path, module in nnx.iter_modules(model):
         before = type(module)
         choice = choose(module)
@@ -107,9 +115,26 @@ def _convert(model: Any, choose: Any) -> FuseReport:
         if isinstance(choice, str):
             left.append((where, _name(before), choice))
         else:
-            module.__class__ = choice
+            changed.append((module, choice))
             replaced.append((where, _name(before), _name(choice)))
+    if any(_is_brought_in(module) for module, _ in changed):
+        raise ValueError(
+            "The model's layers cannot change inside of an NNX transform (nnx.jit, "
+            "nnx.grad, ...) or fuse_neighbours that it is an argument of: NNX carries "
+            "no change of class back. Do it before, outside."
+        )
+    for module, choice in changed:
+        module.__class__ = choice
     return FuseReport(tuple(replaced), tuple(left))
+
+
+def _is_brought_in(module: Any) -> bool:
+    """Whether an NNX transform has brought it in, which then carries it back."""
+    stacks = graphlib.GRAPH_CONTEXT.update_context_stacks.values()
+    brought_in = [
+        context.inner_ref_outer_index for stack in stacks for context in stack
+    ]
+    return any(module in refs for refs in brought_in if refs is not None)
 
 
 def _fused_class(module: Any) -> type | str | None:

@@ -523,9 +523,11 @@ def backward(
       dh: cotangent of x itself, where it goes on beside the norm; dx is added to it.
       own_params: how many leading axes of x keep a dscale and dbias of their own,
         rather than add up into one.
-      sparing: compute dz once. XLA's CPU code otherwise repeats what made it, such as
-        an activation's derivative, in each of the loops below: 1.2 against 1.07 times
-        flax's time for GroupNorm and SiLU.
+      sparing: compute dz, c1 and c2 once each. XLA's CPU code otherwise repeats what
+        made dz, such as an activation's derivative, in each of the loops below: 1.2
+        against 1.07 times flax's time for GroupNorm and SiLU. And it makes one loop of
+        a row's sums and dx: RMSNorm of 2 x 1024 x 2048 in float32 1.98 against 0.89,
+        GroupNorm of 1024 x 256 in 32 groups 2.0 against 1.2.
 
     Returns:
       dx: x's shape, in x's dtype.
@@ -565,6 +567,8 @@ def backward(
     if norm.center:
         c2 = _groups(norm, _sum(weight * sum_dz, other_axes))
         c2 = _mean(norm, c2, count)
+    if sparing:
+        c1, c2 = lax.optimization_barrier((c1, c2))
     dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
 
     # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in

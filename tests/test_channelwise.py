@@ -532,3 +532,48 @@ def test_gpu_never_less_accurate_than_flax() -> None:
         ours = rms_errors(case.run, truth, x, scale, bias, dy)
     theirs = rms_errors(flax_function(case), truth, x, scale, bias, dy)
     assert (ours <= 1.05 * theirs).all(), ours / theirs
+
+
+def moved(call: Call) -> int:
+    kernel = gpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    return kernel.bytes_moved
+
+
+def test_bytes_of_channels_on_a_gpu() -> None:
+    forward, backward = calls("group_norm", (8, 16, 16, 320))
+    x, param, statistics = 8 * 16 * 16 * 320 * 2, 320 * 4, 2 * 8 * 32 * 4
+    of_samples = (2 * 8 + 1) * param  # written, read and added up
+    assert moved(forward) == 2 * x + 2 * param + statistics
+    assert moved(backward) == 3 * x + param + statistics + 2 * of_samples
+    carried = dataclasses.replace(backward, beside=backward.x)
+    assert moved(carried) == moved(backward) + x
+    across = dataclasses.replace(backward.norm, over=("d",))
+    half = dataclasses.replace(backward, norm=across)
+    kernel = gpu.plan(half, None)
+    assert isinstance(kernel, Kernel)
+    config = kernel.launch.args[0]  # type: ignore[attr-defined]
+    partials = 2 * 2 * 8 * config.blocks * param
+    assert kernel.bytes_moved == (
+        2 * x + param + 2 * statistics + 2 * of_samples + partials
+    )
+    alone = dataclasses.replace(backward, wanted=(False, True, True, False))
+    assert moved(alone) == (2 * x + param + statistics + 2 * of_samples + partials)
+
+
+def test_bytes_of_a_shortcut_on_a_gpu() -> None:
+    """In two reads silu's shortcut is read twice; relu's dz serves in its place."""
+    _, backward = calls("group_norm", (2, 128, 128, 320))
+    x = 2 * 128 * 128 * 320 * 2
+    for activation, tensors in (("relu", 7), ("silu", 8)):
+        call = dataclasses.replace(
+            backward,
+            norm=dataclasses.replace(backward.norm, activation=activation),
+            shortcut=backward.x,
+            bias=backward.scale,
+            wanted=(True, True, True, True),
+        )
+        kernel = gpu.plan(call, None)
+        assert isinstance(kernel, Kernel)
+        assert kernel.name.endswith("two reads")
+        assert tensors <= kernel.bytes_moved / x < tensors + 0.1

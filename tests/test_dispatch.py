@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
-from fusednorm.kernels import dispatch
+from fusednorm.kernels import dispatch, tpu
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, Target
 from fusednorm.reference import Norm
 from tests import standin
+from tests.on_tpu import Device
 
 
 @pytest.fixture
@@ -311,8 +313,9 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
         (Norm((1, 2), (2,)), (1, 2**24, 2**7)),
         (Norm((1,), (2,)), (2, 2**30, 8)),
         (Norm((0, 1, 2), (3,)), (2**10, 2**10, 2**10, 8)),
+        (Norm((1,), (2,)), (2**16, 2**15, 8)),
     ],
-    ids=["rows", "elements", "pixels", "batch"],
+    ids=["rows", "elements", "pixels", "batch", "samples"],
 )
 def test_kernels_refuse_what_int32_cannot_count(
     platform: str, backend: str, norm: Norm, shape: tuple[int, ...]
@@ -374,3 +377,135 @@ def test_the_trace_cache_traces_a_shape_once() -> None:
     inner = {id(eqn.params["jaxpr"]) for eqn in jaxpr.eqns if "jaxpr" in eqn.params}
     assert len(jaxpr.eqns) == 24
     assert len(inner) == 1
+
+
+@pytest.mark.parametrize(
+    ("activation", "shortcut", "kept"),
+    [
+        (None, False, "bfloat16"),
+        ("silu", False, "bfloat16"),
+        ("silu", True, "float32"),
+        (None, True, "float32"),
+        ("relu", True, "bfloat16"),  # dz is dy or 0
+    ],
+)
+def test_dy_is_kept_as_it_is_where_dz_rounds_nothing(
+    activation: str | None, shortcut: bool, kept: str
+) -> None:
+    x = jax.ShapeDtypeStruct((8, 24), "bfloat16")
+    norm = Norm((0,), (1,), activation=activation)
+    added = x if shortcut else None
+    asked = Call("backward", norm, x, dy=x, shortcut=added)
+    assert asked.dy_kept == kept
+
+
+def test_a_shortcuts_gradient_asks_for_no_parameters() -> None:
+    """The view of a backward of dx and dshortcut is that of its forward."""
+    x = jax.ShapeDtypeStruct((3, 4, 5), "float32")
+    norm = Norm((1, 2), (2,))
+    forward = Call("forward", norm, x, shortcut=x)
+    wanted = True, False, False, True
+    backward = Call("backward", norm, x, dy=x, shortcut=x, wanted=wanted)
+    assert backward.geometry == forward.geometry
+    assert backward.geometry.family == "rowwise"
+
+
+@pytest.mark.parametrize(
+    ("version", "platform"), [("rocm 60300", "rocm"), ("cuda 12090", "cuda")]
+)
+def test_gpus_of_both_makers(
+    version: str, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(client=client)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    assert Target.default().platforms == (platform,)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "said"),
+    [
+        ("forward", "bias", "bias"),
+        ("forward", "beside", "residual"),
+        ("forward", "shortcut", "shortcut"),
+        ("backward", "dy", "dy"),
+        ("backward", "beside", "dh"),
+        ("backward", "shortcut", "shortcut"),
+    ],
+)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_operands_of_other_dtypes_are_refused(
+    platform: str, op: str, name: str, said: str
+) -> None:
+    x, wide = (jax.ShapeDtypeStruct((8, 24), t) for t in ("float32", "float64"))
+    given = {"dy": x} if op == "backward" else {}
+    asked = Call(op, Norm((1,), (1,)), x, **{**given, name: wide})  # type: ignore[arg-type]
+    assert dispatch.plan(asked, Target((platform,))) == Fallback(
+        f"float64 {said}; kernels take float32, bfloat16 or float16"
+    )
+
+
+def test_no_mesh_is_asked_for_on_a_tpu() -> None:
+    asked = Call("forward", Norm((1,), (1,)), jax.ShapeDtypeStruct((8, 24), "float32"))
+    for platform, names_it in (("cuda", True), ("tpu", False)):
+        answer = dispatch.plan(asked, Target((platform,), 8))
+        assert isinstance(answer, Fallback)
+        assert ("jax.set_mesh" in answer.reason) == names_it
+
+
+def test_each_elements_own_scale_does_not_cross_devices() -> None:
+    x = jax.ShapeDtypeStruct((8, 24), "float32")
+    asked = Call("forward", Norm((1,), (1,), over=("d",)), x, scale=x)
+    for platform in ("cuda", "tpu"):
+        answer = dispatch.plan(asked, Target((platform,)))
+        assert isinstance(answer, Fallback)
+        assert "each element has its own scale" in answer.reason
+
+
+def test_the_device_that_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this process has none."""
+    seen: list[Any] = []
+    monkeypatch.setattr(tpu, "plan", lambda _, device: seen.append(device))
+    asked = Call("forward", Norm((1,), (1,)), jax.ShapeDtypeStruct((8, 24), "float32"))
+    elsewhere = Device("TPU7x", num_cores=2)
+    with dispatch.compiling_for(elsewhere):
+        dispatch.plan(asked, Target(("tpu",)))
+    dispatch.plan(asked, Target(("tpu",)))
+    assert seen == [elsewhere, None]
+
+
+def test_whom_xla_asks_on_which_mesh() -> None:
+    """tests/test_dispatch.py: `custom_partitioning` is for GPUs and axes of Auto."""
+
+    def asking(platform: str, devices: int, *kinds: AxisType) -> bool:
+        mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=kinds)
+        with jax.set_mesh(mesh):
+            return dispatch.asking((platform,), devices) is not None
+
+    auto, explicit = AxisType.Auto, AxisType.Explicit
+    assert asking("cuda", 4, auto, auto)
+    assert not asking("tpu", 4, auto, auto)
+    assert not asking("cuda", 2, auto, auto)  # of another mesh
+    assert not asking("cuda", 1, auto, auto)
+    assert not asking("cuda", 4, auto, explicit)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_half_of_a_call_reads_nothing_for_its_other_half(platform: str) -> None:
+    """tests/test_dispatch.py: scale, bias and shortcut of a forward, dh of a
+    backward."""
+    x = jax.ShapeDtypeStruct((8, 256, 320), "bfloat16")
+    param = jax.ShapeDtypeStruct((320,), "float32")
+    norm = Norm((0, 1), (2,), over=("d",), dtype=jnp.dtype("bfloat16"))
+
+    def moved(**given: Any) -> int:
+        op = "backward" if "dy" in given else "forward"
+        answer = dispatch.plan(Call(op, norm, x, **given), Target((platform,)), "auto")  # type: ignore[arg-type]
+        assert isinstance(answer, Kernel)
+        return answer.bytes_moved
+
+    assert moved() == moved(scale=param, bias=param, shortcut=x)
+    assert moved(dy=x, scale=param) == moved(dy=x, scale=param, beside=x)
+    behind = {"dy": x, "scale": param, "shortcut": x}
+    assert moved(**behind) == moved(**behind, wanted=(True, True, True, True))

@@ -359,6 +359,13 @@ def test_the_backend_that_was_chosen(kernels: None) -> None:
         explain()
 
 
+def test_what_cannot_be_called(kernels: None) -> None:
+    with pytest.raises(
+        TypeError, match=r"explain\(model, x\) traces model\(x\) itself"
+    ):
+        fusednorm.explain(layer_of("LayerNorm")(data()))
+
+
 def test_it_plans_and_launches_nothing(kernels: None) -> None:
     standin.runs.clear()
     fusednorm.explain(nnx.grad(loss), layer_of("LayerNorm"), data(), data())
@@ -370,3 +377,44 @@ def test_of_a_function_that_returns_no_array() -> None:
         return f"normalized {fusednorm.layer_norm(x).shape}"
 
     assert len(fusednorm.explain(report, jnp.ones((2, 3))).choices) == 1
+
+
+def test_it_shows_a_bias_of_each_sample_and_a_shortcut() -> None:
+    x = jnp.ones((5, 4, 3, 12))
+
+    def norm(x: Any, bias: Any) -> Any:
+        return fusednorm.layer_norm(x, jnp.ones(12), bias)
+
+    def behind(x: Any, bias: Any) -> Any:
+        return fusednorm.instance_norm(x, None, bias, residual=x, activation="relu")
+
+    bias = jnp.ones((5, 1, 1, 12))
+    (choice,) = fusednorm.explain(norm, x, bias).choices
+    assert str(choice).splitlines()[0].endswith("K=12  scale or bias (5, 12)")
+    (choice,) = fusednorm.explain(behind, x, jnp.ones(12)).choices
+    assert str(choice).splitlines()[0].endswith("K=1  shortcut  relu")
+
+
+def test_reasons_of_what_is_no_primitive() -> None:
+    x = jnp.ones((5, 12))
+
+    def computed(x: Any, epsilon: Any) -> Any:
+        return fusednorm.layer_norm(x, epsilon=epsilon)
+
+    def complex_output(x: Any) -> Any:
+        return fusednorm.layer_norm(x, dtype="complex64")
+
+    for function, args, reason in (
+        (computed, (x, jnp.float32(1e-3)), "an epsilon that the program computes"),
+        (complex_output, (x,), "complex numbers"),
+    ):
+        (choice,) = fusednorm.explain(function, *args).choices
+        assert choice.plan == Fallback(reason)
+
+
+def test_a_keyword_of_the_call_goes_before_a_partial_s() -> None:
+    """tests/test_explain.py."""
+    norm = functools.partial(fusednorm.layer_norm, activation="relu")
+    x = jnp.ones((2, 12))
+    (choice,) = fusednorm.explain(norm, x, activation="silu").choices
+    assert choice.activation == "silu"

@@ -334,6 +334,51 @@ def test_what_is_no_model_is_refused(what: str) -> None:
     assert type(layer) is nnx.LayerNorm
 
 
+def test_what_holds_no_module_is_refused() -> None:
+    """What `nnx.split` made of a model, among others: nothing would be replaced."""
+    layer = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    for wrong in (graph, state, (graph, state), nnx.to_pure_dict(state), None, data()):
+        with pytest.raises(TypeError, match=r"not what `nnx\.split` makes of it"):
+            fusednorm.fuse(wrong)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [nnx.jit, nnx.grad, fusednorm.fuse_neighbours],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("convert", [fusednorm.fuse, fusednorm.unfuse])
+def test_a_model_that_a_transform_has_in_hand_is_refused(
+    transform: Callable[..., Any], convert: Callable[[Any], Any]
+) -> None:
+    """NNX would raise when it carries it back, and leave it empty."""
+    model = nnx.Sequential(nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0)))
+    if convert is fusednorm.unfuse:
+        fusednorm.fuse(model)
+    before = type(model.layers[0])
+
+    def inside(model: Any, x: jax.Array) -> jax.Array:
+        convert(model)
+        return (model(x) ** 2).mean()
+
+    with pytest.raises(ValueError, match="outside"):
+        transform(inside)(model, data())
+    assert type(model.layers[0]) is before
+    assert model(data()).shape == data().shape
+
+
+def test_a_model_that_is_made_inside_of_a_transform_is_fused() -> None:
+    @nnx.jit
+    def inside(x: jax.Array) -> jax.Array:
+        model = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
+        assert len(fusednorm.fuse(model).replaced) == 1
+        return model(x)
+
+    plain = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
+    assert_agrees(inside(data()), plain(data()))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Head:
@@ -739,3 +784,13 @@ def test_copies_of_a_fused_model(duplicate: Callable) -> None:
     assert twin.first is twin.again
     assert twin.first is not model.first
     np.testing.assert_array_equal(twin(data(X_SHAPE)), model(data(X_SHAPE)))
+
+
+def test_a_subclass_that_inherits_a_call_of_its_own_is_left() -> None:
+    class MoreDoubled(Doubled):
+        pass
+
+    layer = MoreDoubled(12, rngs=nnx.Rngs(0))
+    ((_, _, reason),) = fusednorm.fuse(layer).left
+    assert "its own __call__" in reason
+    assert type(layer) is MoreDoubled

@@ -42,6 +42,15 @@ def test_without_params_a_row_may_be_longer() -> None:
     assert geometry(first, (4, 5, 6), has_params=False) == Geometry(1, 4, 30, 1)
 
 
+def test_a_row_that_no_kernel_takes_is_seen_as_pixels() -> None:
+    norm = Norm((1, 2), (2,))
+    for pixels, view in ((512, (4, 1, 1, 65536)), (513, (4, 513, 1, 128))):
+        shape = (4, pixels, 128)
+        assert geometry(norm, shape, has_params=False) == Geometry(*view)
+    last = Norm((1,), (1,))
+    assert geometry(last, (4, 65537), has_params=False) == Geometry(4, 1, 1, 65537)
+
+
 def test_families() -> None:
     assert Geometry(20, 1, 3, 6).family == "rowwise"
     assert Geometry(20, 2, 3, 6).family == "channelwise"

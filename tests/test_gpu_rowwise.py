@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -397,3 +398,84 @@ def test_the_plan_is_that_of_the_platform() -> None:
     answer = dispatch.plan(call, dispatch.Target(("cuda",)))
     assert isinstance(answer, Kernel)
     assert answer.backend == "mosaic_gpu"
+
+
+def moved(call: Call) -> int:
+    kernel = gpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    return kernel.bytes_moved
+
+
+def test_bytes_of_some_on_a_gpu() -> None:
+    forward, backward = calls((37, 64), "bfloat16")
+    x, param, statistic = 37 * 64 * 2, 64 * 4, 37 * 4
+    assert moved(dataclasses.replace(forward, statistics=False)) == (2 * x + 2 * param)
+    across = dataclasses.replace(forward.norm, over=("d",))
+    half = dataclasses.replace(
+        forward, norm=across, scale=None, bias=None, statistics=True
+    )
+    assert moved(half) == x + 2 * statistic
+    half = dataclasses.replace(backward, norm=across)
+    assert moved(half) == 2 * x + param + 4 * statistic + 2 * param * (2 + 2 + 1)
+
+
+def test_lanes_of_one_column_keep_no_sums_in_shared_memory() -> None:
+    """Mosaic moves them by `stmatrix`, for which others write."""
+    for features, expected in ((7, False), (8, True)):
+        _, call = calls((10**6, features), "float32")
+        config, _, tiles, blocks = backward_grid(call)
+        assert rowwise._sums_twice(config, tiles, blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "clusters"), [("9.0", 1), ("10.0", 1), ("12.0", 2), ("12.1", 2)]
+)
+def test_the_devices_shared_memory_and_processors(
+    capability: str, clusters: int
+) -> None:
+    """99 KB from 12.0 on; and as many blocks as its multiprocessors take."""
+    call = calls((8192, 12288), "bfloat16")[1]
+    device = types.SimpleNamespace(compute_capability=capability, core_count=84)
+    kernel = gpu.plan(call, device)
+    assert isinstance(kernel, Kernel)
+    config, _, _, processors = kernel.launch.args  # type: ignore[attr-defined]
+    assert config.cluster == clusters
+    assert processors == 84
+
+
+@pytest.mark.parametrize(
+    ("features", "forward", "backward"), [(64, 0, 0), (4096, 2, 1), (65536, 4, 2)]
+)
+def test_warps_of_long_rows_meet(features: int, forward: int, backward: int) -> None:
+    """tests/test_gpu_rowwise.py."""
+    counts = []
+    for call in calls((3, features), "bfloat16"):
+        kernel: Any = gpu.plan(call, None)
+        statistic = jax.ShapeDtypeStruct((3, 1), jnp.dtype("float32"))
+        operands = (
+            (call.x, call.scale, call.bias)
+            if call.op == "forward"
+            else (call.dy, call.x, call.scale, None, statistic, statistic)
+        )
+        jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(*operands)  # noqa: B023
+        counts.append(str(jaxpr).count("barrier_wait"))
+    assert counts == [forward, backward]
+
+
+def test_bytes_of_sums_of_each_example_on_a_gpu() -> None:
+    """tests/test_gpu_rowwise.py: one sum is written for each example."""
+    _, backward = calls((8, 256, 1152), "bfloat16")
+    moved_by = []
+    for own in (0, 1):
+        kernel: Any = gpu.plan(dataclasses.replace(backward, own_params=own), None)
+        config, work, _, processors = kernel.launch.args
+        from fusednorm.kernels.gpu import rowwise
+
+        examples = 8 if own else 1
+        grid = rowwise._grid(
+            config, 8 * 256 // examples, examples, processors, work.threads
+        )
+        param, x = 1152 * 4, 8 * 256 * 1152 * 2
+        sums = 2 * param * (2 * examples * grid[2] + examples)
+        moved_by.append(3 * x + param + 2 * 8 * 256 * 4 + sums == kernel.bytes_moved)
+    assert moved_by == [True, True]

@@ -398,6 +398,7 @@ def misuses() -> Iterator[Any]:
     yield "InstanceNorm", {"feature_axes": 4}, call
     yield "InstanceNorm", {}, lambda layer: layer(jnp.ones(FEATURES))
     yield "GroupNorm", {"num_features": 6, "num_groups": 3, "use_scale": False}, call
+    yield "LayerNorm", {"epsilon": "1e-5"}, call
     for groups, size in (
         *((32, None), (None, None), (3, 4), (None, 5), (5, None), (0, None)),
         *((-3, None), (None, 0), (3.0, None), ("3", None)),
@@ -946,7 +947,7 @@ def test_activation_comes_before_the_rounding() -> None:
 @by_name
 def test_activation_errors(name: str) -> None:
     _, layer = pair(name)
-    with pytest.raises(ValueError, match=r"'swish' is not known; it is one of 'relu'"):
+    with pytest.raises(ValueError, match=r"'swish' is not known; .* one, 'relu'"):
         layer(jnp.ones(SHAPE), activation="swish")
     with pytest.raises(ValueError, match="takes real numbers, and x is complex64"):
         layer(jnp.ones(SHAPE, jnp.complex64), activation="relu")
@@ -1280,3 +1281,56 @@ def test_examples_of_the_docstrings(module: str) -> None:
     documented = {test.name.rpartition(".")[2] for test in found if test.examples}
     if module == "normalization":
         assert documented == set(NAMES)
+
+
+def test_integers_are_not_rounded_to_the_outputs_dtype() -> None:
+    x = jnp.arange(2001, 2025).reshape(2, 12)
+    y = fusednorm.layer_norm(x, dtype="bfloat16")
+    expected = fusednorm.layer_norm(x.astype("float32"), dtype="bfloat16")
+    assert y.dtype == "bfloat16"
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_no_activation_of_a_complex_output() -> None:
+    x = jnp.ones((2, 12))
+    with pytest.raises(ValueError, match="takes real numbers, and the output is"):
+        fusednorm.layer_norm(x, dtype="complex64", activation="silu")
+
+
+def test_given_statistics_are_used_in_float32() -> None:
+    x = jnp.linspace(-2, 2, 24).reshape(2, 12)
+    mean, var = jnp.linspace(-1, 1, 12), jnp.linspace(0.3, 3, 12)
+    narrow = mean.astype("bfloat16"), var.astype("bfloat16")
+    y = fusednorm.batch_norm_inference(x, *narrow)
+    wide = [a.astype("float32") for a in narrow]
+    np.testing.assert_array_equal(y, fusednorm.batch_norm_inference(x, *wide))
+
+
+@pytest.mark.parametrize("num_groups", [0, -3, 5])
+def test_groups_that_do_not_divide_the_channels(num_groups: int) -> None:
+    with pytest.raises(ValueError, match="must divide the channels"):
+        fusednorm.group_norm(jnp.ones((2, 3, 12)), num_groups=num_groups)
+
+
+def test_running_averages_of_complex_numbers_are_real() -> None:
+    x = jnp.linspace(-1, 1, 24).reshape(2, 12) * (1 + 2j)
+    layer = fusednorm.BatchNorm(12, rngs=nnx.Rngs(0))
+    layer(x.astype("complex64"))
+    assert layer.mean.dtype == layer.var.dtype == "float32"
+    np.testing.assert_allclose(layer.mean[...], 0.01 * x.mean(0).real, atol=1e-7)
+
+
+def test_a_promotions_running_statistics_have_no_say_in_the_dtype() -> None:
+    def promote(arrays: Any, *, dtype: Any) -> Any:
+        x, mean, var, *params = arrays
+        return (x, mean, var, *(p.astype(x.dtype) for p in params))
+
+    layer = fusednorm.BatchNorm(12, promote_dtype=promote, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((4, 12), "bfloat16")).dtype == "bfloat16"
+
+
+def test_nothing_counted_has_a_mean_of_0() -> None:
+    for x in (jnp.ones((0, 12)), jnp.ones((3, 0, 12))):
+        _, mean, var = fusednorm.batch_norm(x)
+        np.testing.assert_array_equal(mean, np.zeros(12))
+        np.testing.assert_array_equal(var, np.ones(12))

@@ -910,7 +910,6 @@ def test_outside_of_jit_nothing_is_compiled_twice(
 ) -> None:
     """Not what is joined, forward or backward, in a jitted part neither; and what was
     joined for a program goes with it."""
-
     part = jax.jit(lambda x: nnx.relu(norm(x) + x))
 
     def block(x: jax.Array) -> jax.Array:
@@ -1230,3 +1229,74 @@ def test_no_tracer_leaks(how: str) -> None:
     }[how]
     with jax.checking_leaks():
         run(model, x)
+
+
+@jax.custom_jvp
+def _own_tangent(x: Any) -> jax.Array:
+    return nnx.silu(fusednorm.layer_norm(x))
+
+
+_own_tangent.defjvp(lambda x, x_dot: (_own_tangent(*x), 7 * x_dot[0]))
+
+
+def test_leaves_a_custom_jvp_alone() -> None:
+    """To go into NOT, as "another's tangent"."""
+
+    program = jax.make_jaxpr(_own_tangent)(jnp.ones((3, 24)))
+    assert neighbours.join(program) is program
+
+
+@pytest.mark.parametrize(
+    "collective",
+    [
+        lambda x: jax.lax.all_gather(x[: len(x) // 2], "d", axis=0, tiled=True),
+        lambda x: jax.lax.ppermute(x, "d", [(0, 1), (1, 0)]),
+        lambda x: jax.lax.all_to_all(x, "d", 0, 0, tiled=True),
+        lambda x: jax.lax.psum_scatter(jnp.tile(x, (2, 1)), "d", tiled=True),
+    ],
+    ids=["all_gather", "ppermute", "all_to_all", "psum_scatter"],
+)
+def test_takes_what_each_collective_made(collective: Any) -> None:
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def body(x: Any) -> Any:
+        return fusednorm.layer_norm(x + collective(jnp.tanh(x)))
+
+    f = jax.shard_map(body, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    joined = fusednorm.fuse_neighbours(f)
+    (choice,) = fusednorm.explain(joined, jnp.ones((8, 24))).choices
+    assert choice.residual
+
+
+def test_a_partial_of_a_method() -> None:
+    """What the partial has comes behind the method's own."""
+    layer = fusednorm.LayerNorm(12, rngs=nnx.Rngs(0))
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.norm = layer
+
+        def scaled(self, x: Any, times: Any) -> Any:
+            return nnx.relu(self.norm(x)) * times
+
+    model, x = Model(), jnp.arange(24.0).reshape(2, 12)
+    given = functools.partial(model.scaled, x)
+    joined: Any = fusednorm.fuse_neighbours(given)
+    np.testing.assert_allclose(joined(3.0), given(3.0), rtol=1e-6)
+    (choice,) = fusednorm.explain(joined, 3.0).choices
+    assert choice.activation == "relu"
+
+
+def test_a_norms_result_is_in_memory_too() -> None:
+    """tests/test_neighbours.py, SUMS: ("of a norm", [False, True])."""
+
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def body(x: Any) -> Any:
+        more = jax.lax.psum(jnp.tanh(x), "model")
+        return fusednorm.layer_norm(fusednorm.rms_norm(x) + more)
+
+    f = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P())
+    joined = fusednorm.fuse_neighbours(f)
+    choices = fusednorm.explain(joined, jnp.ones((8, 24))).choices
+    assert [choice.residual for choice in choices] == [False, True]

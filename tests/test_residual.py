@@ -375,3 +375,21 @@ def test_counts_the_bytes(platform: str) -> None:
     for choice, units in ((forward, 4), (backward, 4)):
         assert isinstance(choice.plan, dispatch.Kernel)
         assert units <= choice.plan.bytes_moved / tensor < units + 0.05
+
+
+def test_along_the_narrower_one_alone() -> None:
+    """Its tangent is one of h, which has the wider dtype."""
+    x, v = (jnp.linspace(a, 3, 24, dtype="bfloat16").reshape(2, 12) for a in (-1, 1))
+    r = jnp.linspace(0, 1, 24).reshape(2, 12)
+
+    def joined(x: Any) -> Any:
+        return fusednorm.layer_norm(x, residual=r)
+
+    def apart(x: Any) -> Any:
+        h = x + r
+        return fusednorm.layer_norm(h), h
+
+    for f in (lambda f: jax.jvp(f, (x,), (v,)), lambda f: jax.linearize(f, x)[1](v)):
+        for a, b in zip(*map(jax.tree.leaves, (f(joined), f(apart))), strict=True):
+            assert a.dtype == b.dtype == "float32"
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ device is asked, and tests/test_aot_sharded.py that kernels do it.
 import dataclasses
 import functools
 import re
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from bench.aot import hlo
 from fusednorm import reference
 from fusednorm.kernels import dispatch, parts
 from fusednorm.kernels.dispatch import Call, Kernel
+from fusednorm.reference import Norm
 from fusednorm.reference import norm as of
 from tests import interpreters
 from tests.test_op import gathered
@@ -506,7 +508,7 @@ def test_scan_and_checkpoint_and_jit_on_a_mesh_of_three_axes(
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 @pytest.mark.parametrize("kind", ["rms_norm", "group_norm", "batch_norm"])
-def test_gradients_of_an_ensemble_s_parameters_alone(
+def test_gradients_of_an_ensembles_parameters_alone(
     stand_in: list[Call], kind: str, mode: str
 ) -> None:
     """Statistics cross devices, dx is not asked for, and each member has its own
@@ -730,3 +732,116 @@ def test_a_partitioned_model_trains_after_fuse() -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_what_a_mesh_can_say_of_anothers_sharding() -> None:
+    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    for spec, said in ((P("b"), None), (P("a"), None), (P(("a", "b")), "d")):
+        found = parts._spec_of(NamedSharding(other, spec), 2, mesh)
+        assert found == P(said and (said,), None)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_batch_norm_over_devices_with_an_offset(kernels: str, has_bias: bool) -> None:
+    """c1 and c2 from the sums of dscale and dbias, if there are both."""
+    x, scale, bias, dy = data()
+    params = (scale, bias) if has_bias else (scale,)
+
+    def gradients(f: Any) -> Any:
+        def whole(x: Any, dy: Any, *params: Any) -> Any:
+            y, vjp = jax.vjp(f, x, *params)
+            return y, *vjp(dy)
+
+        return jax.jit(whole)(x, dy, *params)
+
+    def norm(x: Any, *params: Any, **across: Any) -> jax.Array:
+        return fusednorm.batch_norm(x, *params, scale_offset=1.0, **across)[0]
+
+    spec = P(None, "d")
+    mapped = jax.shard_map(
+        lambda x, *params: norm(x, *params, axis_name="d"),
+        mesh=mesh_of("sequence", "Auto"),
+        in_specs=(spec, *[P()] * len(params)),
+        out_specs=spec,
+    )
+    found = gradients(mapped)
+    with fusednorm.use_backend("reference"):
+        expected = gradients(norm)
+    agree(found, expected)
+    assert {name.split(", ")[1] for name in interpreters.runs} == {"moments", "sums"}
+
+
+@pytest.mark.parametrize("what", ["backend", "release"])
+def test_the_key_of_the_persistent_cache_knows(
+    what: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = mesh_of("data", "Auto")
+    args = placed(mesh, P("d"), data())[:3]
+
+    def text(backend: str = "auto") -> str:
+        jax.clear_caches()
+        with jax.set_mesh(mesh), fusednorm.use_backend(backend):
+            lowered = jax.jit(lambda *a: fusednorm.layer_norm(*a)).lower(*args)
+            return re.sub(r'backend_config = "\d+"', "", lowered.as_text())
+
+    before = text()
+    assert "CustomSPMDPartitioning" in before
+    if what == "backend":
+        assert text("mosaic_gpu") != before
+    else:
+        monkeypatch.setattr(parts, "_sources", lambda: "another")
+        assert text() != before
+
+
+def test_a_shortcut_behind_statistics_of_several_devices(kernels: str) -> None:
+    """tests/test_sharded.py: its gradient is XLA's, not the kernel's half."""
+    (x, scale, bias, dy), r = data(), data(1)[0].astype("bfloat16")
+
+    def norm(x: Any, r: Any, *params: Any, **across: Any) -> jax.Array:
+        given = {"residual": r, "activation": "silu", **across}
+        return fusednorm.batch_norm(x, *params, **given)[0]
+
+    def whole(f: Any) -> Any:
+        def run(dy: Any, *args: Any) -> Any:
+            y, vjp = jax.vjp(f, *args)
+            return y, *vjp(dy)
+
+        return jax.jit(run)(dy, x, r, scale, bias)
+
+    spec = P(None, "d")
+    mapped = jax.shard_map(
+        lambda *args: norm(*args, axis_name="d"),
+        mesh=mesh_of("sequence", "Auto"),
+        in_specs=(spec, spec, P(), P()),
+        out_specs=spec,
+    )
+    found = whole(mapped)
+    with fusednorm.use_backend("reference"):
+        expected = whole(norm)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        agree([a], [b], within=1e-2 if b.dtype == r.dtype else 1e-5)
+    assert {name.split(", ")[1] for name in interpreters.runs} == {"moments", "sums"}
+
+
+def test_what_is_not_added_up_yet_is_no_kernel_s() -> None:
+    """tests/test_sharded.py: an operand of explicit mode that is unreduced."""
+    mesh = mesh_of("data and features", "Explicit").abstract_mesh
+    every = (0, 1)
+    shapes = parts.Shapes((every,), (every,), (False,))
+    for spec, has_parts in ((P("d"), True), (P("d", unreduced={"e"}), False)):
+        sharding = types.SimpleNamespace(mesh=mesh, spec=spec)
+        x = types.SimpleNamespace(shape=(4, 32), ndim=2, sharding=sharding)
+        found = parts.of_types(Norm((1,), (1,)), x, shapes, [x])
+        assert (found is not None) == has_parts
+
+
+def test_xs_own_sharding_goes_before_that_of_parameters() -> None:
+    """tests/test_sharded.py."""
+    every, param = (0, 1, 2), (2,)
+    shapes = parts.Shapes((every, param), (every,), (False,))
+    specs = [(param, P("d")), (every, P("d", P.UNCONSTRAINED))]
+    norm = Norm((2,), (2,))
+    found = parts._split(mesh_of("data", "Auto"), norm, (4, 8, 32), shapes, specs)
+    assert found.axes == (("d",), (), ())

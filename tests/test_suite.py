@@ -445,10 +445,11 @@ def test_one_loop_for_many_rows_is_not_broken_up(
     [
         (fusednorm.layer_norm, (0,), 0),
         (fusednorm.layer_norm, (1, 2), 0),
-        (fusednorm.layer_norm, (0, 1), 1),
-        (functools.partial(fusednorm.group_norm, num_groups=8), (0,), 1),
+        (fusednorm.layer_norm, (0, 1), 2),
+        (fusednorm.layer_norm, (0, 2), 2),
+        (functools.partial(fusednorm.group_norm, num_groups=8), (0,), 2),
     ],
-    ids=["dx", "dscale and dbias", "dx and dscale", "dx of groups"],
+    ids=["dx", "dscale and dbias", "dx and dscale", "dx and dbias", "dx of groups"],
 )
 def test_dy_is_kept_where_several_loops_read_it(
     function: Callable[..., jax.Array], wanted: tuple[int, ...], barriers: int

@@ -17,9 +17,10 @@ import pytest
 
 import fusednorm
 from fusednorm.kernels import dispatch, tpu
-from fusednorm.kernels.dispatch import Call, Fallback, Kernel
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel, Target
 from fusednorm.kernels.tpu import channelwise, memory, pixels
 from fusednorm.kernels.tpu.blocks import SUBLANES, order_of_axes
+from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import Case
 from tests.on_tpu import Device
@@ -357,3 +358,74 @@ def test_why() -> None:
     huge = tpu.plan(calls("group_norm", (1, 16, 90, 160, 320))[0], Device("TPU v5e"))
     assert isinstance(huge, Kernel)
     assert "a unit of 140.6 MiB does not fit VMEM: two reads" in huge.why
+
+
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_a_scale_or_bias_of_each_sample_falls_back(name: str) -> None:
+    call = calls("group_norm", (8, 256, 320))[0]
+    own = jax.ShapeDtypeStruct((8, 320), "float32")
+    answer = tpu.plan(dataclasses.replace(call, **{name: own}), None)
+    assert isinstance(answer, Fallback)
+    assert f"whose {name} differs from sample to sample" in answer.reason
+
+
+def test_examples_of_tokens_are_no_images() -> None:
+    """An axis that vmap adds is none of pixels."""
+    target = Target(("tpu",))
+    x = jax.ShapeDtypeStruct((2, 8, 256, 320), "bfloat16")
+    norm = Norm((2,), (3,), num_groups=32, dtype=jnp.dtype("bfloat16"))
+    call = Call(
+        "backward", norm, x, dy=x, wanted=(True, True, True, False), own_params=1
+    )
+    assert isinstance(dispatch.plan(call, target), Kernel)
+    images = dataclasses.replace(call, own_params=0)
+    assert isinstance(dispatch.plan(images, target), Fallback)
+
+
+def test_a_single_sample_has_a_strip_for_each_core() -> None:
+    call = calls("batch_norm", (4096, 256), "float32")[0]
+    for cores, width in ((1, 256), (2, 128)):
+        kernel = tpu.plan(call, Device("TPU7x", cores))
+        assert isinstance(kernel, Kernel)
+        assert kernel.block.split(" channels")[0].split()[-1] == str(width)
+
+
+def moved(call: Call, kind: str = "TPU v5e", cores: int = 1) -> int:
+    kernel = tpu.plan(call, Device(kind, cores))
+    assert isinstance(kernel, Kernel)
+    return kernel.bytes_moved
+
+
+def test_bytes_of_channels() -> None:
+    forward, backward = calls("group_norm", (8, 256, 320))
+    x, param, statistics = 8 * 256 * 320 * 2, 320 * 4, 2 * 8 * 320 * 4
+    assert moved(forward) == 2 * x + 2 * param + statistics
+    assert moved(backward) == 3 * x + 3 * param + statistics
+    _, many = calls("group_norm", (64, 256, 320))
+    two = moved(many, "TPU7x", 2)  # written by each, read, added up
+    assert two == 8 * (3 * x + statistics) + (1 + 2 * 5) * param
+    # XLA reads dx again and dh, and writes their sum.
+    carried = dataclasses.replace(backward, beside=backward.x)
+    assert moved(carried) == 6 * x + 3 * param + statistics
+    across = dataclasses.replace(backward.norm, over=("d",))
+    half = dataclasses.replace(backward, norm=across)
+    assert moved(half) == 2 * x + 3 * param + 2 * statistics
+
+
+def test_bytes_of_a_shortcut_in_two_reads() -> None:
+    """Silu's dz is read again as dy and the shortcut, relu's as itself."""
+    _, backward = calls("group_norm", (1, 16, 90, 160, 320))
+    x = 16 * 90 * 160 * 320 * 2
+    for activation, tensors in (("relu", 7), ("silu", 8)):
+        norm = dataclasses.replace(backward.norm, activation=activation)
+        call = dataclasses.replace(
+            backward,
+            norm=norm,
+            shortcut=backward.x,
+            bias=backward.scale,
+            wanted=(True, True, True, True),
+        )
+        kernel = tpu.plan(call, Device("TPU v5e"))
+        assert isinstance(kernel, Kernel)
+        assert kernel.name.endswith("two reads")
+        assert tensors <= kernel.bytes_moved / x < tensors + 0.1

@@ -20,9 +20,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 import fusednorm
+from fusednorm.kernels import dispatch, tpu
 from fusednorm.kernels import norm as op
-from fusednorm.kernels import tpu
-from fusednorm.kernels.dispatch import Call, Kernel
+from fusednorm.kernels.dispatch import Call, Fallback, Kernel, Target
 from fusednorm.kernels.tpu import memory, rowwise
 from fusednorm.kernels.tpu.blocks import (
     AcrossLanes,
@@ -510,3 +510,61 @@ def test_longer_rows_lie_down_the_sublanes_where_vmem_has_room() -> None:
         for shape in ((4096, 8200), (2**22, 12345)):
             assert not any(down(call) for call in calls(shape, dtype))
             assert all(down(call, "TPU v5e") for call in calls(shape, dtype))
+
+
+def moved(call: Call, kind: str = "TPU v4", cores: int = 1) -> int:
+    kernel = tpu.plan(call, Device(kind, cores))
+    assert isinstance(kernel, Kernel)
+    return kernel.bytes_moved
+
+
+def test_bytes_of_some() -> None:
+    """Statistics that nobody asks for, sums of two cores, and halves."""
+    forward, backward = calls((37000, 128), "bfloat16")
+    x, param, statistic = 37000 * 128 * 2, 128 * 4, 37000 * 4
+    alone = dataclasses.replace(forward, statistics=False)
+    assert moved(alone) == 2 * x + 2 * param
+    assert moved(backward, cores=2) == (
+        3 * x + (1 + 2 * (2 * 2 + 1)) * param + 2 * statistic
+    )
+    for wanted, expected in (
+        ((False, True, True, False), 2 * x + 2 * param + 2 * statistic),
+        ((False, False, True, False), x + param),
+    ):
+        assert moved(dataclasses.replace(backward, wanted=wanted)) == expected
+    across = dataclasses.replace(backward.norm, over=("d",))
+    half = dataclasses.replace(backward, norm=across)
+    assert moved(half) == 2 * x + 3 * param + 4 * statistic
+
+
+def test_small_arrays_run_kernels_where_rows_share_a_scale() -> None:
+    """Unlike those of whose examples each has its own (tests/test_modulation.py)."""
+    target = Target(("tpu",))
+    for call in calls((37, 64), "bfloat16"):
+        assert isinstance(dispatch.plan(call, target), Kernel)
+    _, backward = calls((3, 37, 64), "bfloat16")
+    of_each = dataclasses.replace(backward, own_params=1)  # the sums alone
+    assert isinstance(dispatch.plan(of_each, target), Kernel)
+    scale = jax.ShapeDtypeStruct((3, 64), "float32")
+    own = dataclasses.replace(of_each, scale=scale)
+    assert isinstance(dispatch.plan(own, target), Fallback)
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5e", "TPU7x"])
+def test_a_kernel_needs_no_more_vmem_than_there_is(kind: str) -> None:
+    """Which holds what a backward adds up, too."""
+    most = max(memory.chip(Device(kind)).vmem, rowwise.VMEM_BYTES)
+    for features in (128, 760, 4096, 12288, 2**15, 2**16):
+        for dtype in ("bfloat16", "float32"):
+            for call in calls((4099, features), dtype):
+                kernel = tpu.plan(call, Device(kind))
+                if isinstance(kernel, Fallback):
+                    continue
+                launch: Any = kernel.launch
+                (blocks,) = [a for a in _arguments(launch) if isinstance(a, Chunks)]
+                assert blocks.vmem <= most
+                streamed = sum(d.itemsize for d in rowwise._streamed(call))
+                need = 2 * blocks.block_rows * blocks.param_lanes * streamed
+                if call.op == "backward":  # dscale and dbias, as they add up
+                    need += 2 * SUBLANES * blocks.param_lanes * 4
+                assert blocks.vmem >= need + rowwise.OTHER_BYTES, (features, call.op)

@@ -51,12 +51,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
-from fusednorm.kernels.geometry import power_of_two
+from fusednorm.kernels.geometry import LONGEST_ROW, power_of_two
 from fusednorm.kernels.gpu import memory
 from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
-
-# 65536 features on a cluster of 8 blocks is what the backward's registers hold.
-MAX_FEATURES = 65536
 
 # Tiles whose dscale and dbias are added up in registers; then their sum goes to shared
 # memory. On an H200 all 85 tiles of a block in a row rounded dbias 1.6 times worse than
@@ -1187,7 +1184,7 @@ def _cut(features: int, itemsize: int, work: Share) -> Config:
         features,
         4 if four else itemsize,
         per_lane=columns,
-        of_long=columns if features <= MAX_FEATURES // 2 or in_smem else 16,
+        of_long=columns if features <= LONGEST_ROW // 2 or in_smem else 16,
         in_warp=LANES * columns,
     )
 
@@ -1209,8 +1206,8 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
     rows = view.n * view.g
     if features == 1:
         return Fallback("rows of one feature")
-    if features > MAX_FEATURES:
-        return Fallback(f"{features} features; kernels take at most {MAX_FEATURES}")
+    if features > LONGEST_ROW:
+        return Fallback(f"{features} features; kernels take at most {LONGEST_ROW}")
     statistics = 4 * rows * (1 + call.norm.center)
     x_size = call.x.dtype.itemsize
     each_row = [getattr(call, name).dtype.itemsize for name in _streamed(call)]
