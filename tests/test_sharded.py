@@ -599,13 +599,16 @@ def test_what_stands_beside_a_norm(stand_in: list[Call], mode: str) -> None:
 # --- layers ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("statistics", [P(), P("d")], ids=str)
-def test_batch_norm_of_sharded_channels(statistics: P) -> None:
+def test_batch_norm_of_sharded_channels(statistics: P, masked: bool) -> None:
     """flax raises here, for the update of its running statistics: they stay as they
     are sharded."""
     x = data()[0]
+    # Of one channel nothing is let in: its running statistics stay.
+    mask = jnp.broadcast_to(jnp.arange(32) > 0, x.shape) if masked else None
     plain = fusednorm.BatchNorm(32, rngs=nnx.Rngs(0))
-    y = plain(x)
+    y = plain(x, mask=mask)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         layer = fusednorm.BatchNorm(32, rngs=nnx.Rngs(0))
@@ -616,8 +619,13 @@ def test_batch_norm_of_sharded_channels(statistics: P) -> None:
             variable = getattr(layer, name)
             placed = jax.device_put(variable[...], NamedSharding(mesh, spec))
             variable.set_value(placed)
-        there = jax.device_put(x, NamedSharding(mesh, P(None, None, "d")))
-        found = nnx.jit(lambda layer, x: layer(x))(layer, there)
+        there, mask = (
+            a
+            if a is None
+            else jax.device_put(a, NamedSharding(mesh, P(None, None, "d")))
+            for a in (x, mask)
+        )
+        found = nnx.jit(lambda layer, x, mask: layer(x, mask=mask))(layer, there, mask)
         assert found.sharding.spec == there.sharding.spec
         np.testing.assert_allclose(found, y, rtol=0, atol=1e-5)
         for name in ("mean", "var"):
