@@ -92,9 +92,10 @@ def test_every_setting_is_another_kernel_and_right() -> None:
 def test_what_is_wrong_or_does_not_fit_has_no_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def half_seen(view: Any, itemsize: int, shared: int, *, arrays: int) -> Any:
+    def half_seen(view: Any, *_: int, load: int, **others: int) -> Any:
         both = [
-            strips._config(view, 8, 4, 1, blocks, resident=False) for blocks in (4, 1)
+            strips._config(view, 8, 4, 1, blocks, resident=False, load=load)
+            for blocks in (4, 1)
         ]
         return both[0], dataclasses.replace(both[1], pixels=2, line=1, warps=1)
 
