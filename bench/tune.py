@@ -114,28 +114,27 @@ def _resident(asked: Asked, setting: Setting) -> Any:
     """Strips that stay on the chip; two reads for {}."""
     if not setting:
         return None
-    view, itemsize, kept, shared = asked.args
-    load = asked.kwargs["load"]
-    config = strips._config(
-        view, itemsize=itemsize, resident=True, load=load, **setting
-    )
-    if config.shared(kept) > shared or len(config.chunks) > strips.MAX_CHUNKS:
-        raise UnfitError(f"{config.shared(kept)} bytes, {len(config.chunks)} chunks")
-    return config
+    _, _, kept, _ = asked.args
+    return _cut(asked, setting, resident=True, kept=kept)
 
 
 def _in_two_reads(asked: Asked, setting: Setting) -> Any:
     """The first read's strips, and what adds up what its blocks found."""
-    view, itemsize, shared = asked.args
     _, last = asked.answer
+    config = _cut(asked, setting, resident=False, kept=0)
+    return config, dataclasses.replace(last, pixels=config.blocks)
+
+
+def _cut(asked: Asked, setting: Setting, *, resident: bool, kept: int) -> strips.Config:
+    """The strips of a setting, with loads as wide as were asked for."""
+    view, itemsize, *_, shared = asked.args
     load = asked.kwargs["load"]
     config = strips._config(
-        view, itemsize=itemsize, resident=False, load=load, **setting
+        view, itemsize=itemsize, resident=resident, load=load, **setting
     )
-    last = dataclasses.replace(last, pixels=config.blocks)
-    if config.shared(0) > shared or len(config.chunks) > strips.MAX_CHUNKS:
-        raise UnfitError(f"{config.shared(0)} bytes, {len(config.chunks)} chunks")
-    return config, last
+    if config.shared(kept) > shared or len(config.chunks) > strips.MAX_CHUNKS:
+        raise UnfitError(f"{config.shared(kept)} bytes, {len(config.chunks)} chunks")
+    return config
 
 
 KNOBS = (

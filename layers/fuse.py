@@ -105,25 +105,24 @@ def _convert(model: Any, choose: Any) -> FuseReport:
             "Expected an nnx Module or a tree that holds some: the model itself, not "
             f"what `nnx.split` makes of it, nor a function; got {model!r}."
         )
-    replaced, left, changed = [], [], []
+    left, changing = [], []
     for path, module in nnx.iter_modules(model):
-        before = type(module)
         choice = choose(module)
         if choice is None:
             continue
         where = ".".join(map(str, path)) or "(the model)"
         if isinstance(choice, str):
-            left.append((where, _name(before), choice))
+            left.append((where, _name(type(module)), choice))
         else:
-            changed.append((module, choice))
-            replaced.append((where, _name(before), _name(choice)))
-    if any(_is_brought_in(module) for module, _ in changed):
+            changing.append((where, module, choice))
+    if any(_is_brought_in(module) for _, module, _ in changing):
         raise ValueError(
             "The model's layers cannot change inside of an NNX transform (nnx.jit, "
             "nnx.grad, ...) or fuse_neighbours that it is an argument of: NNX carries "
             "no change of class back. Do it before, outside."
         )
-    for module, choice in changed:
+    replaced = [(at, _name(type(layer)), _name(to)) for at, layer, to in changing]
+    for _, module, choice in changing:
         module.__class__ = choice
     return FuseReport(tuple(replaced), tuple(left))
 

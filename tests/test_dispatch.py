@@ -476,7 +476,7 @@ def test_the_device_that_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_whom_xla_asks_on_which_mesh() -> None:
-    """tests/test_dispatch.py: `custom_partitioning` is for GPUs and axes of Auto."""
+    """`custom_partitioning` is for GPUs and axes of Auto."""
 
     def asking(platform: str, devices: int, *kinds: AxisType) -> bool:
         mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=kinds)
@@ -493,8 +493,7 @@ def test_whom_xla_asks_on_which_mesh() -> None:
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_half_of_a_call_reads_nothing_for_its_other_half(platform: str) -> None:
-    """tests/test_dispatch.py: scale, bias and shortcut of a forward, dh of a
-    backward."""
+    """Scale, bias and shortcut of a forward, dh of a backward."""
     x = jax.ShapeDtypeStruct((8, 256, 320), "bfloat16")
     param = jax.ShapeDtypeStruct((320,), "float32")
     norm = Norm((0, 1), (2,), over=("d",), dtype=jnp.dtype("bfloat16"))

@@ -412,8 +412,7 @@ def test_reasons_of_what_is_no_primitive() -> None:
         assert choice.plan == Fallback(reason)
 
 
-def test_a_keyword_of_the_call_goes_before_a_partial_s() -> None:
-    """tests/test_explain.py."""
+def test_a_keyword_of_the_call_goes_before_that_of_a_partial() -> None:
     norm = functools.partial(fusednorm.layer_norm, activation="relu")
     x = jnp.ones((2, 12))
     (choice,) = fusednorm.explain(norm, x, activation="silu").choices

@@ -22,6 +22,7 @@ from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.gpu import rowwise
 from tests import interpreters
 from tests.helpers import Case
+from tests.test_channelwise import moved
 from tests.test_dispatch import COUNTED
 from tests.test_rowwise import MIXES, calls, run
 from tests.test_suite import check, flax_function, norm_of, rms_errors
@@ -400,12 +401,6 @@ def test_the_plan_is_that_of_the_platform() -> None:
     assert answer.backend == "mosaic_gpu"
 
 
-def moved(call: Call) -> int:
-    kernel = gpu.plan(call, None)
-    assert isinstance(kernel, Kernel)
-    return kernel.bytes_moved
-
-
 def test_bytes_of_some_on_a_gpu() -> None:
     forward, backward = calls((37, 64), "bfloat16")
     x, param, statistic = 37 * 64 * 2, 64 * 4, 37 * 4
@@ -447,7 +442,6 @@ def test_the_devices_shared_memory_and_processors(
     ("features", "forward", "backward"), [(64, 0, 0), (4096, 2, 1), (65536, 4, 2)]
 )
 def test_warps_of_long_rows_meet(features: int, forward: int, backward: int) -> None:
-    """tests/test_gpu_rowwise.py."""
     counts = []
     for call in calls((3, features), "bfloat16"):
         kernel: Any = gpu.plan(call, None)
@@ -462,20 +456,18 @@ def test_warps_of_long_rows_meet(features: int, forward: int, backward: int) -> 
     assert counts == [forward, backward]
 
 
-def test_bytes_of_sums_of_each_example_on_a_gpu() -> None:
-    """tests/test_gpu_rowwise.py: one sum is written for each example."""
+@pytest.mark.parametrize(("own", "examples"), [(0, 1), (1, 8)])
+def test_bytes_of_sums_of_each_example_on_a_gpu(own: int, examples: int) -> None:
+    """Partial sums of each are written and read, and one sum is written."""
     _, backward = calls((8, 256, 1152), "bfloat16")
-    moved_by = []
-    for own in (0, 1):
-        kernel: Any = gpu.plan(dataclasses.replace(backward, own_params=own), None)
-        config, work, _, processors = kernel.launch.args
-        from fusednorm.kernels.gpu import rowwise
-
-        examples = 8 if own else 1
-        grid = rowwise._grid(
-            config, 8 * 256 // examples, examples, processors, work.threads
-        )
-        param, x = 1152 * 4, 8 * 256 * 1152 * 2
-        sums = 2 * param * (2 * examples * grid[2] + examples)
-        moved_by.append(3 * x + param + 2 * 8 * 256 * 4 + sums == kernel.bytes_moved)
-    assert moved_by == [True, True]
+    call = dataclasses.replace(backward, own_params=own)
+    kernel = gpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    config, work, _, processors = kernel.launch.args  # type: ignore[attr-defined]
+    rows = 8 * 256
+    *_, blocks = rowwise._grid(
+        config, rows // examples, examples, processors, work.threads
+    )
+    x, param, statistics = rows * 1152 * 2, 1152 * 4, 2 * rows * 4
+    sums = 2 * param * examples * (2 * blocks + 1)
+    assert kernel.bytes_moved == 3 * x + param + statistics + sums

@@ -326,6 +326,7 @@ SUMS: dict[str, tuple[Callable[[Any], Any], list[bool]]] = {
         lambda x: jax.lax.scan(lambda h, _: (_parallel(h), None), x, length=2)[0],
         [True, True],
     ),
+    "of a norm": (lambda x: rows_norm(rows_norm(x) + _all(x)), [False, True]),
     "no collective": (lambda x: rows_norm(x + _product(x)), [False]),
     "computed as it is added": (lambda x: rows_norm(jnp.sin(x) + _all(x)), [False]),
     "read before the norm": (_early, [False]),
@@ -779,6 +780,14 @@ def _own_block(x: Any) -> jax.Array:
 _own_block.defvjp(lambda x: (_own_block(x), None), lambda _, dy: (7 * dy,))
 
 
+@jax.custom_jvp
+def _own_tangent(x: Any) -> jax.Array:
+    return nnx.silu(norm(x))
+
+
+_own_tangent.defjvp(lambda x, x_dot: (_own_tangent(*x), 7 * x_dot[0]))
+
+
 def _used_within(x: Any) -> Any:
     y = norm(x)
     h = nnx.sigmoid(y)
@@ -796,6 +805,7 @@ NOT = {
     "another's relu": lambda x: _own_relu(norm(x)),
     "another's silu": lambda x: _own_silu(norm(x)),
     "another's derivative": _own_block,
+    "another's tangent": _own_tangent,
     "its real part": lambda x: nnx.silu(norm(x.astype("complex64")).real),
     "complex": lambda x: nnx.silu(norm(x.astype("complex64"))),
 }
@@ -1231,21 +1241,6 @@ def test_no_tracer_leaks(how: str) -> None:
         run(model, x)
 
 
-@jax.custom_jvp
-def _own_tangent(x: Any) -> jax.Array:
-    return nnx.silu(fusednorm.layer_norm(x))
-
-
-_own_tangent.defjvp(lambda x, x_dot: (_own_tangent(*x), 7 * x_dot[0]))
-
-
-def test_leaves_a_custom_jvp_alone() -> None:
-    """To go into NOT, as "another's tangent"."""
-
-    program = jax.make_jaxpr(_own_tangent)(jnp.ones((3, 24)))
-    assert neighbours.join(program) is program
-
-
 @pytest.mark.parametrize(
     "collective",
     [
@@ -1257,7 +1252,7 @@ def test_leaves_a_custom_jvp_alone() -> None:
     ids=["all_gather", "ppermute", "all_to_all", "psum_scatter"],
 )
 def test_takes_what_each_collective_made(collective: Any) -> None:
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
 
     def body(x: Any) -> Any:
         return fusednorm.layer_norm(x + collective(jnp.tanh(x)))
@@ -1285,18 +1280,3 @@ def test_a_partial_of_a_method() -> None:
     np.testing.assert_allclose(joined(3.0), given(3.0), rtol=1e-6)
     (choice,) = fusednorm.explain(joined, 3.0).choices
     assert choice.activation == "relu"
-
-
-def test_a_norms_result_is_in_memory_too() -> None:
-    """tests/test_neighbours.py, SUMS: ("of a norm", [False, True])."""
-
-    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def body(x: Any) -> Any:
-        more = jax.lax.psum(jnp.tanh(x), "model")
-        return fusednorm.layer_norm(fusednorm.rms_norm(x) + more)
-
-    f = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P())
-    joined = fusednorm.fuse_neighbours(f)
-    choices = fusednorm.explain(joined, jnp.ones((8, 24))).choices
-    assert [choice.residual for choice in choices] == [False, True]

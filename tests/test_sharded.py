@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -77,8 +77,9 @@ def data(seed: int = 0) -> list[jax.Array]:
 def both(f: Fn) -> Fn:
     """y and all gradients."""
 
-    def whole(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
-        y, vjp = jax.vjp(f, x, scale, bias)
+    def whole(*args: Any) -> Any:
+        *operands, dy = args
+        y, vjp = jax.vjp(f, *operands)
         return y, *vjp(dy)
 
     return whole
@@ -352,15 +353,17 @@ def test_what_is_exported_is_the_reference(stand_in: list[Call]) -> None:
     np.testing.assert_allclose(y, fusednorm.layer_norm(*data()[:3]), rtol=0, atol=1e-5)
 
 
-def test_the_key_of_the_persistent_cache_knows_all(stand_in: list[Call]) -> None:
+def test_the_key_of_the_persistent_cache_knows_all(
+    stand_in: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the pointer that jax_remove_custom_partitioning_ptr_from_cache_key takes
-    out, programs differ wherever the norm does."""
+    out, programs differ wherever the norm, the backend or our code does."""
     mesh = mesh_of("data", "Auto")
     x, scale, bias, _ = placed(mesh, P("d"), data())
 
-    def text(**options: Any) -> str:
+    def text(backend: str = "auto", **options: Any) -> str:
         jax.clear_caches()
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), fusednorm.use_backend(backend):
             f = jax.jit(lambda *a: fusednorm.layer_norm(*a, **options))
             return re.sub(
                 r'backend_config = "\d+"', "", f.lower(x, scale, bias).as_text()
@@ -370,6 +373,10 @@ def test_the_key_of_the_persistent_cache_knows_all(stand_in: list[Call]) -> None
     assert text() == text()
     assert text(epsilon=1e-3) != text()
     assert text(activation="gelu") != text()
+    assert text("mosaic_gpu") != text()
+    before = text()
+    monkeypatch.setattr(parts, "_sources", lambda: "another")
+    assert text() != before
 
 
 # --- explicit mode, with the stand-in -------------------------------------------------
@@ -508,7 +515,7 @@ def test_scan_and_checkpoint_and_jit_on_a_mesh_of_three_axes(
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 @pytest.mark.parametrize("kind", ["rms_norm", "group_norm", "batch_norm"])
-def test_gradients_of_an_ensembles_parameters_alone(
+def test_gradients_of_an_ensemble_s_parameters_alone(
     stand_in: list[Call], kind: str, mode: str
 ) -> None:
     """Statistics cross devices, dx is not asked for, and each member has its own
@@ -750,91 +757,51 @@ def test_what_a_mesh_can_say_of_anothers_sharding() -> None:
         assert found == P(said and (said,), None)
 
 
+def over_devices(norm: Fn, arrays: Sequence[Any], params: Sequence[Any]) -> Any:
+    """y and gradients of norm(*arrays, *params), of all devices' arrays, in a
+    `jax.shard_map` and by the reference on one device."""
+    dy = data()[3]
+    spec = P(None, "d")
+    mapped = jax.shard_map(
+        functools.partial(norm, axis_name="d"),
+        mesh=mesh_of("sequence", "Auto"),
+        in_specs=(*[spec] * len(arrays), *[P()] * len(params)),
+        out_specs=spec,
+    )
+    found = jax.block_until_ready(jax.jit(both(mapped))(*arrays, *params, dy))
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(both(norm))(*arrays, *params, dy)
+    assert {name.split(", ")[1] for name in interpreters.runs} == {"moments", "sums"}
+    return found, expected
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_batch_norm_over_devices_with_an_offset(kernels: str, has_bias: bool) -> None:
     """c1 and c2 from the sums of dscale and dbias, if there are both."""
-    x, scale, bias, dy = data()
-    params = (scale, bias) if has_bias else (scale,)
-
-    def gradients(f: Any) -> Any:
-        def whole(x: Any, dy: Any, *params: Any) -> Any:
-            y, vjp = jax.vjp(f, x, *params)
-            return y, *vjp(dy)
-
-        return jax.jit(whole)(x, dy, *params)
 
     def norm(x: Any, *params: Any, **across: Any) -> jax.Array:
         return fusednorm.batch_norm(x, *params, scale_offset=1.0, **across)[0]
 
-    spec = P(None, "d")
-    mapped = jax.shard_map(
-        lambda x, *params: norm(x, *params, axis_name="d"),
-        mesh=mesh_of("sequence", "Auto"),
-        in_specs=(spec, *[P()] * len(params)),
-        out_specs=spec,
-    )
-    found = gradients(mapped)
-    with fusednorm.use_backend("reference"):
-        expected = gradients(norm)
-    agree(found, expected)
-    assert {name.split(", ")[1] for name in interpreters.runs} == {"moments", "sums"}
-
-
-@pytest.mark.parametrize("what", ["backend", "release"])
-def test_the_key_of_the_persistent_cache_knows(
-    what: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mesh = mesh_of("data", "Auto")
-    args = placed(mesh, P("d"), data())[:3]
-
-    def text(backend: str = "auto") -> str:
-        jax.clear_caches()
-        with jax.set_mesh(mesh), fusednorm.use_backend(backend):
-            lowered = jax.jit(lambda *a: fusednorm.layer_norm(*a)).lower(*args)
-            return re.sub(r'backend_config = "\d+"', "", lowered.as_text())
-
-    before = text()
-    assert "CustomSPMDPartitioning" in before
-    if what == "backend":
-        assert text("mosaic_gpu") != before
-    else:
-        monkeypatch.setattr(parts, "_sources", lambda: "another")
-        assert text() != before
+    x, scale, bias, _ = data()
+    agree(*over_devices(norm, [x], [scale, bias] if has_bias else [scale]))
 
 
 def test_a_shortcut_behind_statistics_of_several_devices(kernels: str) -> None:
-    """tests/test_sharded.py: its gradient is XLA's, not the kernel's half."""
-    (x, scale, bias, dy), r = data(), data(1)[0].astype("bfloat16")
+    """Its gradient is XLA's, not the kernel's half."""
 
     def norm(x: Any, r: Any, *params: Any, **across: Any) -> jax.Array:
         given = {"residual": r, "activation": "silu", **across}
         return fusednorm.batch_norm(x, *params, **given)[0]
 
-    def whole(f: Any) -> Any:
-        def run(dy: Any, *args: Any) -> Any:
-            y, vjp = jax.vjp(f, *args)
-            return y, *vjp(dy)
-
-        return jax.jit(run)(dy, x, r, scale, bias)
-
-    spec = P(None, "d")
-    mapped = jax.shard_map(
-        lambda *args: norm(*args, axis_name="d"),
-        mesh=mesh_of("sequence", "Auto"),
-        in_specs=(spec, spec, P(), P()),
-        out_specs=spec,
-    )
-    found = whole(mapped)
-    with fusednorm.use_backend("reference"):
-        expected = whole(norm)
+    (x, scale, bias, _), r = data(), data(1)[0].astype("bfloat16")
+    found, expected = over_devices(norm, [x, r], [scale, bias])
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         agree([a], [b], within=1e-2 if b.dtype == r.dtype else 1e-5)
-    assert {name.split(", ")[1] for name in interpreters.runs} == {"moments", "sums"}
 
 
-def test_what_is_not_added_up_yet_is_no_kernel_s() -> None:
-    """tests/test_sharded.py: an operand of explicit mode that is unreduced."""
+def test_what_is_not_added_up_yet_is_for_no_kernel() -> None:
+    """An operand of explicit mode that is unreduced."""
     mesh = mesh_of("data and features", "Explicit").abstract_mesh
     every = (0, 1)
     shapes = parts.Shapes((every,), (every,), (False,))
@@ -846,7 +813,6 @@ def test_what_is_not_added_up_yet_is_no_kernel_s() -> None:
 
 
 def test_xs_own_sharding_goes_before_that_of_parameters() -> None:
-    """tests/test_sharded.py."""
     every, param = (0, 1, 2), (2,)
     shapes = parts.Shapes((every, param), (every,), (False,))
     specs = [(param, P("d")), (every, P("d", P.UNCONSTRAINED))]

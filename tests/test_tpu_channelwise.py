@@ -44,6 +44,7 @@ from tests.test_channelwise import (  # noqa: F401
     test_values_and_gradients,
 )
 from tests.test_rowwise import MIXES, lowered, run_each_example
+from tests.test_tpu_rowwise import moved
 
 
 @pytest.fixture
@@ -390,42 +391,17 @@ def test_a_single_sample_has_a_strip_for_each_core() -> None:
         assert kernel.block.split(" channels")[0].split()[-1] == str(width)
 
 
-def moved(call: Call, kind: str = "TPU v5e", cores: int = 1) -> int:
-    kernel = tpu.plan(call, Device(kind, cores))
-    assert isinstance(kernel, Kernel)
-    return kernel.bytes_moved
-
-
 def test_bytes_of_channels() -> None:
     forward, backward = calls("group_norm", (8, 256, 320))
     x, param, statistics = 8 * 256 * 320 * 2, 320 * 4, 2 * 8 * 320 * 4
-    assert moved(forward) == 2 * x + 2 * param + statistics
-    assert moved(backward) == 3 * x + 3 * param + statistics
+    assert moved(forward, "TPU v5e") == 2 * x + 2 * param + statistics
+    assert moved(backward, "TPU v5e") == 3 * x + 3 * param + statistics
     _, many = calls("group_norm", (64, 256, 320))
     two = moved(many, "TPU7x", 2)  # written by each, read, added up
     assert two == 8 * (3 * x + statistics) + (1 + 2 * 5) * param
     # XLA reads dx again and dh, and writes their sum.
     carried = dataclasses.replace(backward, beside=backward.x)
-    assert moved(carried) == 6 * x + 3 * param + statistics
+    assert moved(carried, "TPU v5e") == 6 * x + 3 * param + statistics
     across = dataclasses.replace(backward.norm, over=("d",))
     half = dataclasses.replace(backward, norm=across)
-    assert moved(half) == 2 * x + 3 * param + 2 * statistics
-
-
-def test_bytes_of_a_shortcut_in_two_reads() -> None:
-    """Silu's dz is read again as dy and the shortcut, relu's as itself."""
-    _, backward = calls("group_norm", (1, 16, 90, 160, 320))
-    x = 16 * 90 * 160 * 320 * 2
-    for activation, tensors in (("relu", 7), ("silu", 8)):
-        norm = dataclasses.replace(backward.norm, activation=activation)
-        call = dataclasses.replace(
-            backward,
-            norm=norm,
-            shortcut=backward.x,
-            bias=backward.scale,
-            wanted=(True, True, True, True),
-        )
-        kernel = tpu.plan(call, Device("TPU v5e"))
-        assert isinstance(kernel, Kernel)
-        assert kernel.name.endswith("two reads")
-        assert tensors <= kernel.bytes_moved / x < tensors + 0.1
+    assert moved(half, "TPU v5e") == 2 * x + 3 * param + 2 * statistics
