@@ -13,6 +13,8 @@ from jax.sharding import AxisType
 from fusednorm.kernels import dispatch, norm
 from fusednorm.kernels.dispatch import Fallback, Kernel, Target
 
+PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -71,9 +73,13 @@ class Explanation:
     Attributes:
       choices: one entry for each normalization in the traced code; one inside a
         `jax.lax.scan` counts once.
+      target: what they hold for.
+      jaxpr: the traced code.
     """
 
     choices: tuple[Choice, ...]
+    target: Target = dataclasses.field(repr=False)
+    jaxpr: Any = dataclasses.field(repr=False, compare=False)
 
     def __str__(self) -> str:
         if not self.choices:
@@ -84,10 +90,31 @@ class Explanation:
             for choice, count in counts.items()
         )
 
+    def on(self, platform: str) -> "Explanation":
+        """The same on another platform, of which no device need be here.
+
+        Args:
+          platform: "cuda" or "gpu" (NVIDIA's), "tpu", "cpu" or "rocm". Where it has no
+            device here, the answer is for an H100, or for the TPU with the least VMEM,
+            a v4.
+
+        Raises:
+          ValueError: no such platform.
+          NotImplementedError: `fn` names a backend that cannot run there.
+        """
+        if platform not in PLATFORMS:
+            raise ValueError(
+                f"No platform {platform!r}; the platforms are {', '.join(PLATFORMS)}."
+            )
+        platforms = ("cuda" if platform == "gpu" else platform,)
+        devices = self.target.partitioned
+        mesh = dispatch.asking(platforms, devices)
+        return explain_jaxpr(self.jaxpr, Target(platforms, devices, mesh))
+
 
 def explain_jaxpr(jaxpr: Any, target: Target) -> Explanation:
     """What each normalization in a jaxpr gets when it is lowered for `target`."""
-    return Explanation(tuple(_choices(jaxpr, target)))
+    return Explanation(tuple(_choices(jaxpr, target)), target, jaxpr)
 
 
 def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:

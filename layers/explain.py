@@ -13,7 +13,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Says which implementation each normalization inside a call gets, and why.
 
     The call is traced, not run: no state changes. The answer is for jax's default
-    platform, and as many devices as the arrays lie on.
+    platform, and as many devices as the arrays lie on; `.on("cuda")` of it, or
+    `.on("tpu")`, for a platform that is not here.
 
     Args:
       fn: a layer, a model or its method, or any function that calls some: a training

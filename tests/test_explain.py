@@ -221,6 +221,49 @@ def test_nothing_changes(how: Callable) -> None:
     assert model.dropout.rngs.count[...] == before.dropout.rngs.count[...] + 2
 
 
+# --- platforms ------------------------------------------------------------------------
+
+
+def test_on_platforms_that_are_not_here() -> None:
+    explanation = fusednorm.explain(
+        nnx.grad(loss), layer_of("LayerNorm"), *[data()] * 2
+    )
+    for platform, backend in (
+        ("cuda", "mosaic_gpu"),
+        ("gpu", "mosaic_gpu"),
+        ("tpu", "mosaic_tpu"),
+        ("cpu", "reference"),
+        ("rocm", "reference"),
+    ):
+        there = explanation.on(platform)
+        assert [choice.op for choice in there.choices] == ["forward", "backward"]
+        assert {choice.backend for choice in there.choices} == {backend}
+        assert there.on("cpu") == explanation
+
+
+def test_on_another_platform_as_many_devices(kernels: None) -> None:
+    """Of a sharded array; for NVIDIA GPUs, XLA asks under `jax.set_mesh`."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(jnp.ones((8, 64)), NamedSharding(mesh, P("data")))
+    explanation = fusednorm.explain(fusednorm.layer_norm, x)
+
+    def backends() -> list[str]:
+        return [explanation.on(to).choices[0].backend for to in ("cuda", "tpu")]
+
+    assert backends() == ["reference", "reference"]
+    with jax.set_mesh(mesh):
+        assert backends() == ["mosaic_gpu", "reference"]
+
+
+def test_on_a_platform_where_the_named_backend_cannot_run() -> None:
+    with fusednorm.use_backend("reference"):
+        explanation = fusednorm.explain(layer_of("LayerNorm"), data())
+    (choice,) = explanation.on("cuda").choices
+    assert choice.plan == Fallback("the backend 'reference' was chosen")
+    with pytest.raises(ValueError, match="No platform 'h100'; the platforms are cpu, "):
+        explanation.on("h100")
+
+
 # --- reasons --------------------------------------------------------------------------
 
 

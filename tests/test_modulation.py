@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 import fusednorm
 from fusednorm.kernels import dispatch
-from fusednorm.kernels.explain import explain_jaxpr
 from tests import interpreters, test_channelwise, test_tpu_channelwise
 from tests.helpers import Case, assert_close, slow_but
 from tests.layer_helpers import assert_agrees, build, data
@@ -504,8 +503,7 @@ def test_counts_the_bytes(
         y, vjp = jax.vjp(fusednorm.layer_norm, x, scale, bias)
         return y, vjp(dy)
 
-    jaxpr = jax.make_jaxpr(step)(x, own, own, x)
-    choices = explain_jaxpr(jaxpr, dispatch.Target((platform,))).choices
+    choices = fusednorm.explain(step, x, own, own, x).on(platform).choices
     for choice, units in zip(choices, (forward, backward), strict=True):
         assert isinstance(choice.plan, dispatch.Kernel)
         assert units <= choice.plan.bytes_moved / (x.size * 2) < units + 0.25
@@ -524,8 +522,7 @@ def test_a_residuals_gradient_alone_needs_no_kernel(platform: str) -> None:
         _, vjp = jax.vjp(lambda r: norm(x, scale, scale, residual=r), residual)
         return vjp(dy)
 
-    target = dispatch.Target((platform,))
-    _, choice = explain_jaxpr(jax.make_jaxpr(gradient)(x, scale, x, x), target).choices
+    _, choice = fusednorm.explain(gradient, x, scale, x, x).on(platform).choices
     assert isinstance(choice.plan, dispatch.Fallback)
     assert choice.plan.reason.startswith("the shortcut's gradient alone")
 
@@ -537,8 +534,8 @@ def test_a_residuals_gradient_alone_needs_no_kernel(platform: str) -> None:
 def test_number_of_samples_chooses_nothing(samples: int, rows: int, runs: Any) -> None:
     x = jax.ShapeDtypeStruct((samples, rows, 512), "float32")
     scale = jax.ShapeDtypeStruct((samples, 512), "float32")
-    jaxpr = jax.make_jaxpr(jax.vmap(fusednorm.layer_norm))(x, scale)
-    (choice,) = explain_jaxpr(jaxpr, dispatch.Target(("tpu",))).choices
+    norm = jax.vmap(fusednorm.layer_norm)
+    (choice,) = fusednorm.explain(norm, x, scale).on("tpu").choices
     assert isinstance(choice.plan, runs)
 
 

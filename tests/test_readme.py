@@ -8,8 +8,6 @@ import jax
 import pytest
 
 import fusednorm
-from fusednorm.kernels import dispatch
-from fusednorm.kernels.explain import explain_jaxpr
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -37,8 +35,7 @@ def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
         (on_gpu, gradient, names["model"], names["x"]),
         (image_on_gpu, names["layer"], names["image"]),
     ):
-        jaxpr = jax.make_jaxpr(function)(*arguments)
-        explanation = explain_jaxpr(jaxpr, dispatch.Target(("cuda",)))
+        explanation = fusednorm.explain(function, *arguments).on("cuda")
         assert str(explanation) == textwrap.dedent(said)
 
 

@@ -11,7 +11,6 @@ from flax import nnx
 
 import fusednorm
 from fusednorm.kernels import dispatch
-from fusednorm.kernels.explain import explain_jaxpr
 from tests import interpreters
 from tests.helpers import EPS32, Case, assert_close, slow_but
 from tests.layer_helpers import assert_agrees, build, data
@@ -369,9 +368,7 @@ def test_counts_the_bytes(platform: str) -> None:
         y, vjp = jax.vjp(lambda x, r: fusednorm.rms_norm(x, residual=r), x, r)
         return y, vjp(dy)
 
-    jaxpr = jax.make_jaxpr(step)(x, x, (x, x))
-    target = dispatch.Target((platform,))
-    forward, backward = explain_jaxpr(jaxpr, target).choices
+    forward, backward = fusednorm.explain(step, x, x, (x, x)).on(platform).choices
     for choice, units in ((forward, 4), (backward, 4)):
         assert isinstance(choice.plan, dispatch.Kernel)
         assert units <= choice.plan.bytes_moved / tensor < units + 0.05
