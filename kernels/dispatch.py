@@ -132,6 +132,15 @@ class Call:
         return tuple(name for name in adding if self.wants[name])
 
     @property
+    def row_groups(self) -> int:
+        """Groups that a row of channels has, each with a scale and bias of its own and
+        nothing beside it to be reduced with; 1 where there are none."""
+        view = self.geometry
+        if view is None or view.family != "rowwise" or not self.has_params:
+            return 1
+        return view.g
+
+    @property
     def own(self) -> int:
         """Leading axes of x along which scale, bias or what their gradients add up to
         vary."""
@@ -330,11 +339,6 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
         return Fallback(reason)
     if call.half:
         call = _first_half(call)
-    view = call.geometry
-    if view is not None and view.family == "rowwise" and view.g > 1 and call.has_params:
-        return Fallback(
-            "scale differs from row to row (groups of channels, nothing else reduced)"
-        )
     _, module = KERNELS[platform]
     try:
         device = jax.devices(platform)[0]
@@ -385,6 +389,11 @@ def _refusal(call: Call) -> str | None:
         return "x is empty"
     if call.half and call.scales_each:
         return "statistics cross devices, and each element has its own scale"
+    if call.row_groups > 1 and (call.own or call.scales_each):
+        return (
+            "scale or bias varies both along the groups of a row and from row to row: "
+            f"x has shape {call.x.shape}, {call.row_groups} groups"
+        )
     if call.geometry is None:
         return (
             f"reduction axes {call.norm.reduction_axes} and feature axes "

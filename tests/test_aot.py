@@ -163,6 +163,19 @@ MODULATED = [
         f"{shape[-1]}_own_{own}", nnx.LayerNorm, shape, dtype, own=own, **options
     )
 ]
+# Groups of channels: heads with a scale of their own, GroupNorm of (batch, channels).
+GROUPS = [
+    workload
+    for layer, shape, dtype, options in (
+        (nnx.RMSNorm, (4, 4096, 32, 128), "bfloat16", {"feature_axes": (2, 3)}),
+        (nnx.LayerNorm, (64, 197, 12, 64), "float32", {"feature_axes": (2, 3)}),
+        (nnx.LayerNorm, (4097, 3, 1128), "bfloat16", {"feature_axes": (1, 2)}),
+        (nnx.LayerNorm, (2048, 2, 40952), "bfloat16", {"feature_axes": (1, 2)}),
+        (nnx.GroupNorm, (65536, 1024), "bfloat16", {}),
+        (nnx.GroupNorm, (65536, 512), "float32", {"activation": "silu"}),
+    )
+    for workload in workloads(f"{shape[-1]}_groups", layer, shape, dtype, **options)
+]
 FEW = {
     "alphafold_pair_64",
     "qwen3_qk_norm",
@@ -173,16 +186,16 @@ FEW = {
     "37x127",
 }
 
+BESIDE = ACTIVATED + RESIDUAL + MODULATED  # something of x's size, or a slope
 CELLS: list[Cell] = [
-    (H100, workload)
-    for workload in (CASES + RAGGED + WIDE + NARROW + ACTIVATED + RESIDUAL + MODULATED)
+    (H100, workload) for workload in CASES + RAGGED + WIDE + NARROW + BESIDE + GROUPS
 ] + [
     (chip, workload)
     for chip in (B200, RTX5090, *TPUS)
     for workload in CASES + RAGGED
     if workload.name in FEW
 ]
-CELLS += [(CHIPS["v5e"], work) for work in ACTIVATED + RESIDUAL + MODULATED]
+CELLS += [(CHIPS["v5e"], work) for work in BESIDE]
 
 # Why a backward's partial sums may be more than 10 % of dy, x and dx.
 FEW_ROWS = "each block has a row or a few: its partial sum is as long as a row"
@@ -258,14 +271,11 @@ def test_persistent_blocks_come_in_one_wave(cell: Cell, found: Measurement) -> N
 
 
 @each_cell
-def test_each_element_crosses_the_pins_once(found: Measurement) -> None:
+def test_each_element_crosses_the_pins_once(cell: Cell, found: Measurement) -> None:
+    _, work = cell
     assert found.tensors == pytest.approx(found.ideal, rel=0.02)
-    statistics = {
-        "forward": 0,
-        "forward+statistics": 1 + (found.norm == "LayerNorm"),
-        "backward": 1 + (found.norm == "LayerNorm"),
-    }[found.op]
-    rows = math.prod(found.shape[:-1])
+    statistics = 0 if work.op == "forward" else 1 + work.norm.center
+    rows = work.groups
     # A TPU holds them in whole tiles.
     assert rows * 4 * statistics <= found.statistics
     assert found.statistics <= (rows + 1024) * 4 * statistics

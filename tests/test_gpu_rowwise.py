@@ -8,12 +8,15 @@ import dataclasses
 import functools
 import re
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import fusednorm
 from fusednorm.kernels import dispatch, gpu
@@ -21,7 +24,7 @@ from fusednorm.kernels import norm as op
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.gpu import rowwise
 from tests import interpreters
-from tests.helpers import Case
+from tests.helpers import Case, assert_close
 from tests.test_channelwise import moved
 from tests.test_dispatch import COUNTED
 from tests.test_rowwise import MIXES, calls, run
@@ -471,3 +474,164 @@ def test_bytes_of_sums_of_each_example_on_a_gpu(own: int, examples: int) -> None
     x, param, statistics = rows * 1152 * 2, 1152 * 4, 2 * rows * 4
     sums = 2 * param * examples * (2 * blocks + 1)
     assert kernel.bytes_moved == 3 * x + param + statistics + sums
+
+
+# --- groups of channels ---------------------------------------------------------------
+
+# The features of each head, with a scale of its own.
+HEADS = (("reduction_axes", -1), ("feature_axes", (-2, -1)))
+GROUPS = [
+    Case("group_norm", (37, 24), (("num_groups", 3),)),
+    Case("group_norm", (5, 96), (("num_groups", 32),)),
+    Case("group_norm", (70, 64), (("num_groups", 2), ("activation", "silu"))),
+    Case("rms_norm", (2, 9, 4, 64), HEADS),
+    Case("layer_norm", (3, 5, 2, 127), HEADS),
+    Case("layer_norm", (1, 3, 760), HEADS),
+    Case("layer_norm", (3, 2, 4096), HEADS),
+]
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """Kernels of a GPU, which take every call or raise."""
+    backend = "mosaic_gpu"
+    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
+        yield
+
+
+@pytest.mark.parametrize("number", range(len(GROUPS)), ids=lambda n: str(GROUPS[n]))
+def test_groups_of_channels(kernels: None, number: int) -> None:
+    run(GROUPS[number], MIXES[number % len(MIXES)])
+
+
+def test_a_row_of_a_group_does_not_depend_on_the_others(kernels: None) -> None:
+    """Bitwise, whatever the number of rows and the row's place among them."""
+    case = GROUPS[0]
+    x, scale, bias, dy = case.data(3, jnp.dtype("bfloat16"), "float32")
+
+    def all_of(rows: slice) -> list[np.ndarray]:
+        y, vjp = jax.vjp(lambda x: case.run(x, scale, bias), jnp.asarray(x[rows]))
+        return [np.asarray(a) for a in (y, *vjp(jnp.asarray(dy[rows], y.dtype)))]
+
+    whole = all_of(np.s_[:])
+    for some in (np.s_[20:], np.s_[3:33]):
+        for part, expected in zip(all_of(some), whole, strict=True):
+            np.testing.assert_array_equal(part, expected[some])
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids="argnums {}".format)
+def test_gradients_of_some_of_groups(kernels: None, wanted: tuple[int, ...]) -> None:
+    case = GROUPS[0]
+    x, scale, bias, dy = case.data(6, "float32", "float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
+    for number, gradient in zip(wanted, gradients, strict=True):
+        name = ("dx", "dscale", "dbias")[number]
+        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+
+
+def test_groups_whose_statistics_cross_devices() -> None:
+    """Each device has half the features of each head: c1 and c2 of every row."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(7)
+    x, dy = (jnp.asarray(rng.normal(0.7, 2, (5, 3, 128)), "float32") for _ in range(2))
+    scale, bias = (jnp.asarray(rng.normal(1, 0.5, (3, 128)), "float32") for _ in "ab")
+
+    def norm(x: Any, scale: Any, bias: Any) -> Any:
+        params = scale.reshape(-1), bias.reshape(-1)
+        return fusednorm.layer_norm(x, *params, axis_name="d", **dict(HEADS))
+
+    last = P(None, "d")
+    in_specs = (P(None, None, "d"), last, last)
+    norm = jax.shard_map(norm, mesh=mesh, in_specs=in_specs, out_specs=in_specs[0])
+
+    @jax.jit
+    def both(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
+        y, vjp = jax.vjp(norm, x, scale, bias)
+        return y, *vjp(dy)
+
+    with fusednorm.use_backend("reference"):
+        expected = both(x, scale, bias, dy)
+    with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
+        found = jax.block_until_ready(both(x, scale, bias, dy))
+    assert interpreters.runs == {
+        "rowwise forward, moments": 2,
+        "rowwise backward, sums": 2,
+    }
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_bytes_of_groups() -> None:
+    """Each group's blocks have partial sums of its own features."""
+    forward, backward = calls((37, 96), "bfloat16")
+    norm = dataclasses.replace(forward.norm, reduction_axes=(), num_groups=32)
+    x, param, statistics = 37 * 96 * 2, 96 * 4, 2 * 37 * 32 * 4
+    forward, backward = (
+        dataclasses.replace(call, norm=norm) for call in (forward, backward)
+    )
+    assert moved(forward) == 2 * x + 2 * param + statistics
+    config, work, _, processors = gpu.plan(backward, None).launch.args
+    *_, blocks = rowwise._grid(config, 37, 32, processors, work.threads)
+    sums = 2 * 32 * (2 * blocks + 1) * 3 * 4
+    assert moved(backward) == 3 * x + param + statistics + sums
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_groups_with_a_residual(kernels: None, behind: bool) -> None:
+    """Before the norm, of heads; behind it, of GroupNorm on (batch, channels)."""
+    rng = np.random.default_rng(8)
+    shape = (37, 24) if behind else (11, 3, 40)
+    x, r, dy, dh = (jnp.asarray(rng.normal(0.5, 2, shape), "float32") for _ in range(4))
+    scale = jnp.asarray(rng.normal(1, 0.5, x.size // len(x)), "float32")
+
+    def norm(x: Any, scale: Any, r: Any) -> Any:
+        if behind:
+            return fusednorm.group_norm(
+                x, scale, r, num_groups=3, residual=r, activation="gelu"
+            )
+        return fusednorm.rms_norm(x, scale, residual=r, **dict(HEADS))
+
+    @jax.jit
+    def both(x: Any, scale: Any, r: Any) -> Any:
+        y, vjp = jax.vjp(norm, x, scale, r)
+        return *jax.tree.leaves(y), *vjp(dy if behind else (dy, dh))
+
+    interpreters.runs.clear()
+    found = jax.block_until_ready(both(x, scale, r))
+    assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
+    with fusednorm.use_backend("reference"):
+        expected = both(x, scale, r)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_a_scale_along_groups_and_rows_falls_back() -> None:
+    x = scale = jnp.ones((4, 24))
+    norm = functools.partial(fusednorm.group_norm, num_groups=3)
+    (choice,) = fusednorm.explain(norm, x, scale).on("cuda").choices
+    assert isinstance(choice.plan, Fallback)
+    assert "along the groups of a row and from row to row" in choice.plan.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *GROUPS,
+        Case("group_norm", (4097, 1024), (("num_groups", 32),)),
+        Case("rms_norm", (199, 32, 128), HEADS),
+        Case("layer_norm", (7, 3, 12288), HEADS),
+        Case("layer_norm", (7, 2, 40952), HEADS),
+    ],
+    ids=str,
+)
+def test_gpu_groups_of_channels(case: Case, mix: tuple[str, str, str]) -> None:
+    x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
+    x, scale, bias, dy = case.data(0, x_dtype, param_dtype)
+    dy = dy.astype(dtype)
+    with fusednorm.use_backend("mosaic_gpu"):
+        check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy, dtype)

@@ -422,17 +422,8 @@ def test_a_row_does_not_depend_on_the_others(
     [
         (calls((0, 64), "float32")[0], "x is empty"),
         (calls((3, 0), "float32")[1], "x is empty"),
-        (
-            Call(
-                "forward",
-                Norm((), (1,), num_groups=3),
-                jax.ShapeDtypeStruct((4, 24), jnp.dtype("float32")),
-                jax.ShapeDtypeStruct((24,), jnp.dtype("float32")),
-            ),
-            "scale differs from row to row",
-        ),
     ],
-    ids=["no rows", "no features", "groups"],
+    ids=["no rows", "no features"],
 )
 def test_what_falls_back(platform: str, call: Call, reason: str) -> None:
     answer = dispatch.plan(call, Target((platform,)))

@@ -425,6 +425,21 @@ def test_bytes_moved() -> None:
     assert backward.bytes_moved == 3 * x + (1 + 2) * param + 2 * statistic
 
 
+def test_groups_with_a_scale_of_their_own_fall_back() -> None:
+    """GroupNorm of (batch, channels), and heads; without one they are plain rows."""
+    rows, scale = jnp.ones((4, 6, 128)), jnp.ones(6 * 128)
+    heads = functools.partial(
+        fusednorm.rms_norm, reduction_axes=-1, feature_axes=(-2, -1)
+    )
+    groups = functools.partial(fusednorm.group_norm, num_groups=6)
+    for norm, x in ((heads, rows), (groups, rows.reshape(4, -1))):
+        (choice,) = fusednorm.explain(norm, x, scale).on("tpu").choices
+        assert isinstance(choice.plan, Fallback)
+        assert "scale differs from row to row" in choice.plan.reason
+        (choice,) = fusednorm.explain(norm, x).on("tpu").choices
+        assert isinstance(choice.plan, Kernel)
+
+
 def test_how_long_a_row_may_be() -> None:
     """As VMEM allows, of which a v4 has least."""
 

@@ -81,7 +81,8 @@ class Workload:
     def call(self) -> Call:
         """What `plan` is asked."""
         x = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
-        param = jax.ShapeDtypeStruct(self.shape[-1:], jnp.dtype("float32"))
+        features = math.prod(self.shape[axis] for axis in self.norm.feature_axes)
+        param = jax.ShapeDtypeStruct((features,), jnp.dtype("float32"))
         if self.own == "sample":
             param = jax.ShapeDtypeStruct((self.shape[0], self.shape[-1]), x.dtype)
         backward = self.op == "backward"
@@ -249,6 +250,7 @@ def norm_of(
     dtype: str,
     *,
     reduction_axes: tuple[int, ...] | None = None,
+    feature_axes: tuple[int, ...] | None = None,
     num_groups: int = 32,
     activation: str | None = None,
 ) -> Norm:
@@ -259,6 +261,7 @@ def norm_of(
       shape: of x.
       dtype: of x and y.
       reduction_axes: of a LayerNorm or an RMSNorm, None for the last.
+      feature_axes: that scale and bias have, None for the last.
       num_groups: of a GroupNorm.
       activation: what follows, in the same call.
     """
@@ -269,8 +272,8 @@ def norm_of(
         nnx.InstanceNorm: tuple(others[1:]),
     }
     return Norm(
-        reduced.get(layer) or reduction_axes or (last,),
-        (last,),
+        reduced.get(layer, reduction_axes or (last,)),
+        feature_axes or (last,),
         num_groups=num_groups if layer is nnx.GroupNorm else None,
         center=layer is not nnx.RMSNorm,
         dtype=jnp.dtype(dtype),

@@ -11,7 +11,9 @@ or the sums for dx, of what is here; the rest is elementwise, XLA's, and a secon
 With a residual h = x + residual takes the place of x, and to dx its cotangent dh is
 added. A shortcut is added to z, and its gradient is dz. Scale and bias may be those of
 an *example*, so many rows one behind the other; or each row has its own scale, which is
-then read as x is, and its gradient dz * x_hat written as dx is.
+then read as x is, and its gradient dz * x_hat written as dx is. Groups of channels of
+which each is normalized by itself, heads of a QK-norm with a scale of their own, are
+examples too, whose rows lie side by side: those of a group are every G-th.
 
 Each is one kernel that reads x (and dy, and all else of x's size) once: a row lies in
 registers from its first sum to its last store. How many threads share a row depends on
@@ -313,6 +315,89 @@ def configure(
     return Config(features, lanes, warpgroups, cluster, rows, width, tuple(chunks))
 
 
+# --- where rows lie -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Where a row is, or the first of a tile.
+
+    Attributes:
+      at: along the first axis of what has one row behind the other.
+      number: among all rows, each of which has one.
+      group: of the row's channels, in what has groups side by side; else None.
+    """
+
+    at: Any
+    number: Any
+    group: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Rows that share a scale and bias, and the sums of dscale and dbias.
+
+    Attributes:
+      count: of examples.
+      rows: of each.
+      groups: whether they are the groups of `rows` rows of channels; else the rows of
+        an example lie one behind the other.
+    """
+
+    count: int
+    rows: int
+    groups: bool
+
+    @classmethod
+    def of(cls, call: Call, features: int) -> "Examples":
+        """Those of a call, of which a row has so many features."""
+        groups = call.row_groups > 1
+        count = call.row_groups if groups else math.prod(call.x.shape[: call.own])
+        return cls(count, call.x.size // features // count, groups)
+
+    def row(self, example: Any, index: Any) -> Row:
+        """The index-th of an example."""
+        number = example * self.rows + index
+        return Row(index, number, example) if self.groups else Row(number, number)
+
+    def of_program(self, blocks: int) -> tuple[Any, Any]:
+        """(example, block) of the program at hand; an example has so many blocks.
+
+        Those at work at one time have neighbours in memory, one behind the other or
+        side by side.
+        """
+        # One axis: the second one of a grid would end at 65535.
+        program = lax.axis_index("block")
+        if self.count == 1:
+            return 0, program
+        if self.groups:
+            return lax.rem(program, self.count), lax.div(program, self.count)
+        return lax.div(program, blocks), lax.rem(program, blocks)
+
+    def by_rows(
+        self, features: int, **operands: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """Those there are, as (rows, columns); a scale or bias of all rows as it is,
+        and of groups as (groups, features)."""
+        rows = (-1, self.count * features if self.groups else features)
+        shared = (self.count, features) if self.groups else (features,)
+
+        def shape(name: str, array: jax.Array) -> tuple[int, ...]:
+            return shared if name in ("scale", "bias") and array.ndim == 1 else rows
+
+        given = present(**operands)
+        return {
+            name: array.reshape(shape(name, array)) for name, array in given.items()
+        }
+
+    @property
+    def statistic_shape(self) -> tuple[int, ...]:
+        """Of one number for each row."""
+        if self.groups:
+            return self.rows, self.count
+        return (self.count * self.rows,)
+
+
 # --- what is in registers -------------------------------------------------------------
 
 
@@ -380,8 +465,10 @@ class Part:
         """Of the chunks."""
         return [self._layout(chunk) for chunk in self.config.chunks]
 
-    def _columns(self, chunk: Chunk) -> pl.Slice:
+    def _columns(self, chunk: Chunk, group: Any = None) -> pl.Slice:
         first = self.index * self.config.width + chunk.start - self._earlier(chunk)
+        if group is not None:
+            first = group * self.config.features + first
         return pl.ds(first, self.config.lanes * chunk.vector)
 
     def _earlier(self, chunk: Chunk) -> Any:
@@ -400,33 +487,36 @@ class Part:
 
     # Chunks.
 
-    def load(self, ref: Any, row: Any) -> list[jax.Array]:
+    def load(self, ref: Any, row: Row) -> list[jax.Array]:
         """Row `row` and those after it, chunk by chunk, in the dtype of ref."""
         if self.config.long:
             return [
                 memory.load_as(
                     ref,
-                    (row, self._columns(chunk)),
+                    (row.at, self._columns(chunk, row.group)),
                     self._shape(chunk),
                     self._layout(chunk),
                 )
                 for chunk in self.config.chunks
             ]
-        rows = pl.ds(row, self.rows)
+        rows = pl.ds(row.at, self.rows)
         return [
             memory.load(
-                ref, (rows, self._columns(chunk)), self._layout(chunk), ref.dtype
+                ref,
+                (rows, self._columns(chunk, row.group)),
+                self._layout(chunk),
+                ref.dtype,
             )
             for chunk in self.config.chunks
         ]
 
-    def store(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
+    def store(self, ref: Any, row: Row, chunk: Chunk, value: jax.Array) -> None:
         """One chunk of row `row` and those after it."""
-        columns = self._columns(chunk)
+        columns = self._columns(chunk, row.group)
         if self.config.long:
-            memory.store_as(ref, (row, columns), value)
+            memory.store_as(ref, (row.at, columns), value)
         else:
-            memory.store(ref, (pl.ds(row, self.rows), columns), value)
+            memory.store(ref, (pl.ds(row.at, self.rows), columns), value)
 
     def load_param(
         self, ref: Any, chunk: Chunk, example: Any, examples: int
@@ -445,16 +535,15 @@ class Part:
         row = memory.load(ref, at, self._layout(chunk).reduce(0))
         return lax.broadcast_in_dim(row, self._shape(chunk), (1,))
 
-    def store_total(self, ref: Any, row: Any, chunk: Chunk, value: jax.Array) -> None:
-        """The sum over the tile's rows, as one chunk of row `row`."""
+    def store_total(self, ref: Any, line: Any, chunk: Chunk, value: jax.Array) -> None:
+        """The sum over the tile's rows, as one chunk of a line of ref."""
+        columns = self._columns(chunk)
         if self.config.long:
-            self.store(ref, row, chunk, value)
+            memory.store_as(ref, (line, columns), value)
+        elif self.rows == 1:
+            memory.store(ref, (pl.ds(line, 1), columns), value)
         else:
-            at = (row, self._columns(chunk))
-            if self.rows == 1:
-                memory.store(ref, (pl.ds(row, 1), at[1]), value)
-            else:
-                memory.store(ref, at, jnp.sum(value, axis=0))
+            memory.store(ref, (line, columns), jnp.sum(value, axis=0))
 
     def keep(self, name: str, values: Sequence[jax.Array]) -> None:
         """Keeps float32 chunks in shared memory; each lane reads what it wrote."""
@@ -488,24 +577,31 @@ class Part:
         """A statistic on every column of `like`."""
         return lax.broadcast_in_dim(statistic, like.shape, range(statistic.ndim))
 
-    def load_statistic(self, ref: Any, row: Any) -> jax.Array:
+    def load_statistic(self, ref: Any, row: Row) -> jax.Array:
         """That of row `row`, or of this and those after it."""
+        at = self._statistic(row)
         if self.config.long:
-            return ref[row]
+            return ref[at]
         layout = self._layout(self.config.chunks[0]).reduce(1)
-        return memory.load(ref, (pl.ds(row, self.rows),), layout)
+        return memory.load(ref, at, layout)
 
-    def store_statistic(self, ref: Any, row: Any, value: jax.Array) -> None:
+    def store_statistic(self, ref: Any, row: Row, value: jax.Array) -> None:
+        at = self._statistic(row)
+
         def write() -> None:
             if self.config.long:
-                ref[row] = value
+                ref[at] = value
             else:
-                memory.store(ref, (pl.ds(row, self.rows),), value)
+                memory.store(ref, at, value)
 
         write() if self.config.parts == 1 else pl.when(self.index == 0)(write)
 
+    def _statistic(self, row: Row) -> tuple[Any, ...]:
+        rows = row.at if self.config.long else pl.ds(row.at, self.rows)
+        return (rows,) if row.group is None else (rows, row.group)
+
     def sums(
-        self, *terms: Sequence[jax.Array], row: Any, place: Any
+        self, *terms: Sequence[jax.Array], row: Row, place: Any
     ) -> list[jax.Array]:
         """Sums of chunks over whole rows: one statistic for each of the terms.
 
@@ -532,14 +628,15 @@ class Part:
             @pl.when(self._warpgroup == 0)
             def _() -> None:
                 for i, total in enumerate(totals):
-                    in_cluster[row, place + i, self._block] = total
+                    in_cluster[row.number, place + i, self._block] = total
                 memory.fence()
 
             self._meet("in_cluster")
             memory.fence()
             count = self.config.cluster
             totals = [
-                _total(in_cluster, (row, place + i), count) for i in range(len(own))
+                _total(in_cluster, (row.number, place + i), count)
+                for i in range(len(own))
             ]
         return totals
 
@@ -615,28 +712,28 @@ def forward(
     to nine at most 1.07.
     """
     norm, features = call.norm, config.features
-    examples = math.prod(x.shape[: call.own])
-    rows = x.size // features // examples  # that share a scale and bias
+    examples = Examples.of(call, features)
+    rows = examples.rows
     tile = min(config.rows, power_of_two(rows))
     blocks = rows // tile  # of an example
 
     operands: dict[str, Any] = {"x": x, "scale": scale, "bias": bias}
     operands |= {"residual": residual, "shortcut": shortcut}
-    inputs = _rows(features, **operands)
+    inputs = examples.by_rows(features, **operands)
     shape = inputs["x"].shape
     outputs = {} if call.half else {"y": jax.ShapeDtypeStruct(shape, norm.dtype)}
     if residual is not None:
         outputs["h"] = jax.ShapeDtypeStruct(shape, call.sum_dtype)
     if call.statistics:
-        statistic = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+        statistic = jax.ShapeDtypeStruct(examples.statistic_shape, jnp.float32)
         outputs |= {"mean": statistic} if norm.center else {}
         outputs |= {"var": statistic}
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        example, block = _example_and_block(examples, blocks)
+        example, block = examples.of_program(blocks)
 
         def step(i: Any, _: None) -> None:
-            row = example * rows + jnp.minimum((block + i) * tile, rows - tile)
+            row = examples.row(example, jnp.minimum((block + i) * tile, rows - tile))
             centred = _float32(part.load(ref["x"], row))  # chunks
             # What is needed last is on its way while the sums are taken.
             own = {name: part.load(ref[name], row) for name in _streamed(call)}
@@ -670,7 +767,7 @@ def forward(
                 if name in own:
                     return own[name][number].astype(jnp.float32)
                 chunk = config.chunks[number]
-                return part.load_param(ref[name], chunk, example, examples)
+                return part.load_param(ref[name], chunk, example, examples.count)
 
             for number, chunk in enumerate(config.chunks if "y" in ref else ()):
                 y = centred[number] * part.across(rstd, centred[number])
@@ -695,7 +792,8 @@ def forward(
         body,
         config,
         tile=tile,
-        blocks=examples * blocks,
+        blocks=examples.count * blocks,
+        rows=examples.count * rows,
         inputs=inputs,
         outputs=outputs,
         places=3,
@@ -737,21 +835,22 @@ def backward(
     where bandwidth times latency wants 12 (H100) to 17 KB (H200).
     """
     norm, features = call.norm, config.features
-    examples = math.prod(x.shape[: call.own])
-    rows = x.size // features // examples  # that share a scale, bias and their sums
-    tile, tiles, blocks = _grid(config, rows, examples, processors, work.threads)
+    examples = Examples.of(call, features)
+    rows = examples.rows
+    tile, tiles, blocks = _grid(config, rows, examples.count, processors, work.threads)
     want = call.wants
 
     operands: dict[str, Any] = {"dy": dy, "x": x, "scale": scale, "bias": bias}
     operands |= {"dh": dh, "shortcut": shortcut}
-    inputs = _rows(features, **operands)
-    inputs |= present(
-        mean=None if mean is None else mean.reshape(-1), var=var.reshape(-1)
-    )
+    inputs = examples.by_rows(features, **operands)
+    inputs |= {
+        name: statistic.reshape(examples.statistic_shape)
+        for name, statistic in present(mean=mean, var=var).items()
+    }
     summed = call.summed
-    partials = jax.ShapeDtypeStruct((examples * blocks, features), jnp.float32)
+    partials = jax.ShapeDtypeStruct((examples.count * blocks, features), jnp.float32)
     inner_products = ("c1", "c2")[: 1 + norm.center] if want["dx"] and call.half else ()
-    statistic = jax.ShapeDtypeStruct((var.size,), jnp.float32)
+    statistic = jax.ShapeDtypeStruct(examples.statistic_shape, jnp.float32)
     outputs = dict.fromkeys(inner_products, statistic) | dict.fromkeys(summed, partials)
     for name, like in (("dx", x), ("dscale", scale), ("dshortcut", shortcut)):
         if want[name] and name not in summed and not (name == "dx" and inner_products):
@@ -772,12 +871,14 @@ def backward(
         kept = (*kept, "scale") if size <= work.smem else kept
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        example, block = _example_and_block(examples, blocks)
+        example, block = examples.of_program(blocks)
         sums_of = Totals(part, summed, **levels)
 
         def params(name: str) -> list[jax.Array]:
-            chunks = config.chunks
-            return [part.load_param(ref[name], c, example, examples) for c in chunks]
+            return [
+                part.load_param(ref[name], chunk, example, examples.count)
+                for chunk in config.chunks
+            ]
 
         of_example: list[Any] = [1.0] * len(config.chunks)
         if "scale" in ref and not call.scales_each:
@@ -791,7 +892,7 @@ def backward(
             return jnp.minimum(after, rows - tile), after
 
         def load(i: Any) -> dict[str, Any]:
-            row = example * rows + first_row(i)[0]
+            row = examples.row(example, first_row(i)[0])
             loaded: dict[str, Any] = {n: part.load(ref[n], row) for n in loaded_at_once}
             for name in ("mean", "var"):
                 if name in ref:
@@ -800,7 +901,7 @@ def backward(
 
         def step(i: Any, totals: Any, loaded: dict[str, Any]) -> Any:
             first, after = first_row(i)
-            row = example * rows + first
+            row = examples.row(example, first)
             dys, xs = _float32(loaded["dy"]), _float32(loaded["x"])
             rstd = lax.rsqrt(loaded["var"] + norm.epsilon)
             if norm.center:
@@ -864,17 +965,18 @@ def backward(
             count = count + (block == (tiles - 1) % blocks)
 
         totals = sums_of.over_tiles(count, load, step, ahead=ahead)
-        program = lax.axis_index("block")
+        line = example * blocks + block
         for name, total in totals.items():
             for chunk, value in zip(config.chunks, total, strict=True):
-                part.store_total(ref[name], program, chunk, value)
+                part.store_total(ref[name], line, chunk, value)
 
     results = _launch(
         "fusednorm_rowwise_backward",
         body,
         config,
         tile=tile,
-        blocks=examples * blocks,
+        blocks=examples.count * blocks,
+        rows=examples.count * rows,
         inputs=inputs,
         outputs=outputs,
         places=4,
@@ -882,10 +984,11 @@ def backward(
     )
     if summed:
         own = x.shape[: call.own_params]
-        each = [results[n].reshape(math.prod(own), -1, features) for n in summed]
+        count = examples.count if examples.groups else math.prod(own)
+        each = [results[name].reshape(count, -1, features) for name in summed]
         sums = memory.sum_over_blocks(*each)
         results |= {
-            name: total.reshape(*own, features)
+            name: total.reshape(*own, -1)
             for name, total in zip(summed, sums, strict=True)
         }
     shapes = dict.fromkeys(("dx", "dscale", "dshortcut"), x.shape)
@@ -1012,31 +1115,10 @@ def _added(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
-def _rows(features: int, **operands: jax.Array | None) -> dict[str, jax.Array]:
-    """Those there are, as (rows, features); a scale or bias of all rows as it is."""
-
-    def is_shared(name: str, array: jax.Array) -> bool:
-        return name in ("scale", "bias") and array.ndim == 1
-
-    return {
-        name: array if is_shared(name, array) else array.reshape(-1, features)
-        for name, array in present(**operands).items()
-    }
-
-
 def _streamed(call: Call) -> tuple[str, ...]:
     """What each row has of its own, beside x, and is needed to find z."""
     scale = ("scale",) if call.scales_each else ()
     return scale if call.shortcut is None else (*scale, "shortcut")
-
-
-def _example_and_block(examples: int, blocks: int) -> tuple[Any, Any]:
-    """Of the program at hand, where an example has so many blocks."""
-    # One axis: the second one of a grid would end at 65535.
-    program = lax.axis_index("block")
-    if examples == 1:
-        return 0, program
-    return lax.div(program, blocks), lax.rem(program, blocks)
 
 
 def _sums_twice(config: Config, tiles: int, blocks: int) -> bool:
@@ -1099,6 +1181,7 @@ def _launch(
     *,
     tile: int,
     blocks: int,
+    rows: int,
     inputs: dict[str, jax.Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
     places: int,
@@ -1107,6 +1190,7 @@ def _launch(
     """Runs body(references by name, part) on every part of every block.
 
     Args:
+      rows: of all examples.
       places: in which sums of a long row meet.
       kept: names of what has room for a tile in shared memory.
     """
@@ -1131,7 +1215,6 @@ def _launch(
         )
         # A line of 128 bytes for each sum of each row: none is written twice, so that
         # no first-level cache can hold an old one.
-        rows = inputs["x"].shape[0]
         outputs["sums"] = jax.ShapeDtypeStruct((rows, places, 32), jnp.float32)
 
     def kernel(*refs: Any, **scratch: Any) -> None:
@@ -1242,13 +1325,13 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
             center=call.norm.center or call.wants["dbias"],
             slopes=call.slopes,
             beside=bool(beside),
-            own=call.own > 0,
+            own=call.own > 0 or call.row_groups > 1,
             smem=smem,
         )
         launch = functools.partial(backward, config, work, call, processors)
-        examples = math.prod(call.x.shape[: call.own])
-        grid = _grid(config, rows // examples, examples, processors, work.threads)
-        blocks = examples * grid[2]
+        examples = Examples.of(call, features)
+        grid = _grid(config, examples.rows, examples.count, processors, work.threads)
+        blocks = examples.count * grid[2]
         written = [
             getattr(call, name.removeprefix("d")).dtype.itemsize
             for name, want in call.wants.items()
@@ -1260,7 +1343,7 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
             x_size + call.dy.dtype.itemsize + sum(beside) + sum(written)
         )
         # Partial sums are written and read, the sum is written.
-        results = math.prod(call.x.shape[: call.own_params])
+        results = call.row_groups * math.prod(call.x.shape[: call.own_params])
         sums = len(call.summed) * (2 * blocks + results)
         moved += statistics + 4 * features * sums
     for param in (None if call.scales_each else call.scale, call.bias):

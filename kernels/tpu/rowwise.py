@@ -624,7 +624,11 @@ def _pallas_call(
 
 
 def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
-    """Chooses blocks for a call whose view has S = 1 and G = 1, or no parameters."""
+    """Chooses blocks for a call whose view has S = 1."""
+    if call.row_groups > 1:
+        return Fallback(
+            "scale differs from row to row (groups of channels, nothing else reduced)"
+        )
     vmem, blocks_bytes = max(chip.vmem, VMEM_BYTES), max(chip.blocks, BLOCKS_BYTES)
     chip = dataclasses.replace(chip, vmem=vmem, blocks=blocks_bytes)
     natural = tuple(range(call.x.ndim))
