@@ -540,7 +540,9 @@ def choose(
     """
     call = call_of(primitive, avals, params)
     spread = None
-    if not parts.splits(params["norm"]):
+    if (
+        len(params["norm"].feature_axes) > 1
+    ):  # XLA may split those that `parts` does not
         target = dataclasses.replace(target, mesh=None)
     if target.partitioned > 1:
         operands = params["tree"].unflatten(avals)

@@ -186,8 +186,9 @@ def _split(
     """Gathers what the arrays' specs say, x's own before those of parameters.
 
     What cannot be split evenly is not split, nor a last axis of whose parts some would
-    have one group's channels and some of another's. How statistics of groups lie says
-    nothing of x.
+    have one group's channels and some of another's. Several axes of features are joined
+    in one axis of a scale or bias, which goes along with the first: the others are not
+    split. How statistics of groups lie says nothing of x.
     """
     axes: list[Names] = [()] * len(shape)
     groups: Names = ()
@@ -196,6 +197,8 @@ def _split(
         for axis, entry in zip(follows, (*spec, *[None] * len(follows)), strict=False):
             names = _names_of(entry)
             if axis in (None, GROUPS) or not names or axes[axis]:
+                continue
+            if axis in norm.feature_axes[1:]:
                 continue
             taken = {name for others in axes for name in others}
             if taken & set(names) or shape[axis] % _size(mesh, names):
@@ -288,13 +291,7 @@ def of_types(
         return None
     parts = _split(mesh, norm, x.shape, shapes, specs)
     told = {name for _, spec in specs for entry in spec for name in _names_of(entry)}
-    return parts if told == set(parts.names) and splits(norm) else None
-
-
-def splits(norm: Norm) -> bool:
-    """Whether the features are one axis of x. Several are joined in one axis of a scale
-    or bias, which then goes along with none of them."""
-    return len(norm.feature_axes) == 1
+    return parts if told == set(parts.names) else None
 
 
 def _explicit(mesh: Any) -> set[str]:

@@ -540,28 +540,72 @@ def test_gradients_of_an_ensemble_s_parameters_alone(
     assert last.wanted[:3] == (False, True, True)
 
 
-@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
-def test_several_axes_of_features_are_the_reference_s(
-    stand_in: list[Call], mode: str
+# Norms whose scale has two axes of x: both reduced, or heads with a scale each.
+TWO_AXES = {
+    "joined": {"reduction_axes": (1, 2), "feature_axes": (1, 2)},
+    "heads": {"reduction_axes": 2, "feature_axes": (1, 2)},
+}
+
+
+def of_two_axes(kind: str) -> tuple[Fn, list[jax.Array]]:
+    """The function, and x, scale, bias and dy."""
+    x, _, _, dy = data()
+    scale, bias = (data(seed)[0][0].reshape(-1) for seed in (1, 2))
+    f = functools.partial(fusednorm.layer_norm, **TWO_AXES[kind])
+    return f, [x, scale, bias, dy]
+
+
+@pytest.mark.parametrize("sharded", [0, 1])
+@pytest.mark.parametrize("kind", TWO_AXES)
+def test_explicit_with_two_axes_of_features(
+    kernels: str, kind: str, sharded: int
 ) -> None:
-    """And x, whose last axis is sharded, is not gathered."""
-    x = data()[0]
-    scale = jnp.linspace(0.5, 1.5, 8 * 32).reshape(8, 32)
-    axes = {"reduction_axes": (1, 2), "feature_axes": (1, 2)}
-
-    def f(x: jax.Array) -> jax.Array:
-        return fusednorm.layer_norm(x, scale.reshape(-1), **axes)
-
+    """The first of them may be sharded, as scale and bias are then."""
+    f, args = of_two_axes(kind)
     with fusednorm.use_backend("reference"):
-        expected = jax.jit(f)(x)
-    mesh = mesh_of("features", mode)
-    there = jax.device_put(x, NamedSharding(mesh, P("d")))
+        expected = jax.jit(both(f))(*args)
+    mesh = mesh_of("data", "Explicit")
+    of_x = P(*[None] * sharded, "d")
+    specs = (of_x, *[P("d") if sharded else P()] * 2, of_x)
+    args = [
+        jax.device_put(a, NamedSharding(mesh, spec))
+        for a, spec in zip(args, specs, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both(f)).lower(*args).compile()
+        found = jax.block_until_ready(compiled(*args))
+    agree(found, expected)
+    assert gathered(compiled.as_text()) == []
+    crosses = kind == "joined" and sharded == 1
+    suffixes = (", moments", ", sums") if crosses else ("", "")
+    assert interpreters.runs == {
+        f"rowwise {op}{suffix}": 2
+        for op, suffix in zip(("forward", "backward"), suffixes, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "spec"),
+    [("Auto", P("d")), ("Auto", P(None, "d")), ("Explicit", P(None, None, "d"))],
+)
+@pytest.mark.parametrize("kind", TWO_AXES)
+def test_two_axes_of_features_are_the_reference_s(
+    stand_in: list[Call], kind: str, mode: str, spec: P
+) -> None:
+    """In auto mode, or where the second one is sharded; and x is not gathered."""
+    f, args = of_two_axes(kind)
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(f)(*args[:3])
+    mesh = mesh_of("data", mode)
+    there = jax.device_put(args[0], NamedSharding(mesh, spec))
     stand_in.clear()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(f).lower(there).compile()
-        found = compiled(there)
+        compiled = jax.jit(f).lower(there, *args[1:3]).compile()
+        found = compiled(there, *args[1:3])
     assert stand_in == []
-    assert gathered(compiled.as_text()) == []
+    assert [
+        a for a in gathered(compiled.as_text()) if not a.startswith("f32[256]")
+    ] == []
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 

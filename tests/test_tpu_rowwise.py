@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from fusednorm.kernels.tpu.blocks import (
     AcrossLanes,
     Chunks,
     DownSublanes,
+    Turned,
     order_of_axes,
 )
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES
@@ -256,6 +257,16 @@ def two_cores(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rowwise, "MOST_ROWS", LANES)
 
 
+def call_of(case: Case, op: Literal["forward", "backward"] = "forward") -> Call:
+    """A call in float32, and with its backward."""
+    x = jax.ShapeDtypeStruct(case.shape, jnp.dtype("float32"))
+    scale = jax.ShapeDtypeStruct((case.features,), x.dtype)
+    bias = scale if case.has_bias and op == "forward" else None
+    dy = x if op == "backward" else None
+    wanted = (True, True, case.has_bias, False)
+    return Call(op, norm_of(case), x, scale, bias, dy=dy, wanted=wanted)
+
+
 SHARED = {  # and how many blocks of slabs and of rows each core has
     (130, 8200): (1, 4),  # 5 of 32 rows, of which 4 write one block of statistics
     (400, 300): (1, 2),  # 4 blocks
@@ -343,6 +354,86 @@ def test_a_device_says_how_many_cores_it_has() -> None:
     assert memory.chip(None).cores == 1
 
 
+# --- groups with a scale of their own -------------------------------------------------
+
+OF_HEADS = (("reduction_axes", -1), ("feature_axes", (-2, -1)))
+ACTIVATED = ("activation", "silu")
+# Heads, and how they lie: (across lanes, turned, down the sublanes), and the period of
+# rows in turn; 1 where samples and heads are examples, in front of the rows.
+HEADS = (
+    (Case("rms_norm", (2, 9, 4, 128), OF_HEADS), Turned, 128),
+    (Case("layer_norm", (9, 40, 8, 64), OF_HEADS), Turned, 128),
+    (Case("layer_norm", (3, 12, 128), (*OF_HEADS, ACTIVATED)), Turned, 384),
+    (Case("layer_norm", (3, 5, 8, 256), OF_HEADS), AcrossLanes, 8),
+    (Case("rms_norm", (150, 2, 256), OF_HEADS), AcrossLanes, 8),
+    (Case("layer_norm", (5, 16, 760), (*OF_HEADS, ACTIVATED)), AcrossLanes, 16),
+    (Case("layer_norm", (2, 48, 3, 128), OF_HEADS), Turned, 1),
+    (Case("layer_norm", (2, 150, 3, 24), (*OF_HEADS, ACTIVATED)), DownSublanes, 1),
+    (Case("rms_norm", (2, 32, 3, 256), OF_HEADS), AcrossLanes, 1),
+)
+
+
+@pytest.mark.parametrize("number", range(len(HEADS)), ids=lambda n: str(HEADS[n][0]))
+def test_heads(kernels: None, number: int) -> None:
+    case, _, _ = HEADS[number]
+    run(case, MIXES[number % len(MIXES)])
+
+
+@pytest.mark.parametrize(("case", "lie", "period"), HEADS, ids=str)
+def test_how_heads_lie(case: Case, lie: type, period: int) -> None:
+    blocks = planned(call_of(case))
+    assert type(blocks) is lie
+    assert (blocks.groups, blocks.period) == (case.shape[-2], period)
+    assert blocks.chunk_rows % period == blocks.block_rows % period == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("rms_norm", (35, 8, 128)),
+        ("layer_norm", (17, 16, 256)),
+        ("layer_norm", (2, 48, 3, 128)),
+        ("rms_norm", (2, 150, 3, 24)),
+    ],
+)
+def test_two_cores_and_heads(
+    two_cores: None, kind: str, shape: tuple[int, ...]
+) -> None:
+    case = Case(kind, shape, OF_HEADS)
+    blocks = planned(call_of(case))
+    assert blocks.cores * blocks.apart == 2
+    run(case)
+
+
+def test_bytes_of_heads() -> None:
+    """dscale of each row of a period, of one core, is written, read and added up."""
+    case, _, period = HEADS[0]
+    x, heads, features = 2 * 9 * 4 * 128 * 4, 4, 128
+    param, statistics = 4 * heads * features, 4 * 2 * 9 * heads
+    forward, backward = call_of(case), call_of(case, "backward")
+    assert moved(forward) == 2 * x + param
+    sums = (2 * period + heads) * features * 4
+    assert moved(backward) == 3 * x + param + statistics + sums
+
+
+def test_heads_that_fall_back() -> None:
+    for case, why in (
+        (Case("group_norm", (4, 768), (("num_groups", 6),)), "they share the lanes"),
+        (Case("rms_norm", (9, 3, 256), OF_HEADS), "no number of them fills a chunk's"),
+        (
+            Case(
+                "rms_norm",
+                (2, 9, 16, 5, 128),
+                (("reduction_axes", -1), ("feature_axes", (-3, -2, -1))),
+            ),
+            "not all lie in front of the rows",
+        ),
+    ):
+        answer = tpu.plan(call_of(case), Device("TPU v5 lite"))
+        assert isinstance(answer, Fallback)
+        assert why in answer.reason
+
+
 # --- what is wanted -------------------------------------------------------------------
 
 
@@ -423,21 +514,6 @@ def test_bytes_moved() -> None:
     x, param, statistic = 37 * 64 * 2, 64 * 4, 37 * 4
     assert forward.bytes_moved == 2 * x + 2 * param + 2 * statistic
     assert backward.bytes_moved == 3 * x + (1 + 2) * param + 2 * statistic
-
-
-def test_groups_with_a_scale_of_their_own_fall_back() -> None:
-    """GroupNorm of (batch, channels), and heads; without one they are plain rows."""
-    rows, scale = jnp.ones((4, 6, 128)), jnp.ones(6 * 128)
-    heads = functools.partial(
-        fusednorm.rms_norm, reduction_axes=-1, feature_axes=(-2, -1)
-    )
-    groups = functools.partial(fusednorm.group_norm, num_groups=6)
-    for norm, x in ((heads, rows), (groups, rows.reshape(4, -1))):
-        (choice,) = fusednorm.explain(norm, x, scale).on("tpu").choices
-        assert isinstance(choice.plan, Fallback)
-        assert "scale differs from row to row" in choice.plan.reason
-        (choice,) = fusednorm.explain(norm, x).on("tpu").choices
-        assert isinstance(choice.plan, Kernel)
 
 
 def test_how_long_a_row_may_be() -> None:

@@ -143,6 +143,10 @@ class Chunks:
       block_rows: rows of a slab in VMEM at a time; a multiple of chunk_rows.
       chunk_rows: rows that are normalized together.
       apart: cores each of which has examples of its own; 1 where they share them.
+      groups: that have a scale and bias in turn, as heads do: of rows, or where other
+        rows lie between, of examples; 1 where rows, or examples, share or have one.
+      period: of rows in turn, after how many the groups repeat in whole registers. A
+        chunk has a multiple of them; 1 where all its rows share a scale and bias.
     """
 
     vmem: int
@@ -154,6 +158,8 @@ class Chunks:
     block_rows: int
     chunk_rows: int
     apart: int = dataclasses.field(default=1, kw_only=True)
+    groups: int = dataclasses.field(default=1, kw_only=True)
+    period: int = dataclasses.field(default=1, kw_only=True)
 
     # --- blocks ---
 
@@ -229,38 +235,43 @@ class Chunks:
         return round_up(self.features, LANES)
 
     def of_param(self, count: int) -> pl.BlockSpec:
-        """For scale or bias [count, 1, features], each for as many examples one behind
-        the other, and fetched once."""
-        shared_by = self.examples // count
+        """For scale or bias [count, period, features], each for as many examples one
+        behind the other, or of the groups' for every count-th; fetched once."""
 
         def index(core: Any, example: Any, *_: Any) -> Any:
             if count == 1:
                 return 0, 0, 0
-            return lax.div(self.example_at(core, example), shared_by), 0, 0
+            example = self.example_at(core, example)
+            if self.groups > 1:
+                return lax.rem(example, count), 0, 0
+            return lax.div(example, self.examples // count), 0, 0
 
-        return pl.BlockSpec((None, 1, self.param_lanes), index)
+        return pl.BlockSpec((None, self.period, self.param_lanes), index)
 
     @property
     def of_param_gradient(self) -> pl.BlockSpec:
-        """For dscale and dbias [cores, examples, 1, features]."""
+        """For dscale and dbias [cores, examples, period, features]."""
 
         def index(core: Any, example: Any, *_: Any) -> Any:
             sharer = core if self.cores > 1 else 0
             return sharer, self.example_at(core, example), 0, 0
 
-        return pl.BlockSpec((None, None, 1, self.param_lanes), index)
+        return pl.BlockSpec((None, None, self.period, self.param_lanes), index)
 
     def add_parts(self, parts: jax.Array | None, count: int) -> jax.Array | None:
-        """dscale or dbias: those of all cores, and of examples that share one.
+        """dscale or dbias: those of all cores, and of examples that share one, or of a
+        group's.
 
         Args:
-          parts: [cores, examples, 1, features], or None.
+          parts: [cores, examples, period, features], or None.
           count: of the results, each for as many examples one behind the other.
         """
         if parts is None:
             return None
         if self.cores > 1:
             parts = parts.sum(0)
+        if self.groups > 1:
+            return parts.reshape(-1, self.groups, self.features).sum(0)
         if count < self.examples:
             parts = parts.reshape(count, -1, self.features).sum(1)
         return parts
@@ -507,21 +518,28 @@ class AcrossLanes(Chunks):
         raise NotImplementedError("scale and bias lie as x does")
 
     def param(self, ref: Any, kept: None, piece: Piece) -> jax.Array:
-        """Of a piece: [1, LANES], which broadcasts."""
-        return memory.load(self.part(ref, piece))
+        """Of a piece: [1, its lanes], which broadcasts; or [chunk_rows, its lanes]."""
+        value = memory.load(self.part(ref, piece))
+        if self.period == 1:
+            return value
+        return jnp.concatenate([value] * (self.chunk_rows // self.period), 0)
 
     @property
     def kept_sum(self) -> Any:
         """Scratch in which dscale or dbias adds up."""
-        return pltpu.VMEM((SUBLANES, self.lanes), jnp.float32)
+        return pltpu.VMEM((max(SUBLANES, self.period), self.lanes), jnp.float32)
 
     def sum_rows(self, value: jax.Array) -> jax.Array:
-        """A piece -> [SUBLANES, its lanes]: adds whole registers alone."""
-        return jnp.sum(value.reshape(-1, SUBLANES, value.shape[1]), 0)
+        """A piece -> [SUBLANES or period, its lanes]: adds whole registers alone."""
+        rows = max(SUBLANES, self.period)
+        return jnp.sum(value.reshape(-1, rows, value.shape[1]), 0)
 
     def finish_sum(self, total: Any, result: Any) -> None:
-        """[SUBLANES, lanes] -> [1, lanes]."""
-        result[...] = jnp.sum(total[...], 0, keepdims=True)
+        """[SUBLANES or period, lanes] -> [period, lanes]."""
+        if self.period > 1:
+            result[...] = total[...]
+        else:
+            result[...] = jnp.sum(total[...], 0, keepdims=True)
 
     # --- one number a row: in all lanes of its sublane ---
 
@@ -701,33 +719,46 @@ class DownSublanes(Chunks):
     # --- one number a feature ---
 
     @property
+    def kept_rows(self) -> int:
+        """Whose scale and bias are kept, and whose dscale and dbias add up."""
+        return max(LANES, self.period)
+
+    @property
     def kept_param(self) -> Any:
         """Scratch for scale or bias, each number in all lanes of its sublane."""
-        return pltpu.VMEM((self.sublanes, LANES), jnp.float32)
+        return pltpu.VMEM((self.sublanes, self.kept_rows), jnp.float32)
 
-    def keep_param(self, kept: Any, row: jax.Array) -> None:
-        """Puts [1, features] into scratch."""
-        kept[...] = memory.as_column(row, self.sublanes)
+    def keep_param(self, kept: Any, rows: jax.Array) -> None:
+        """Puts [period, features] into scratch."""
+        if self.period > 1:
+            kept[...] = rows.T[: self.sublanes]
+        else:
+            kept[...] = memory.as_column(rows, self.sublanes)
 
     def param(self, ref: Any, kept: Any, piece: Piece) -> jax.Array:
         """Of a piece: [its sublanes, chunk_rows]."""
         return jnp.concatenate(
-            [self.part(kept, piece)[...]] * (self.chunk_rows // LANES), 1
+            [self.part(kept, piece)[...]] * (self.chunk_rows // self.kept_rows), 1
         )
 
     @property
     def kept_sum(self) -> Any:
         """Scratch in which dscale or dbias adds up."""
-        return pltpu.VMEM((self.sublanes, LANES), jnp.float32)
+        return pltpu.VMEM((self.sublanes, self.kept_rows), jnp.float32)
 
     def sum_rows(self, value: jax.Array) -> jax.Array:
-        """A chunk -> [sublanes, LANES]: adds whole registers alone."""
-        tiles = [value[:, i : i + LANES] for i in range(0, self.chunk_rows, LANES)]
+        """A chunk -> [sublanes, kept_rows]: adds whole registers alone."""
+        rows = self.kept_rows
+        tiles = [value[:, i : i + rows] for i in range(0, self.chunk_rows, rows)]
         return functools.reduce(operator.add, tiles)
 
     def finish_sum(self, total: Any, result: Any) -> None:
-        """[sublanes, LANES] -> [1, features]."""
-        result[...] = memory.as_row(jnp.sum(total[...], 1, keepdims=True))
+        """[sublanes, kept_rows] -> [period, features]."""
+        if self.period > 1:
+            more = self.param_lanes - self.sublanes
+            result[...] = jnp.pad(total[...], ((0, more), (0, 0))).T
+        else:
+            result[...] = memory.as_row(jnp.sum(total[...], 1, keepdims=True))
 
     # --- one number a row: in all sublanes of its lane ---
 

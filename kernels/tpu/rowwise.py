@@ -13,7 +13,10 @@ reference/norm.py.
 
 Scale and bias are those of all rows, or of an example's: of so many one behind the
 other, whose dscale and dbias add up by themselves. Or each row has its own scale, which
-is then read as x is, and its gradient dy * x_hat written as dx is.
+is then read as x is, and its gradient dy * x_hat written as dx is. Heads that have a
+scale each are examples where memory has them in front of the rows; else rows take
+turns, and scale, bias and their gradients are kept for a *period* of rows, after which
+the heads repeat in whole registers.
 
 The array is seen as x[examples, slabs, rows, features], or with features before rows
 where XLA has it so in memory: blocks.py has both, and what a kernel asks of either. A
@@ -507,7 +510,7 @@ def backward(
     view = blocks.view
     row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
     param = memory.result(
-        x, (blocks.cores, blocks.examples, 1, blocks.features), jnp.float32
+        x, (blocks.cores, blocks.examples, blocks.period, blocks.features), jnp.float32
     )
     of_scale = param if dscale else None, blocks.of_param_gradient
     if dscale and call.scales_each:
@@ -568,7 +571,7 @@ def backward(
     own = x.shape[: call.own_params]
     for name in call.summed:
         found[name] = blocks.add_parts(found[name], math.prod(own))
-        shapes[name] = (*own, blocks.features)
+        shapes[name] = (*own, blocks.groups * blocks.features)
     statistic_shape = call.norm.statistic_shape(x.shape)
     return _present(
         [c1, c2, *found.values()], [*[statistic_shape] * 2, *shapes.values()]
@@ -581,10 +584,17 @@ def _rows(array: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
 
 
 def _param(param: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
-    """Scale or bias [n, 1, features], each for as many examples, and how it is cut."""
+    """Scale or bias [n, period, features], each for as many examples, and how it is
+    cut."""
+    if param is None:
+        return None, blocks.of_param(1)
     # As [features], Pallas would ask which TPU it compiles for; see `memory.row`.
-    rows = None if param is None else param.reshape(-1, 1, blocks.features)
-    return rows, blocks.of_param(1 if rows is None else rows.shape[0])
+    rows = param.reshape(-1, 1, blocks.features)
+    if blocks.period > 1:
+        rows = jnp.tile(
+            rows.reshape(1, -1, blocks.features), (1, blocks.period // len(rows), 1)
+        )
+    return rows, blocks.of_param(len(rows))
 
 
 def _present(
@@ -625,22 +635,26 @@ def _pallas_call(
 
 def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     """Chooses blocks for a call whose view has S = 1."""
-    if call.row_groups > 1:
-        return Fallback(
-            "scale differs from row to row (groups of channels, nothing else reduced)"
-        )
     vmem, blocks_bytes = max(chip.vmem, VMEM_BYTES), max(chip.blocks, BLOCKS_BYTES)
     chip = dataclasses.replace(chip, vmem=vmem, blocks=blocks_bytes)
     natural = tuple(range(call.x.ndim))
     order = natural
     if call.norm.reduction_axes == natural[-1:]:  # no groups, nor several axes
         order = order_of_axes(call.x.shape, call.x.dtype.itemsize, call.own)
+    groups, own = call.row_groups, call.own
+    if groups > 1 and order != natural:
+        # The groups lie in front of the rows: examples, as many as samples have.
+        own = len(order) - 2
+        axes = call.norm.feature_axes[:-1]
+        if order[own - len(axes) : own] != axes:
+            return _in_groups(groups, "not all lie in front of the rows in memory")
     down = None
     if order[-1] != natural[-1]:
-        down = down_sublanes(_transposed(call, order), chip)
-        order = order if down else natural
+        down = down_sublanes(_transposed(call, order), chip, groups, own)
+        if down is None:
+            order, own = natural, call.own
     call = _transposed(call, order)
-    blocks = down or across_lanes(call, view, chip)
+    blocks = down or across_lanes(call, view, chip, groups, own)
     if isinstance(blocks, Fallback):
         return blocks
     blocks = blocks.shared_by(chip.cores)
@@ -663,11 +677,16 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     )
 
 
+def _in_groups(groups: int, why: str) -> Fallback:
+    return Fallback(f"scale differs from row to row, in {groups} groups: {why}")
+
+
 def _not_worth_it(call: Call, blocks: Blocks) -> str:
     """Why the reference is expected to be faster, or ""."""
     rows = blocks.slabs * blocks.rows
     size = rows * blocks.features * call.x.dtype.itemsize
-    if not _params_differ(call) or size >= SLAB_BYTES:
+    in_turn = blocks.groups > 1 and blocks.period == 1
+    if not (_params_differ(call) or in_turn) or size >= SLAB_BYTES:
         return ""
     return (
         f"only {rows} rows of {blocks.features} features share a scale and bias: too "
@@ -717,9 +736,17 @@ def _launch_transposed(
 
 
 def across_lanes(
-    call: Call, view: Geometry, chip: memory.Chip
+    call: Call, view: Geometry, chip: memory.Chip, groups: int, own: int
 ) -> AcrossLanes | Turned | Fallback:
-    """Block and chunk follow from features and dtypes; the rest from the shape."""
+    """Block and chunk follow from features, groups and dtypes; the rest from the shape.
+
+    Args:
+      call: its arrays as they lie in memory.
+      view: of x, before it was transposed.
+      chip: that has VMEM.
+      groups: of rows, each with a scale and bias of its own.
+      own: leading axes along which scale, bias or their gradients vary.
+    """
     features = view.k
     lanes = round_up(features, LANES)
     streamed = _streamed(call)
@@ -737,9 +764,21 @@ def across_lanes(
         registers = TURNED_REGISTERS[kind]
     chunk_rows = max(registers * register // lanes, least_rows)
     chunk_rows = min(power_of_two(chunk_rows), block_rows)
-    # Of each feature: dscale and dbias; and scale, bias (a backward's before an
-    # activation alone) and results, two of each.
-    of_feature = 2 * SUBLANES + 6 + 2 * call.slopes if call.op == "backward" else 4
+    period = 1
+    if groups > 1 and own == 0:
+        if call.x.shape[-1] != features:
+            return _in_groups(groups, "they share the lanes")
+        period = math.lcm(groups, LANES if lanes == LANES else SUBLANES)
+        if lanes == LANES:
+            chunk_rows -= chunk_rows % period
+        if chunk_rows == 0 or chunk_rows % period:
+            return _in_groups(groups, "no number of them fills a chunk's registers")
+    # Of each feature and row of a period: scale, bias (a backward's before an
+    # activation alone) and results, two of each; and dscale and dbias.
+    of_feature = (6 + 2 * call.slopes if call.op == "backward" else 4) * period
+    of_feature += 2 * max(SUBLANES, period) * (call.op == "backward")
+    if period > 1 and lanes == LANES:  # scale and bias once more, transposed
+        of_feature += 2 * period
     need = block_rows * row_bytes + lanes * of_feature * 4 + OTHER_BYTES
     if need > chip.vmem:
         return Fallback(
@@ -747,17 +786,19 @@ def across_lanes(
             f"kernel has {chip.vmem:,}"
         )
 
-    examples = math.prod(call.x.shape[: call.own])
+    examples = math.prod(call.x.shape[:own])
     rows = view.n * view.g // examples
     slabs = 1
     # Joining axes before the last is free where the last but one fills its tiles.
-    if call.x.ndim - call.own > 2 and call.x.shape[-1] == features:
+    if call.x.ndim - own > 2 and call.x.shape[-1] == features:
         inner = call.x.shape[-2]
         slab_bytes = inner * features * call.x.dtype.itemsize
         if inner % least and slab_bytes >= SLAB_BYTES:
             rows, slabs = inner, rows // inner
+            if period > 1 and inner % groups:
+                return _in_groups(groups, "several axes make them")
     if lanes > LANES:
-        chunk_rows = min(chunk_rows, max(pl.next_power_of_2(rows), least))
+        chunk_rows = min(chunk_rows, max(pl.next_power_of_2(rows), least, period))
         together = 1
         if lanes <= UNROLLED:
             chunks = min(rows, block_rows) // chunk_rows
@@ -778,8 +819,10 @@ def across_lanes(
             piece_width=2 * LANES if narrow else LANES,
             together=together,
             keeps=keeps,
+            groups=groups,
+            period=period,
         )
-    chunk_rows = min(chunk_rows, round_up(rows, LANES))
+    chunk_rows = min(chunk_rows, round_up(rows, max(LANES, period)))
     block_rows -= block_rows % chunk_rows
     return Turned(
         vmem=need,
@@ -791,10 +834,14 @@ def across_lanes(
         block_slabs=1,
         block_rows=block_rows,
         chunk_rows=chunk_rows,
+        groups=groups,
+        period=period,
     )
 
 
-def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
+def down_sublanes(
+    call: Call, chip: memory.Chip, groups: int, own: int
+) -> DownSublanes | None:
     """The block is as large as features and dtypes allow; None where VMEM has no room.
 
     It has room for 128 rows at least of a few thousand features on a v4, of some ten
@@ -804,10 +851,11 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
 
     Args:
       call: one with an x of shape (..., features, rows), and all else of its size.
+      chip, groups, own: as of `across_lanes`.
     """
     *leading, features, rows = call.x.shape
-    examples = math.prod(leading[: call.own])
-    slabs = math.prod(leading[call.own :])
+    examples = math.prod(leading[:own])
+    slabs = math.prod(leading[own:])
     sublanes = round_up(features, SUBLANES)
     tile = sublanes * LANES  # elements of LANES rows
     tile_bytes = 2 * tile * sum(dtype.itemsize for dtype in _streamed(call))
@@ -840,6 +888,7 @@ def down_sublanes(call: Call, chip: memory.Chip) -> DownSublanes | None:
         block_slabs=min(max(most * LANES // block_rows, 1), slabs),
         block_rows=block_rows,
         chunk_rows=chunk * LANES,
+        groups=groups,
     )
 
 
@@ -892,9 +941,9 @@ def bytes_moved(call: Call, blocks: Blocks) -> int:
     total += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
     if call.op == "forward":
         return total + statistics * call.statistics
-    # Of several cores, or of examples that share one: written, read and added up.
-    sums = math.prod(call.x.shape[: call.own_params])
-    parts = blocks.cores * blocks.examples
+    # Of several cores, or of examples or rows that share one: written, read, added up.
+    sums = math.prod(call.x.shape[: call.own_params]) * blocks.groups
+    parts = blocks.cores * blocks.examples * blocks.period
     sums += 2 * parts if parts > sums else 0
     total += len(call.summed) * sums * blocks.features * 4
     # A half writes what it subtracts, c1 and c2, for its other half.
