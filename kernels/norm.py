@@ -540,9 +540,8 @@ def choose(
     """
     call = call_of(primitive, avals, params)
     spread = None
-    if (
-        len(params["norm"].feature_axes) > 1
-    ):  # XLA may split those that `parts` does not
+    if len(params["norm"].feature_axes) > 1:
+        # XLA may have split one that `parts` does not, and would gather x.
         target = dataclasses.replace(target, mesh=None)
     if target.partitioned > 1:
         operands = params["tree"].unflatten(avals)
