@@ -93,7 +93,7 @@ CASES = [  # one channel a group, several, all; ragged pixels and channels
     Case("group_norm", (3, 7, 5, 24), (("num_groups", 4), ("activation", "silu"))),
     Case("batch_norm", (6, 5, 4, 10), (("activation", "relu"),)),
     Case("instance_norm", (2, 5, 16), (("activation", "gelu"),), params=False),
-    Case("batch_norm", (41, 33), (("activation", "gelu_tanh"),)),
+    Case("batch_norm", (41, 33), (("activation", "gelu_tanh"), ("epsilon", 0.5))),
 ]
 
 
@@ -105,6 +105,40 @@ def test_each_variant(every_variant: str, number: int) -> None:
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
 def test_values_and_gradients(variant: str, number: int) -> None:
     run(CASES[number], variant, MIXES[number % len(MIXES)])
+
+
+def test_strips_of_groups(kernels: None) -> None:
+    """Each writes the statistics of its own groups."""
+    case = Case("group_norm", (2, 32, 64), (("num_groups", 32),))
+    for call in calls(case.kind, case.shape, "float32"):
+        kernel = gpu.plan(call, None)
+        assert isinstance(kernel, Kernel)
+        config = kernel.launch.args[0]  # type: ignore[attr-defined]
+        assert config.strips > 1
+        assert config.group > 1
+    run(case, "resident")
+
+
+def test_a_ragged_line_that_is_loaded_alone(kernels: None) -> None:
+    """Most of its places have no pixel: what they have seen has no mean."""
+    case = Case("instance_norm", (1, 129, 64))
+    forward, _ = calls(case.kind, case.shape, "float32")
+    kernel = gpu.plan(forward, None)
+    assert isinstance(kernel, Kernel)
+    config = kernel.launch.args[0]  # type: ignore[attr-defined]
+    whole = config.pixels // config.workers // config.line
+    assert whole % config.held == 0
+    assert config.lines == whole + 1
+    run(case, "resident")
+
+
+def test_three_blocks_in_two_reads(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 256 pixels or more: of two lines of what they found the second overlaps."""
+    take_small("two reads", monkeypatch)
+    options = (("epsilon", 0.5), ("activation", "silu"))
+    run(Case("instance_norm", (2, 770, 4), options), "two reads")
 
 
 @pytest.mark.slow

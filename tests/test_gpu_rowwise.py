@@ -183,6 +183,18 @@ def test_long_rows(features: int) -> None:
         assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
 
 
+def test_the_last_part_of_a_cluster_begins_earlier() -> None:
+    """And counts its columns once; the last one of each other block does not."""
+    call = calls((2, 8200), "float32")[1]
+    kernel = gpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    config = kernel.launch.args[0]  # type: ignore[attr-defined]
+    assert config.cluster > 1
+    assert any(map(config.beyond, config.chunks))
+    with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
+        run(Case("layer_norm", (2, 8200)))
+
+
 @pytest.mark.parametrize(("features", "fences"), [(4096, 0), (8200, 2)])
 def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> None:
     """One before their barrier, one after it; the interpreter would do without."""

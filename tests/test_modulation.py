@@ -155,6 +155,26 @@ def test_kernels_of_sizes(kernels: str, shape: tuple[int, ...], per_row: bool) -
     check(modulated("layer_norm", shape), MIXES[1], scale=own, bias=own)
 
 
+def test_kernels_of_samples_that_share_a_scale(kernels: str) -> None:
+    """Each scale is that of three biases."""
+    case = modulated("layer_norm", (2, 3, 5, 40))
+    check(case, MIXES[0], scale=(2, 1, 1, 40), bias=(2, 3, 1, 40))
+
+
+def test_kernels_of_examples_whose_samples_have_a_bias(kernels: str) -> None:
+    """An example's dscale is that of all its samples, and of no others."""
+    x, dy = data((2, 3, 5, 40)), data((2, 3, 5, 40), seed=3)
+    scale, bias = jnp.linspace(0.5, 1.5, 40), data((3, 1, 40), seed=4)
+
+    def loss(scale: Any, x: Any, dy: Any) -> jax.Array:
+        return jnp.vdot(dy, fusednorm.layer_norm(x, scale, bias, activation="silu"))
+
+    dscale = jax.vmap(jax.grad(loss), (None, 0, 0))
+    found = jax.block_until_ready(jax.jit(dscale)(scale, x, dy))
+    with fusednorm.use_backend("reference"):
+        assert_agrees(found, jax.jit(dscale)(scale, x, dy), roundings=64)
+
+
 # --- y = act(norm(x) + residual) ------------------------------------------------------
 
 BEHIND = [
@@ -230,6 +250,24 @@ def test_gpu_kernels_of_each_sample_of_groups(
     variant: str, scale: Any, bias: Any, mix: Any
 ) -> None:
     check(FILM, mix, scale=scale, bias=bias)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:1], indirect=True)
+def test_gpu_kernels_of_samples_that_share_a_scale(variant: str) -> None:
+    """Two of groups."""
+    x, dy = data((3, 2, 5, 16)), data((3, 2, 5, 16), seed=3)
+    scale = data((3, 16), seed=4)
+
+    def all_of(x: Any, scale: Any) -> Any:
+        norm = jax.vmap(functools.partial(fusednorm.group_norm, num_groups=2))
+        y, vjp = jax.vjp(norm, x, scale)
+        return y, *vjp(dy)
+
+    found = jax.block_until_ready(jax.jit(all_of)(x, scale))
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(all_of)(x, scale)
+    for a, b in zip(found, expected, strict=True):
+        assert_agrees(a, b, roundings=64)
 
 
 # --- the transformations --------------------------------------------------------------

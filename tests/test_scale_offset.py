@@ -64,6 +64,19 @@ def test_kernels_as_if_added_before(kernels: str, number: int) -> None:
     check(CASES[number], "bfloat16" if number % 2 else "float32")
 
 
+def test_kernels_add_it_to_the_scale_of_each_row(kernels: str) -> None:
+    """Which they read as they read x; and before an activation."""
+    case = CASES[1]
+    x, scale, bias, dy = case.data(3, "float32", "float32")
+    each = np.linspace(-0.2, 0.2, len(x))[:, None] * scale
+    x, each, dy = (jnp.asarray(a, "float32") for a in (x, each, dy))
+    found = results(case, x, each, bias, dy, scale_offset=1.0)
+    with fusednorm.use_backend("reference"):
+        expected = results(case, x, each + 1, bias, dy)
+    for a, b in zip(found, expected, strict=True):
+        assert_agrees(a, b)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gpu_as_if_added_before(case: Case) -> None:

@@ -107,6 +107,23 @@ def test_shapes(variant: str, number: int) -> None:
     run(SHAPES[number], variant, MIXES[number % len(MIXES)])
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("instance_norm", (3, 300, 20)),
+        Case("group_norm", (3, 260, 64), (("num_groups", 32),)),
+    ],
+    ids=str,
+)
+def test_samples_of_a_block_down_the_sublanes(kernels: None, case: Case) -> None:
+    """Each has its own statistics."""
+    for call in calls(case.kind, case.shape, "float32"):
+        cut = planned(call).cut
+        assert isinstance(cut, pixels.DownSublanes)
+        assert cut.unit > 1
+    run(case, "one block")
+
+
 def test_strips(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a sample that does not fit: 128 channels at a time, several samples each."""
     case = Case("group_norm", (3, 160, 256), (("num_groups", 32),))
@@ -168,6 +185,19 @@ def test_two_cores_and_examples(two_cores: str, kind: str) -> None:
     options = (("num_groups", 32),) if kind == "group_norm" else ()
     case = Case(kind, (3, 20, 256), options)
     run_each_example(case, runs(two_cores, 1, 1))
+
+
+def test_two_cores_of_which_one_has_a_unit_less(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last turn has none: 17 samples are 3 units of a block each."""
+    chip = dataclasses.replace(memory.chip(None), cores=2)
+    monkeypatch.setattr(memory, "chip", lambda _: chip)
+    case = Case("group_norm", (17, 5, 64), (("num_groups", 32),))
+    for call in calls(case.kind, case.shape, "float32"):
+        cut = planned(call).cut
+        assert (cut.cores, cut.units, cut.blocks) == (2, 3, 1)
+    run(case, "one block")
 
 
 def test_one_core_where_two_would_not_both_have_units(
