@@ -424,24 +424,31 @@ def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
     would break up: it does from 4096 statistics on. Sparing and not, in times flax's:
     4095 rows of 512 float32 features 0.97 and 1.26, 100000 of 64 1.25 and 1.01;
     bfloat16, 732 rows of 8192 1.07 and 1.25, 16384 of 1024 2.89 and 1.26. In float16
-    the loop is slow: 100000 rows of 64 0.22 and 0.86.
+    the loop is slow: 100000 rows of 64 0.22 and 0.86. Of groups it makes none: 512
+    images of 2 x 2 x 512 0.41 and 1.06, (1024, 1024) 0.31 and 1.17; but (64, 128), with
+    2048 statistics of 4 numbers each, for whose branch they are many, 1.48 and 1.04.
 
     Nor the backward of rows of which dx alone is wanted, or dscale and dbias: that is
     one loop too, and dy, if it follows from y, needs not be kept. RMSNorm, gradients of
     sum(y^2), 64 x 64 x 512 float32: dx 1.87 and 1.02, dscale 2.09 and 0.99; dx and
-    dscale 0.25 and 0.22, and where dy takes longer to find 0.59 and 0.97.
+    dscale 0.25 and 0.22, and where dy takes longer to find 0.59 and 0.97. Of groups the
+    loop is slow: dx of (256, 512) in 32 0.67 and 1.40, of (4096, 128) 1.31 and 2.55.
     """
+    view = call.geometry
+    is_rowwise = view is not None and view.family == "rowwise"
+    in_groups = call.norm.num_groups not in (None, 1)
     if call.op != "forward":
         dx, dscale, dbias, _ = call.wanted
-        view = call.geometry
-        is_rowwise = view is not None and view.family == "rowwise"
-        one_loop = is_rowwise and not (dx and (dscale or dbias))
+        one_loop = is_rowwise and not in_groups and not (dx and (dscale or dbias))
         return target == dispatch.ONE_CPU and not one_loop
     if target != dispatch.ONE_CPU:
         return target == dispatch.ONE_TPU
     statistics = math.prod(call.norm.statistic_shape(call.x.shape))
     known = isinstance(statistics, int)  # not so in an export for any shape
-    one_loop = known and statistics >= 4096 and call.x.dtype != jnp.float16
+    many = known and statistics >= 4096
+    if in_groups:
+        return many or not is_rowwise
+    one_loop = many and call.x.dtype != jnp.float16
     return not one_loop
 
 

@@ -441,6 +441,39 @@ def test_one_loop_for_many_rows_is_not_broken_up(
 
 
 @pytest.mark.parametrize(
+    ("shape", "groups", "branches"),
+    [
+        ((512, 128), 8, 1),  # 4096 statistics
+        ((511, 128), 8, 0),
+        ((4, 2, 2, 64), 8, 1),
+        ((512, 2, 2, 64), 8, 1),
+        ((4095, 64), 1, 1),  # rows
+        ((4096, 64), 1, 0),
+    ],
+    ids=str,
+)
+def test_many_groups_have_a_branch(
+    shape: tuple[int, ...], groups: int, branches: int
+) -> None:
+    """Of them XLA's CPU code makes no single loop; of few a branch costs much."""
+    norm = functools.partial(fusednorm.group_norm, num_groups=groups)
+    text = jax.jit(norm).lower(jnp.zeros(shape), jnp.ones(shape[-1])).as_text()
+    assert text.count("stablehlo.case") == branches
+
+
+@pytest.mark.parametrize("wanted", [(0,), (0, 1)], ids=str)
+def test_dy_of_groups_of_channels_is_kept(wanted: tuple[int, ...]) -> None:
+    """Of (batch, channels): they are no rows, whose gradient is one loop."""
+
+    def loss(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return (fusednorm.group_norm(x, scale, num_groups=8) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss, wanted))
+    text = gradient.lower(jnp.zeros((512, 64)), jnp.ones(64)).as_text()
+    assert text.count("optimization_barrier") == 2
+
+
+@pytest.mark.parametrize(
     ("function", "wanted", "barriers"),
     [
         (fusednorm.layer_norm, (0,), 0),
