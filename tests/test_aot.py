@@ -41,6 +41,7 @@ from bench.aot.measure import (
 from bench.aot.whole import (
     PASSES,
     Transformer,
+    Whole,
     block,
     forward_backward,
     pure,
@@ -621,6 +622,30 @@ def test_a_modulated_norm_moves_less_than_flax(
     floor = (2 if which == "forward" else 5) * tensor
     assert floor <= ours.nbytes <= 1.04 * floor
     assert ours.nbytes <= flax.nbytes / 1.48
+
+
+@pytest.mark.parametrize("chip", [H100, CHIPS["v5e"]], ids=name)
+def test_heads_move_less_than_flax(chip: Chip) -> None:
+    """Of a QK-norm with a scale for each head: 5 tensors forward and backward."""
+    x = jax.ShapeDtypeStruct((4, 4096, 32, 128), jnp.dtype("bfloat16"))
+
+    def compiled(*, fused: bool) -> Whole:
+        norm = nnx.RMSNorm(
+            32 * 128,
+            reduction_axes=-1,
+            feature_axes=(-2, -1),
+            dtype=x.dtype,
+            rngs=nnx.Rngs(0),
+        )
+        function, params = pure(norm, fused=fused)
+        both = forward_backward(function)
+        return Whole.of(compile_for(chip, both, params, x, x))
+
+    flax, ours = compiled(fused=False), compiled(fused=True)
+    assert (flax.ours, ours.ours) == (0, 2)
+    floor = 5 * x.size * x.dtype.itemsize
+    assert floor <= ours.nbytes <= 1.02 * floor
+    assert ours.nbytes <= 0.65 * flax.nbytes
 
 
 def test_training_step_of_a_transformer() -> None:
