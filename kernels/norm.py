@@ -316,7 +316,7 @@ def _norm_formula(
     sparing: bool = False,
 ) -> list[jax.Array]:
     x, scale, bias, mask, residual, shortcut = operands
-    h = x if residual is None else reference.add(x, residual)
+    h = x if residual is None else reference.add(x, residual, sparing=sparing)
     y, mean, var = reference.forward(
         norm, h, scale, bias, mask, shortcut, sparing=sparing
     )

@@ -374,15 +374,24 @@ def _affine(
     return z
 
 
-def add(x: jax.Array, residual: jax.Array) -> jax.Array:
+def add(x: jax.Array, residual: jax.Array, *, sparing: bool = False) -> jax.Array:
     """h = x + residual, rounded to the dtype that the two promote to.
 
     In half precision XLA may leave out a rounding that is followed by arithmetic in
     float32: a backward would then find another h than the forward normalized.
+
+    Args:
+      x, residual: of one shape.
+      sparing: let a barrier keep the rounding, as XLA's CPU code does it, and not one
+        by name, which takes more: sum and RMSNorm of 1464 x 4096 in bfloat16 1.03
+        against 1.3 times flax's time. Where XLA makes one loop of sum and norm a
+        barrier would break it up.
     """
     h = x + residual
     if jnp.finfo(h.dtype).bits >= 32:
         return h
+    if sparing:
+        return lax.optimization_barrier(h)
     wide = x.astype(jnp.float32) + residual.astype(jnp.float32)
     to = jnp.finfo(h.dtype)
     return lax.reduce_precision(wide, to.nexp, to.nmant).astype(h.dtype)

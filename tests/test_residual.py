@@ -1,5 +1,6 @@
 """y, h = norm(x, residual=r): the reference, the kernels of both chips, the layers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,18 @@ def test_bitwise_the_same_as_apart(kernels: str) -> None:
     np.testing.assert_array_equal(y, fusednorm.rms_norm(h, scale, dtype="bfloat16"))
     some, _ = fusednorm.rms_norm(x[5:30], scale, residual=r[5:30], dtype="bfloat16")
     np.testing.assert_array_equal(y[5:30], some)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [37, 4096])
+def test_the_reference_rounds_the_sum(rows: int, dtype: str) -> None:
+    """By a barrier, or where one loop has all, by name: y is that of the h returned."""
+    x, r = data((rows, 24), dtype), data((rows, 24), dtype, seed=3)
+    norm = functools.partial(fusednorm.rms_norm, dtype="float32")
+    y, h = jax.jit(lambda x, r: norm(x, residual=r))(x, r)
+    rounded = (np.asarray(x, "float32") + np.asarray(r, "float32")).astype(x.dtype)
+    np.testing.assert_array_equal(h, rounded)
+    np.testing.assert_allclose(y, norm(jnp.asarray(rounded)), rtol=1e-6)
 
 
 def test_nan_stays_in_its_row(kernels: str) -> None:
