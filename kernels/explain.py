@@ -107,9 +107,8 @@ class Explanation:
                 f"No platform {platform!r}; the platforms are {', '.join(PLATFORMS)}."
             )
         platforms = ("cuda" if platform == "gpu" else platform,)
-        devices = self.target.partitioned
-        mesh = dispatch.asking(platforms, devices)
-        return explain_jaxpr(self.jaxpr, Target(platforms, devices, mesh))
+        target = _target(platforms, self.target.partitioned)
+        return explain_jaxpr(self.jaxpr, target)
 
 
 def explain_jaxpr(jaxpr: Any, target: Target) -> Explanation:
@@ -194,6 +193,8 @@ def target_of_arguments(arguments: Any) -> Target:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     ]
     devices = max((len(sharding.device_set) for sharding in shardings), default=1)
-    target = Target.default()
-    mesh = dispatch.asking(target.platforms, devices)
-    return dataclasses.replace(target, partitioned=devices, mesh=mesh)
+    return _target(Target.default().platforms, devices)
+
+
+def _target(platforms: tuple[str, ...], devices: int) -> Target:
+    return Target(platforms, devices, dispatch.asking(platforms, devices))

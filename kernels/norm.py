@@ -434,12 +434,11 @@ def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
     dscale 0.25 and 0.22, and where dy takes longer to find 0.59 and 0.97. Of groups the
     loop is slow: dx of (256, 512) in 32 0.67 and 1.40, of (4096, 128) 1.31 and 2.55.
     """
-    view = call.geometry
-    is_rowwise = view is not None and view.family == "rowwise"
+    rowwise = is_rowwise(call.norm, call.x.shape, has_params=call.has_params)
     in_groups = call.norm.num_groups not in (None, 1)
     if call.op != "forward":
         dx, dscale, dbias, _ = call.wanted
-        one_loop = is_rowwise and not in_groups and not (dx and (dscale or dbias))
+        one_loop = rowwise and not in_groups and not (dx and (dscale or dbias))
         return target == dispatch.ONE_CPU and not one_loop
     if target != dispatch.ONE_CPU:
         return target == dispatch.ONE_TPU
@@ -447,7 +446,7 @@ def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
     known = isinstance(statistics, int)  # not so in an export for any shape
     many = known and statistics >= 4096
     if in_groups:
-        return many or not is_rowwise
+        return many or not rowwise
     one_loop = many and call.x.dtype != jnp.float16
     return not one_loop
 

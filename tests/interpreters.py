@@ -83,6 +83,17 @@ def interpret(
     return dataclasses.replace(kernel, launch=behind_callback)
 
 
+def kernels_of(backend: str) -> Any:
+    """The fixture `kernels`: those of a chip, which take every call or raise."""
+
+    @pytest.fixture
+    def kernels() -> Iterator[None]:
+        with interpreted(backend), fusednorm.use_backend(backend):
+            yield
+
+    return kernels
+
+
 @pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
 def kernels_of_each_chip(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels of one chip, which take every call or raise."""

@@ -356,8 +356,7 @@ def large(work: Workload, found: Measurement) -> list[tuple[str, int]]:
 
     A TPU's may be laid out anew, in tiles that they do not fill.
     """
-    features = math.prod(work.shape[axis] for axis in work.norm.feature_axes)
-    tiny = max(16 * 4 * features, 6 * found.statistics)
+    tiny = max(16 * 4 * work.features, 6 * found.statistics)
     return [(opcode, nbytes) for opcode, nbytes in found.around if nbytes > tiny]
 
 

@@ -7,7 +7,6 @@ races. What the kernels compile to is in test_aot_channelwise.py.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -29,17 +28,19 @@ from tests.helpers import Case, assert_close
 from tests.on_tpu import Device
 from tests.test_dispatch import counted
 from tests.test_rowwise import FLOATS, MIXES, lowered, run_counted, run_each_example
-from tests.test_suite import check, check_any, flax_function, norm_of, rms_errors
+from tests.test_suite import (
+    check,
+    check_any,
+    check_gradients_of,
+    flax_function,
+    norm_of,
+    rms_errors,
+)
 
 VARIANTS = ("resident", "cluster", "two reads")
 
 
-@pytest.fixture
-def kernels() -> Iterator[None]:
-    """The kernels, which take every call or raise."""
-    backend = "mosaic_gpu"
-    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
-        yield
+kernels = interpreters.kernels_of("mosaic_gpu")
 
 
 def take_small(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,14 +229,7 @@ def test_running_statistics_follow_flax(kernels: None) -> None:
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids="argnums {}".format)
 def test_gradients_of_some(variant: str, wanted: tuple[int, ...]) -> None:
     case = Case("group_norm", (2, 37, 24), (("num_groups", 4),))
-    x, scale, bias, dy = case.data(6, "float32", "float32")
-    dy = dy.astype("float32")
-    truth = case.truth(x, scale, bias, dy)
-    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
-    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
-    for number, gradient in zip(wanted, gradients, strict=True):
-        name = ("dx", "dscale", "dbias")[number]
-        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+    check_gradients_of(case, wanted)
     if wanted[0]:  # without dx nothing is read twice
         assert interpreters.runs["channelwise backward, sums"] == 1
 

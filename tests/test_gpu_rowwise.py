@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import re
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,15 +23,24 @@ from fusednorm.kernels import norm as op
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.gpu import rowwise
 from tests import interpreters
-from tests.helpers import Case, assert_close
+from tests.helpers import Case
 from tests.test_channelwise import moved
 from tests.test_dispatch import COUNTED
-from tests.test_rowwise import MIXES, calls, run
-from tests.test_suite import check, flax_function, norm_of, rms_errors
+from tests.test_rowwise import MIXES, OF_HEADS, calls, run
+from tests.test_sharded import agree, both
+from tests.test_suite import (
+    check,
+    check_gradients_of,
+    flax_function,
+    norm_of,
+    rms_errors,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 FEATURES = (64, 128, 192, 256, 760, 1128, 4096, 8200, 12288, 65536)
 ROWS = (1, 2, 37, 4097)
+
+kernels = interpreters.kernels_of("mosaic_gpu")
 
 
 # --- how rows are cut -----------------------------------------------------------------
@@ -183,7 +191,7 @@ def test_long_rows(features: int) -> None:
         assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
 
 
-def test_the_last_part_of_a_cluster_begins_earlier() -> None:
+def test_the_last_part_of_a_cluster_begins_earlier(kernels: None) -> None:
     """And counts its columns once; the last one of each other block does not."""
     call = calls((2, 8200), "float32")[1]
     kernel = gpu.plan(call, None)
@@ -191,8 +199,7 @@ def test_the_last_part_of_a_cluster_begins_earlier() -> None:
     config = kernel.launch.args[0]  # type: ignore[attr-defined]
     assert config.cluster > 1
     assert any(map(config.beyond, config.chunks))
-    with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
-        run(Case("layer_norm", (2, 8200)))
+    run(Case("layer_norm", (2, 8200)))
 
 
 @pytest.mark.parametrize(("features", "fences"), [(4096, 0), (8200, 2)])
@@ -490,25 +497,15 @@ def test_bytes_of_sums_of_each_example_on_a_gpu(own: int, examples: int) -> None
 
 # --- groups of channels ---------------------------------------------------------------
 
-# The features of each head, with a scale of its own.
-HEADS = (("reduction_axes", -1), ("feature_axes", (-2, -1)))
 GROUPS = [
     Case("group_norm", (37, 24), (("num_groups", 3),)),
     Case("group_norm", (5, 96), (("num_groups", 32),)),
     Case("group_norm", (70, 64), (("num_groups", 2), ("activation", "silu"))),
-    Case("rms_norm", (2, 9, 4, 64), HEADS),
-    Case("layer_norm", (3, 5, 2, 127), HEADS),
-    Case("layer_norm", (1, 3, 760), HEADS),
-    Case("layer_norm", (3, 2, 4096), HEADS),
+    Case("rms_norm", (2, 9, 4, 64), OF_HEADS),
+    Case("layer_norm", (3, 5, 2, 127), OF_HEADS),
+    Case("layer_norm", (1, 3, 760), OF_HEADS),
+    Case("layer_norm", (3, 2, 4096), OF_HEADS),
 ]
-
-
-@pytest.fixture
-def kernels() -> Iterator[None]:
-    """Kernels of a GPU, which take every call or raise."""
-    backend = "mosaic_gpu"
-    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
-        yield
 
 
 @pytest.mark.parametrize("number", range(len(GROUPS)), ids=lambda n: str(GROUPS[n]))
@@ -533,18 +530,10 @@ def test_a_row_of_a_group_does_not_depend_on_the_others(kernels: None) -> None:
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids="argnums {}".format)
 def test_gradients_of_some_of_groups(kernels: None, wanted: tuple[int, ...]) -> None:
-    case = GROUPS[0]
-    x, scale, bias, dy = case.data(6, "float32", "float32")
-    dy = dy.astype("float32")
-    truth = case.truth(x, scale, bias, dy)
-    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
-    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
-    for number, gradient in zip(wanted, gradients, strict=True):
-        name = ("dx", "dscale", "dbias")[number]
-        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+    check_gradients_of(GROUPS[0], wanted)
 
 
-def test_groups_whose_statistics_cross_devices() -> None:
+def test_groups_whose_statistics_cross_devices(kernels: None) -> None:
     """Each device has half the features of each head: c1 and c2 of every row."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(7)
@@ -553,27 +542,20 @@ def test_groups_whose_statistics_cross_devices() -> None:
 
     def norm(x: Any, scale: Any, bias: Any) -> Any:
         params = scale.reshape(-1), bias.reshape(-1)
-        return fusednorm.layer_norm(x, *params, axis_name="d", **dict(HEADS))
+        return fusednorm.layer_norm(x, *params, axis_name="d", **dict(OF_HEADS))
 
     last = P(None, "d")
     in_specs = (P(None, None, "d"), last, last)
     norm = jax.shard_map(norm, mesh=mesh, in_specs=in_specs, out_specs=in_specs[0])
 
-    @jax.jit
-    def both(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
-        y, vjp = jax.vjp(norm, x, scale, bias)
-        return y, *vjp(dy)
-
+    found = jax.block_until_ready(jax.jit(both(norm))(x, scale, bias, dy))
     with fusednorm.use_backend("reference"):
-        expected = both(x, scale, bias, dy)
-    with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
-        found = jax.block_until_ready(both(x, scale, bias, dy))
+        expected = jax.jit(both(norm))(x, scale, bias, dy)
     assert interpreters.runs == {
         "rowwise forward, moments": 2,
         "rowwise backward, sums": 2,
     }
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    agree(found, expected)
 
 
 def test_bytes_of_groups() -> None:
@@ -604,20 +586,19 @@ def test_groups_with_a_residual(kernels: None, behind: bool) -> None:
             return fusednorm.group_norm(
                 x, scale, r, num_groups=3, residual=r, activation="gelu"
             )
-        return fusednorm.rms_norm(x, scale, residual=r, **dict(HEADS))
+        return fusednorm.rms_norm(x, scale, residual=r, **dict(OF_HEADS))
 
     @jax.jit
-    def both(x: Any, scale: Any, r: Any) -> Any:
+    def all_of(x: Any, scale: Any, r: Any) -> Any:
         y, vjp = jax.vjp(norm, x, scale, r)
         return *jax.tree.leaves(y), *vjp(dy if behind else (dy, dh))
 
     interpreters.runs.clear()
-    found = jax.block_until_ready(both(x, scale, r))
+    found = jax.block_until_ready(all_of(x, scale, r))
     assert interpreters.runs == {"rowwise forward": 1, "rowwise backward": 1}
     with fusednorm.use_backend("reference"):
-        expected = both(x, scale, r)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+        expected = all_of(x, scale, r)
+    agree(found, expected)
 
 
 def test_a_scale_along_groups_and_rows_falls_back() -> None:
@@ -635,9 +616,9 @@ def test_a_scale_along_groups_and_rows_falls_back() -> None:
     [
         *GROUPS,
         Case("group_norm", (4097, 1024), (("num_groups", 32),)),
-        Case("rms_norm", (199, 32, 128), HEADS),
-        Case("layer_norm", (7, 3, 12288), HEADS),
-        Case("layer_norm", (7, 2, 40952), HEADS),
+        Case("rms_norm", (199, 32, 128), OF_HEADS),
+        Case("layer_norm", (7, 3, 12288), OF_HEADS),
+        Case("layer_norm", (7, 2, 40952), OF_HEADS),
     ],
     ids=str,
 )

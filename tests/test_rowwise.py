@@ -7,7 +7,6 @@ test_tpu_rowwise.py.
 
 import collections
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -27,7 +26,14 @@ from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import EPS32, Case, assert_close, slow_but
 from tests.test_dispatch import COUNTED
-from tests.test_suite import check, check_any, flax_function, norm_of, rms_errors
+from tests.test_suite import (
+    check,
+    check_any,
+    check_gradients_of,
+    flax_function,
+    norm_of,
+    rms_errors,
+)
 
 MIXES = [  # of x, of scale and bias, of y
     ("float32", "float32", "float32"),
@@ -38,12 +44,10 @@ MIXES = [  # of x, of scale and bias, of y
 ]
 
 
-@pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of one chip, which take every call or raise."""
-    backend = request.param
-    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
-        yield backend
+# Options of a norm of heads, each with a scale of its own.
+OF_HEADS = (("reduction_axes", -1), ("feature_axes", (-2, -1)))
+
+kernels = interpreters.kernels_of_each_chip
 
 
 def run(case: Case, mix: tuple[str, str, str] = MIXES[0], seed: int = 0) -> None:
@@ -303,14 +307,7 @@ def test_never_less_accurate_than_flax(kernels: str, kind: str, mean: float) -> 
 )
 def test_gradients_of_some(kernels: str, wanted: tuple[int, ...]) -> None:
     case = Case("layer_norm", (37, 192))
-    x, scale, bias, dy = case.data(6, jnp.dtype("bfloat16"), "float32")
-    dy = dy.astype("float32")
-    truth = case.truth(x, scale, bias, dy)
-    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
-    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
-    for number, gradient in zip(wanted, gradients, strict=True):
-        name = ("dx", "dscale", "dbias")[number]
-        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+    check_gradients_of(case, wanted, "bfloat16")
 
 
 @pytest.mark.parametrize("given", ["scale", "bias"])

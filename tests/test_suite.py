@@ -75,6 +75,20 @@ def check(case: Case, truth: Truth, x, scale, bias, dy, dtype=None, mask=None) -
         assert_close(gradient, getattr(truth, name), truth.bounds[name])
 
 
+def check_gradients_of(
+    case: Case, wanted: tuple[int, ...], x_dtype: str = "float32"
+) -> None:
+    """Some of dx, dscale and dbias, by their numbers, against the truth."""
+    x, scale, bias, dy = case.data(6, jnp.dtype(x_dtype), "float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    loss = lambda *args: jnp.vdot(dy, case.run(*args))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, wanted))(*map(jnp.asarray, (x, scale, bias)))
+    for number, gradient in zip(wanted, gradients, strict=True):
+        name = ("dx", "dscale", "dbias")[number]
+        assert_close(gradient, getattr(truth, name), truth.bounds[name])
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(map(str, d)))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(backend: str, case: Case, dtypes: tuple) -> None:

@@ -7,7 +7,6 @@ for races (tests/on_tpu.py), and what a block has beyond the array is NaN there.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,13 +45,7 @@ from tests.test_channelwise import (  # noqa: F401
 from tests.test_rowwise import MIXES, lowered, run_each_example
 from tests.test_tpu_rowwise import moved
 
-
-@pytest.fixture
-def kernels() -> Iterator[None]:
-    """The kernels, which take every call or raise."""
-    backend = "mosaic_tpu"
-    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
-        yield
+kernels = interpreters.kernels_of("mosaic_tpu")
 
 
 def take_small(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:

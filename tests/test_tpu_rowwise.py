@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-import fusednorm
 from fusednorm.kernels import dispatch, tpu
 from fusednorm.kernels import norm as op
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, Target
@@ -36,16 +35,13 @@ from fusednorm.reference import Norm
 from tests import interpreters
 from tests.helpers import Case, slow_but
 from tests.on_tpu import Device
-from tests.test_rowwise import MIXES, calls, run, run_each_example
+from tests.test_rowwise import MIXES, OF_HEADS, calls, run, run_each_example
 from tests.test_suite import norm_of
 
 FLOATS = ("float32", "bfloat16", "float16")
 
 
-@pytest.fixture
-def kernels() -> Iterator[None]:
-    with interpreters.interpreted("mosaic_tpu"), fusednorm.use_backend("mosaic_tpu"):
-        yield
+kernels = interpreters.kernels_of("mosaic_tpu")
 
 
 # --- values and gradients -------------------------------------------------------------
@@ -364,7 +360,6 @@ def test_a_device_says_how_many_cores_it_has() -> None:
 
 # --- groups with a scale of their own -------------------------------------------------
 
-OF_HEADS = (("reduction_axes", -1), ("feature_axes", (-2, -1)))
 ACTIVATED = ("activation", "silu")
 # Heads, and how they lie: (across lanes, turned, down the sublanes), and the period of
 # rows in turn; 1 where samples and heads are examples, in front of the rows.

@@ -78,11 +78,15 @@ class Workload:
         return self.statistic.size
 
     @property
+    def features(self) -> int:
+        """Length of a scale."""
+        return math.prod(self.shape[axis] for axis in self.norm.feature_axes)
+
+    @property
     def call(self) -> Call:
         """What `plan` is asked."""
         x = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
-        features = math.prod(self.shape[axis] for axis in self.norm.feature_axes)
-        param = jax.ShapeDtypeStruct((features,), jnp.dtype("float32"))
+        param = jax.ShapeDtypeStruct((self.features,), jnp.dtype("float32"))
         if self.own == "sample":
             param = jax.ShapeDtypeStruct((self.shape[0], self.shape[-1]), x.dtype)
         backward = self.op == "backward"

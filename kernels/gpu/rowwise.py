@@ -351,9 +351,8 @@ class Examples:
     @classmethod
     def of(cls, call: Call, features: int) -> "Examples":
         """Those of a call, of which a row has so many features."""
-        groups = call.row_groups > 1
-        count = call.row_groups if groups else math.prod(call.x.shape[: call.own])
-        return cls(count, call.x.size // features // count, groups)
+        count = call.row_groups * math.prod(call.x.shape[: call.own])
+        return cls(count, call.x.size // features // count, call.row_groups > 1)
 
     def row(self, example: Any, index: Any) -> Row:
         """The index-th of an example."""
@@ -793,7 +792,6 @@ def forward(
         config,
         tile=tile,
         blocks=examples.count * blocks,
-        rows=examples.count * rows,
         inputs=inputs,
         outputs=outputs,
         places=3,
@@ -976,7 +974,6 @@ def backward(
         config,
         tile=tile,
         blocks=examples.count * blocks,
-        rows=examples.count * rows,
         inputs=inputs,
         outputs=outputs,
         places=4,
@@ -984,7 +981,7 @@ def backward(
     )
     if summed:
         own = x.shape[: call.own_params]
-        count = examples.count if examples.groups else math.prod(own)
+        count = call.row_groups * math.prod(own)
         each = [results[name].reshape(count, -1, features) for name in summed]
         sums = memory.sum_over_blocks(*each)
         results |= {
@@ -1181,7 +1178,6 @@ def _launch(
     *,
     tile: int,
     blocks: int,
-    rows: int,
     inputs: dict[str, jax.Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
     places: int,
@@ -1190,7 +1186,6 @@ def _launch(
     """Runs body(references by name, part) on every part of every block.
 
     Args:
-      rows: of all examples.
       places: in which sums of a long row meet.
       kept: names of what has room for a tile in shared memory.
     """
@@ -1215,6 +1210,7 @@ def _launch(
         )
         # A line of 128 bytes for each sum of each row: none is written twice, so that
         # no first-level cache can hold an old one.
+        rows = inputs["x"].size // config.features
         outputs["sums"] = jax.ShapeDtypeStruct((rows, places, 32), jnp.float32)
 
     def kernel(*refs: Any, **scratch: Any) -> None:
