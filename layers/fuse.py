@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,6 +22,10 @@ _FUSED: dict[Any, Any] = {
 }
 _WEIGHT_NORMS = (nnx.SpectralNorm, nnx.WeightNorm)
 _PARTS = (nnx.GraphDef, nnx.State)  # what `nnx.split` returns
+
+_NAME_OF_A_NORM = re.compile(r"norm(?!al)|normali[sz]ation", re.IGNORECASE)
+
+Calls = Mapping[type, Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,7 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(model: Any) -> FuseReport:
+def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
     """Turns every nnx norm layer inside a model into fusednorm's, in place.
 
     A layer stays the object it was, with its Variables, their metadata and shardings;
@@ -51,19 +58,23 @@ def fuse(model: Any) -> FuseReport:
     Abstract models (`nnx.eval_shape`) and stacked ones (`nnx.vmap` or `nnx.scan` over
     the constructor) are no different.
 
-    Left alone are subclasses of flax's layers with a `__call__` of their own, for
-    theirs is not flax's computation. Doing it twice does nothing more. A graphdef that
-    was taken before, by `nnx.split` or `nnx.cached_partial`, still names flax's layers.
+    Left alone are subclasses of flax's layers with a `__call__` of their own, and norms
+    that somebody wrote without flax's, for what they compute is known from their code
+    alone: `calls` says it. Doing it twice does nothing more. A graphdef that was taken
+    before, by `nnx.split` or `nnx.cached_partial`, still names the layers as they were.
 
     Args:
       model: an nnx Module, or any tree that holds some.
+      calls: for such a class, the function that its layers, and those of subclasses
+        that inherit its `__call__`, have instead of it: the same in fusednorm's
+        functions. It takes the layer first, and then what `__call__` takes.
 
     Returns:
       A report of what was replaced and what was left, with reasons.
 
     Raises:
       TypeError: there is no module: `model` is a function, a method, a class, what
-        `nnx.split` returns, or arrays.
+        `nnx.split` returns, or arrays; or `calls` is not from classes to functions.
       ValueError: an NNX transform (`nnx.jit`, `nnx.grad`) or `fuse_neighbours` has
         brought the model in, and could not carry the change back.
 
@@ -74,8 +85,31 @@ def fuse(model: Any) -> FuseReport:
     >>> print(fusednorm.fuse(model))
     1 replaced, 0 left
       layers.1  flax.nnx.LayerNorm -> fusednorm.LayerNorm
+
+    >>> import jax, jax.numpy as jnp
+    >>> class Norm(nnx.Module):
+    ...     def __init__(self, features):
+    ...         self.weight = nnx.Param(jnp.ones(features))
+    ...
+    ...     def __call__(self, x):
+    ...         mean_square = (x**2).mean(-1, keepdims=True)
+    ...         return x * jax.lax.rsqrt(mean_square + 1e-6) * self.weight
+    >>> def rms_norm(norm, x):
+    ...     return fusednorm.rms_norm(x, norm.weight[...], epsilon=1e-6)
+    >>> print(fusednorm.fuse(Norm(3), {Norm: rms_norm}))
+    1 replaced, 0 left
+      (the model)  Norm -> fused Norm
     """
-    return _convert(model, _fused_class)
+    for cls, call in calls.items():
+        is_layer = isinstance(cls, type) and issubclass(cls, nnx.Module)
+        is_called = is_layer and any("__call__" in vars(base) for base in cls.__mro__)
+        if not is_called or not callable(call) or isinstance(call, type):
+            raise TypeError(
+                "Expected calls from nnx Modules' classes with a `__call__` to the "
+                "functions that take its place, which take the layer first; got "
+                f"{cls!r}: {call!r}."
+            )
+    return _convert(model, functools.partial(_fused_class, calls=calls))
 
 
 def unfuse(model: Any) -> FuseReport:
@@ -136,24 +170,34 @@ def _is_brought_in(module: Any) -> bool:
     return any(module in refs for refs in brought_in if refs is not None)
 
 
-def _fused_class(module: Any) -> type | str | None:
+def _fused_class(module: Any, calls: Calls) -> type | str | None:
     """The class to change to, or why not; None for what is no norm layer."""
     cls: Any = type(module)
-    if cls in _FUSED:
-        return _FUSED[cls]
-    if isinstance(module, tuple(_FUSED.values())):
+    if hasattr(cls, "_unfused") or isinstance(module, tuple(_FUSED.values())):
         return "fused already"
+    known = {**_FUSED, **calls}
+    base = next((base for base in cls.__mro__ if base in known), None)
     if isinstance(module, _WEIGHT_NORMS):
         return "it normalizes weights, not activations"
-    for flax_class, fused_class in _FUSED.items():
-        if isinstance(module, flax_class):
-            if cls.__call__ is not flax_class.__call__:
-                return f"a subclass of {_name(flax_class)} with its own __call__"
-            try:
-                return _fused_subclass(cls, fused_class)
-            except Exception as error:  # of an `__init_subclass__` of the user's
-                return f"a class that cannot be subclassed: {error}"
-    return None
+    if base is None:
+        unknown = "not one of flax's: `calls` may say what it computes"
+        return unknown if _looks_like_a_norm(module) else None
+    if cls.__call__ is not base.__call__:
+        return f"a subclass of {_name(base)} with its own __call__"
+    if cls in _FUSED and cls not in calls:
+        return _FUSED[cls]
+    try:
+        return _fused_subclass(cls, known[base])
+    except Exception as error:  # of an `__init_subclass__` of the user's
+        return f"a class that cannot be subclassed: {error}"
+
+
+def _looks_like_a_norm(module: Any) -> bool:
+    """By its name, where it does not just hold another norm."""
+    if not (callable(module) and _NAME_OF_A_NORM.search(type(module).__name__)):
+        return False
+    inside = [type(inner) for _, inner in nnx.iter_modules(module)]
+    return sum(bool(_NAME_OF_A_NORM.search(cls.__name__)) for cls in inside) == 1
 
 
 def _flax_class(module: Any) -> type | str | None:
@@ -171,16 +215,23 @@ def _flax_class(module: Any) -> type | str | None:
 
 
 @functools.cache
-def _fused_subclass(cls: Any, fused_class: type) -> type:
-    """A user's subclass, with the fused `__call__` between it and flax's layer."""
+def _fused_subclass(cls: Any, fused: Any) -> type:
+    """A user's class with another `__call__`: a function, or, between it and flax's
+    layer, that of a fused one."""
 
     def reduce(layer: Any, protocol: int) -> Any:
         # Under this class's name pickle would find the user's.
         reduced: Any = object.__reduce_ex__(layer, 2)
         _, (_, *arguments), *rest = reduced
-        return (_new, (cls, fused_class, *arguments), *rest)
+        return (_new, (cls, fused, *arguments), *rest)
 
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        return fused(layer, *args, **kwargs)
+
+    is_layer = isinstance(fused, type)
+    own = {} if is_layer else {"__call__": functools.update_wrapper(call, fused)}
     attributes = {
+        **own,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
@@ -188,13 +239,14 @@ def _fused_subclass(cls: Any, fused_class: type) -> type:
         "_unfused": cls,
     }
     metaclass: Any = type(cls)
+    bases = (cls, fused) if is_layer else (cls,)
     is_pytree = cls._pytree__is_pytree
-    return metaclass(cls.__name__, (cls, fused_class), attributes, pytree=is_pytree)
+    return metaclass(cls.__name__, bases, attributes, pytree=is_pytree)
 
 
-def _new(cls: type, fused_class: type, *arguments: Any) -> Any:
-    fused = _fused_subclass(cls, fused_class)
-    return fused.__new__(fused, *arguments)
+def _new(cls: type, fused: Any, *arguments: Any) -> Any:
+    to = _fused_subclass(cls, fused)
+    return to.__new__(to, *arguments)
 
 
 def _name(cls: type) -> str:

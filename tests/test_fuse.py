@@ -423,6 +423,173 @@ def test_norms_of_weights_are_left(wrapper: type) -> None:
     assert type(layer) is fusednorm.LayerNorm
 
 
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+# --- norms that are not flax's --------------------------------------------------------
+
+
+class OwnNorm(nnx.Module):
+    """RMS normalization as many a language model has it, on its own code."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
+        self.scale = nnx.Param(1 + jax.random.uniform(rngs.params(), (features,)))
+
+    def __call__(self, x: Any, *, gate: Any = None) -> jax.Array:
+        h = jnp.asarray(x, "float32") if gate is None else x * jax.nn.silu(gate)
+        mean_square = jnp.mean(h**2, axis=-1, keepdims=True)
+        return (h * jax.lax.rsqrt(mean_square + 0.25) * self.scale).astype(x.dtype)
+
+
+class Inheriting(OwnNorm):
+    """With another constructor, maybe, and the same computation."""
+
+
+class Overriding(OwnNorm):
+    """With a computation of its own."""
+
+    def __call__(self, x: Any, *, gate: Any = None) -> jax.Array:
+        return 2 * super().__call__(x, gate=gate)
+
+
+def own_norm(norm: OwnNorm, x: Any, *, gate: Any = None) -> jax.Array:
+    h = x if gate is None else x * jax.nn.silu(gate)
+    return fusednorm.rms_norm(h, norm.scale[...], epsilon=0.25, dtype=x.dtype)
+
+
+class OwnNorms(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.norms = nnx.List(
+            [OwnNorm(FEATURES, rngs=rngs), Inheriting(FEATURES, rngs=rngs)]
+        )
+        self.last = Overriding(FEATURES, rngs=rngs)
+
+    def __call__(self, x: Any) -> jax.Array:
+        first, second = self.norms
+        return self.last(jnp.sin(second(jnp.sin(first(x)), gate=x)))
+
+
+def norms_that_ran(model: Any, x: Any) -> int:
+    return len(fusednorm.explain(model, x).choices)
+
+
+def test_a_norm_that_is_not_flaxs_runs_the_call_that_is_given() -> None:
+    model = OwnNorms(rngs=nnx.Rngs(0))
+    expected = outputs_and_gradients(model, data())
+    assert norms_that_ran(model, data()) == 0
+    variables = dict(nnx.iter_graph(model))
+    report = fusednorm.fuse(model, {OwnNorm: own_norm})
+    assert (
+        str(report)
+        == """\
+2 replaced, 1 left
+  norms.0  OwnNorm -> fused OwnNorm
+  norms.1  Inheriting -> fused Inheriting
+  last     Overriding left: a subclass of OwnNorm with its own __call__"""
+    )
+    assert norms_that_ran(model, data()) == 2
+    assert isinstance(model.norms[1], Inheriting)
+    assert all(node is variables[path] for path, node in nnx.iter_graph(model) if path)
+    assert_trees_agree(outputs_and_gradients(model, data()), expected, DEEP)
+
+    again = fusednorm.fuse(model, {OwnNorm: own_norm, Overriding: own_norm})
+    assert [path for path, _, _ in again.replaced] == ["last"]
+    assert [why for _, _, why in again.left] == ["fused already"] * 2
+    assert len(fusednorm.unfuse(model).replaced) == 3
+    assert norms_that_ran(model, data()) == 0
+    assert type(model.norms[0]) is OwnNorm
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, nnx.clone, pickled])
+def test_copies_of_a_norm_with_a_call_that_is_given(duplicate: Callable) -> None:
+    layer = Inheriting(FEATURES, rngs=nnx.Rngs(0))
+    fusednorm.fuse(layer, {OwnNorm: own_norm})
+    twin = duplicate(layer)
+    assert type(twin) is type(layer)
+    np.testing.assert_array_equal(twin(data(), gate=data()), layer(data(), gate=data()))
+    fusednorm.unfuse(twin)
+    assert type(twin) is Inheriting
+    assert type(layer) is not Inheriting
+
+
+def test_a_call_may_be_given_for_a_layer_of_flax() -> None:
+    """It comes before ours, for subclasses too that have fuse's otherwise."""
+
+    def ten(layer: Any, x: Any) -> Any:
+        return 10 + x
+
+    model = nnx.Sequential(
+        nnx.RMSNorm(FEATURES, rngs=nnx.Rngs(0)),
+        Doubled(FEATURES, rngs=nnx.Rngs(0)),
+        Scaled(FEATURES, rngs=nnx.Rngs(0)),
+    )
+    calls = {nnx.RMSNorm: ten, Doubled: functools.partial(ten)}
+    assert len(fusednorm.fuse(model, calls).replaced) == 3
+    x = data()
+    np.testing.assert_array_equal(model.layers[0](x), 10 + x)
+    np.testing.assert_array_equal(model.layers[1](x), 10 + x)
+    assert isinstance(model.layers[2], fusednorm.LayerNorm)
+    fusednorm.unfuse(model)
+    assert [type(layer) for layer in model.layers] == [nnx.RMSNorm, Doubled, Scaled]
+
+
+class Wrapper(nnx.Module):
+    """Named for the norm that it holds."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_norm"),
+    [
+        ("RMSNorm", True),
+        ("Qwen3RMSnorm", True),
+        ("LayerNorm2d", True),
+        ("T5LayerNormalization", True),
+        ("NormalizingFlow", False),
+        ("Normal", False),
+        ("Block", False),
+    ],
+)
+def test_the_report_names_norms_that_fuse_does_not_know(
+    name: str, is_norm: bool
+) -> None:
+    cls = type(name, (Wrapper,), {})
+    linear = nnx.Linear(FEATURES, FEATURES, rngs=nnx.Rngs(0))
+    why = "not one of flax's: `calls` may say what it computes"
+    expected = (("(the model)", name, why),) if is_norm else ()
+    assert fusednorm.fuse(cls(linear)).left == expected
+    norm = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
+    assert fusednorm.fuse(cls(norm)).left == ()  # which is what it is named for
+    assert type(norm) is fusednorm.LayerNorm
+
+
+class NoCall(nnx.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {OwnNorm: fusednorm.RMSNorm},
+        {OwnNorm: "rms_norm"},
+        {NoCall: own_norm},
+        {"OwnNorm": own_norm},
+        {dict: own_norm},
+    ],
+)
+def test_calls_that_are_none_are_refused(calls: Any) -> None:
+    layer = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="Expected calls from nnx Modules' classes"):
+        fusednorm.fuse(layer, calls)
+    assert type(layer) is nnx.LayerNorm
+
+
 # --- the report -----------------------------------------------------------------------
 
 
@@ -750,10 +917,6 @@ def test_checkpoints_go_from_flax_to_fused_and_back(tmp_path: Path) -> None:
     assert type(back.first) is nnx.LayerNorm
     assert_same_state(back, ours)
     assert_agrees(back.tail.layers[1].mean[...], theirs.tail.layers[1].mean[...], DEEP)
-
-
-def pickled(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, nnx.clone, pickled])

@@ -15,12 +15,15 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     text = README.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out
     assert "1 replaced, 0 left" in printed
+    x = names["x"].astype("bfloat16")
+    (choice,) = fusednorm.explain(names["own"], x).choices
+    assert choice.scale_offset == 1.0
     on_cpu, on_gpu, image_on_gpu = re.findall(
         r"^    forward  .*?(?=\n\n)", text, re.DOTALL | re.MULTILINE
     )
