@@ -180,8 +180,10 @@ def _fused_class(module: Any, calls: Calls) -> type | str | None:
     if isinstance(module, _WEIGHT_NORMS):
         return "it normalizes weights, not activations"
     if base is None:
-        unknown = "not one of flax's: `calls` may say what it computes"
-        return unknown if _looks_like_a_norm(module) else None
+        if not _looks_like_a_norm(module):
+            return None
+        name = cls.__name__
+        return f"not flax's: fuse(model, {{{name}: call}}) replaces its __call__"
     if cls.__call__ is not base.__call__:
         return f"a subclass of {_name(base)} with its own __call__"
     if cls in _FUSED and cls not in calls:

@@ -561,7 +561,7 @@ def test_the_report_names_norms_that_fuse_does_not_know(
 ) -> None:
     cls = type(name, (Wrapper,), {})
     linear = nnx.Linear(FEATURES, FEATURES, rngs=nnx.Rngs(0))
-    why = "not one of flax's: `calls` may say what it computes"
+    why = f"not flax's: fuse(model, {{{name}: call}}) replaces its __call__"
     expected = (("(the model)", name, why),) if is_norm else ()
     assert fusednorm.fuse(cls(linear)).left == expected
     norm = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
