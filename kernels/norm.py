@@ -79,7 +79,7 @@ def normalize(
     Returns:
       Array of x's shape, dtype `norm.dtype`.
     """
-    norm = _over(norm, axis_name, axis_index_groups)
+    norm = _over(norm, axis_name, axis_index_groups, x, scale)
     if _is_plain(norm, x.dtype):
         return _plain(norm, x, scale, bias, mask, shortcut)[0]
     operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
@@ -104,7 +104,7 @@ def normalize_with_moments(
       mean, var: x's rank, with size 1 along reduced axes; mean is None without
         centring.
     """
-    norm = _over(norm, axis_name, axis_index_groups)
+    norm = _over(norm, axis_name, axis_index_groups, x, scale)
     if _is_plain(norm, x.dtype):
         return _plain(norm, x, scale, bias, mask, shortcut)
     operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
@@ -135,7 +135,7 @@ def normalize_sum(
     """
     has_params = scale is not None or bias is not None
     rowwise = is_rowwise(norm, x.shape, has_params=has_params)
-    across = _over(norm, axis_name, axis_index_groups)
+    across = _over(norm, axis_name, axis_index_groups, x, scale)
     if not rowwise or across.over or _is_plain(norm, x.dtype, residual.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
@@ -147,7 +147,9 @@ def normalize_sum(
     return y, h
 
 
-def _over(norm: Norm, axis_name: Any, axis_index_groups: Any) -> Norm:
+def _over(
+    norm: Norm, axis_name: Any, axis_index_groups: Any, x: jax.Array, scale: Maybe
+) -> Norm:
     """The same with statistics that cross mapped axes."""
     if axis_name is None:
         return norm
@@ -155,7 +157,11 @@ def _over(norm: Norm, axis_name: Any, axis_index_groups: Any) -> Norm:
     groups = None
     if axis_index_groups is not None:
         groups = tuple(tuple(map(int, group)) for group in axis_index_groups)
-    return dataclasses.replace(norm, over=tuple(names), groups=groups)
+    # Where x varies, jax keeps account of what does (`check_vma`).
+    one_scale = bool(_varies(x)) and not _varies(scale) & set(names)
+    return dataclasses.replace(
+        norm, over=tuple(names), groups=groups, one_scale=one_scale
+    )
 
 
 def _is_plain(norm: Norm, *dtypes: Any) -> bool:
@@ -489,7 +495,7 @@ def _backward_halves(
 
     Where each channel has a mean of its own, n times these are scale * dscale and
     scale * dbias: the psums of dscale and dbias serve both then, for XLA makes one of
-    two that are alike.
+    two that are alike. Not where each device may have a scale of its own.
     """
     norm = params["norm"]
     dy, x, scale, bias, mean, var, mask, dh, shortcut = operands
@@ -518,11 +524,13 @@ def _backward_halves(
 
 
 def _mean_per_feature(params: dict[str, Any], x: jax.Array, scale: Maybe) -> bool:
-    """Whether all that shares a scale shares a mean, and nothing else does."""
+    """Whether all that shares a scale shares a mean, on all devices that combine, and
+    nothing else does."""
     norm = params["norm"]
     every = sorted((*norm.reduction_axes, *norm.feature_axes))
     own = max(params["own_params"], 0 if scale is None else scale.ndim - 1)
-    return norm.num_groups is None and own == 0 and every == [*range(x.ndim)]
+    shared = norm.one_scale and own == 0
+    return shared and norm.num_groups is None and every == [*range(x.ndim)]
 
 
 norm_p = _primitive("norm", _norm_formula)

@@ -214,7 +214,11 @@ def _split(
     if norm.num_groups is not None:
         left = norm.num_groups // _size(mesh, groups)
         norm = dataclasses.replace(norm, num_groups=left)
-    norm = dataclasses.replace(norm, over=(*norm.over, *over, *within))
+    norm = dataclasses.replace(
+        norm,
+        over=(*norm.over, *over, *within),
+        one_scale=norm.one_scale if norm.over else bool(over),
+    )
     return Parts(mesh, tuple(axes), groups, norm, shapes)
 
 

@@ -67,6 +67,7 @@ class Norm:
       over: mapped axes (of a mesh, or of `jax.vmap`) over which the statistics are
         combined too: x is one device's part.
       groups: None, or which devices of these axes combine, as for `jax.lax.psum`.
+      one_scale: whether all that combine are known to have the same scale.
     """
 
     reduction_axes: tuple[int, ...]
@@ -79,6 +80,7 @@ class Norm:
     scale_offset: float = 0.0
     over: tuple[Hashable, ...] = ()
     groups: tuple[tuple[int, ...], ...] | None = None
+    one_scale: bool = False
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -729,6 +729,35 @@ def test_statistics_over_an_axis_of_a_shard_map(
     assert set(interpreters.runs.values()) == {mesh.size}
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_statistics_of_devices_with_a_scale_each(kernels: str, check_vma: bool) -> None:
+    """Each weighs its own dy: psums of dscale and dbias do not tell what dx needs."""
+    (x, *_, dy), (_, scale, bias, _), (_, scale_2, bias_2, _) = map(data, range(3))
+    scale, bias = (jnp.stack(pair) for pair in ((scale, scale_2), (bias, bias_2)))
+
+    def norm(x: Any, scale: Any, bias: Any, **across: Any) -> jax.Array:
+        return fusednorm.batch_norm(x, scale, bias, **across)[0]
+
+    def part(x: Any, scale: Any, bias: Any) -> jax.Array:
+        return norm(x, scale[0], bias[0], axis_name="d")
+
+    def whole(x: Any, scale: Any, bias: Any) -> jax.Array:
+        scale, bias = (jnp.repeat(p[:, None], 2, 0) for p in (scale, bias))
+        return norm(x, scale, bias)
+
+    mapped = jax.shard_map(
+        part,
+        mesh=mesh_of("data", "Auto"),
+        in_specs=P("d"),
+        out_specs=P("d"),
+        check_vma=check_vma,
+    )
+    found = jax.block_until_ready(jax.jit(both(mapped))(x, scale, bias, dy))
+    with fusednorm.use_backend("reference"):
+        agree(found, jax.jit(both(whole))(x, scale, bias, dy))
+    assert {name.split(", ")[1] for name in interpreters.runs} == {"moments", "sums"}
+
+
 # --- fuse -----------------------------------------------------------------------------
 
 
