@@ -319,7 +319,7 @@ def _norm_formula(
     norm: Norm,
     carries: bool,
     statistics: bool,
-    sparing: bool = False,
+    sparing: reference.Sparing = None,
 ) -> list[jax.Array]:
     x, scale, bias, mask, residual, shortcut = operands
     h = x if residual is None else reference.add(x, residual, sparing=sparing)
@@ -343,10 +343,10 @@ def _gradient_formula(
     norm: Norm,
     wanted: tuple[bool, bool, bool, bool],
     own_params: int,
-    sparing: bool = False,
+    sparing: reference.Sparing = None,
 ) -> list[jax.Array]:
     results = reference.backward(
-        norm, *operands, own_params=own_params, sparing=sparing
+        norm, *operands, own_params=own_params, wanted=wanted[:3], sparing=sparing
     )
     return [result for result, want in zip(results, wanted, strict=True) if want]
 
@@ -384,8 +384,8 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
                 primitive, ctx.avals_in, params, target, backend
             )
             bind = functools.partial(primitive.bind, **{**params, "backend": backend})
-            if _spares(call, target):
-                implementation = functools.partial(implementation, sparing=True)
+            if sparing := _sparing(call, target):
+                implementation = functools.partial(implementation, sparing=sparing)
             if isinstance(answer, dispatch.Fallback):
                 pass
             elif spread is not None:
@@ -419,8 +419,8 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
     return primitive
 
 
-def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
-    """Whether the reference should spare one device work; see reference/norm.py.
+def _sparing(call: dispatch.Call, target: dispatch.Target) -> reference.Sparing:
+    """Whose work the reference should spare, if one device's; see reference/norm.py.
 
     On a TPU only the forward: both sums are then part of the convolution that makes x,
     and x is read once less. Compiled for a v5e, 200 x 28 x 28 x 512 in bfloat16 between
@@ -435,26 +435,27 @@ def _spares(call: dispatch.Call, target: dispatch.Target) -> bool:
     2048 statistics of 4 numbers each, for whose branch they are many, 1.48 and 1.04.
 
     Nor the backward of rows of which dx alone is wanted, or dscale and dbias: that is
-    one loop too, and dy, if it follows from y, needs not be kept. RMSNorm, gradients of
-    sum(y^2), 64 x 64 x 512 float32: dx 1.87 and 1.02, dscale 2.09 and 0.99; dx and
-    dscale 0.25 and 0.22, and where dy takes longer to find 0.59 and 0.97. Of groups the
-    loop is slow: dx of (256, 512) in 32 0.67 and 1.40, of (4096, 128) 1.31 and 2.55.
+    one loop too. 4096 rows of 512, dx of LayerNorm 1.52 and 0.76, RMSNorm 1.22 and
+    0.88, dscale of RMSNorm 2.2 and 0.94; but with fewer rows, 2048 of 2048, dx 0.90 and
+    2.1, and in bfloat16, 3940 of 768, 0.22 and 1.12; dx and dscale 0.1 and 0.31. Of
+    groups the loop is slow: dx of (8192, 256) in 64 0.90 and 1.63.
     """
     rowwise = is_rowwise(call.norm, call.x.shape, has_params=call.has_params)
     in_groups = call.norm.num_groups not in (None, 1)
-    if call.op != "forward":
-        dx, dscale, dbias, _ = call.wanted
-        one_loop = rowwise and not in_groups and not (dx and (dscale or dbias))
-        return target == dispatch.ONE_CPU and not one_loop
-    if target != dispatch.ONE_CPU:
-        return target == dispatch.ONE_TPU
     statistics = math.prod(call.norm.statistic_shape(call.x.shape))
     known = isinstance(statistics, int)  # not so in an export for any shape
     many = known and statistics >= 4096
-    if in_groups:
-        return many or not rowwise
+    if call.op != "forward":
+        dx, *params, _ = call.wanted
+        one_loop = not dx or (many and call.x.dtype.itemsize > 2 and not any(params))
+        one_loop = one_loop and rowwise and not in_groups
+        return "cpu" if target == dispatch.ONE_CPU and not one_loop else None
+    if target != dispatch.ONE_CPU:
+        return "tpu" if target == dispatch.ONE_TPU else None
     one_loop = many and call.x.dtype != jnp.float16
-    return not one_loop
+    if in_groups:
+        one_loop = rowwise and not many
+    return None if one_loop else "cpu"
 
 
 def _launch(

@@ -7,6 +7,7 @@ runs them. They themselves are checked against float64 NumPy and against flax.
 from fusednorm.reference.activation import ACTIVATIONS, activate, slope
 from fusednorm.reference.norm import (
     Norm,
+    Sparing,
     add,
     apply,
     at_least_float32,
@@ -26,6 +27,7 @@ from fusednorm.reference.norm import (
 __all__ = [
     "ACTIVATIONS",
     "Norm",
+    "Sparing",
     "activate",
     "add",
     "apply",

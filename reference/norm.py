@@ -32,8 +32,8 @@ along the last axis, where channels are grouped).
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +41,14 @@ import numpy as np
 from jax import lax
 
 from fusednorm.reference.activation import activate, slope
+from fusednorm.reference.chunks import in_chunks
 
 # How many elements one statistic counts: a number where the shape tells, an array where
 # a mask or other devices have a say.
 Count = int | jax.Array
+
+# Whose code the reference goes out of its way for, where one device has all of x.
+Sparing = Literal["cpu", "tpu"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +240,34 @@ def _abs_squared(x: jax.Array) -> jax.Array:
     return lax.square(x)
 
 
+# --- chunks, for a CPU ----------------------------------------------------------------
+# Between one of its loops and the next XLA's CPU code leaves arrays of x's size, in
+# float32. New memory in each call, which the system gives page by page, they take more
+# time than all arithmetic; of a chunk they stay in the cache.
+
+# Of x in `compute_dtype`. Times of LayerNorm of 16384 x 128, float32, forward and
+# backward, of flax's: with a quarter of it 0.66, with half 0.65, so 0.67, in one piece
+# 0.93. GroupNorm of 4096 x 128, 2 MiB: with half of it 1.5, in one piece 1.1.
+CHUNK_BYTES = 2**21
+
+
+def _chunks(norm: Norm, x: jax.Array, own: int) -> tuple[int, int] | None:
+    """(axis, size) of chunks of x, or None if it is one.
+
+    Args:
+      norm: what to normalize over.
+      x: the array.
+      own: leading axes along which scale or bias vary, or add up by themselves.
+    """
+    axes = [axis for axis in range(own, x.ndim) if axis not in norm.feature_axes]
+    if not (axes and isinstance(x.size, int) and x.size):  # none in an export for any
+        return None
+    axis = max(axes, key=lambda axis: x.shape[axis])
+    row_bytes = x.size // x.shape[axis] * norm.compute_dtype.itemsize
+    size = max(CHUNK_BYTES // row_bytes, 1)
+    return (axis, size) if size < x.shape[axis] else None
+
+
 # --- forward --------------------------------------------------------------------------
 
 
@@ -246,7 +278,11 @@ _NEAR = 4
 
 
 def moments(
-    norm: Norm, x: jax.Array, mask: jax.Array | None = None, *, sparing: bool = False
+    norm: Norm,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    sparing: Sparing = None,
 ) -> tuple[Count, jax.Array | None, jax.Array]:
     """Count, mean and centred sum of squares of x, of what is here.
 
@@ -256,8 +292,8 @@ def moments(
       mask: None, or bool of x's rank that broadcasts to x: which elements count.
       sparing: centre the squares only if some mean is far from 0, and only its own.
         XLA's CPU code then sums x and x^2 side by side, 1.3 times as fast as one after
-        the other; its TPU code adds up both where x is made. Not for GPUs, where a
-        branch costs more, nor where XLA partitions x.
+        the other, in chunks if they have 16 bits; its TPU code adds up both where x is
+        made. Not for GPUs, where a branch costs more, nor where XLA partitions x.
 
     Returns:
       count: elements in each statistic; an int, or with a mask an array like `mean`.
@@ -266,24 +302,37 @@ def moments(
       m2: sum of |x - mean|^2, real.
     """
     count = _count(norm, x, mask)
-    wide = x.astype(norm.compute_dtype)
+    is_narrow = x.dtype.itemsize < norm.compute_dtype.itemsize
+    chunks = _chunks(norm, x, 0) if sparing == "cpu" and is_narrow else None
+
+    def total(x: jax.Array, mask: Any) -> jax.Array:
+        return _total(norm, x.astype(norm.compute_dtype), mask)
+
+    def squares(x: jax.Array, mask: Any, mean: Any = None) -> jax.Array:
+        return _total(norm, _abs_squared(_about(norm, x, mean)), mask)
+
+    def both(x: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array]:
+        return total(x, mask), squares(x, mask)
+
+    def add_up(sums: Callable[..., Any], *operands: Any) -> Any:
+        return in_chunks(sums, operands, x, *chunks) if chunks else sums(*operands)
+
     if not norm.center:
-        return count, None, _total(norm, _abs_squared(wide), mask)
-    mean = _divided(_total(norm, wide, mask), count)
+        return count, None, add_up(squares, x, mask)
+    if not sparing:
+        mean = _divided(total(x, mask), count)
+        return count, mean, squares(x, mask, mean)
+    sum_x, about_0 = add_up(both, x, mask)
+    mean = _divided(sum_x, count)
+    square = _abs_squared(mean) * count
+    about_0 = about_0 - square
+    far = square > _NEAR * about_0
 
     def centred() -> jax.Array:
         # In a branch, from x itself: what a branch is given is kept in memory.
-        return _total(norm, _abs_squared(_about(norm, x, mean)), mask)
+        return jnp.where(far, add_up(squares, x, mask, mean), about_0)
 
-    if not sparing:
-        return count, mean, centred()
-    square = _abs_squared(mean) * count
-    about_0 = _total(norm, _abs_squared(wide), mask) - square
-    far = square > _NEAR * about_0
-    m2 = lax.cond(
-        jnp.any(far), lambda: jnp.where(far, centred(), about_0), lambda: about_0
-    )
-    return count, mean, m2
+    return count, mean, lax.cond(jnp.any(far), centred, lambda: about_0)
 
 
 def variance(count: Count, m2: jax.Array) -> jax.Array:
@@ -376,7 +425,7 @@ def _affine(
     return z
 
 
-def add(x: jax.Array, residual: jax.Array, *, sparing: bool = False) -> jax.Array:
+def add(x: jax.Array, residual: jax.Array, *, sparing: Sparing = None) -> jax.Array:
     """h = x + residual, rounded to the dtype that the two promote to.
 
     In half precision XLA may leave out a rounding that is followed by arithmetic in
@@ -384,15 +433,15 @@ def add(x: jax.Array, residual: jax.Array, *, sparing: bool = False) -> jax.Arra
 
     Args:
       x, residual: of one shape.
-      sparing: let a barrier keep the rounding, as XLA's CPU code does it, and not one
-        by name, which takes more: sum and RMSNorm of 1464 x 4096 in bfloat16 1.03
-        against 1.3 times flax's time. Where XLA makes one loop of sum and norm a
+      sparing: of "cpu", let a barrier keep the rounding, as XLA's CPU code does it, and
+        not one by name, which takes more: sum and RMSNorm of 1464 x 4096 in bfloat16
+        1.03 against 1.3 times flax's time. Where XLA makes one loop of sum and norm a
         barrier would break it up.
     """
     h = x + residual
     if jnp.finfo(h.dtype).bits >= 32:
         return h
-    if sparing:
+    if sparing == "cpu":
         return lax.optimization_barrier(h)
     wide = x.astype(jnp.float32) + residual.astype(jnp.float32)
     to = jnp.finfo(h.dtype)
@@ -407,7 +456,7 @@ def forward(
     mask: jax.Array | None = None,
     shortcut: jax.Array | None = None,
     *,
-    sparing: bool = False,
+    sparing: Sparing = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Normalizes x.
 
@@ -519,8 +568,9 @@ def backward(
     shortcut: jax.Array | None = None,
     *,
     own_params: int = 0,
-    sparing: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    wanted: Sequence[bool] = (True, True, True),
+    sparing: Sparing = None,
+) -> tuple[Any, Any, Any, jax.Array]:
     """Gradients of <dy, y> with respect to x, scale, bias and shortcut.
 
     Args:
@@ -534,11 +584,12 @@ def backward(
       dh: cotangent of x itself, where it goes on beside the norm; dx is added to it.
       own_params: how many leading axes of x keep a dscale and dbias of their own,
         rather than add up into one.
-      sparing: compute dz, c1 and c2 once each. XLA's CPU code otherwise repeats what
-        made dz, such as an activation's derivative, in each of the loops below: 1.2
-        against 1.07 times flax's time for GroupNorm and SiLU. And it makes one loop of
-        a row's sums and dx: RMSNorm of 2 x 1024 x 2048 in float32 1.98 against 0.89,
-        GroupNorm of 1024 x 256 in 32 groups 2.0 against 1.2.
+      wanted: which of dx, dscale and dbias; the others may be None.
+      sparing: of "cpu", find sums in chunks, or of small arrays compute dz, c1 and c2
+        once each. XLA's CPU code otherwise repeats what made dz, such as an
+        activation's derivative, in each of the loops below; and it makes one loop of a
+        row's sums and dx: GroupNorm of 1024 x 256 in 32 groups 2.0 against 1.2 times
+        flax's time.
 
     Returns:
       dx: x's shape, in x's dtype.
@@ -547,6 +598,43 @@ def backward(
         and dtype.
       dshortcut: x's shape, in the shortcut's dtype, or dy's without one.
     """
+    given = dy, x, scale, bias, mean, var, shortcut
+    dz = before_activation(norm, *given)
+    own = max([own_params, *(p.ndim - 1 for p in (scale, bias) if p is not None)])
+    chunks = _chunks(norm, x, own) if sparing else None
+    if sparing and not chunks:
+        dz = lax.optimization_barrier(dz)
+    if chunks:
+        sums = _backward_sums_in_chunks(norm, given, own_params, wanted, *chunks)
+    else:
+        sums = _backward_sums(norm, dz, x, scale, mean, var, own_params)
+    dx, dscale, dbias = None, sums.get("dscale"), sums.get("dbias")
+    if wanted[0]:
+        totals = [sums[name] for name in ("c1", "c2")[: 1 + norm.center]]
+        if sparing:
+            totals = lax.optimization_barrier(totals)
+        count = _across(norm, _count(norm, x, mask))
+        c1, *rest = [_mean(norm, total, count) for total in totals]
+        c2 = rest[0] if rest else None
+        dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
+    if scale is not None and each_its_own(scale, x):
+        rstd = _channels(norm, lax.rsqrt(var + norm.epsilon), x)
+        each = dz.astype(norm.compute_dtype) * (_about(norm, x, mean) * rstd)
+        dscale = each.astype(scale.dtype)
+    dshortcut = dz.astype(dy.dtype if shortcut is None else shortcut.dtype)
+    return dx, dscale, dbias, dshortcut
+
+
+def _backward_sums(
+    norm: Norm,
+    dz: jax.Array,
+    x: jax.Array,
+    scale: jax.Array | None,
+    mean: jax.Array | None,
+    var: jax.Array,
+    own_params: int,
+) -> dict[str, jax.Array]:
+    """n * c1, n * c2 (if centred), dscale and dbias, of what is here."""
     dtype = norm.compute_dtype
     # S of x[N, S, G, K], without what scale or bias varies along; and the others.
     own = max(own_params, 0 if scale is None else scale.ndim - 1)
@@ -556,31 +644,20 @@ def backward(
         if axis not in norm.feature_axes and axis >= own
     ]
     other_axes = [axis for axis in norm.reduction_axes if axis not in pixel_axes]
-    count = _across(norm, _count(norm, x, mask))
 
     rstd = lax.rsqrt(var + norm.epsilon)
-    dz = before_activation(norm, dy, x, scale, bias, mean, var, shortcut)
-    if sparing:
-        dz = lax.optimization_barrier(dz)
     wide_dz = dz.astype(dtype)
-    centred = _about(norm, x, mean)
 
     # Down the pixels first: these two sums per channel serve all that follows.
     sum_dz = _sum(wide_dz, pixel_axes)
-    sum_dz_centred = _sum(wide_dz * centred, pixel_axes)
+    sum_dz_centred = _sum(wide_dz * _about(norm, x, mean), pixel_axes)
 
     weight: Any = 1
     if scale is not None:
         weight = norm.weight(_spread(norm, scale, x))
-    c1 = _groups(norm, _sum(weight * sum_dz_centred, other_axes))
-    c1 = _mean(norm, c1, count) * rstd
-    c2 = None
+    sums = {"c1": _groups(norm, _sum(weight * sum_dz_centred, other_axes)) * rstd}
     if norm.center:
-        c2 = _groups(norm, _sum(weight * sum_dz, other_axes))
-        c2 = _mean(norm, c2, count)
-    if sparing:
-        c1, c2 = lax.optimization_barrier((c1, c2))
-    dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
+        sums["c2"] = _groups(norm, _sum(weight * sum_dz, other_axes))
 
     # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in
     # a tree and (samples,) in a chain, with 1.2 times the error for 32 samples.
@@ -589,14 +666,40 @@ def backward(
         *x.shape[:own_params],
         math.prod(x.shape[axis] for axis in norm.feature_axes),
     )
-    rstd = _channels(norm, rstd, x)
-    if scale is not None and each_its_own(scale, x):
-        dscale = (wide_dz * (centred * rstd)).astype(scale.dtype)
-    else:
-        dscale = _reshape(_sum(sum_dz_centred * rstd, sharing), params_shape)
-    dbias = _reshape(_sum(sum_dz, sharing), params_shape)
-    dshortcut = dz.astype(dy.dtype if shortcut is None else shortcut.dtype)
-    return dx, dscale, dbias, dshortcut
+    of_scale = sum_dz_centred * _channels(norm, rstd, x)
+    sums["dscale"] = _reshape(_sum(of_scale, sharing), params_shape)
+    sums["dbias"] = _reshape(_sum(sum_dz, sharing), params_shape)
+    return sums
+
+
+def _backward_sums_in_chunks(
+    norm: Norm,
+    given: tuple[Any, ...],
+    own_params: int,
+    wanted: Sequence[bool],
+    axis: int,
+    size: int,
+) -> dict[str, jax.Array]:
+    """Those of `_backward_sums` that are wanted, by `in_chunks`.
+
+    Args:
+      norm: what to normalize over.
+      given: dy, x, scale, bias, mean, var and shortcut of `backward`.
+      own_params, wanted: as for `backward`.
+      axis, size: as `_chunks` has them.
+    """
+    wants = dict(zip(("dx", "dscale", "dbias"), wanted, strict=True))
+    wants |= {"c1": wants["dx"], "c2": wants["dx"]}
+
+    def sums(*operands: Any) -> dict[str, jax.Array]:
+        _, x, scale, _, mean, var, _ = operands
+        dz = before_activation(norm, *operands)
+        if norm.activation is not None:
+            dz = lax.optimization_barrier(dz)  # or each sum computes its derivative
+        found = _backward_sums(norm, dz, x, scale, mean, var, own_params)
+        return {name: total for name, total in found.items() if wants[name]}
+
+    return in_chunks(sums, given, given[1], axis, size)
 
 
 def each_its_own(param: Any, x: Any) -> bool:

@@ -431,7 +431,7 @@ def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
         "instance_norm": np.s_[0, ..., -1],
     }.get(case.kind, np.s_[0])
     far[one_statistic] += 3000
-    sparing = jax.jit(lambda x: reference.moments(spec, x, sparing=True)[1:])
+    sparing = jax.jit(lambda x: reference.moments(spec, x, sparing="cpu")[1:])
     truth = case.truth(far, scale, bias, dy)
     (mean, m2), (near_mean, near_m2) = sparing(far), sparing(x)
     assert_close(m2 * (m2.size / x.size), truth.var, truth.bounds["var"])
@@ -439,6 +439,87 @@ def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
     assert 0 < same.sum() < same.size
     np.testing.assert_array_equal(np.asarray(mean)[same], np.asarray(near_mean)[same])
     np.testing.assert_array_equal(np.asarray(m2)[same], np.asarray(near_m2)[same])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("case", "shortcut"),
+    [
+        (Case("layer_norm", (37, 24)), False),
+        (Case("layer_norm", (3, 40, 24)), False),
+        (Case("rms_norm", (40, 24)), False),
+        (Case("layer_norm", (5, 12, 24), (("reduction_axes", (1, 2)),)), False),
+        (Case("group_norm", (37, 24), (("num_groups", 4),)), False),
+        (Case("group_norm", (3, 37, 24), (("num_groups", 4),)), True),
+        (
+            Case(
+                "group_norm", (37, 3, 24), (("num_groups", 4), ("activation", "silu"))
+            ),
+            True,
+        ),
+        (Case("instance_norm", (2, 5, 9, 24)), False),
+        (Case("batch_norm", (37, 2, 24)), False),
+        (Case("batch_norm", (24, 37), (("axis", 0),)), False),
+    ],
+    ids=str,
+)
+def test_chunks_are_put_together_and_added_up(
+    case: Case, shortcut: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one CPU device sums are found in chunks of rows, or pixels, some ragged."""
+    monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 8 * 24 * 4)
+    spec = norm_of(case)
+    x, scale, bias, dy = case.data(21, jnp.dtype(dtype), "float32")
+    dy = dy.astype("float32")
+    rng = np.random.default_rng(22)
+    added = rng.normal(size=case.shape).astype("float32") if shortcut else None
+    truth = case.truth(x, scale, bias, dy, shortcut=added)
+
+    @jax.jit
+    def run(dy: jax.Array, x: jax.Array) -> tuple:
+        y, mean, var = reference.forward(
+            spec, x, scale, bias, shortcut=added, sparing="cpu"
+        )
+        gradients = reference.backward(
+            spec, dy, x, scale, bias, mean, var, shortcut=added, sparing="cpu"
+        )
+        return (y, var), gradients
+
+    text = run.lower(dy, x).as_text()
+    forward = 1 + spec.center if dtype == "bfloat16" else 0
+    assert text.count("stablehlo.while") == forward + 1
+    (y, var), gradients = run(dy, x)
+    assert_close(y, truth.y, truth.bounds["y"])
+    assert_close(var, truth.var, truth.bounds["var"])
+    names = ["dx", "dscale", "dbias", "dshortcut"][: 3 + shortcut]
+    for name, gradient in zip(names, gradients, strict=False):
+        if name != "dbias" or case.has_bias:
+            assert_close(gradient, getattr(truth, name), truth.bounds[name])
+
+
+@pytest.mark.parametrize(
+    ("own", "loops"), [((5, 1, 24), 1), ((1, 40, 24), 0), ((5, 40, 24), 0)], ids=str
+)
+def test_chunks_where_scale_and_bias_are_their_own(
+    own: tuple[int, ...], loops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each sample, or row: no axis along which they vary is cut."""
+    case = Case("layer_norm", (5, 40, 24))
+    x, _, _, dy = case.data(23, "float32", "float32")
+    scale, bias = np.random.default_rng(24).normal(1, 0.5, (2, *own)).astype("float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 5 * 7 * 24 * 4)
+    jax.clear_caches()  # where the traces are of larger chunks
+    gradients = jax.jit(lambda dy, *given: jax.vjp(case.run, *given)[1](dy))
+    lowered = gradients.lower(dy, x, scale, bias)
+    jax.clear_caches()
+    assert lowered.as_text().count("stablehlo.while") == loops
+    names = ("dx", "dscale", "dbias")
+    for name, gradient in zip(
+        names, lowered.compile()(dy, x, scale, bias), strict=True
+    ):
+        assert_close(gradient, getattr(truth, name), truth.bounds[name])
 
 
 @pytest.mark.parametrize(
@@ -488,25 +569,45 @@ def test_dy_of_groups_of_channels_is_kept(wanted: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "wanted", "barriers"),
+    ("function", "shape", "dtype", "wanted", "barriers"),
     [
-        (fusednorm.layer_norm, (0,), 0),
-        (fusednorm.layer_norm, (1, 2), 0),
-        (fusednorm.layer_norm, (0, 1), 2),
-        (fusednorm.layer_norm, (0, 2), 2),
-        (functools.partial(fusednorm.group_norm, num_groups=8), (0,), 2),
+        (fusednorm.layer_norm, (4096, 16), "float32", (0,), 0),
+        (fusednorm.layer_norm, (4095, 16), "float32", (0,), 2),
+        (fusednorm.layer_norm, (4096, 16), "bfloat16", (0,), 2),
+        (fusednorm.layer_norm, (2, 8, 8, 64), "float32", (1, 2), 0),
+        (fusednorm.layer_norm, (2, 8, 8, 64), "float32", (0, 1), 2),
+        (fusednorm.layer_norm, (2, 8, 8, 64), "float32", (0, 2), 2),
+        (
+            functools.partial(fusednorm.group_norm, num_groups=8),
+            (2, 8, 8, 64),
+            "float32",
+            (0,),
+            2,
+        ),
     ],
-    ids=["dx", "dscale and dbias", "dx and dscale", "dx and dbias", "dx of groups"],
+    ids=[
+        "dx",
+        "dx of few rows",
+        "dx of 16 bits",
+        "dscale and dbias",
+        "dx and dscale",
+        "dx and dbias",
+        "dx of groups",
+    ],
 )
 def test_dy_is_kept_where_several_loops_read_it(
-    function: Callable[..., jax.Array], wanted: tuple[int, ...], barriers: int
+    function: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    dtype: str,
+    wanted: tuple[int, ...],
+    barriers: int,
 ) -> None:
     """XLA's CPU code makes one loop of a row's norm and one sum of its gradient."""
 
     def loss(*operands: jax.Array) -> jax.Array:
         return (function(*operands) ** 2).sum()
 
-    x, params = jnp.zeros((2, 8, 8, 64)), jnp.ones(64)
+    x, params = jnp.zeros(shape, dtype), jnp.ones(shape[-1])
     gradient = jax.jit(jax.grad(loss, wanted))
     text = gradient.lower(x, params, params).as_text()
     assert text.count("optimization_barrier") == barriers
