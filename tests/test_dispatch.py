@@ -303,6 +303,28 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(("name", "lead"), [("scale", (4, 6)), ("bias", (4,))])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_groups_of_a_row_have_one_scale_and_bias(
+    platform: str, name: str, lead: tuple[int, ...]
+) -> None:
+    """No kernel takes any that vary from row to row as well."""
+    x, own = (jax.ShapeDtypeStruct((*s, 8), "float32") for s in ((4, 6), lead))
+    asked = Call("forward", Norm((), (2,), num_groups=2), x, **{name: own})
+    assert "along the groups of a row and from row to row" in refusal(
+        asked, Target((platform,))
+    )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_scale_that_varies_along_a_reduced_axis(platform: str) -> None:
+    """Is for a kernel where that axis has one element."""
+    norm, there = Norm((1, 2), (2,)), Target((platform,))
+    x, one = (jax.ShapeDtypeStruct((3, n, 256), "float32") for n in (5, 1))
+    assert "or along reduced ones" in refusal(Call("forward", norm, x, x), there)
+    assert isinstance(dispatch.plan(Call("forward", norm, one, one), there), Kernel)
+
+
 @pytest.mark.parametrize(
     ("platform", "backend"), [("cuda", "mosaic_gpu"), ("tpu", "mosaic_tpu")]
 )
@@ -408,6 +430,16 @@ def test_a_shortcuts_gradient_asks_for_no_parameters() -> None:
     backward = Call("backward", norm, x, dy=x, shortcut=x, wanted=wanted)
     assert backward.geometry == forward.geometry
     assert backward.geometry.family == "rowwise"
+
+
+def test_a_parameters_gradient_has_the_view_of_its_forward() -> None:
+    """A bias that the backward does not read too."""
+    x, param = (jax.ShapeDtypeStruct(s, "float32") for s in ((3, 4, 5), (5,)))
+    norm = Norm((1, 2), (2,))
+    forward = Call("forward", norm, x, bias=param)
+    backward = Call("backward", norm, x, dy=x, wanted=(True, False, True, False))
+    assert backward.geometry == forward.geometry
+    assert backward.geometry.family == "channelwise"
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,7 @@ class Encoder(nnx.Module):
     [
         lambda model, x: fusednorm.explain(model, x),
         lambda model, x: fusednorm.explain(model.__call__, x),
+        lambda model, x: fusednorm.explain(functools.partial(model.__call__, x)),
         lambda model, x: fusednorm.explain(lambda m, x: m(x), model, x),
         lambda model, x: fusednorm.explain(fusednorm.fuse_neighbours(model), x),
         lambda model, x: fusednorm.explain(
@@ -207,7 +208,10 @@ class Encoder(nnx.Module):
         lambda model, x: fusednorm.explain(nnx.jit(lambda m, x: m(x)), model, x),
         lambda model, x: fusednorm.explain(nnx.grad(loss), model, x, x),
     ],
-    ids=["model", "method", "function", "fused", "fused method", "jit", "grad"],
+    ids=[
+        *("model", "method", "partial", "function"),
+        *("fused", "fused method", "jit", "grad"),
+    ],
 )
 def test_nothing_changes(how: Callable) -> None:
     """No running averages and no random state, which the same call itself changes."""
@@ -362,6 +366,21 @@ def test_arrays_on_several_devices(kernels: None) -> None:
     (reason,) = reasons(layer_of("LayerNorm"), x)
     assert reason is not None
     assert reason.startswith("XLA partitions this call over 2 devices")
+
+
+@pytest.mark.parametrize("which", ["an argument", "a keyword", "the model"])
+def test_arrays_on_several_devices_wherever_they_are(kernels: None, which: str) -> None:
+    """Those of the model as well, when x is a shape."""
+    everywhere = NamedSharding(mesh_of(i=4), P())
+    layer, x = layer_of("LayerNorm"), data((8, FEATURES))
+    if which == "the model":
+        nnx.update(layer, jax.device_put(nnx.state(layer), everywhere))
+        found = reasons(layer, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    else:
+        x = jax.device_put(x, everywhere)
+        found = reasons(layer, x) if which == "an argument" else reasons(layer, x=x)
+    assert len(found) == 1
+    assert str(found[0]).startswith("XLA partitions this call over 4 devices")
 
 
 def test_kernels_inside_shard_map(kernels: None) -> None:

@@ -507,6 +507,14 @@ def test_a_mask_that_does_not_broadcast_is_refused_by_group_norm_too() -> None:
         assert f"mask has shape {shape}" in str(caught)
 
 
+@by_name
+def test_a_mask_larger_than_x_is_refused(name: str) -> None:
+    """One whose sizes are above 1 where x's are 1."""
+    for shape in ((1, *SHAPE[1:]), SHAPE[1:]):
+        with pytest.raises(ValueError, match="does not broadcast to x"):
+            build(fusednorm, name)(data(shape), mask=jnp.ones(SHAPE, bool))
+
+
 def test_a_vector_is_one_sample_to_group_norm() -> None:
     """flax fails, for it repeats its statistics along an axis 1 that is not there."""
     theirs, ours = pair("GroupNorm")
@@ -807,6 +815,16 @@ def test_channels_without_a_masked_in_element_keep_their_running_averages() -> N
         np.testing.assert_array_equal(np.flatnonzero(kept), [2, 5])
 
 
+def test_channels_that_are_not_last_keep_theirs_too() -> None:
+    layer = build(fusednorm, "BatchNorm", SHAPE[1], axis=1)
+    before = nnx.clone(layer)
+    mask = jnp.ones((*SHAPE[:-1], 1), bool).at[:, 2].set(False)
+    layer(data(), mask=mask)
+    for name in ("mean", "var"):
+        kept = getattr(layer, name)[...] == getattr(before, name)[...]
+        np.testing.assert_array_equal(np.flatnonzero(kept), [2])
+
+
 @by_name
 @pytest.mark.parametrize("shape", [(0, 4, FEATURES), (3, 0, FEATURES)], ids=str)
 def test_an_empty_batch(name: str, shape: tuple) -> None:
@@ -817,8 +835,9 @@ def test_an_empty_batch(name: str, shape: tuple) -> None:
     assert results["y"].shape == results["dx"].shape == shape
     for gradient in results["d_params"].values():
         np.testing.assert_array_equal(gradient, np.zeros(FEATURES))
-    ours(data(shape))
-    assert_same_state(ours, before)
+    for mask in (None, jnp.ones(FEATURES, bool)):
+        ours(data(shape), mask=mask)
+        assert_same_state(ours, before)
     if name == "BatchNorm":
         theirs, _ = pair(name)
         theirs(data(shape))
@@ -1306,6 +1325,11 @@ def test_given_statistics_are_used_in_float32() -> None:
     y = fusednorm.batch_norm_inference(x, *narrow)
     wide = [a.astype("float32") for a in narrow]
     np.testing.assert_array_equal(y, fusednorm.batch_norm_inference(x, *wide))
+
+
+def test_given_statistics_have_no_say_in_the_dtype() -> None:
+    x, mean, var = jnp.ones((2, 12), "bfloat16"), jnp.zeros(12), jnp.ones(12)
+    assert fusednorm.batch_norm_inference(x, mean, var).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("num_groups", [0, -3, 5])

@@ -256,6 +256,10 @@ CARRIED = {
         lambda x: (y := fusednorm.layer_norm(x, residual=x**2), y[0] + y[1])[1],
         1,
     ),
+    "with a residual, and x": (
+        lambda x: (x + jnp.tanh((y := fusednorm.layer_norm(x, residual=x**2))[0]), y),
+        1,
+    ),
     "an activation": (lambda x: (x, nnx.silu(rows_norm(x))), 1),
     "groups": (lambda x: x + nnx.silu(grouped(x, num_groups=3)), 1),
     "instances": (lambda x: x + jnp.tanh(fusednorm.instance_norm(x)), 1),
@@ -1040,12 +1044,16 @@ def test_what_is_no_array_is_changed_too() -> None:
     assert looked_at.calls == 0
 
 
-@pytest.mark.parametrize("how", ["method", "partial", "decorated"])
+@pytest.mark.parametrize(
+    "how", ["method", "partial", "decorated", "decorated, of the class"]
+)
 def test_takes_what_stands_for_a_method(how: str) -> None:
     model = Noisy()
     x = data(SHAPE)
     if how == "decorated":
         forward: Any = model.decorated
+    elif how == "decorated, of the class":
+        forward = functools.partial(Noisy.decorated, model)
     else:
         method = (
             model.jitted
@@ -1058,6 +1066,33 @@ def test_takes_what_stands_for_a_method(how: str) -> None:
         forward = fusednorm.fuse_neighbours(method)
     assert activations(forward, x) == ["relu"]
     assert_agrees(forward(x), nnx.relu(model.norm(x)), 3)
+
+
+def test_what_is_no_module_is_changed_too() -> None:
+    class Tally(nnx.Pytree):
+        calls = 0
+
+    def forward(tally: Any, x: jax.Array) -> jax.Array:
+        tally.calls += 1
+        return nnx.relu(norm(x))
+
+    tally = Tally()
+    fusednorm.fuse_neighbours(forward)(tally, data(SHAPE))
+    assert tally.calls == 1
+
+
+def test_a_variable_sets_its_value_once() -> None:
+    class Doubling(nnx.Variable):
+        def set_value(self, value: Any, **options: Any) -> None:
+            super().set_value(2 * value, **options)
+
+    def forward(variable: Any, x: jax.Array) -> jax.Array:
+        variable.set_value(variable.get_value() + 1)
+        return nnx.relu(norm(x))
+
+    variable = Doubling(jnp.ones(3))
+    fusednorm.fuse_neighbours(forward)(variable, data(SHAPE))
+    np.testing.assert_array_equal(variable.get_value(), [4, 4, 4])
 
 
 def test_a_class_of_numbers_is_no_array() -> None:
@@ -1091,6 +1126,10 @@ REMADE: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]] = {
     "a count": (
         lambda m, y: setattr(m, "count", m.count + 1),
         lambda m: m.count,
+    ),
+    "a count of NumPy's": (
+        lambda m, y: setattr(m, "count", np.ones((), int)),
+        lambda m: jnp.asarray(m.count),
     ),
     "an array in a tuple": (
         lambda m, y: setattr(m, "pair", nnx.data((m.pair[1] + 1, m.pair[0]))),
@@ -1284,3 +1323,25 @@ def test_a_partial_of_a_method() -> None:
     np.testing.assert_allclose(joined(3.0), given(3.0), rtol=1e-6)
     (choice,) = fusednorm.explain(joined, 3.0).choices
     assert choice.activation == "relu"
+
+
+def _times(x: Any, times: float) -> jax.Array:
+    return nnx.relu(norm(x)) * times
+
+
+def test_keywords_of_a_partial() -> None:
+    """They are passed on, and those of an outer partial go before an inner one's."""
+    x = data(SHAPE)
+    inner = fusednorm.fuse_neighbours(functools.partial(_times, times=2.0))
+    assert_agrees(inner(x), _times(x, 2.0), 3)
+    outer = fusednorm.fuse_neighbours(functools.partial(inner, times=3.0))
+    assert_agrees(outer(x), _times(x, 3.0), 3)
+
+
+def test_any_keyword_is_the_function_s() -> None:
+    def forward(x: jax.Array, fn: Any) -> jax.Array:
+        return fn(norm(x))
+
+    x = data(SHAPE)
+    y = fusednorm.fuse_neighbours(forward)(x, fn=nnx.relu)
+    assert_agrees(y, forward(x, nnx.relu), 3)
