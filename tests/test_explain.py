@@ -368,19 +368,15 @@ def test_arrays_on_several_devices(kernels: None) -> None:
     assert reason.startswith("XLA partitions this call over 2 devices")
 
 
-@pytest.mark.parametrize("which", ["an argument", "a keyword", "the model"])
-def test_arrays_on_several_devices_wherever_they_are(kernels: None, which: str) -> None:
-    """Those of the model as well, when x is a shape."""
+def test_keywords_and_models_on_several_devices(kernels: None) -> None:
+    expected = "XLA partitions this call over 4 devices"
     everywhere = NamedSharding(mesh_of(i=4), P())
     layer, x = layer_of("LayerNorm"), data((8, FEATURES))
-    if which == "the model":
-        nnx.update(layer, jax.device_put(nnx.state(layer), everywhere))
-        found = reasons(layer, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    else:
-        x = jax.device_put(x, everywhere)
-        found = reasons(layer, x) if which == "an argument" else reasons(layer, x=x)
-    assert len(found) == 1
-    assert str(found[0]).startswith("XLA partitions this call over 4 devices")
+    (reason,) = reasons(layer, x=jax.device_put(x, everywhere))
+    assert str(reason).startswith(expected)
+    nnx.update(layer, jax.device_put(nnx.state(layer), everywhere))
+    (reason,) = reasons(layer, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert str(reason).startswith(expected)
 
 
 def test_kernels_inside_shard_map(kernels: None) -> None:

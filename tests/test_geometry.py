@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fusednorm import reference
-from fusednorm.kernels.geometry import Geometry, geometry
+from fusednorm.kernels.geometry import Geometry, geometry, is_rowwise
 from fusednorm.reference import Norm
 from tests.test_suite import cases, norm_of
 
@@ -33,6 +33,8 @@ LAST = Norm((2,), (2,))
 def test_the_table(norm: Norm, shape: tuple, view: tuple | None) -> None:
     expected = None if view is None else Geometry(*view)
     assert geometry(norm, shape, has_params=True) == expected
+    rowwise = view is not None and view[1] == 1
+    assert is_rowwise(norm, shape, has_params=True) == rowwise
 
 
 def test_without_params_a_row_may_be_longer() -> None:

@@ -14,7 +14,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
+from fusednorm import reference
 from fusednorm.kernels import dispatch
+from fusednorm.reference import Norm
 from tests import interpreters, test_channelwise, test_tpu_channelwise
 from tests.helpers import Case, assert_close, slow_but
 from tests.layer_helpers import assert_agrees, build, data
@@ -191,6 +193,29 @@ BEHIND = [
 @pytest.mark.parametrize("case", BEHIND, ids=str)
 def test_residual_behind(case: Case, mix: Any) -> None:
     check(case, mix, behind=True)
+
+
+def test_a_bias_and_a_residual_are_not_rounded_when_they_are_added() -> None:
+    """Both in half precision, for an output that is not."""
+    mix = "bfloat16", "bfloat16", "bfloat16", "float32"
+    check(BEHIND[4], mix, bias=BEHIND[4].shape, behind=True)
+
+
+@pytest.mark.parametrize("norm", ["group_norm", "instance_norm", "batch_norm"])
+def test_numbers_promote_as_they_are_added_behind(norm: str) -> None:
+    options = {"num_groups": 3} if norm == "group_norm" else {}
+
+    def behind(x: Any, r: Any) -> Any:
+        y = getattr(fusednorm, norm)(x, residual=r, activation="silu", **options)
+        return y[0] if norm == "batch_norm" else y
+
+    assert behind(X.astype("bfloat16"), V).dtype == "float32"
+    whole = jnp.round(V).astype("int32")
+    np.testing.assert_array_equal(behind(X, whole), behind(X, whole.astype("float32")))
+    explained = fusednorm.explain(behind, X, whole)
+    for platform in ("cuda", "tpu"):  # whose kernels take no integers
+        (choice,) = explained.on(platform).choices
+        assert isinstance(choice.plan, dispatch.Kernel)
 
 
 VARIANTS = [
@@ -515,6 +540,24 @@ def test_one_number_for_all_features() -> None:
     repeated = jnp.tile(scale, (1, 4, 24))
     y = fusednorm.layer_norm(X, scale, scale)
     assert_agrees(y, fusednorm.layer_norm(X) * repeated + repeated)
+
+
+def test_features_that_are_not_last_may_have_a_scale_of_xs_rank() -> None:
+    scale = jnp.linspace(0.5, 1.5, 4)
+    y, _, _ = fusednorm.batch_norm(X, scale.reshape(1, 4, 1), axis=1)
+    np.testing.assert_array_equal(y, fusednorm.batch_norm(X, scale, axis=1)[0])
+
+
+def test_a_single_row_s_scale_is_that_of_the_features() -> None:
+    (choice,) = fusednorm.explain(fusednorm.layer_norm, X[:1, :1], V[:1, :1]).choices
+    assert choice.own == ""
+
+
+def test_dscale_of_each_element_has_the_dtype_of_scale() -> None:
+    norm, scale = Norm((2,), (2,)), V.astype("bfloat16")
+    _, mean, var = reference.forward(norm, X, scale, None)
+    _, dscale, *_ = reference.backward(norm, W, X, scale, None, mean, var)
+    assert (dscale.shape, dscale.dtype) == (scale.shape, scale.dtype)
 
 
 def test_shapes_that_are_refused() -> None:

@@ -314,6 +314,23 @@ def test_equal_to_flax(kind: str, transform: str, data: Any) -> None:
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_tangent_is_its_gradient_transposed(kind: str, data: Any) -> None:
+    """What is masked out has no say in it."""
+    x, scale, _, dy = data
+    mask = np.random.default_rng(1).random(x.shape) < 0.7
+    options = {"num_groups": 2} if kind == "group_norm" else {}
+
+    def f(x: Any) -> jax.Array:
+        y = getattr(fusednorm, kind)(x, scale, mask=mask, **options)
+        return y[0] if kind == "batch_norm" else y
+
+    x_dot = jnp.cos(dy)
+    along = jnp.vdot(dy, jax.jvp(f, (x,), (x_dot,))[1])
+    (dx,) = jax.vjp(f, x)[1](dy)
+    np.testing.assert_allclose(along, jnp.vdot(dx, x_dot), rtol=1e-11)
+
+
 # --- export ---------------------------------------------------------------------------
 
 
@@ -345,6 +362,19 @@ def test_export(kind: str, platforms: list[str], shape: str) -> None:
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
     for a, b in zip(vjp(dy), expected_vjp(dy), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("norm", [fusednorm.layer_norm, fusednorm.rms_norm])
+def test_export_for_any_number_of_features(norm: Fn) -> None:
+    f = jax.jit(norm)
+    x, dy = (np.random.default_rng(i).normal(0.3, 1, (4, 6)) for i in (0, 1))
+    x, dy = x.astype("float32"), dy.astype("float32")
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, n"), "float32")
+    exported = jax.export.export(f)(symbolic)
+    again = jax.export.deserialize(exported.serialize(vjp_order=1))
+    (y, vjp), (expected, expected_vjp) = jax.vjp(again.call, x), jax.vjp(f, x)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(vjp(dy)[0], expected_vjp(dy)[0], rtol=0, atol=1e-5)
 
 
 # --- devices --------------------------------------------------------------------------

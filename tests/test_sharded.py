@@ -379,6 +379,28 @@ def test_the_key_of_the_persistent_cache_knows_all(
     assert text() != before
 
 
+def test_the_key_of_the_persistent_cache_knows_what_a_gradient_is_of(
+    stand_in: list[Call],
+) -> None:
+    """The forward's key is the same, and the backward's differs."""
+    mesh = mesh_of("data", "Auto")
+    args = placed(mesh, P("d"), data())
+
+    def keys(of: int) -> set[str]:
+        jax.clear_caches()
+
+        def along_dy(x: Any, scale: Any, bias: Any, dy: Any) -> jax.Array:
+            return jnp.vdot(dy, fusednorm.layer_norm(x, scale, bias))
+
+        with jax.set_mesh(mesh):
+            text = jax.jit(jax.grad(along_dy, of)).lower(*args).as_text()
+        return set(re.findall(r"dense<.*> : tensor<2xui32>", text))
+
+    of_scale, of_bias = keys(1), keys(2)
+    assert len(of_scale) == len(of_bias) == 2
+    assert len(of_scale & of_bias) == 1
+
+
 # --- explicit mode, with the stand-in -------------------------------------------------
 
 
@@ -584,6 +606,79 @@ def test_explicit_with_two_axes_of_features(
     }
 
 
+def of_parts(f: Fn, args: Sequence[Any], specs: Sequence[P]) -> Any:
+    """y and gradients, of two devices in explicit mode and by the reference on one."""
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(both(f))(*args)
+    with jax.set_mesh(mesh_of("data", "Explicit")):
+        there = map(jax.device_put, args, specs)
+        return jax.block_until_ready(jax.jit(both(f))(*there)), expected
+
+
+def test_explicit_scale_of_each_element(stand_in: list[Call]) -> None:
+    """dscale lies as x does."""
+    (x, _, bias, dy), (scale, *_) = data(), data(1)
+    specs = P("d"), P("d"), P(), P("d")
+    found, expected = of_parts(fusednorm.layer_norm, (x, scale, bias, dy), specs)
+    agree(found, expected)
+    assert found[2].sharding.spec == P("d", None, None)
+    assert stand_in[-1].x.shape == (2, 8, 32)
+
+
+def test_explicit_scale_of_each_sample_of_a_batch(stand_in: list[Call]) -> None:
+    """One sample a device: what shares a scale there shares no mean."""
+    x, scale, bias, dy = (data(seed)[0][:2] for seed in range(4))
+    args = x, scale[:, :1], bias[:, :1], dy
+    agree(*of_parts(KINDS["batch_norm"], args, [P("d")] * 4))
+    assert stand_in[-1].half
+
+
+def test_explicit_groups_of_a_batch(stand_in: list[Call]) -> None:
+    """What shares a scale shares no mean: a group has several channels."""
+
+    def norm(x: Any, scale: Any, bias: Any) -> jax.Array:
+        given = {"num_groups": 4, "reduction_axes": (0, 1, 2)}
+        return fusednorm.group_norm(x, scale, bias, **given)
+
+    agree(*of_parts(norm, data(), (P("d"), P(), P(), P("d"))))
+    assert stand_in[-1].half
+
+
+def test_explicit_inside_a_shard_map(stand_in: list[Call]) -> None:
+    """Statistics cross its axis, and the one that types tell of."""
+    x, scale, bias, _ = data()
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(KINDS["batch_norm"])(x, scale, bias)
+
+    def part(x: Any, scale: Any, bias: Any) -> jax.Array:
+        return fusednorm.batch_norm(x, scale, bias, axis_name="d")[0]
+
+    stand_in.clear()
+    kinds = AxisType.Auto, AxisType.Explicit
+    with jax.set_mesh(jax.make_mesh((2, 2), ("d", "e"), axis_types=kinds)):
+        mapped = jax.shard_map(
+            part,
+            in_specs=(P("d"), P(), P()),
+            out_specs=P("d"),
+            axis_names={"d"},
+            check_vma=False,
+        )
+        y = jax.jit(mapped)(jax.device_put(x, P(None, "e")), scale, bias)
+    agree([y], [expected])
+    assert stand_in[-1].x.shape == (2, 4, 32)
+
+
+def test_a_mesh_of_both_modes_is_left_to_xla(stand_in: list[Call]) -> None:
+    """It partitions the axes of Auto, whatever types tell of the others."""
+    kinds = AxisType.Explicit, AxisType.Auto
+    x, scale, bias, _ = data()
+    with jax.set_mesh(jax.make_mesh((2, 2), ("d", "e"), axis_types=kinds)):
+        x = jax.device_put(x, P("d"))
+        (choice,) = fusednorm.explain(fusednorm.layer_norm, x, scale, bias).choices
+    assert choice.backend == "reference"
+    assert "partitions this call over 2 devices" in str(choice)
+
+
 @pytest.mark.parametrize(
     ("mode", "spec"),
     [("Auto", P("d")), ("Auto", P(None, "d")), ("Explicit", P(None, None, "d"))],
@@ -758,6 +853,15 @@ def test_statistics_of_devices_with_a_scale_each(kernels: str, check_vma: bool) 
     assert {name.split(", ")[1] for name in interpreters.runs} == {"moments", "sums"}
 
 
+def test_what_is_the_same_on_all_devices_stays_so() -> None:
+    """As statistics over them are those of each."""
+    x, scale, bias, _ = data()
+    norm = functools.partial(fusednorm.layer_norm, axis_name="d")
+    mesh = mesh_of("data", "Auto")
+    same = jax.shard_map(norm, mesh=mesh, in_specs=P(), out_specs=P())
+    agree([same(x, scale, bias)], [fusednorm.layer_norm(x, scale, bias)])
+
+
 # --- fuse -----------------------------------------------------------------------------
 
 
@@ -883,6 +987,14 @@ def test_what_is_not_added_up_yet_is_for_no_kernel() -> None:
         x = types.SimpleNamespace(shape=(4, 32), ndim=2, sharding=sharding)
         found = parts.of_types(Norm((1,), (1,)), x, shapes, [x])
         assert (found is not None) == has_parts
+
+
+def test_axes_keep_their_types_where_one_is_split_for_groups() -> None:
+    kinds = AxisType.Explicit, AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=kinds)
+    refined, inner = parts._refined(mesh, "d", 2)
+    assert refined.axis_names == ("d", inner, "e")
+    assert refined.axis_types == (AxisType.Explicit, *kinds)
 
 
 def test_xs_own_sharding_goes_before_that_of_parameters() -> None:
