@@ -1127,7 +1127,7 @@ REMADE: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]] = {
         lambda m, y: setattr(m, "count", m.count + 1),
         lambda m: m.count,
     ),
-    "a count of NumPy's": (
+    "an array of NumPy's": (
         lambda m, y: setattr(m, "count", np.ones((), int)),
         lambda m: jnp.asarray(m.count),
     ),

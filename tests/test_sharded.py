@@ -626,7 +626,7 @@ def test_explicit_scale_of_each_element(stand_in: list[Call]) -> None:
 
 
 def test_explicit_scale_of_each_sample_of_a_batch(stand_in: list[Call]) -> None:
-    """One sample a device: what shares a scale there shares no mean."""
+    """One sample a device, whose mean is that of both."""
     x, scale, bias, dy = (data(seed)[0][:2] for seed in range(4))
     args = x, scale[:, :1], bias[:, :1], dy
     agree(*of_parts(KINDS["batch_norm"], args, [P("d")] * 4))
@@ -634,7 +634,7 @@ def test_explicit_scale_of_each_sample_of_a_batch(stand_in: list[Call]) -> None:
 
 
 def test_explicit_groups_of_a_batch(stand_in: list[Call]) -> None:
-    """What shares a scale shares no mean: a group has several channels."""
+    """A mean is that of several channels, each with a scale of its own."""
 
     def norm(x: Any, scale: Any, bias: Any) -> jax.Array:
         given = {"num_groups": 4, "reduction_axes": (0, 1, 2)}
