@@ -441,6 +441,25 @@ def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
     np.testing.assert_array_equal(np.asarray(m2)[same], np.asarray(near_m2)[same])
 
 
+def test_squares_are_centred_before_they_lose_digits() -> None:
+    """From a mean of two deviations on."""
+    x = np.random.default_rng(25).normal(6, 1, (64, 4096)).astype("float32")
+    found = jax.jit(lambda x: reference.moments(Norm((1,), (1,)), x, sparing="cpu"))(x)
+    expected = np.var(x.astype("float64"), axis=1, keepdims=True)
+    np.testing.assert_allclose(found[2] / 4096, expected, rtol=4 * EPS32)
+
+
+def test_a_barrier_keeps_the_rounding_of_a_sum() -> None:
+    """On a CPU a rounding that is named takes longer."""
+    x = jnp.ones((8, 128), "bfloat16")
+    norm = jax.jit(lambda x: fusednorm.rms_norm(x, residual=x))
+    text = norm.lower(x).as_text()
+    assert "optimization_barrier" in text
+    assert "reduce_precision" not in text
+    traced = norm.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "reduce_precision" in traced or "custom_call" in traced
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("case", "shortcut"),
