@@ -204,7 +204,7 @@ class Kernel:
 
     backend: str
     name: str
-    launch: Callable[..., Any]
+    launch: Callable[..., Any] = dataclasses.field(compare=False)
     block: str = ""
     why: str = ""
     bytes_moved: int = 0

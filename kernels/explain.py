@@ -126,7 +126,7 @@ def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
             )
             yield _choice(call, answer)
         elif (reason := _never_a_kernel(eqn)) is not None:
-            yield Choice("forward", _described(avals[0]), "", Fallback(reason))
+            yield _choice_of_formula(eqn, reason)
         else:
             inner = target
             if eqn.primitive.name == "shard_map":
@@ -149,6 +149,15 @@ def _choice(call: dispatch.Call, answer: dispatch.Kernel | Fallback) -> Choice:
         own=next((str(p.shape) for p in params if len(p.shape) > 1), ""),
         shortcut=call.shortcut is not None,
     )
+
+
+def _choice_of_formula(eqn: Any, reason: str) -> Choice:
+    """Of a jitted function of x, which returns y first; or of its derivative."""
+    x, y, *others = [var.aval for var in (eqn.invars[0], *eqn.outvars, *eqn.invars)]
+    transposed = "transpose" in str(eqn.source_info.name_stack)
+    op = "backward" if transposed or x.shape != y.shape else "forward"
+    largest = max((x, y, *others), key=lambda aval: aval.size)
+    return Choice(op, _described(largest), "", Fallback(reason))
 
 
 def _described(x: Any) -> str:

@@ -245,6 +245,29 @@ def test_on_platforms_that_are_not_here() -> None:
         assert there.on("cpu") == explanation
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_equal_calls_are_one_line(platform: str) -> None:
+    layers = nnx.Sequential(*[layer_of("LayerNorm") for _ in range(3)])
+    gradient = nnx.grad(loss, argnums=(0, 1))
+    explanation = fusednorm.explain(gradient, layers, *[data()] * 2).on(platform)
+    first, second = (
+        line for line in str(explanation).splitlines() if not line.startswith(" ")
+    )
+    assert first.startswith("3 x forward ")
+    assert second.startswith("3 x backward ")
+
+
+def test_a_gradient_through_running_statistics() -> None:
+    """Is one of x, not of what a derivative keeps."""
+    layer = fusednorm.BatchNorm(FEATURES, use_running_average=True, rngs=nnx.Rngs(0))
+    x = data()
+    forward, backward = fusednorm.explain(
+        jax.grad(lambda x: jnp.vdot(x, layer(x))), x
+    ).choices
+    assert (forward.op, backward.op) == ("forward", "backward")
+    assert forward.x == backward.x == f"float32{list(x.shape)}"
+
+
 def test_on_another_platform_as_many_devices(kernels: None) -> None:
     """Of a sharded array; for NVIDIA GPUs, XLA asks under `jax.set_mesh`."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
