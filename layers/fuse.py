@@ -61,7 +61,8 @@ def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
     Left alone are subclasses of flax's layers with a `__call__` of their own, and norms
     that somebody wrote without flax's, for what they compute is known from their code
     alone: `calls` says it. Doing it twice does nothing more. A graphdef that was taken
-    before, by `nnx.split` or `nnx.cached_partial`, still names the layers as they were.
+    before, by `nnx.split` or `nnx.cached_partial`, still names the layers as they were,
+    and a module that a function hides, as `nnx.jit(module)` does, is not found.
 
     Args:
       model: an nnx Module, or any tree that holds some.
