@@ -7,6 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Of an axis, what is added up in a row at most. XLA's CPU code adds up a few hundred
+# numbers one by one, and more of them in a tree: dscale of 1465 rows of 2048 features,
+# float32, had 1.8 times flax's error in chunks of 256 rows, each one sum.
+IN_A_ROW = 32
+
 
 def in_chunks(
     fn: Callable[..., Any],
@@ -17,8 +22,8 @@ def in_chunks(
 ) -> Any:
     """fn(*operands), of so much of an axis at a time.
 
-    What fn returns of a chunk is put behind that of the one before, where its length
-    is the chunk's, and else added to it.
+    What fn returns of a part of the axis is put behind that of the part before, where
+    its length is the part's, and else added up.
 
     Args:
       fn: of some arrays, or None in the place of one.
@@ -37,28 +42,49 @@ def in_chunks(
     """
     length = like.shape[axis]
     even = (s for s in range(size, size // 2, -1) if length % s == 0)
-    size = next(even, size)
-    if length <= size:
+    chunk = next(even, size)
+    if length <= chunk:
         return fn(*operands)
+    is_cut = [
+        a is not None and a.ndim == like.ndim and a.shape[axis] == length
+        for a in operands
+    ]
+    in_axes = [axis if cut else None for cut in is_cut]
 
-    def cut(operand: jax.Array | None, start: Any, size: int) -> jax.Array | None:
-        if operand is None or operand.ndim != like.ndim:
-            return operand
-        if operand.shape[axis] != length:
-            return operand
-        return lax.dynamic_slice_in_dim(operand, start, size, axis)
+    def of_chunk(start: Any, size: int) -> Any:
+        """What fn returns of its parts, one behind the other on a new first axis."""
+        part = next(n for n in range(IN_A_ROW, 0, -1) if size % n == 0)
 
-    def add(start: Any, totals: Any, size: int) -> Any:
-        def to(total: jax.Array, more: jax.Array) -> jax.Array:
-            if total.shape == more.shape:
-                return total + more
-            return lax.dynamic_update_slice_in_dim(total, more, start, axis)
+        def split(a: Any) -> jax.Array:
+            chunk = lax.dynamic_slice_in_dim(a, start, size, axis)
+            before, behind = chunk.shape[:axis], chunk.shape[axis + 1 :]
+            return chunk.reshape(*before, size // part, part, *behind)
 
-        found = fn(*[cut(operand, start, size) for operand in operands])
-        return jax.tree.map(to, totals, found)
+        pairs = zip(operands, is_cut, strict=True)
+        return jax.vmap(fn, in_axes)(*[split(a) if cut else a for a, cut in pairs])
 
     whole = jax.eval_shape(fn, *operands)
-    totals = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), whole)
-    count, rest = divmod(length, size)
-    totals = lax.fori_loop(0, count, lambda i, t: add(i * size, t, size), totals)
-    return add(count * size, totals, rest) if rest else totals
+    count, rest = divmod(length, chunk)
+    first = jax.eval_shape(lambda: of_chunk(0, chunk))
+    follows = jax.tree.map(lambda w, f: w.shape != f.shape[1:], whole, first)
+
+    def room(result: Any, along: bool) -> jax.Array:
+        sums = (count + (rest > 0), *result.shape)  # of each chunk
+        return jnp.zeros(result.shape if along else sums, result.dtype)
+
+    def put(number: Any, results: Any, size: int) -> Any:
+        start = number * chunk
+
+        def into(all_: jax.Array, parts: jax.Array, along: bool) -> jax.Array:
+            if along:  # the parts in the place of the axis
+                one = lax.collapse(jnp.moveaxis(parts, 0, axis), axis, axis + 2)
+                return lax.dynamic_update_slice_in_dim(all_, one, start, axis)
+            return lax.dynamic_update_index_in_dim(all_, parts.sum(0), number, 0)
+
+        return jax.tree.map(into, results, of_chunk(start, size), follows)
+
+    results = jax.tree.map(room, whole, follows)
+    results = lax.fori_loop(0, count, lambda i, r: put(i, r, chunk), results)
+    if rest:
+        results = put(count, results, rest)
+    return jax.tree.map(lambda r, along: r if along else r.sum(0), results, follows)

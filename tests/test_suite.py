@@ -518,6 +518,23 @@ def test_chunks_are_put_together_and_added_up(
             assert_close(gradient, getattr(truth, name), truth.bounds[name])
 
 
+def test_chunks_lose_no_more_than_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256 rows XLA's CPU code adds up one after the other, of 1465 in a tree."""
+    monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 256 * 512 * 4)
+    case = Case("rms_norm", (1465, 512))
+    x, scale, _, dy = case.data(26, "float32", "float32")
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, None, dy).dscale
+    _, _, var = reference.forward(norm_of(case), x, scale, None)
+
+    def error(sparing: reference.Sparing) -> float:
+        run = functools.partial(reference.backward, norm_of(case), sparing=sparing)
+        _, dscale, *_ = jax.jit(run)(dy, x, scale, None, None, var)
+        return float(np.sqrt(np.mean((dscale - truth) ** 2)))
+
+    assert error("cpu") <= 1.05 * error(None)
+
+
 @pytest.mark.parametrize(
     ("own", "loops"), [((5, 1, 24), 1), ((1, 40, 24), 0), ((5, 40, 24), 0)], ids=str
 )
