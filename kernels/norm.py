@@ -79,7 +79,7 @@ def normalize(
     Returns:
       Array of x's shape, dtype `norm.dtype`.
     """
-    norm = _over(norm, axis_name, axis_index_groups, x, scale)
+    norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
     if _is_plain(norm, x.dtype):
         return _plain(norm, x, scale, bias, mask, shortcut)[0]
     operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
@@ -104,7 +104,7 @@ def normalize_with_moments(
       mean, var: x's rank, with size 1 along reduced axes; mean is None without
         centring.
     """
-    norm = _over(norm, axis_name, axis_index_groups, x, scale)
+    norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
     if _is_plain(norm, x.dtype):
         return _plain(norm, x, scale, bias, mask, shortcut)
     operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
@@ -135,7 +135,7 @@ def normalize_sum(
     """
     has_params = scale is not None or bias is not None
     rowwise = is_rowwise(norm, x.shape, has_params=has_params)
-    across = _over(norm, axis_name, axis_index_groups, x, scale)
+    across = _over(norm, axis_name, axis_index_groups, x, scale, mask)
     if not rowwise or across.over or _is_plain(norm, x.dtype, residual.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
@@ -148,7 +148,12 @@ def normalize_sum(
 
 
 def _over(
-    norm: Norm, axis_name: Any, axis_index_groups: Any, x: jax.Array, scale: Maybe
+    norm: Norm,
+    axis_name: Any,
+    axis_index_groups: Any,
+    x: jax.Array,
+    scale: Maybe,
+    mask: Maybe,
 ) -> Norm:
     """The same with statistics that cross mapped axes."""
     if axis_name is None:
@@ -157,8 +162,13 @@ def _over(
     groups = None
     if axis_index_groups is not None:
         groups = tuple(tuple(map(int, group)) for group in axis_index_groups)
-    # Where x varies, jax keeps account of what does (`check_vma`).
-    one_scale = bool(_varies(x)) and not _varies(scale) & set(names)
+    one_scale = False
+    if varying := _varies(x):  # jax keeps account of what varies (`check_vma`)
+        one_scale = not _varies(scale) & set(names)
+        if groups is None:  # statistics of what is the same are those of each
+            manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+            same = manual - varying - _varies(mask)
+            names = [name for name in names if name not in same]
     return dataclasses.replace(
         norm, over=tuple(names), groups=groups, one_scale=one_scale
     )

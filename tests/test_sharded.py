@@ -862,6 +862,31 @@ def test_what_is_the_same_on_all_devices_stays_so() -> None:
     agree([same(x, scale, bias)], [fusednorm.layer_norm(x, scale, bias)])
 
 
+@pytest.mark.parametrize("over", ["e", ("d", "e")], ids=str)
+def test_what_is_the_same_along_an_axis_stays_so(over: Any) -> None:
+    """Statistics over it are those of each, as with flax's layers."""
+    x, scale, bias, dy = data()
+    mesh = mesh_of("data and features", "Auto")
+
+    def norm(x: Any, scale: Any, bias: Any, **across: Any) -> jax.Array:
+        return fusednorm.batch_norm(x, scale, bias, **across)[0]
+
+    def alone(x: Any, scale: Any, bias: Any) -> jax.Array:
+        if over == "e":  # of two samples each
+            parts = x.reshape(2, 2, *x.shape[1:])
+            return jax.vmap(norm, (0, None, None))(parts, scale, bias).reshape(x.shape)
+        return norm(x, scale, bias)
+
+    mapped = jax.shard_map(
+        functools.partial(norm, axis_name=over),
+        mesh=mesh,
+        in_specs=(P("d"), P(), P()),
+        out_specs=P("d"),
+    )
+    found = jax.jit(both(mapped))(x, scale, bias, dy)
+    agree(found, both(alone)(x, scale, bias, dy))
+
+
 # --- fuse -----------------------------------------------------------------------------
 
 
