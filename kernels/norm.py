@@ -135,8 +135,8 @@ def normalize_sum(
     """
     has_params = scale is not None or bias is not None
     rowwise = is_rowwise(norm, x.shape, has_params=has_params)
-    across = _over(norm, axis_name, axis_index_groups, x, scale, mask)
-    if not rowwise or across.over or _is_plain(norm, x.dtype, residual.dtype):
+    crosses = axis_name is not None
+    if not rowwise or crosses or _is_plain(norm, x.dtype, residual.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         return normalize(norm, h, scale, bias, mask, shortcut, **crossing), h
