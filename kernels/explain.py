@@ -153,11 +153,13 @@ def _choice(call: dispatch.Call, answer: dispatch.Kernel | Fallback) -> Choice:
 
 def _choice_of_formula(eqn: Any, reason: str) -> Choice:
     """Of a jitted function of x, which returns y first; or of its derivative."""
-    x, y, *others = [var.aval for var in (eqn.invars[0], *eqn.outvars, *eqn.invars)]
-    transposed = "transpose" in str(eqn.source_info.name_stack)
-    op = "backward" if transposed or x.shape != y.shape else "forward"
-    largest = max((x, y, *others), key=lambda aval: aval.size)
-    return Choice(op, _described(largest), "", Fallback(reason))
+    x, y, *_ = every = [var.aval for var in (eqn.invars[0], *eqn.outvars, *eqn.invars)]
+    op = "forward"
+    # In `jax.checkpoint` its name does not tell, and what it is given first is a scale.
+    is_other = x.ndim == y.ndim and x.shape != y.shape
+    if "transpose" in str(eqn.source_info.name_stack) or is_other:
+        op, x = "backward", max(every, key=lambda aval: aval.size)
+    return Choice(op, _described(x), "", Fallback(reason))
 
 
 def _described(x: Any) -> str:
