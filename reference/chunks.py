@@ -56,9 +56,9 @@ def in_chunks(
         part = next(n for n in range(IN_A_ROW, 0, -1) if size % n == 0)
 
         def split(a: Any) -> jax.Array:
-            chunk = lax.dynamic_slice_in_dim(a, start, size, axis)
-            before, behind = chunk.shape[:axis], chunk.shape[axis + 1 :]
-            return chunk.reshape(*before, size // part, part, *behind)
+            cut = lax.dynamic_slice_in_dim(a, start, size, axis)
+            before, behind = cut.shape[:axis], cut.shape[axis + 1 :]
+            return cut.reshape(*before, size // part, part, *behind)
 
         pairs = zip(operands, is_cut, strict=True)
         return jax.vmap(fn, in_axes)(*[split(a) if cut else a for a, cut in pairs])

@@ -189,6 +189,17 @@ def _spread(norm: Norm, param: jax.Array, x: Any) -> jax.Array:
     return _reshape(param, shape).astype(norm.compute_dtype)
 
 
+def _weight(norm: Norm, scale: jax.Array | None, x: Any) -> Any:
+    """What x_hat is multiplied by, shaped to broadcast against x."""
+    return 1 if scale is None else norm.weight(_spread(norm, scale, x))
+
+
+def _pixel_axes(norm: Norm, own: int = 0) -> list[int]:
+    """S of x[N, S, G, K]: reduced axes that are no features, from the own-th on."""
+    axes = norm.reduction_axes
+    return [axis for axis in axes if axis not in norm.feature_axes and axis >= own]
+
+
 def _sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.sum(x, axis=tuple(axes), keepdims=True) if axes else x
 
@@ -607,7 +618,7 @@ def backward(
     given = dy, x, scale, bias, mean, var, shortcut
     dz = before_activation(norm, *given)
     own = max([own_params, *(p.ndim - 1 for p in (scale, bias) if p is not None)])
-    pixel_axes = set(norm.reduction_axes) - set(norm.feature_axes)
+    pixel_axes = _pixel_axes(norm)
     of_rows = not pixel_axes or x.ndim - 1 in pixel_axes
     chunked = sparing and (of_rows or _is_narrow(norm, x, dy))
     chunks = _chunks(norm, x, own) if chunked else None
@@ -645,13 +656,10 @@ def _backward_sums(
 ) -> dict[str, jax.Array]:
     """n * c1, n * c2 (if centred), dscale and dbias, of what is here."""
     dtype = norm.compute_dtype
-    # S of x[N, S, G, K], without what scale or bias varies along; and the others.
-    own = max(own_params, 0 if scale is None else scale.ndim - 1)
-    pixel_axes = [
-        axis
-        for axis in norm.reduction_axes
-        if axis not in norm.feature_axes and axis >= own
-    ]
+    # Without what scale or bias varies along.
+    pixel_axes = _pixel_axes(
+        norm, max(own_params, 0 if scale is None else scale.ndim - 1)
+    )
     other_axes = [axis for axis in norm.reduction_axes if axis not in pixel_axes]
 
     rstd = lax.rsqrt(var + norm.epsilon)
@@ -661,9 +669,7 @@ def _backward_sums(
     sum_dz = _sum(wide_dz, pixel_axes)
     sum_dz_centred = _sum(wide_dz * _about(norm, x, mean), pixel_axes)
 
-    weight: Any = 1
-    if scale is not None:
-        weight = norm.weight(_spread(norm, scale, x))
+    weight = _weight(norm, scale, x)
     sums = {"c1": _groups(norm, _sum(weight * sum_dz_centred, other_axes)) * rstd}
     if norm.center:
         sums["c2"] = _groups(norm, _sum(weight * sum_dz, other_axes))
@@ -762,9 +768,7 @@ def input_gradient(
     """
     dtype = norm.compute_dtype
     rstd = lax.rsqrt(var + norm.epsilon)
-    weight: Any = 1
-    if scale is not None:
-        weight = norm.weight(_spread(norm, scale, x))
+    weight = _weight(norm, scale, x)
     # with rstd drawn out of x_hat
     through_statistics = _about(norm, x, mean) * _channels(norm, rstd * c1, x)
     if c2 is not None:

@@ -456,8 +456,10 @@ def test_a_barrier_keeps_the_rounding_of_a_sum() -> None:
     text = norm.lower(x).as_text()
     assert "optimization_barrier" in text
     assert "reduce_precision" not in text
-    traced = norm.trace(x).lower(lowering_platforms=("tpu",)).as_text()
-    assert "reduce_precision" in traced or "custom_call" in traced
+    with fusednorm.use_backend("reference"):
+        text = norm.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "optimization_barrier" not in text
+    assert "reduce_precision" in text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
