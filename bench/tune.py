@@ -37,7 +37,7 @@ from bench.contest import (
 )
 from bench.report import earlier, head, save
 from bench.terminal import STYLE
-from fusednorm.kernels.gpu import rowwise, strips
+from fusednorm.kernels.gpu import strips, tiles
 
 HERE = Path(__file__).resolve().parent
 PASSES = ("forward", "backward")
@@ -102,7 +102,7 @@ class Knob:
 
 def _remade(asked: Asked, setting: Setting) -> Any:
     """Rows of a forward, cut for other numbers."""
-    return rowwise.configure(*asked.args, **asked.kwargs | setting)
+    return tiles.configure(*asked.args, **asked.kwargs | setting)
 
 
 def _of_strip(config: strips.Config) -> Setting:
@@ -139,7 +139,7 @@ def _cut(asked: Asked, setting: Setting, *, resident: bool, kept: int) -> strips
 
 KNOBS = (
     Knob(
-        rowwise,
+        tiles,
         "share",
         read=lambda asked: dataclasses.asdict(asked.answer),
         values=lambda asked: {
@@ -147,10 +147,10 @@ KNOBS = (
             "threads": (256, 384, 512, 640, 768, 896, 1024, 1280),
             "ahead": (0, 36, 56, 64, 100),
         },
-        make=lambda asked, setting: rowwise.Share(**setting),
+        make=lambda asked, setting: tiles.Share(**setting),
     ),
     Knob(
-        rowwise,
+        tiles,
         "configure",
         read=lambda asked: {
             name: asked.kwargs[name] for name in ("per_lane", "of_long", "in_warp")

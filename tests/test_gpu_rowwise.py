@@ -21,7 +21,7 @@ import fusednorm
 from fusednorm.kernels import dispatch, gpu
 from fusednorm.kernels import norm as op
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
-from fusednorm.kernels.gpu import rowwise
+from fusednorm.kernels.gpu import rowwise, tiles
 from tests import interpreters
 from tests.helpers import Case
 from tests.test_channelwise import moved
@@ -59,7 +59,7 @@ def test_each_column_counts_once(
     features: int, per_lane: int, of_long: int, in_warp: int, itemsize: int
 ) -> None:
     """And every load is aligned, and inside its part of the row."""
-    config = rowwise.configure(
+    config = tiles.configure(
         features, itemsize, per_lane=per_lane, of_long=of_long, in_warp=in_warp
     )
     counted = np.zeros(features, int)
@@ -83,9 +83,9 @@ def test_lanes_grow_with_the_row() -> None:
     cut = {
         features: (config.lanes, config.warpgroups, config.cluster, config.rows)
         for features in (64, 256, 1024, 2048, 4096, 20480, 20488, 65536)
-        for of_long in [rowwise.columns_of_long(features, 0)]
+        for of_long in [tiles.columns_of_long(features, 0)]
         for config in [
-            rowwise.configure(
+            tiles.configure(
                 features, 2, per_lane=32, of_long=of_long, in_warp=2048, fill=True
             )
         ]
@@ -117,7 +117,7 @@ def test_the_cut_depends_on_features_and_dtypes_alone(
                 assert kernel.name == f"rowwise {call.op}"
                 assert isinstance(kernel.launch, functools.partial)
                 config = kernel.launch.args[0]
-                assert isinstance(config, rowwise.Config)
+                assert isinstance(config, tiles.Config)
                 blocks.add((call.op, config))
         assert len(blocks) == 2
 
@@ -139,10 +139,10 @@ def test_bytes_moved() -> None:
 def test_columns_lie_alike_whatever_the_number_of_rows(lanes: int) -> None:
     """With fewer rows the lanes repeat them, and a row's lanes stay neighbours."""
     for rows in (1, 2, 4, 8, 16, 32, 64):
-        layout = rowwise._layout(lanes, 4, rows).kwargs
+        layout = tiles._layout(lanes, 4, rows).kwargs
         assert layout["lane_dims"][-1] == -2
         assert layout["vector_dim"] == -1
-        *_, first, vector = rowwise._layout(lanes, 4, rows).args[0].tiles
+        *_, first, vector = tiles._layout(lanes, 4, rows).args[0].tiles
         assert vector == (4,)
         assert first[-1] == 4 * lanes
 
@@ -339,13 +339,13 @@ def test_gpu_offsets_beyond_31_bits() -> None:
     np.testing.assert_array_equal(y, expected)
 
 
-def backward_grid(call: Call) -> tuple[rowwise.Config, int, int, int]:
+def backward_grid(call: Call) -> tuple[tiles.Config, int, int, int]:
     """The plan's config, and tile, tiles and blocks."""
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     config, work, _, processors = kernel.launch.args  # type: ignore[attr-defined]
     rows = call.x.size // config.features
-    return config, *rowwise._grid(config, rows, 1, processors, work.threads)
+    return config, *tiles.grid(config, rows, 1, processors, work.threads)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -379,8 +379,8 @@ def test_a_backward_fills_the_device(
     ],
 )
 def test_blocks_of_examples_are_even(examples: int, rows: int, expected: int) -> None:
-    config = rowwise.configure(1152, 2, per_lane=16, of_long=16, in_warp=512)
-    _, _, blocks = rowwise._grid(config, rows, examples, 132, 384)
+    config = tiles.configure(1152, 2, per_lane=16, of_long=16, in_warp=512)
+    _, _, blocks = tiles.grid(config, rows, examples, 132, 384)
     assert blocks == expected
 
 
@@ -389,12 +389,12 @@ def test_blocks_of_examples_are_even(examples: int, rows: int, expected: int) ->
 def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:
     """They would not wait for each other, which no interpreter sees."""
     for rows in range(1, 9):
-        config, tile, tiles, blocks = backward_grid(calls((rows, features), dtype)[1])
+        config, tile, whole, blocks = backward_grid(calls((rows, features), dtype)[1])
         assert tile <= rows
-        assert not rowwise._sums_twice(config, tiles, blocks)
-    config, tile, tiles, blocks = backward_grid(calls((10**6, features), dtype)[1])
-    assert rowwise._sums_twice(config, tiles, blocks)
-    assert config.long or tile >= rowwise.WARPS
+        assert not tiles.sums_twice(config, whole, blocks)
+    config, tile, whole, blocks = backward_grid(calls((10**6, features), dtype)[1])
+    assert tiles.sums_twice(config, whole, blocks)
+    assert config.long or tile >= tiles.WARPS
 
 
 @pytest.mark.parametrize(
@@ -405,10 +405,10 @@ def test_sums_of_several_batches_of_tiles(
 ) -> None:
     """Two tiles each, with a ragged one: their sums go to shared memory."""
     found: list[bool] = []
-    twice = rowwise._sums_twice
-    monkeypatch.setattr(rowwise, "IN_A_ROW", 2)
+    twice = tiles.sums_twice
+    monkeypatch.setattr(tiles, "IN_A_ROW", 2)
     monkeypatch.setattr(
-        rowwise, "_sums_twice", lambda *args: found.append(twice(*args)) or found[-1]
+        tiles, "sums_twice", lambda *args: found.append(twice(*args)) or found[-1]
     )
     with interpreters.interpreted("mosaic_gpu"), fusednorm.use_backend("mosaic_gpu"):
         run(Case("layer_norm", shape), MIXES[0])
@@ -440,8 +440,8 @@ def test_lanes_of_one_column_keep_no_sums_in_shared_memory() -> None:
     """Mosaic moves them by `stmatrix`, for which others write."""
     for features, expected in ((7, False), (8, True)):
         _, call = calls((10**6, features), "float32")
-        config, _, tiles, blocks = backward_grid(call)
-        assert rowwise._sums_twice(config, tiles, blocks) == expected
+        config, _, whole, blocks = backward_grid(call)
+        assert tiles.sums_twice(config, whole, blocks) == expected
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_bytes_of_sums_of_each_example_on_a_gpu(own: int, examples: int) -> None
     assert isinstance(kernel, Kernel)
     config, work, _, processors = kernel.launch.args  # type: ignore[attr-defined]
     rows = 8 * 256
-    *_, blocks = rowwise._grid(
+    *_, blocks = tiles.grid(
         config, rows // examples, examples, processors, work.threads
     )
     x, param, statistics = rows * 1152 * 2, 1152 * 4, 2 * rows * 4
@@ -568,7 +568,7 @@ def test_bytes_of_groups() -> None:
     )
     assert moved(forward) == 2 * x + 2 * param + statistics
     config, work, _, processors = gpu.plan(backward, None).launch.args
-    *_, blocks = rowwise._grid(config, 37, 32, processors, work.threads)
+    *_, blocks = tiles.grid(config, 37, 32, processors, work.threads)
     sums = 2 * 32 * (2 * blocks + 1) * 3 * 4
     assert moved(backward) == 3 * x + param + statistics + sums
 

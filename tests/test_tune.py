@@ -21,7 +21,7 @@ from bench import __main__ as cli  # noqa: E402
 from bench import report, tune  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.contest import Quantiles, on_device  # noqa: E402
-from fusednorm.kernels.gpu import rowwise, strips  # noqa: E402
+from fusednorm.kernels.gpu import strips, tiles  # noqa: E402
 from tests import interpreters  # noqa: E402
 
 ROWS = Case("rows", nnx.RMSNorm, (64,), "float32", samples=64)
@@ -46,8 +46,8 @@ def clock_of(cost: Callable[[], float]) -> tune.Clock:
     return clock
 
 
-def share_of_rows() -> rowwise.Share:
-    return rowwise.share(
+def share_of_rows() -> tiles.Share:
+    return tiles.share(
         64, 4, center=False, slopes=False, beside=False, own=False, smem=0
     )
 
@@ -64,7 +64,7 @@ def test_it_climbs_to_the_fastest() -> None:
     )
     found = tune.tune(ROWS, "backward", 1e4, clock_of(cost), [threads])
     assert found is not None
-    assert found.function == "rowwise.share"
+    assert found.function == "tiles.share"
     assert found.setting == dataclasses.asdict(share_of_rows())
     assert found.setting["threads"] == 640
     assert found.best is not None
@@ -141,7 +141,7 @@ def test_the_record_keeps_the_last_of_each(
         tune.Trial(setting | {"columns": 4}, failure="Error: none"),
     ]
     found = tune.Tuned(
-        "rows", "float32", (64, 64), "forward", "rowwise.share", setting, "cut", trials
+        "rows", "float32", (64, 64), "forward", "tiles.share", setting, "cut", trials
     )
     record: dict[str, Any] = {"date": "2026-01-02T03", "tuned": [], "failures": {}}
     for one in (dataclasses.replace(found, trials=[]), found):
@@ -151,7 +151,7 @@ def test_the_record_keeps_the_last_of_each(
     assert kept == json.loads(json.dumps(dataclasses.asdict(found)))
     tune.show([found], Console(width=120))
     printed = capsys.readouterr().out
-    assert "would change rowwise.share to columns 8, threads 512: 0.750" in printed
+    assert "would change tiles.share to columns 8, threads 512: 0.750" in printed
     assert "Error: none" in printed
 
 

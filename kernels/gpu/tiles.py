@@ -1,0 +1,851 @@
+"""Tiles of rows: how rows are divided among threads, and what a warpgroup does in one.
+
+The vocabulary of rowwise.py. A row is a list of *chunks*, each `lanes * vector` columns
+wide, held in registers by some lanes of a warp, by whole warpgroups, or by the blocks
+of a cluster. A *tile* is the rows that a warpgroup works on at once.
+
+There are no masked loads in Mosaic GPU. Where the columns do not come out even, the
+last chunk of a row, or of a warpgroup's part of it, starts early and overlaps the
+chunk before it; columns that are seen twice are left out of the sums. Ragged rows are
+handled the same way: the last tile overlaps the one before it. No two warpgroups write
+the same element.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fusednorm.kernels.dispatch import Call, present
+from fusednorm.kernels.geometry import LONGEST_ROW, power_of_two
+from fusednorm.kernels.gpu import memory
+from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
+
+# Tiles whose dscale and dbias are accumulated in registers before their sum moves to
+# shared memory. On an H200, accumulating all 85 tiles of a block in one go gave dbias
+# 1.6 times the rounding error of XLA's.
+IN_A_ROW = 16
+
+# Shared memory of a block: two levels of dscale and dbias sums over 12288 features
+# (RMSNorm has 16384 features and no dbias), and the barriers and buffers in which row
+# sums meet.
+SUMS_BYTES = 2 * 2 * 4 * 12288
+OTHER_BYTES = 1024
+
+
+# --- how the work is cut --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How a backward divides its rows among threads and registers.
+
+    Attributes:
+      columns: columns of a row that a lane should hold.
+      threads: threads per multiprocessor, in persistent blocks.
+      ahead: registers per thread available for the dscale and dbias accumulators plus
+        the next tile. The next tile is prefetched only if both fit.
+      smem: bytes of shared memory that hold the accumulators instead, and the scale if
+        it fits; 0 to keep them in registers.
+    """
+
+    columns: int
+    threads: int
+    ahead: int
+    smem: int = 0
+
+
+def share(
+    features: int,
+    itemsize: int,
+    *,
+    center: bool,
+    slopes: bool,
+    beside: bool,
+    own: bool,
+    smem: int,
+) -> Share:
+    """Returns the share of a backward, chosen from measurements.
+
+    Blocks that do not fit in the register file would run in a second wave, so `threads`
+    follows from the register count of the compiled code, which `make aot` checks.
+
+    Times on an H200 for 160 MB of x, where a copy of the same traffic takes 111 us.
+    They are for LayerNorm (RMSNorm for 128 features in bfloat16, 2048 in float32, and
+    7168), measured when all tiles of a block were accumulated in registers:
+
+      features  dtype     us; with other shares
+            64  bfloat16  124; 16 columns on 512 threads 150
+           128  float32   116; 896 threads 122, 16 columns on 512 125
+           128  bfloat16  117; 896 threads 120
+           512  bfloat16  not measured; 4 columns on 1280 threads 150
+           768  float32   112; 512 threads and the next tile 126
+          1024  bfloat16  not measured; 8 columns on 768 threads 141
+          2048  float32   116; 16 columns on 512 threads 121
+          2048  bfloat16  132 (LayerNorm); 8 columns on 512 threads 149
+          4096  both      116 to 125; 16 columns on 512 threads 117 to 141
+          7168  bfloat16  123; without the next tile 161
+         12288  bfloat16  202 on a cluster, where each row waits for two barriers and
+                          the L2 cache; without the next tile 257
+
+    Longer rows therefore keep the accumulators in shared memory, where it has room for
+    12288 features (RMSNorm: 16384). The registers this frees go to the row, which then
+    needs half as many blocks, mostly one and no cluster. An H100 multiprocessor has 48
+    KB of loads in flight instead of 24 (12288 features, bfloat16). Accumulating costs
+    16 * features bytes of shared memory traffic at 128 bytes per cycle, 1536 cycles per
+    row, while HBM needs 3600 cycles for the row (H200). Not measured yet.
+
+    Args:
+      features: length of a row.
+      itemsize: bytes per element of the widest array of x's size that is read.
+      center: whether the mean or dbias takes part.
+      slopes: whether there is an activation; its slope and z take registers.
+      beside: whether another array of x's size is read besides x and dy.
+      own: whether examples have their own scale, which takes registers too. `beside`
+        and `own` are not measured: their shares are those without them, as far as the
+        registers suffice.
+      smem: bytes of shared memory of a block.
+    """
+    narrow = itemsize == 2
+    room = smem - OTHER_BYTES
+    if features > 8192 and room >= SUMS_BYTES:
+        ahead = 0 if slopes or own or not narrow else 28 if beside else 32
+        columns = 24 if center else 32
+        return Share(columns=columns, threads=512, ahead=ahead, smem=room)
+    beside = beside or own
+    if slopes:  # a long row takes 4 warpgroups, for which 384 threads are no block
+        many = 384 if beside and features <= 2048 else 512
+        return Share(columns=8, threads=many, ahead=36)
+    if features <= 256:
+        many = 896 if center or features < 128 else 1024
+        many = 768 if beside else many
+        return Share(columns=8, threads=many if narrow else 640, ahead=0)
+    if features <= 512:
+        return Share(columns=16, threads=512, ahead=36)
+    if features <= 1024:
+        if narrow:  # a row's sums cost as many instructions as in rows twice as long
+            return Share(columns=32, threads=256, ahead=100)
+        many = 768 if beside else 1024
+        return Share(columns=8, threads=many if features <= 768 else 768, ahead=0)
+    if features <= 2048:
+        if narrow:
+            return Share(columns=16, threads=384, ahead=64)
+        return Share(columns=8, threads=512, ahead=56)
+    if features <= 4096:
+        return Share(columns=32, threads=256, ahead=100)
+    return Share(columns=16, threads=512, ahead=40 if beside else 56)
+
+
+def columns_of_long(features: int, more: int) -> int:
+    """Returns the columns per lane of a forward whose rows take whole warpgroups.
+
+    A warpgroup holds as many columns as its registers allow. The fewer threads share a
+    row, the fewer registers go to per-thread overhead, and the more rows are in flight.
+    By the registers of the compiled code, blocks per H100 multiprocessor and the loads
+    of each, in bfloat16, with at most 64 columns and with these:
+
+        LayerNorm of 12288      2 of 24 KB    3 of 24 KB
+        RMSNorm of 12288        2 of 24 KB    4 of 24 KB
+        LayerNorm of 15360      1 of 30 KB    3 of 30 KB
+        LayerNorm of 20480      1 of 40 KB    2 of 40 KB
+
+    Not measured on a chip, but the cost of few loads in flight is: see
+    `rowwise.forward`.
+
+    Args:
+      features: length of a row.
+      more: how many arrays of x's size are read besides x.
+    """
+    columns = (160, 96, 64)[min(more, 2)]
+    return columns if features <= WARPS * LANES * columns else 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How rows of one length and dtype are divided, whatever their number.
+
+    Attributes:
+      features: length of a row.
+      lanes: lanes of a warpgroup that share a row: 2 to 32, all in one warp, or 128.
+      warpgroups: warpgroups of a block that share a row, side by side.
+      cluster: blocks that share a row, side by side.
+      rows: rows that a warpgroup works on at once.
+      width: columns of a part. A row has warpgroups * cluster parts; the last one may
+        be narrower.
+      chunks: chunks of one part.
+    """
+
+    features: int
+    lanes: int
+    warpgroups: int
+    cluster: int
+    rows: int
+    width: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def long(self) -> bool:
+        """Whether a row takes whole warpgroups."""
+        return self.lanes == WARPS * LANES
+
+    def registers(self, rows: int, itemsize: int) -> int:
+        """Returns the registers per thread that hold a tile of `rows` rows.
+
+        Two 16-bit values share a register if a lane loads them together.
+        """
+        each = sum(pl.cdiv(chunk.vector * itemsize, 4) for chunk in self.chunks)
+        return each * max(rows * self.lanes // (WARPS * LANES), 1)
+
+    def shape(self, chunk: Chunk, rows: int) -> tuple[int, int]:
+        """Returns a chunk's shape for `rows` rows; a long row has a line per warp."""
+        if self.long:
+            return WARPS, LANES * chunk.vector
+        return rows, self.lanes * chunk.vector
+
+    def kept_bytes(self, rows: int) -> int:
+        """Returns the shared memory that a block's part of a tile takes in float32."""
+        each = [math.prod(self.shape(chunk, rows)) for chunk in self.chunks]
+        return 4 * self.warpgroups * sum(each)
+
+    @property
+    def parts(self) -> int:
+        """Warpgroups that share a row, over all blocks of its cluster."""
+        return self.warpgroups * self.cluster
+
+    def beyond(self, chunk: Chunk) -> int:
+        """Returns how many columns of the last part's chunk lie past the row's end."""
+        end = (self.parts - 1) * self.width + chunk.start + self.lanes * chunk.vector
+        return max(end - self.features, 0)
+
+    def __str__(self) -> str:
+        if not self.long:
+            return f"{self.rows} rows of {self.features} features"
+        whole = "1 row" if self.cluster == 1 else f"1 of {self.cluster} parts of a row"
+        return f"{whole} of {self.features} features"
+
+    @property
+    def why(self) -> str:
+        """Why the row's length led to this division, in words."""
+        if not self.long:
+            return f"{self.lanes} lanes hold a row, whose sums need no barrier"
+        hold = "a warpgroup holds"
+        if self.parts > 1:
+            hold = f"{self.parts} warpgroups hold"
+        where = "device" if self.cluster > 1 else "shared"
+        return f"{hold} a row, whose sums meet in {where} memory"
+
+
+def configure(
+    features: int,
+    itemsize: int,
+    *,
+    per_lane: int,
+    of_long: int,
+    in_warp: int,
+    fill: bool = False,
+) -> Config:
+    """Divides rows of `features` columns.
+
+    Args:
+      features: length of a row, at least 2.
+      itemsize: bytes per element of the widest array that is loaded or stored.
+      per_lane: columns that a lane should hold.
+      of_long: columns that a lane should hold of a row that takes whole warpgroups.
+      in_warp: length of the longest row that one warp should hold.
+      fill: whether a lane should hold columns of several rows if rows are short.
+    """
+    # 16 bytes is the widest load, and every row must start at a multiple of it.
+    vector = math.gcd(features, 16 // itemsize)
+    # 8 lanes of 16 bytes fill a 128-byte line; fewer lanes per row would make one load
+    # touch many lines.
+    threads = max(8, pl.next_power_of_2(pl.cdiv(features, per_lane)))
+    if threads > LANES:
+        long = max(WARPS * LANES, pl.next_power_of_2(pl.cdiv(features, of_long)))
+        threads = LANES if features <= in_warp else long
+    lanes = min(threads, WARPS * LANES)
+    while lanes * vector > features:  # a chunk must fit
+        if 2 < lanes <= LANES:
+            lanes //= 2
+        else:
+            vector //= 2
+
+    parts = threads // (WARPS * LANES) or 1
+    warpgroups = min(parts, 4)  # of 128 registers a thread
+    cluster = parts // warpgroups
+    width = pl.cdiv(features, parts * vector) * vector
+    while lanes * vector > features - (parts - 1) * width:  # in the last part too
+        vector //= 2
+    chunks = memory.cut(width, lanes, vector)
+    rows = WARPS * LANES // lanes
+    if fill and rows > 1:
+        rows *= power_of_two(max(per_lane * lanes // features, 1))
+    return Config(features, lanes, warpgroups, cluster, rows, width, tuple(chunks))
+
+
+def share_out(
+    features: int, itemsize: int, *, smem: int, **kind: bool
+) -> tuple[Share, Config]:
+    """Returns a backward's share and config. The arguments are those of `share`."""
+    work = share(features, itemsize, smem=smem, **kind)
+    config = _cut(features, itemsize, work)
+    if work.smem and not in_lines(config):
+        work = share(features, itemsize, smem=0, **kind)
+        config = _cut(features, itemsize, work)
+    return work, config
+
+
+def _cut(features: int, itemsize: int, work: Share) -> Config:
+    """Divides rows so that a lane holds `work.columns` columns."""
+    columns, in_smem = work.columns, work.smem > 0
+    # Mosaic reduces rows over warps with at most 4 columns per lane. And in shared
+    # memory, adjacent 16-byte accesses of lanes have no bank conflicts.
+    four = features <= LANES * columns or in_smem
+    return configure(
+        features,
+        4 if four else itemsize,
+        per_lane=columns,
+        of_long=columns if features <= LONGEST_ROW // 2 or in_smem else 16,
+        in_warp=LANES * columns,
+    )
+
+
+def grid(
+    config: Config, rows: int, examples: int, processors: int, threads: int
+) -> tuple[int, int, int]:
+    """Returns (tile, tiles, blocks) of a persistent grid: rows per tile, whole tiles
+    per example, and blocks per example.
+
+    The grid has as many blocks as are resident with `threads` threads per
+    multiprocessor. It has fewer where a block would get fewer than 32 rows, because its
+    partial sums would exceed a tenth of its traffic; but every multiprocessor gets
+    work. A block works on one example. The grid has more blocks than are resident where
+    the busiest multiprocessor would otherwise have over a tenth more of them than the
+    mean. DiT-XL/2, for instance, has 271 samples: with one block each, some of 132
+    multiprocessors get three and most two; with four blocks each, nine and eight.
+    """
+    tile = min(config.rows, power_of_two(rows))
+    tiles = rows // tile
+    block = WARPS * LANES * config.warpgroups
+    assert threads >= block, "no block of the grid would be resident"
+    resident = processors * (threads // block)
+    least = pl.cdiv(processors, examples)
+    most = max(min(max(rows // 32, least) // config.cluster, tiles), 1)
+    blocks = max(min(resident // config.cluster // examples, most), 1)
+    if examples > 1:
+        clusters = max(processors // config.cluster, 1)
+
+        def busiest(blocks: int) -> float:
+            """Returns the most blocks of one multiprocessor, over the mean."""
+            mean = examples * blocks / clusters
+            return math.ceil(mean) / mean
+
+        choices = range(blocks, most + 1)
+        even = (count for count in choices if busiest(count) <= 1.1)
+        blocks = next(even, None) or min(choices, key=busiest)
+    return tile, tiles, blocks
+
+
+def sums_twice(config: Config, tiles: int, blocks: int) -> bool:
+    """Returns whether sums over `IN_A_ROW` tiles move to shared memory.
+
+    They do where a block has that many whole tiles; a ragged one may follow. With fewer
+    tiles there may be fewer rows than warps, and warps that hold the same row would add
+    to one sum without synchronization.
+    """
+    return in_lines(config) and pl.cdiv(tiles, blocks) >= IN_A_ROW
+
+
+def in_lines(config: Config) -> bool:
+    """Returns whether each lane reads from shared memory only what it wrote there.
+
+    It does not where a lane holds single columns: Mosaic stores these by `stmatrix`,
+    where lanes write each other's values.
+    """
+    return all(chunk.vector > 1 for chunk in config.chunks)
+
+
+# --- where rows lie -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The position of a row, or of the first row of a tile.
+
+    Attributes:
+      at: index along the first axis of an array of rows.
+      number: index among all rows; no two rows share one.
+      group: group of the row's channels, where groups lie side by side; else None.
+    """
+
+    at: Any
+    number: Any
+    group: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Sets of rows; the rows of one example share scale, bias, dscale and dbias.
+
+    Attributes:
+      count: number of examples.
+      rows: rows of each example.
+      groups: whether an example is one group of channels in each of `rows` rows; if
+        not, its rows are consecutive.
+    """
+
+    count: int
+    rows: int
+    groups: bool
+
+    @classmethod
+    def of(cls, call: Call, features: int) -> "Examples":
+        """Returns the examples of a call whose rows have `features` columns."""
+        count = call.row_groups * math.prod(call.x.shape[: call.own])
+        return cls(count, call.x.size // features // count, call.row_groups > 1)
+
+    def row(self, example: Any, index: Any) -> Row:
+        """Returns the position of an example's `index`-th row."""
+        number = example * self.rows + index
+        return Row(index, number, example) if self.groups else Row(number, number)
+
+    def of_program(self, blocks: int) -> tuple[Any, Any]:
+        """Returns (example, block) of this program; an example has `blocks` blocks.
+
+        Programs that run at the same time work on adjacent memory.
+        """
+        # The grid has one axis, since the second axis of a grid is limited to 65535.
+        program = lax.axis_index("block")
+        if self.count == 1:
+            return 0, program
+        if self.groups:
+            return lax.rem(program, self.count), lax.div(program, self.count)
+        return lax.div(program, blocks), lax.rem(program, blocks)
+
+    def by_rows(
+        self, features: int, **operands: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """Returns the operands that are given, as (rows, columns).
+
+        A scale or bias of all rows keeps its shape; that of groups becomes (groups,
+        features).
+        """
+        rows = (-1, self.count * features if self.groups else features)
+        shared = (self.count, features) if self.groups else (features,)
+
+        def shape(name: str, array: jax.Array) -> tuple[int, ...]:
+            return shared if name in ("scale", "bias") and array.ndim == 1 else rows
+
+        given = present(**operands)
+        return {
+            name: array.reshape(shape(name, array)) for name, array in given.items()
+        }
+
+    @property
+    def statistic_shape(self) -> tuple[int, ...]:
+        """Shape of an array with one number per row."""
+        if self.groups:
+            return self.rows, self.count
+        return (self.count * self.rows,)
+
+
+# --- what is in registers -------------------------------------------------------------
+
+
+def _layout(lanes: int, vector: int, rows: int) -> Any:
+    """Lays (rows, lanes * vector) over a warpgroup: rows over warps, then over lanes.
+
+    With fewer rows than the warpgroup has room for, warps and lanes hold copies of a
+    row. So the columns of a row are always on the same lanes, and its sums are always
+    taken in the same order.
+    """
+    rows = min(rows, WARPS * LANES // lanes)
+    warps = min(rows, WARPS)
+    in_warp = rows // warps
+    # The tiles split (rows, columns) into (warps, 1, rows per warp, lanes, vector); the
+    # second and third axes are absent where a warp has one row.
+    tiles = [(rows, lanes * vector)]
+    warp_dims: list[Any] = [-3]
+    lane_dims: list[Any] = [-2]
+    if in_warp > 1:
+        tiles.append((in_warp, lanes * vector))
+        warp_dims, lane_dims = [-5], [-3, -2]
+    if warps == 1:
+        warp_dims = []
+    if warps < WARPS:
+        warp_dims.insert(0, plgpu.Replicated(WARPS // warps))
+    if lanes * in_warp < LANES:
+        lane_dims.insert(0, plgpu.Replicated(LANES // (lanes * in_warp)))
+    return plgpu.Layout.TILED(
+        plgpu.Tiling((*tiles, (vector,))),
+        warp_dims=tuple(warp_dims),
+        lane_dims=tuple(lane_dims),
+        vector_dim=-1,
+    )
+
+
+class Part:
+    """One warpgroup's part of a tile, inside a kernel: its loads, sums and stores.
+
+    In a tile of short rows, a chunk is (rows, columns) and a statistic (rows,). In a
+    long row, a chunk is (4, columns), one line per warp, and a statistic ().
+
+    Attributes:
+      config: how rows are divided.
+      rows: rows of the tile.
+      index: index of this part in its row; the Python int 0 where it is the only one.
+    """
+
+    def __init__(self, config: Config, rows: int, scratch: dict[str, Any]):
+        self.config = config
+        self.rows = rows
+        self.index: Any = 0
+        self._block: Any = 0
+        self._warpgroup: Any = 0
+        if config.cluster > 1:
+            self._block = lax.axis_index("cluster")
+        if config.warpgroups > 1:
+            self._warpgroup = lax.axis_index("warpgroup")
+        if config.parts > 1:
+            self.index = self._block * config.warpgroups + self._warpgroup
+        self._scratch = scratch
+
+    # Where a chunk lies.
+
+    @property
+    def layouts(self) -> list[Any]:
+        """Register layout of each chunk."""
+        return [self._layout(chunk) for chunk in self.config.chunks]
+
+    def _columns(self, chunk: Chunk, group: Any = None) -> pl.Slice:
+        first = self.index * self.config.width + chunk.start - self._earlier(chunk)
+        if group is not None:
+            first = group * self.config.features + first
+        return pl.ds(first, self.config.lanes * chunk.vector)
+
+    def _earlier(self, chunk: Chunk) -> Any:
+        """Returns how many columns early the chunk starts, to end within the row."""
+        if not (beyond := self.config.beyond(chunk)):
+            return 0
+        return jnp.where(self.index == self.config.parts - 1, beyond, 0)
+
+    def _layout(self, chunk: Chunk) -> Any:
+        if self.config.long:
+            return _layout(LANES, chunk.vector, WARPS)
+        return _layout(self.config.lanes, chunk.vector, self.rows)
+
+    def _shape(self, chunk: Chunk) -> tuple[int, int]:
+        return self.config.shape(chunk, self.rows)
+
+    # Chunks.
+
+    def load(self, ref: Any, row: Row) -> list[jax.Array]:
+        """Loads the tile that starts at `row`, chunk by chunk, in the dtype of ref."""
+        if self.config.long:
+            return [
+                memory.load_as(
+                    ref,
+                    (row.at, self._columns(chunk, row.group)),
+                    self._shape(chunk),
+                    self._layout(chunk),
+                )
+                for chunk in self.config.chunks
+            ]
+        rows = pl.ds(row.at, self.rows)
+        return [
+            memory.load(
+                ref,
+                (rows, self._columns(chunk, row.group)),
+                self._layout(chunk),
+                ref.dtype,
+            )
+            for chunk in self.config.chunks
+        ]
+
+    def store(self, ref: Any, row: Row, chunk: Chunk, value: jax.Array) -> None:
+        """Stores one chunk of the tile that starts at `row`."""
+        columns = self._columns(chunk, row.group)
+        if self.config.long:
+            memory.store_as(ref, (row.at, columns), value)
+        else:
+            memory.store(ref, (pl.ds(row.at, self.rows), columns), value)
+
+    def load_param(
+        self, ref: Any, chunk: Chunk, example: Any, examples: int
+    ) -> jax.Array:
+        """Loads the example's scale or bias, broadcast over the rows of the chunk.
+
+        Args:
+          ref: (features,), or (n, features) where examples / n consecutive examples
+            share each row.
+        """
+        at: tuple[Any, ...] = (self._columns(chunk),)
+        if len(ref.shape) > 1:
+            at = (lax.div(example, examples // ref.shape[0]), *at)
+        if self.config.long:
+            shape, layout = self._shape(chunk), self._layout(chunk)
+            return memory.load_as(ref, at, shape, layout).astype(jnp.float32)
+        row = memory.load(ref, at, self._layout(chunk).reduce(0))
+        return lax.broadcast_in_dim(row, self._shape(chunk), (1,))
+
+    def store_total(self, ref: Any, line: Any, chunk: Chunk, value: jax.Array) -> None:
+        """Stores the sum over the tile's rows as one chunk of a line of ref."""
+        columns = self._columns(chunk)
+        if self.config.long:
+            memory.store_as(ref, (line, columns), value)
+        elif self.rows == 1:
+            memory.store(ref, (pl.ds(line, 1), columns), value)
+        else:
+            memory.store(ref, (line, columns), jnp.sum(value, axis=0))
+
+    def keep(self, name: str, values: Sequence[jax.Array]) -> None:
+        """Stores float32 chunks in shared memory; each lane reads its own back."""
+        for i, value in enumerate(values):
+            memory.store(self._scratch[f"{name}_{i}"], (self._warpgroup,), value)
+
+    def kept(self, name: str) -> list[jax.Array]:
+        """Loads the chunks that `keep` stored under this name."""
+        return [
+            memory.load(self._scratch[f"{name}_{i}"], (self._warpgroup,), layout)
+            for i, layout in enumerate(self.layouts)
+        ]
+
+    def zeros(self, chunk: Chunk) -> jax.Array:
+        zeros = jnp.zeros(self._shape(chunk), jnp.float32)
+        return plgpu.layout_cast(zeros, self._layout(chunk))
+
+    def rows_from(self, first: Any, chunk: Chunk, value: jax.Array) -> jax.Array:
+        """Replaces the tile's rows before row `first` with zeros."""
+        row = self._iota(chunk, 0)
+        return jnp.where(row >= first, value, 0.0)
+
+    def _iota(self, chunk: Chunk, axis: int) -> jax.Array:
+        return plgpu.broadcasted_iota(
+            jnp.int32, self._shape(chunk), axis, layout=self._layout(chunk)
+        )
+
+    # Statistics.
+
+    def across(self, statistic: jax.Array, like: jax.Array) -> jax.Array:
+        """Broadcasts a statistic over the columns of `like`."""
+        return lax.broadcast_in_dim(statistic, like.shape, range(statistic.ndim))
+
+    def load_statistic(self, ref: Any, row: Row) -> jax.Array:
+        """Loads the statistic of a long row, or of all rows of the tile at `row`."""
+        at = self._statistic(row)
+        if self.config.long:
+            return ref[at]
+        layout = self._layout(self.config.chunks[0]).reduce(1)
+        return memory.load(ref, at, layout)
+
+    def store_statistic(self, ref: Any, row: Row, value: jax.Array) -> None:
+        at = self._statistic(row)
+
+        def write() -> None:
+            if self.config.long:
+                ref[at] = value
+            else:
+                memory.store(ref, at, value)
+
+        write() if self.config.parts == 1 else pl.when(self.index == 0)(write)
+
+    def _statistic(self, row: Row) -> tuple[Any, ...]:
+        rows = row.at if self.config.long else pl.ds(row.at, self.rows)
+        return (rows,) if row.group is None else (rows, row.group)
+
+    def sums(
+        self, *terms: Sequence[jax.Array], row: Row, place: Any
+    ) -> list[jax.Array]:
+        """Sums each of the terms over whole rows and returns a statistic for each.
+
+        Args:
+          terms: lists of values, one value per chunk.
+          row: the current row.
+          place: first of the slots, one per term, in which the sums of a long row's
+            warps meet. Consecutive calls must use different slots.
+        """
+        own = [self._sum(values) for values in terms]
+        if not self.config.long:
+            return own
+        in_block = self._scratch["sums"]
+        for i, warps in enumerate(own):  # (4,)
+            memory.store(
+                in_block, (place + i, pl.ds(self._warpgroup * WARPS, WARPS)), warps
+            )
+        self._meet("in_block")
+        count = self.config.warpgroups * WARPS
+        totals = [_total(in_block, (place + i,), count) for i in range(len(own))]
+        if self.config.cluster > 1:
+            in_cluster = self._scratch["of_blocks"]
+
+            @pl.when(self._warpgroup == 0)
+            def _() -> None:
+                for i, total in enumerate(totals):
+                    in_cluster[row.number, place + i, self._block] = total
+                memory.fence()
+
+            self._meet("in_cluster")
+            memory.fence()
+            count = self.config.cluster
+            totals = [
+                _total(in_cluster, (row.number, place + i), count)
+                for i in range(len(own))
+            ]
+        return totals
+
+    def _meet(self, barrier: str) -> None:
+        plgpu.barrier_arrive(self._scratch[barrier])
+        plgpu.barrier_wait(self._scratch[barrier])
+
+    def _sum(self, values: Sequence[jax.Array]) -> jax.Array:
+        """Sums over the columns of this part, each counted once: (rows,) or (4,)."""
+        alike: dict[int, Any] = {}  # by vector width: chunks of the same layout
+        for chunk, value in zip(self.config.chunks, values, strict=True):
+            # Start from 0.0, for the reason given in `memory.sum_lanes`. Adding the 0.0
+            # there, at the end, would cost a register, and the backward of 12288
+            # features has none to spare.
+            before = alike.get(chunk.vector, 0.0)
+            alike[chunk.vector] = before + self._once(chunk, value)
+        return functools.reduce(jnp.add, [jnp.sum(v, axis=1) for v in alike.values()])
+
+    def _once(self, chunk: Chunk, value: jax.Array) -> jax.Array:
+        """Replaces the columns that another chunk counts with zeros."""
+        if not chunk.seen and not self.config.beyond(chunk):
+            return value
+        first = chunk.seen + self._earlier(chunk)
+        column = self._iota(chunk, 1)
+        if self.config.long:
+            column = column + self._iota(chunk, 0) * (LANES * chunk.vector)
+        return jnp.where(column >= first, value, 0.0)
+
+
+def _total(ref: Any, at: tuple[Any, ...], count: int) -> jax.Array:
+    """Returns ref[*at, 0] + ... + ref[*at, count - 1], added in this order."""
+    return functools.reduce(jnp.add, [ref[*at, i] for i in range(count)])
+
+
+# --- sums over rows -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums of dscale and dbias over a block's tiles, accumulated in up to two levels.
+
+    The first level sums up to `IN_A_ROW` consecutive tiles, in registers or in shared
+    memory. The second level, where there is one, sums the results of the first in
+    shared memory.
+
+    Attributes:
+      part: the warpgroup's part of the tile.
+      names: names of the sums.
+      in_smem: whether the first level is in shared memory.
+      twice: whether there is a second level.
+    """
+
+    part: Part
+    names: Sequence[str]
+    in_smem: bool
+    twice: bool
+
+    @staticmethod
+    def scratch_names(
+        names: Sequence[str], *, in_smem: bool, twice: bool
+    ) -> tuple[str, ...]:
+        """Returns the names of the sums that need room in shared memory."""
+        first = [_in_a_row(name) for name in names if in_smem]
+        return (*first, *[name for name in names if twice])
+
+    def begin(self) -> dict[str, Sequence[jax.Array]]:
+        """Zeroes the first level and returns the part of it that a loop carries."""
+        if not self.in_smem:
+            return dict.fromkeys(self.names, self._zeros)
+        for name in self.names:
+            self.part.keep(_in_a_row(name), self._zeros)
+        return {}
+
+    def add(self, carried: Any, more: Mapping[str, Sequence[jax.Array]]) -> Any:
+        """Adds one tile's terms to the first level."""
+        if not self.in_smem:
+            return {n: _added(total, more[n]) for n, total in carried.items()}
+        for name in self.names:
+            self._add(_in_a_row(name), more[name])
+        return carried
+
+    def end(self, carried: dict[str, Any]) -> dict[str, Sequence[jax.Array]]:
+        """Returns the sums of the first level."""
+        if not self.in_smem:
+            return carried
+        return {name: self.part.kept(_in_a_row(name)) for name in self.names}
+
+    @property
+    def _zeros(self) -> list[jax.Array]:
+        return [self.part.zeros(chunk) for chunk in self.part.config.chunks]
+
+    def _add(self, name: str, more: Sequence[jax.Array]) -> None:
+        self.part.keep(name, _added(self.part.kept(name), more))
+
+    def over_tiles(
+        self,
+        count: Any,
+        load: Callable[[Any], Any],
+        step: Callable[[Any, Any, Any], Any],
+        *,
+        ahead: bool,
+    ) -> dict[str, Sequence[jax.Array]]:
+        """Returns the sums over a block's tiles, by name.
+
+        Args:
+          count: number of tiles of the block.
+          load: load(i) loads what `step` needs of tile i.
+          step: step(i, carried, loaded) adds the terms of tile i to `carried`.
+          ahead: whether tile i + 1 is loaded while tile i is computed.
+        """
+
+        def in_a_row(first: Any, number: Any, following: Any) -> tuple[Any, Any]:
+            """Sums `number` tiles from tile `first`, which `following` holds."""
+
+            def one(j: Any, carry: Any) -> Any:
+                i = first + j
+                if not ahead:
+                    return step(i, carry, load(i))
+                carried, loaded = carry
+                following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
+                return step(i, carried, loaded), following
+
+            carried = self.begin()
+            if not ahead:
+                return self.end(lax.fori_loop(0, number, one, carried)), None
+            carried, following = lax.fori_loop(0, number, one, (carried, following))
+            return self.end(carried), following
+
+        following = load(0) if ahead else None
+        if not self.twice:
+            return in_a_row(0, count, following)[0]
+
+        def some(n: Any, following: Any) -> Any:
+            first = n * IN_A_ROW
+            number = jnp.minimum(count - first, IN_A_ROW)
+            totals, following = in_a_row(first, number, following)
+            for name, total in totals.items():
+                self._add(name, total)
+            return following
+
+        for name in self.names:
+            self.part.keep(name, self._zeros)
+        lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, some, following)
+        return {name: self.part.kept(name) for name in self.names}
+
+
+def _in_a_row(name: str) -> str:
+    """Returns the name of a first-level sum in shared memory."""
+    return f"{name}_in_a_row"
+
+
+def _added(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
