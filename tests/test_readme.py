@@ -10,6 +10,8 @@ import pytest
 import fusednorm
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
+PAGES = (README, *sorted(DOCS.glob("*.md")))
 
 
 def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,23 +44,39 @@ def test_code_blocks(capsys: pytest.CaptureFixture[str]) -> None:
         assert str(explanation) == textwrap.dedent(said)
 
 
-def test_pages_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
-    pages = sorted((README.parent / "docs").glob("*.md"))
-    assert [page.name for page in pages] == ["sharded.md"]
-    for page in pages:
-        first, *blocks = re.findall(
-            r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
-        )
-        assert "jax_num_cpu_devices" in first  # tests/conftest.py has done that
-        names: dict = {"jax": jax}
-        for block in blocks:
-            exec(compile(block, str(page), "exec"), names)
+def test_examples_of_sharded_models(capsys: pytest.CaptureFixture[str]) -> None:
+    page = DOCS / "sharded.md"
+    text = page.read_text()
+    first, *blocks = re.findall(
+        r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    )
+    assert "jax_num_cpu_devices" in first  # tests/conftest.py has done that
+    names: dict = {"jax": jax}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
     type_of_y, loss = capsys.readouterr().out.splitlines()
-    assert f"print(jax.typeof(y))  # {type_of_y}\n" in pages[0].read_text()
+    assert f"print(jax.typeof(y))  # {type_of_y}\n" in text
     assert 0.5 < float(loss) < 1.5  # a BatchNorm's mean square
     assert names["y"].sharding.spec == jax.P("data")
 
 
 def test_no_placeholder_is_left() -> None:
-    for page in (README, *(README.parent / "docs").glob("*.md")):
+    for page in PAGES:
         assert not re.search(r"[A-Z]+_TABLE|REPOSITORY|TODO", page.read_text())
+
+
+def test_links_lead_somewhere() -> None:
+    links = [
+        (page, *re.fullmatch(r"([^#]*)#?(.*)", link).groups())  # type: ignore[union-attr]
+        for page in PAGES
+        for link in re.findall(r"\]\((?!https?:)(.*?)\)", page.read_text())
+    ]
+    assert {path for page, path, _ in links if page == README} >= {
+        f"docs/{page.name}" for page in PAGES[1:]
+    }
+    for page, path, anchor in links:
+        text = (page.parent / path).read_text()
+        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert not anchor or anchor in [
+            title.lower().replace(" ", "-") for title in titles
+        ]
