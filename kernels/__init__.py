@@ -1,4 +1,4 @@
-"""The functional API: normalizations of plain arrays, for people who do not use NNX."""
+"""The functional API: normalizations of plain arrays, for programs without NNX."""
 
 from fusednorm.kernels.dispatch import use_backend
 from fusednorm.kernels.functional import (

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from fusednorm import reference
 
-# log(Q(z) / t) + z^2 / 2 as a polynomial of t = 1 / (1 + z / sqrt(8)), Q the upper tail
-# of the normal distribution: fitted for z from 0 to 14, right to 2.5e-7.
+# log(Q(z) / t) + z^2 / 2 as a polynomial in t = 1 / (1 + z / sqrt(8)), where Q is the
+# upper tail of the normal distribution. Fitted for z from 0 to 14, with an error of at
+# most 2.5e-7.
 _TAIL = (
     *(-1.95832593, 0.992726482, 0.441172221, -0.24397813, 0.87149082),
     *(-1.81009881, 1.50008609, -0.567367025, 0.081146937),
@@ -17,17 +18,17 @@ _TAIL = (
 
 
 def activate(name: str | None, z: Any) -> Any:
-    """act(z)."""
+    """Returns act(z)."""
     return reference.activate(name, z, normal_cdf)
 
 
 def slope(name: str, z: Any) -> Any:
-    """act'(z)."""
+    """Returns act'(z)."""
     return reference.slope(name, z, normal_cdf)
 
 
 def normal_cdf(z: jax.Array) -> jax.Array:
-    """Phi(z), right to 2e-6 of itself up to |z| = 6. Mosaic has no erfc."""
+    """Returns Phi(z), to a relative error of 2e-6 up to |z| = 6. Mosaic has no erfc."""
     t = 1.0 / (1.0 + jnp.abs(z) * math.sqrt(1 / 8))
     log = jnp.zeros_like(t)
     for coefficient in reversed(_TAIL):

@@ -1,4 +1,4 @@
-"""What XLA is told of a kernel, to schedule it beside other work."""
+"""Cost estimates by which XLA schedules a kernel beside other work."""
 
 import math
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from typing import Any
 
 from jax.experimental import pallas as pl
 
-OPERATIONS = 10  # on each element; whatever it is: kernels are bound by memory
+OPERATIONS = 10  # per element; a rough value will do: kernels are bound by memory
 
 
 def estimate(arrays: Iterable[Any]) -> pl.CostEstimate:
-    """Each array crosses to device memory or from it once.
+    """Estimates a kernel's cost: each array moves to or from device memory once.
 
     Args:
-      arrays: operands and results; anything with a shape and a dtype, or None.
+      arrays: operands and results, each with a shape and a dtype, or None.
     """
     found = [array for array in arrays if array is not None]
     return pl.CostEstimate(

@@ -1,8 +1,8 @@
-"""Which implementation runs a normalization, and why.
+"""The choice of the implementation that runs a normalization, and its reason.
 
-`plan` is asked once for each primitive, when it is lowered for a device: only then are
-the platform and the partitioning known. A kernel takes the call, or the reference does,
-for a reason that can be read with `fusednorm.explain`.
+`plan` is called once per primitive, when the primitive is lowered for a device: only
+then are the platform and the partitioning known. Either a kernel or the reference takes
+the call, and `fusednorm.explain` shows the reason.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from fusednorm.reference import Norm, each_its_own
 
 BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
 
-# Where each platform's kernels are: (backend, module). The module is imported when it
-# is first needed, so that the package imports wherever jax does. It has one function,
+# The kernels of each platform: (backend, module). The module is imported when it is
+# first needed, so that the package imports wherever jax does. Its entry point is
 # plan(call, device) -> Kernel | Fallback.
 KERNELS: dict[str, tuple[str, str]] = {
     "cuda": ("mosaic_gpu", "fusednorm.kernels.gpu"),
@@ -37,19 +37,21 @@ KERNELS: dict[str, tuple[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One primitive's work, as far as an implementation is chosen by it.
+    """The facts about one primitive's work by which an implementation is chosen.
 
     Attributes:
       op: "forward", or "backward" (dx, dscale, dbias).
       norm: axes, groups, epsilon, dtype of y.
-      x, scale, bias, dy: shape and dtype of each, or None where there is none.
-      beside: likewise, of the residual that a forward adds to x, or of dh, to which a
-        backward adds dx.
-      shortcut: likewise, of what is added to z, before the activation.
+      x, scale, bias, dy: shape and dtype of each, or None if absent.
+      beside: shape and dtype of the residual that a forward adds to x, or of dh, to
+        which a backward adds dx; None if absent.
+      shortcut: shape and dtype of the array that is added to z before the activation;
+        None if absent.
       mask: whether a mask is given.
       statistics: whether the forward returns mean and variance too.
       wanted: which of dx, dscale, dbias and dshortcut the backward returns.
-      own_params: leading axes of x that keep a dscale and dbias of their own.
+      own_params: how many leading axes of x dscale and dbias keep, rather than being
+        summed over them.
     """
 
     op: Literal["forward", "backward"]
@@ -67,20 +69,20 @@ class Call:
 
     @property
     def half(self) -> bool:
-        """Whether statistics cross devices: a kernel then finds mean and var of what is
-        here, or c1 and c2, and what is elementwise is left to XLA."""
+        """Whether statistics cross devices. A kernel then computes only mean and var,
+        or c1 and c2, of the local part; the elementwise rest is left to XLA."""
         return bool(self.norm.over)
 
     @property
     def half_name(self) -> str:
-        """What a kernel's name ends in where it does half of the call; else ""."""
+        """Suffix of a kernel's name if the kernel does half of the call; else ""."""
         if not self.half:
             return ""
         return ", moments" if self.op == "forward" else ", sums"
 
     @property
     def geometry(self) -> Geometry | None:
-        """The view x[N, S, G, K], or None where a transpose would be needed."""
+        """The view x[N, S, G, K], or None if it would need a transpose."""
         return geometry(self.norm, self.x.shape, has_params=self.has_params)
 
     @property
@@ -91,13 +93,13 @@ class Call:
 
     @property
     def slopes(self) -> bool:
-        """Whether it is a backward that takes an activation's slope."""
+        """Whether the call is a backward that needs the slope of an activation."""
         return self.op == "backward" and self.norm.activation is not None
 
     @property
     def dy_kept(self) -> jnp.dtype:
-        """Dtype in which a backward keeps dy, or with a shortcut dz: one that rounds
-        nothing. ReLU's dz is dy or 0."""
+        """Dtype in which a backward keeps dy, or dz if there is a shortcut. It rounds
+        nothing: dy's dtype might round a dz, except that ReLU's is dy or 0."""
         assert self.dy is not None
         if self.shortcut is None or self.norm.activation == "relu":
             return self.dy.dtype
@@ -105,7 +107,7 @@ class Call:
 
     @property
     def kept_bytes(self) -> int:
-        """Of an element of x, and in a backward of dy or dz, kept on chip."""
+        """Bytes per element that are kept on chip: x, and in a backward dy or dz."""
         return self.x.dtype.itemsize + (0 if self.dy is None else self.dy_kept.itemsize)
 
     @property
@@ -116,7 +118,7 @@ class Call:
 
     @property
     def wants(self) -> dict[str, bool]:
-        """`wanted` by name, in the order in which a backward returns them."""
+        """`wanted` by name, in the order in which a backward returns the gradients."""
         names = ("dx", "dscale", "dbias", "dshortcut")
         return dict(zip(names, self.wanted, strict=True))
 
@@ -127,14 +129,15 @@ class Call:
 
     @property
     def summed(self) -> tuple[str, ...]:
-        """Those of dscale and dbias that a backward returns, and adds up."""
+        """The wanted ones of dscale and dbias that a backward accumulates: not dscale
+        if each element has its own scale."""
         adding = ("dbias",) if self.scales_each else ("dscale", "dbias")
         return tuple(name for name in adding if self.wants[name])
 
     @property
     def row_groups(self) -> int:
-        """Groups that a row of channels has, each with a scale and bias of its own and
-        nothing beside it to be reduced with; 1 where there are none."""
+        """Groups per row of channels in a rowwise view, where each group is reduced by
+        itself and has its own scale and bias; 1 if there are none."""
         view = self.geometry
         if view is None or view.family != "rowwise" or not self.has_params:
             return 1
@@ -142,7 +145,7 @@ class Call:
 
     @property
     def own(self) -> int:
-        """Leading axes of x along which scale, bias or what their gradients add up to
+        """Number of leading axes of x along which scale, bias or their summed gradients
         vary."""
         given = [self.bias, None if self.scales_each else self.scale]
         leads = [len(p.shape) - 1 for p in given if p is not None]
@@ -151,13 +154,15 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a call is lowered to.
+    """The platform and devices that a call is lowered for.
 
     Attributes:
-      platforms: those that the code is lowered for; several only under `jax.export`.
-      partitioned: devices among which XLA partitions the code by itself; 1 where there
-        is one device, or where `shard_map` has all mesh axes in hand.
-      mesh: that of these devices, if XLA then asks what each should do with its part.
+      platforms: platforms that the code is lowered for; several only under
+        `jax.export`.
+      partitioned: number of devices over which XLA partitions the code by itself; 1 on
+        one device, or where all mesh axes are manual axes of a `shard_map`.
+      mesh: mesh of these devices if XLA asks what each should do with its part, or
+        None.
     """
 
     platforms: tuple[str, ...]
@@ -166,9 +171,9 @@ class Target:
 
     @classmethod
     def default(cls) -> "Target":
-        """One device of jax's default platform."""
+        """Returns one device of jax's default platform."""
         platform = jax.default_backend()
-        if platform == "gpu":  # lowering tells the makers apart
+        if platform == "gpu":  # a lowering names the vendor
             version = jax.devices()[0].client.platform_version
             platform = "rocm" if "rocm" in version.lower() else "cuda"
         return cls((platform,))
@@ -183,23 +188,26 @@ ONE_TPU = Target(("tpu",))
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel takes the call.
+    """The answer that a kernel takes the call.
 
     Attributes:
       backend: "mosaic_gpu" or "mosaic_tpu".
       name: the kernel, e.g. "rowwise forward".
-      launch: the kernel itself. Takes the operands of the reference function of the
-        same name, (x, scale, bias, mask) or (dy, x, scale, bias, mean, var, mask), each
-        an array or None, and by name what else there is: residual or dh, and shortcut.
-        Returns a list: y, of a sum that too, and with `statistics` mean (if centred)
-        and var; or those of dx, dscale, dbias and dshortcut that are `wanted`. Half of
-        that, for `Call.half`: h if there is a residual, mean and var; or c1 and c2 (if
-        centred) in the place of dx, means of w * x_hat and of w, dscale and dbias.
-      block: what one block works on, in words.
-      why: why this variant was chosen, in words.
+      launch: the function that launches the kernel. It takes the operands of
+        `reference.forward`, (x, scale, bias, mask), or of `reference.backward`, (dy, x,
+        scale, bias, mean, var, mask), each an array or None. A residual or dh, and a
+        shortcut, are passed by name if there are any. The result is a list:
+        forward: y; h if there is a residual; with `statistics` mean (if centred) and
+          var. If `Call.half`: h if there is a residual, mean (if centred) and var.
+        backward: the `wanted` ones of dx, dscale, dbias and dshortcut. If `Call.half`:
+          c1 and c2 (if centred), the means of w * x_hat and of w, in the place of dx;
+          then dscale and dbias.
+      block: the work of one block, in words.
+      why: the reason for this variant, in words.
       bytes_moved: bytes read from and written to device memory.
-      unless_named: why the reference is expected to be faster, in words: "auto" then
-        takes it, and the kernel runs where its backend is named. "" where it is not.
+      unless_named: why the reference is expected to be faster, in words; "" if it is
+        not. "auto" then takes the reference, and the kernel runs only if its backend is
+        named.
     """
 
     backend: str
@@ -213,25 +221,26 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-    """The reference takes the call; a person can act on the `reason`."""
+    """The answer that the reference takes the call, for a `reason` that a person can
+    act on."""
 
     reason: str
 
 
 # --- the choice of the user -----------------------------------------------------------
 
-# Part of the key of every jit cache: a function that was traced under one backend is
-# traced again under another.
+# Part of the key of every jit cache, so that a function that was traced under one
+# backend is traced again under another.
 _chosen = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Chooses the implementation for every fusednorm call traced in this context, by
-    this thread.
+    """Chooses the implementation of every fusednorm call that this thread traces in
+    this context.
 
     Args:
-      backend: "auto" lets the plan choose what it expects to be fastest, and falls back
+      backend: "auto" lets `plan` choose what it expects to be fastest, and falls back
         silently; "reference" is plain jax.numpy; "mosaic_gpu" and "mosaic_tpu" are the
         kernels, which raise where they cannot run. A gradient uses the backend of its
         forward.
@@ -240,15 +249,15 @@ def use_backend(backend: str) -> Iterator[None]:
       ValueError: no such backend.
       NotImplementedError: at lowering, when a kernel that was named cannot run there.
 
-    The environment variable FUSEDNORM_BACKEND, read at the first call, sets what holds
-    outside of any such context.
+    The environment variable FUSEDNORM_BACKEND, read at the first call, sets the backend
+    outside of these contexts.
     """
     with _chosen(_check_backend(backend, "use_backend")):
         yield
 
 
 def current_backend() -> str:
-    """The backend that calls traced here are bound to."""
+    """Returns the backend that calls traced here are bound to."""
     chosen = _chosen.value
     return _environment_backend() if chosen is None else chosen
 
@@ -272,14 +281,16 @@ def _check_backend(name: str, source: str) -> str:
     return name
 
 
-# The device that is compiled for where this process has none: a lowering does not say.
+# The device to compile for if this process has none of the platform: a lowering does
+# not name it.
 _elsewhere = jax.make_user_context(default_value=None)
 
 
 def compiling_for(device: Any) -> contextlib.AbstractContextManager[None]:
-    """Plans for a device of `jax.experimental.topologies` what is lowered here.
+    """Plans calls that are lowered in this context for `device`.
 
-    Without it, for a device of which nothing is known.
+    The device comes from `jax.experimental.topologies`. `plan` uses it if this process
+    has no device of the platform; outside of this context it then knows no device.
     """
     context: contextlib.AbstractContextManager[None] = _elsewhere(device)
     return context
@@ -293,8 +304,8 @@ _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 def plan(call: Call, target: Target, backend: str = "auto") -> Kernel | Fallback:
     """Chooses the implementation of one call.
 
-    A function of shapes, dtypes and the target alone: what runs does not depend on
-    values, nor on what ran before.
+    The choice follows from shapes, dtypes and the target alone. It depends neither on
+    values nor on what ran before.
 
     Raises:
       NotImplementedError: `backend` names kernels, and they cannot take this call.
@@ -342,13 +353,13 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
     _, module = KERNELS[platform]
     try:
         device = jax.devices(platform)[0]
-    except RuntimeError:  # compiled here for a device that is elsewhere
+    except RuntimeError:  # compiling for a device that this process does not have
         device = _elsewhere.value
     return importlib.import_module(module).plan(call, device)
 
 
 def _first_half(call: Call) -> Call:
-    """What a kernel does of a call whose statistics cross devices, until they do."""
+    """Returns the part of a call that a kernel does before statistics cross devices."""
     if call.op == "forward":
         return dataclasses.replace(
             call, scale=None, bias=None, shortcut=None, statistics=True
@@ -357,7 +368,7 @@ def _first_half(call: Call) -> Call:
 
 
 def _refusal(call: Call) -> str | None:
-    """Why no kernel of any platform takes the call, or None."""
+    """Returns why no kernel of any platform takes the call, or None."""
     if call.mask:
         return "mask given"
     if call.op == "backward" and not any(call.wanted[:3]):
@@ -415,7 +426,7 @@ def _either(names: Sequence[str]) -> str:
 
 
 def target_of(ctx: mlir.LoweringRuleContext) -> Target:
-    """The target of a lowering in progress."""
+    """Returns the target of a lowering in progress."""
     module = ctx.module_context
     axes = module.axis_context
     platforms = tuple(ctx.platforms or module.platforms)
@@ -424,15 +435,15 @@ def target_of(ctx: mlir.LoweringRuleContext) -> Target:
         left = [size for name, size in axes.mesh.shape.items() if name not in manual]
         return Target(platforms, math.prod(left))
     devices = getattr(axes, "num_devices", None) or 1
-    # An exported program would keep a pointer to what XLA asks.
+    # XLA asks through a pointer in the program, which must not be exported.
     exported = module.lowering_parameters.for_export
     return Target(platforms, devices, None if exported else asking(platforms, devices))
 
 
 def asking(platforms: Sequence[str], devices: int) -> Any:
-    """The mesh of `jax.set_mesh`, if XLA asks what each of its devices should do.
+    """Returns the mesh of `jax.set_mesh` if XLA asks what each device should do.
 
-    It does for NVIDIA GPUs (`custom_partitioning`), about axes that it partitions over.
+    XLA asks on NVIDIA GPUs (`custom_partitioning`), about axes that it partitions over.
     """
     if devices == 1 or "tpu" in platforms:
         return None
@@ -442,12 +453,12 @@ def asking(platforms: Sequence[str], devices: int) -> Any:
 
 
 def present(**arrays: jax.Array | None) -> dict[str, jax.Array]:
-    """Those that are not None."""
+    """Returns the arrays that are not None."""
     return {name: array for name, array in arrays.items() if array is not None}
 
 
 def describe(operand: Any) -> Any:
-    """Shape and dtype alone, of an array or an abstract value."""
+    """Returns shape and dtype alone, of an array or an abstract value."""
     if operand is None:
         return None
     return jax.ShapeDtypeStruct(operand.shape, jnp.dtype(operand.dtype))

@@ -1,7 +1,7 @@
 """The one view that every kernel works on: x[N, S, G, K].
 
-Mean and variance are taken over (S, K), one pair for each (n, g); scale and bias have
-one entry for each (g, k).
+Mean and variance are taken over (S, K), one pair per (n, g). Scale and bias have one
+entry per (g, k).
 
 | layer                        | N       | S          | G        | K        |
 |------------------------------|---------|------------|----------|----------|
@@ -11,7 +11,8 @@ one entry for each (g, k).
 | InstanceNorm                 | batch   | pixels     | channels | 1        |
 | BatchNorm                    | 1       | all pixels | channels | 1        |
 
-S = 1 is a rowwise norm (what is reduced lies contiguous), S > 1 a channelwise one.
+A norm with S = 1 is rowwise: the elements that it reduces are contiguous. A norm with
+S > 1 is channelwise.
 """
 
 import dataclasses
@@ -19,12 +20,13 @@ from collections.abc import Sequence
 
 from fusednorm.reference import Norm
 
-# Features that a GPU's rowwise kernels take: on a cluster of 8 blocks as many as the
-# backward's registers hold. Beyond, a view with pixels is preferred, if there is one.
+# Most features that a GPU's rowwise kernels take: what the registers of the backward
+# hold on a cluster of 8 blocks. For longer rows a view with pixels is preferred, if
+# there is one.
 LONGEST_ROW = 65536
 
-# Which of N, S, G, K an axis belongs to, by (is it reduced, do scale and bias vary on
-# it).
+# Position in (N, S, G, K) of an axis, by (whether it is reduced, whether scale and bias
+# vary along it).
 _ROLE = {(False, False): 0, (True, False): 1, (False, True): 2, (True, True): 3}
 
 
@@ -49,16 +51,16 @@ class Geometry:
 
 
 def geometry(norm: Norm, shape: Sequence[int], *, has_params: bool) -> Geometry | None:
-    """The view of an array under `norm`, or None where reshape cannot make it.
+    """Returns the view of an array under `norm`, or None if a reshape cannot make it.
 
-    The axes must come in the order N, S, G, K; axes of size 1 may lie anywhere.
+    The axes must come in the order N, S, G, K; axes of size 1 may be anywhere.
 
     Args:
-      norm: what is normalized over what.
+      norm: the normalization.
       shape: shape of x.
-      has_params: whether there is a scale or a bias. Without them no axis need be a
-        feature axis, more views will do, and a rowwise one is preferred, up to
-        `LONGEST_ROW` features.
+      has_params: whether there is a scale or a bias. Without them no axis has to be a
+        feature axis, so more views qualify. A rowwise view of up to `LONGEST_ROW`
+        features is then preferred.
     """
     sizes = list(shape)
     reduced = set(norm.reduction_axes)
@@ -82,13 +84,13 @@ def geometry(norm: Norm, shape: Sequence[int], *, has_params: bool) -> Geometry 
 
 
 def is_rowwise(norm: Norm, shape: Sequence[int], *, has_params: bool) -> bool:
-    """Whether there is a view of an array (see `geometry`), and it has S = 1."""
+    """Returns whether `geometry` finds a view of an array, and it has S = 1."""
     view = geometry(norm, shape, has_params=has_params)
     return view is not None and view.family == "rowwise"
 
 
 def power_of_two(most: int) -> int:
-    """The largest power of two up to `most`."""
+    """Returns the largest power of two that is at most `most`."""
     return 1 << (most.bit_length() - 1)
 
 

@@ -4,31 +4,34 @@
     tangent_p    x_dot, scale_dot, bias_dot, shortcut_dot -> y_dot, linear in these four
     gradient_p   dy, x, scale, mean, var -> dx, dscale, dbias, dshortcut
 
-To x_hat * scale + bias a shortcut of x's shape can be added, and an activation follow,
-whose slope depends on bias and shortcut: tangent_p and gradient_p take these too then.
-With a residual norm_p normalizes h = x + residual. It can return h too, or x where
-there is none (`carries`): its tangent goes through tangent_p unchanged, so that the
-transpose of that primitive has its cotangent in hand, and gradient_p adds dx to it.
+A shortcut of x's shape can be added to x_hat * scale + bias, and an activation can
+follow. The activation's slope depends on bias and shortcut, so tangent_p and gradient_p
+then take these too.
 
-A scale or bias can have leading axes, those of x along which it varies: of each sample,
-or of each row, or what vmap has made of it.
+If there is a residual, norm_p normalizes h = x + residual. `carries` makes it return h
+too, or x if there is no residual. The tangent of h passes through tangent_p unchanged.
+The transpose of tangent_p therefore receives the cotangent of h, and gradient_p adds dx
+to it.
 
-How they hang together:
+A scale or bias can have leading axes: the axes of x along which it varies. These run
+over samples or rows, or come from vmap.
+
+The rules of the primitives:
 
     jvp of norm_p           norm_p with statistics, and tangent_p for the tangent of y
     transpose of tangent_p  gradient_p: the backward kernel of every reverse pass
-    jvp of the other two    that of their jax.numpy formulas, so every order exists
-    Taylor series (jet)     those of the formulas
+    jvp of the other two    the jvp of their jax.numpy formulas, so every order exists
+    Taylor series (jet)     the series of the formulas
     vmap                    one more leading axis, and the same primitive again
-    abstract evaluation     that of the formulas, which know shardings and manual axes
-    lowering                what `plan` chose for the platform and partitioning at hand
+    abstract evaluation     the formulas' own, which know shardings and manual axes
+    lowering                what `plan` chooses for the platform and the partitioning
 
 So reverse mode runs one forward and one backward kernel, whatever vmap, remat, scan or
 jit is around it, and jvp, Hessians and export work too. `jax.custom_vjp` would refuse
-forward mode; a choice of platform at trace time would break export.
+forward mode, and a choice of platform at trace time would break export.
 
 The primitives keep the caller's rank. The kernels' view x[N, S, G, K] is made inside an
-implementation, for a reshape out here would make XLA gather a sharded array.
+implementation, because a reshape at this level would make XLA gather a sharded array.
 """
 
 import dataclasses
@@ -49,7 +52,7 @@ from fusednorm.kernels import dispatch, parts
 from fusednorm.kernels.geometry import is_rowwise
 from fusednorm.reference import Norm
 
-# An array, or None where there is none: no bias, a tangent that is zero.
+# An array, or None if it is absent: no bias, or a tangent that is zero.
 Maybe = jax.Array | None
 
 
@@ -64,15 +67,15 @@ def normalize(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
 ) -> jax.Array:
-    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias + shortcut).
+    """Computes y = act((x - mean) * rsqrt(var + epsilon) * scale + bias + shortcut).
 
     Args:
-      norm: what is normalized over what; see `fusednorm.reference.Norm`.
+      norm: the normalization; see `fusednorm.reference.Norm`.
       x: float or complex array of any shape.
-      scale, bias: shape (features,), behind leading axes of x along which they vary; or
-        None.
-      mask: None, or bool of x's rank that broadcasts to x.
-      shortcut: x's shape, or None.
+      scale, bias: shape (features,), after the leading axes of x along which they vary;
+        or None.
+      mask: None, or a bool array of x's rank that broadcasts to x.
+      shortcut: array of x's shape, or None.
       axis_name: mapped axes over which the statistics are combined too.
       axis_index_groups: as for `jax.lax.psum`.
 
@@ -97,7 +100,9 @@ def normalize_with_moments(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
 ) -> tuple[jax.Array, Maybe, jax.Array]:
-    """As `normalize`, and the statistics, of which BatchNorm keeps running averages.
+    """Normalizes like `normalize`, and returns the statistics too.
+
+    BatchNorm keeps running averages of them.
 
     Returns:
       y: x's shape.
@@ -127,7 +132,7 @@ def normalize_sum(
     axis_name: Hashable | None = None,
     axis_index_groups: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`normalize` of h = x + residual, and h.
+    """Normalizes h = x + residual like `normalize`, and returns h too.
 
     Returns:
       y: x's shape, dtype `norm.dtype`.
@@ -155,7 +160,7 @@ def _over(
     scale: Maybe,
     mask: Maybe,
 ) -> Norm:
-    """The same with statistics that cross mapped axes."""
+    """Returns `norm` with statistics that are combined over mapped axes too."""
     if axis_name is None:
         return norm
     names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
@@ -163,9 +168,9 @@ def _over(
     if axis_index_groups is not None:
         groups = tuple(tuple(map(int, group)) for group in axis_index_groups)
     one_scale = False
-    if varying := _varies(x):  # jax keeps account of what varies (`check_vma`)
+    if varying := _varies(x):  # JAX tracks what varies (`check_vma`)
         one_scale = not _varies(scale) & set(names)
-        if groups is None:  # statistics of what is the same are those of each
+        if groups is None:  # combining statistics of equal x changes nothing
             manual = set(jax.sharding.get_abstract_mesh().manual_axes)
             same = manual - varying - _varies(mask)
             names = [name for name in names if name not in same]
@@ -175,9 +180,12 @@ def _over(
 
 
 def _is_plain(norm: Norm, *dtypes: Any) -> bool:
-    """Whether it is no primitive's: of complex numbers, with an epsilon that the
-    program computes, with `axis_index_groups`, or over other mapped axes than those
-    that a `jax.shard_map` has in hand (of a vmap)."""
+    """Returns whether the reference takes the call without a primitive.
+
+    It does for complex numbers, for an epsilon that the program computes, for
+    `axis_index_groups`, and for mapped axes that are not manual axes of a
+    `jax.shard_map` (axes of a vmap).
+    """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return (
         norm.groups is not None
@@ -190,12 +198,13 @@ def _is_plain(norm: Norm, *dtypes: Any) -> bool:
 def _alike_over_devices(norm: Norm, x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
     """Makes all operands vary over the same manual axes of a `jax.shard_map`.
 
-    Parameters are the same on every device of the axis, x is not: the cast says so, and
-    its transpose is the psum that adds up dscale and dbias over the devices.
+    Parameters are the same on every device of an axis, but x is not. The cast marks the
+    parameters as varying, and its transpose is the psum that sums dscale and dbias over
+    the devices.
     """
     operands = (x, *others)
     over: frozenset[Hashable] = frozenset().union(*(_varies(a) for a in operands))
-    if over:  # where jax keeps account of what varies
+    if over:  # where JAX tracks what varies
         over |= set(norm.over)
     return tuple(
         a
@@ -209,8 +218,8 @@ def _varies(a: Maybe) -> frozenset[Hashable]:
     return frozenset() if a is None else jax.typeof(a).manual_axis_type.varying
 
 
-# One jit around each op: its cache makes the second norm of a shape cheap to trace. Its
-# name is what profiles and HLO show.
+# There is one jit around each op: its cache makes the second norm of a shape cheap to
+# trace. Profiles and HLO show the function's name.
 @functools.partial(
     jax.jit, static_argnames=("norm", "backend", "carries", "statistics")
 )
@@ -245,14 +254,14 @@ def _plain(norm: Norm, *operands: Maybe) -> tuple[jax.Array, Maybe, jax.Array]:
 
 
 def _without_epsilon(norm: Norm) -> tuple[Norm, Maybe]:
-    """The norm as the key of a cache, and its epsilon where the program computes it."""
+    """Returns the norm as a cache key, and its epsilon if the program computes it."""
     if isinstance(norm.epsilon, float):
         return norm, None
     return dataclasses.replace(norm, epsilon=math.nan), norm.epsilon
 
 
-# What `_is_plain`: the reference with JAX's own derivatives. `explain` knows it by the
-# functions' names.
+# Calls for which `_is_plain` holds run the reference with JAX's own derivatives.
+# `explain` recognizes these functions by their names.
 @functools.partial(jax.jit, static_argnames="norm")
 def fusednorm_plain(
     norm: Norm,
@@ -288,11 +297,11 @@ def infer(
     bias: Maybe,
     shortcut: Maybe,
 ) -> jax.Array:
-    """`normalize` for statistics given.
+    """Normalizes like `normalize`, but with given statistics.
 
     Args:
       norm: axes of the features, epsilon, activation, dtype of y.
-      x: any shape.
+      x: array of any shape.
       mean, var: x's rank, with size 1 along reduced axes.
       scale, bias, shortcut: as for `normalize`.
     """
@@ -319,8 +328,8 @@ def fusednorm_inference(
 
 
 # --- the primitives -------------------------------------------------------------------
-# A primitive's operands are flat, and `tree` puts them, and None where there is none,
-# into the tuple that its formula takes. A formula returns a flat list.
+# A primitive's operands are flat. `tree` puts them into the tuple that its formula
+# takes, with None for an operand that is absent. A formula returns a flat list.
 
 
 def _norm_formula(
@@ -362,11 +371,11 @@ def _gradient_formula(
 
 
 def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
-    """A primitive that means `formula`."""
+    """Returns a primitive that is defined by `formula`."""
     primitive = Primitive(name)
     primitive.multiple_results = True
 
-    # A jit, for its cache: shapes seen before are not traced again, here or in
+    # The jit is for its cache: shapes seen before are not traced again, here or in
     # lowering.
     @functools.partial(
         jax.jit,
@@ -415,12 +424,12 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
         return mlir.lower_fun(implementation, multiple_results=True)(ctx, *flat)
 
     def taylor(primals_in: Any, series_in: Any, **params: Any) -> Any:
-        del params["backend"]  # a rule of jet has and returns unscaled coefficients
+        del params["backend"]  # jet's rules take and return unscaled coefficients
         along = functools.partial(meaning, **params)
         return jet.jet(along, primals_in, series_in, factorial_scaled=False)
 
     def run(*flat: Any, backend: str, **params: Any) -> list[jax.Array]:
-        return meaning(*flat, **params)  # only jax.disable_jit() comes here
+        return meaning(*flat, **params)  # reached only under jax.disable_jit()
 
     primitive.def_impl(run)
     primitive.def_abstract_eval(abstract)
@@ -430,30 +439,41 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
 
 
 def _sparing(call: dispatch.Call, target: dispatch.Target) -> reference.Sparing:
-    """Whose work the reference should spare, if one device's; see reference/norm.py.
+    """Returns the `sparing` of the reference: the compiler that it should favour.
 
-    On a TPU only the forward: both sums are then part of the convolution that makes x,
-    and x is read once less. Compiled for a v5e, 200 x 28 x 28 x 512 in bfloat16 between
-    two convolutions: 4.3 tensors for 5.3, flax's 4.3.
+    It is None unless the target is one CPU or one TPU. See `Sparing` in
+    reference/norm.py.
 
-    On a CPU not the forward where XLA makes one loop of the whole norm, which a branch
-    would break up: it does from 4096 statistics on. Sparing and not, in times flax's:
-    4095 rows of 512 float32 features 0.97 and 1.26, 100000 of 64 1.25 and 1.01;
-    bfloat16, 732 rows of 8192 1.07 and 1.25, 16384 of 1024 2.89 and 1.26. In float16
-    the loop is slow: 100000 rows of 64 0.22 and 0.86. Of groups it makes none: 512
-    images of 2 x 2 x 512 0.41 and 1.06, (1024, 1024) 0.31 and 1.17; but (64, 128), with
-    2048 statistics of 4 numbers each, for whose branch they are many, 1.48 and 1.04.
+    On a TPU only the forward is sparing. Both sums are then part of the convolution
+    that makes x, and x is read once less. A norm of 200 x 28 x 28 x 512 in bfloat16
+    between two convolutions, compiled for a v5e, then moves 4.3 tensors rather than
+    5.3; flax's moves 4.3.
 
-    Nor the backward of rows of which dx alone is wanted, or dscale and dbias: that is
-    one loop too. 4096 rows of 512, dx of LayerNorm 1.52 and 0.76, RMSNorm 1.22 and
-    0.88, dscale of RMSNorm 2.2 and 0.94; but with fewer rows, 2048 of 2048, dx 0.90 and
-    2.1, and in bfloat16, 3940 of 768, 0.22 and 1.12; dx and dscale 0.1 and 0.31. Of
-    groups the loop is slow: dx of (8192, 256) in 64 0.90 and 1.63.
+    On a CPU the forward is not sparing where XLA makes one loop of the whole norm,
+    which a branch would break up. XLA does so from 4096 statistics on, except in
+    groups. Times relative to flax, sparing vs not sparing:
+
+    - float32: 4095 rows of 512 features: 0.97 vs 1.26; 100000 of 64: 1.25 vs 1.01
+    - bfloat16: 732 rows of 8192: 1.07 vs 1.25; 16384 of 1024: 2.89 vs 1.26
+    - float16, where the loop is slow: 100000 rows of 64: 0.22 vs 0.86
+    - groups: 512 images of 2 x 2 x 512: 0.41 vs 1.06; (1024, 1024): 0.31 vs 1.17
+    - groups of (64, 128): 1.48 vs 1.04; with 2048 statistics of only 4 numbers each,
+      the branch does not pay off
+
+    On a CPU the backward of rows is not sparing if only dx is wanted, or only dscale
+    and dbias: XLA makes one loop of that too. But sparing is faster for dx with fewer
+    rows or in half precision, and in groups, where the loop is slow. Times as above:
+
+    - 4096 rows of 512, dx of LayerNorm: 1.52 vs 0.76; dx of RMSNorm: 1.22 vs 0.88;
+      dscale of RMSNorm: 2.2 vs 0.94
+    - fewer rows, 2048 of 2048, dx: 0.90 vs 2.1
+    - bfloat16, 3940 rows of 768, dx: 0.22 vs 1.12; dx and dscale: 0.1 vs 0.31
+    - groups, dx of (8192, 256) in 64: 0.90 vs 1.63
     """
     rowwise = is_rowwise(call.norm, call.x.shape, has_params=call.has_params)
     in_groups = call.norm.num_groups not in (None, 1)
     statistics = math.prod(call.norm.statistic_shape(call.x.shape))
-    known = isinstance(statistics, int)  # not so in an export for any shape
+    known = isinstance(statistics, int)  # it is symbolic in an export for any shape
     many = known and statistics >= 4096
     if call.op != "forward":
         dx, *params, _ = call.wanted
@@ -486,7 +506,7 @@ def _launch(
 def _forward_halves(
     launch: Callable[..., Any], params: dict[str, Any], operands: tuple[Any, ...]
 ) -> list[jax.Array]:
-    """Mean and variance of what is here by the kernel, of all devices by psums."""
+    """Computes statistics of the local part by the kernel, of all devices by psums."""
     norm = params["norm"]
     x, scale, bias, _, residual, shortcut = operands
     beside = dispatch.present(residual=residual)
@@ -502,11 +522,11 @@ def _forward_halves(
 def _backward_halves(
     launch: Callable[..., Any], params: dict[str, Any], operands: tuple[Any, ...]
 ) -> list[jax.Array]:
-    """c1 and c2 of what is here by the kernel, of all devices by psums.
+    """Computes c1 and c2 of the local part by the kernel, of all devices by psums.
 
-    Where each channel has a mean of its own, n times these are scale * dscale and
-    scale * dbias: the psums of dscale and dbias serve both then, for XLA makes one of
-    two that are alike. Not where each device may have a scale of its own.
+    If each channel has its own mean, n times these equals scale * dscale and scale *
+    dbias. The psums of dscale and dbias then serve both purposes, because XLA merges
+    identical psums. This does not hold if each device may have its own scale.
     """
     norm = params["norm"]
     dy, x, scale, bias, mean, var, mask, dh, shortcut = operands
@@ -535,8 +555,8 @@ def _backward_halves(
 
 
 def _mean_per_feature(params: dict[str, Any], x: jax.Array, scale: Maybe) -> bool:
-    """Whether all that shares a scale shares a mean, on all devices that combine, and
-    nothing else does."""
+    """Returns whether elements that share a scale, and only these, share a mean, on all
+    devices that combine statistics."""
     norm = params["norm"]
     every = sorted((*norm.reduction_axes, *norm.feature_axes))
     own = max(params["own_params"], 0 if scale is None else scale.ndim - 1)
@@ -556,17 +576,18 @@ def choose(
     target: dispatch.Target,
     backend: str,
 ) -> tuple[dispatch.Call, dispatch.Kernel | dispatch.Fallback, parts.Parts | None]:
-    """What one bound norm_p or gradient_p gets.
+    """Chooses the implementation of one bound norm_p or gradient_p.
 
     Returns:
-      call: its work, of one device where the types of the operands tell its part.
-      answer: what `plan` says to that.
-      spread: these parts, or None.
+      call: the work; one device's share if the types of the operands tell its part.
+      answer: the answer of `plan` to this call.
+      spread: the parts over which the types spread the work, or None.
     """
     call = call_of(primitive, avals, params)
     spread = None
     if len(params["norm"].feature_axes) > 1:
-        # XLA may have split one that `parts` does not, and would gather x.
+        # XLA may have split a feature axis that `parts` leaves whole, and would then
+        # gather x.
         target = dataclasses.replace(target, mesh=None)
     if target.partitioned > 1:
         operands = params["tree"].unflatten(avals)
@@ -588,7 +609,7 @@ def choose(
 def shapes_of(
     primitive: Primitive, avals: Sequence[Any], params: dict[str, Any]
 ) -> parts.Shapes:
-    """How the axes of a norm_p's or gradient_p's arrays go along with x's."""
+    """Returns how the axes of a norm_p's or gradient_p's arrays follow those of x."""
     operands, norm = params["tree"].unflatten(avals), params["norm"]
     if primitive is norm_p:
         given = params["carries"], params["statistics"]
@@ -600,7 +621,7 @@ def shapes_of(
 def call_of(
     primitive: Primitive, avals: Sequence[Any], params: dict[str, Any]
 ) -> dispatch.Call:
-    """What `plan` must know of one bound norm_p or gradient_p."""
+    """Returns what `plan` must know about one bound norm_p or gradient_p."""
     operands = [dispatch.describe(aval) for aval in params["tree"].unflatten(avals)]
     if primitive is norm_p:
         x, scale, bias, mask, residual, shortcut = operands
@@ -699,17 +720,17 @@ def _tangent_transpose(
     *dots, x, scale, bias, mean, var, mask, shortcut = tree.unflatten(flat)
     wanted = [ad.is_undefined_primal(dot) for dot in dots]
     avals = [dot.aval for dot in dots if ad.is_undefined_primal(dot)]
-    dh = others[0] if carries and wanted[0] else None  # of x_dot as it went through
+    dh = others[0] if carries and wanted[0] else None  # cotangent of the carried x_dot
     dh = None if isinstance(dh, ad.Zero) else dh
     if isinstance(dy, ad.Zero):
         found: list[Any] = [ad.Zero(aval) for aval in avals]
         if dh is not None:
             found[0] = dh
     else:
-        # Without an activation dz is dy.
+        # Without an activation dz is dy, and so is the shortcut's gradient.
         adds_dy = wanted[3] and norm.activation is None
         wanted[3] = wanted[3] and not adds_dy
-        # Nothing adds up where each element has its own scale.
+        # If each element has its own scale, dscale is elementwise, not a sum.
         each = scale is not None and reference.each_its_own(scale, x)
         summed = [
             dot.aval
@@ -736,8 +757,8 @@ def _tangent_transpose(
 
 
 def _sum_to(value: jax.Array, aval: Any) -> jax.Array:
-    """Adds up a gradient (*own, features) over the axes that its parameter shares; it
-    lies where types say that what it is of does (explicit mode)."""
+    """Sums a gradient (*own, features) over the axes along which its parameter is
+    shared. In explicit mode the result is sharded as the type of the parameter says."""
     *lead, features = aval.shape
     if value.ndim > 1 and value.shape != aval.shape:
         aligned = (*lead, *[1] * (value.ndim - len(aval.shape)), features)
@@ -760,7 +781,10 @@ def _formula_jvp(
     backend: str,
     **params: Any,
 ) -> tuple[list[Any], list[Any]]:
-    """Second order: the primitive as it is, its tangent by the formula's derivative."""
+    """Differentiates tangent_p and gradient_p, for the second order.
+
+    The primal is the primitive itself; the tangent is the derivative of its formula.
+    """
     results = primitive.bind(*primals, tree=tree, backend=backend, **params)
     moving = [i for i, dot in enumerate(tangents) if not isinstance(dot, ad.Zero)]
 
@@ -784,7 +808,8 @@ for _p, _formula in ((tangent_p, _tangent_formula), (gradient_p, _gradient_formu
 
 # --- vmap -----------------------------------------------------------------------------
 
-# Which operands are a scale or a bias, or the tangent of one.
+# Positions of the operands that are a scale, a bias or the tangent of one, and of the
+# mask.
 _PARAMS = {norm_p: (1, 2), tangent_p: (1, 2, 5, 6), gradient_p: (2, 3)}
 _MASK = {norm_p: 3, tangent_p: 9, gradient_p: 6}
 
@@ -798,10 +823,11 @@ def _batch(
     norm: Norm,
     **params: Any,
 ) -> tuple[list[Any], list[int]]:
-    """The mapped axis becomes x's first one, and the same primitive is bound again.
+    """Makes the mapped axis the first axis of x, and binds the same primitive again.
 
-    A parameter that is not mapped stays shared, (features,). One that is mapped gets a
-    leading axis, (batch, features), which the formulas set against x's first axis.
+    A parameter that is not mapped stays shared, with shape (features,). A mapped
+    parameter gets a leading axis, (batch, features), which the formulas align with the
+    first axis of x.
     """
     (size,) = {
         operand.shape[dim]

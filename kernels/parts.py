@@ -1,23 +1,23 @@
 """One norm over several devices: a kernel on each one's part, and sums across them.
 
 XLA cannot split a kernel: it would gather the kernel's input (NVIDIA) or refuse (TPU).
-So the primitives are split here, by the axes of x that are sharded:
+So the primitives are split here, along the axes of x that are sharded:
 
-    not reduced    Each device normalizes what it has. Of dscale and dbias it has a
-                   part, and a psum adds these up.
-    reduced        `Norm.over` names the mesh axes: the statistics cross them too.
+    not reduced    Each device normalizes its own part. Its dscale and dbias are partial
+                   sums, which a psum reduces over the devices.
+    reduced        `Norm.over` names the mesh axes, so the statistics cross them too.
 
-Who says how x is sharded:
+How x is sharded is known from:
 
-    explicit mode  The types of the operands: the primitive becomes a `jax.shard_map` of
+    explicit mode  The types of the operands. The primitive becomes a `jax.shard_map` of
                    itself on the parts (`of_types`, `mapped`).
-    auto mode      XLA, when it partitions the program, long after the lowering. It asks
-                   back through `custom_partitioning` (`by_xla`), which JAX has for
-                   NVIDIA GPUs. A `shard_map` around the layer could not: the arrays'
-                   shardings are not known where it would be traced. The mesh is that
-                   of `jax.set_mesh`: a lowering has no other way to learn it that does
-                   not make JAX refuse programs with two meshes, or export.
-    shard_map      The caller: the primitives are on the parts already.
+    auto mode      XLA, when it partitions the program, long after the lowering. XLA
+                   calls back through `custom_partitioning` (`by_xla`), which JAX offers
+                   for NVIDIA GPUs. A `shard_map` around the layer would not do: the
+                   arrays' shardings are not known where it would be traced. The mesh is
+                   the one of `jax.set_mesh`. If a lowering learned it in any other way,
+                   JAX would refuse programs with two meshes, or export.
+    shard_map      The caller. The primitives already work on the parts.
 """
 
 import dataclasses
@@ -37,21 +37,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fusednorm import reference
 from fusednorm.reference import Norm
 
-Names = tuple[str, ...]  # mesh axes, over which one axis is split
-# For each axis of an array: x's axis, or `GROUPS`, or none of them.
+Names = tuple[str, ...]  # the mesh axes that split one axis of an array
+# For each axis of an array: the axis of x that it follows, `GROUPS`, or None.
 Follows = tuple[int | None, ...]
 GROUPS = -1  # the groups into which x's last axis is split
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Which axis of x each axis of an operand or a result goes along with.
+    """The axes of x that the axes of each operand and result follow.
 
     Attributes:
-      operands: of each, in the order of the primitive's formula; None where there is
-        none.
-      results: of each.
-      params: whether a result is a dscale or a dbias that adds up, likewise.
+      operands: one entry per operand, in the order of the primitive's formula; None if
+        the operand is absent.
+      results: one entry per result.
+      params: for each result, whether it is a dscale or dbias made of partial sums.
     """
 
     operands: tuple[Follows | None, ...]
@@ -62,7 +62,7 @@ class Shapes:
 def forward_shapes(
     norm: Norm, operands: Sequence[Any], carries: bool, statistics: bool
 ) -> Shapes:
-    """Of `norm_p`."""
+    """Returns the `Shapes` of `norm_p`."""
     x, scale, bias, mask, *_ = operands
     every = tuple(range(x.ndim))
     given = every, _param(norm, scale), _param(norm, bias), _mask(mask), every, every
@@ -75,7 +75,7 @@ def forward_shapes(
 def backward_shapes(
     norm: Norm, operands: Sequence[Any], wanted: Sequence[bool], own_params: int
 ) -> Shapes:
-    """Of `gradient_p`."""
+    """Returns the `Shapes` of `gradient_p`."""
     _, x, scale, bias, _, _, mask, *_ = operands
     every, statistic = tuple(range(x.ndim)), _statistic(norm, x)
     params = _param(norm, scale), _param(norm, bias)
@@ -115,14 +115,15 @@ def _mask(mask: Any) -> Follows:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """How one primitive's arrays lie on a mesh.
+    """The layout of one primitive's arrays on a mesh.
 
     Attributes:
       mesh: the mesh.
       axes: for each axis of x, the mesh axes that split it.
-      groups: those that split the groups of channels, of those of the last axis.
-      norm: what one device does with its part.
-      shapes: which axis of x each array's axes go along with.
+      groups: the mesh axes, among those of the last axis, that split the groups of
+        channels.
+      norm: the normalization that one device runs on its part.
+      shapes: the axes of x that each array's axes follow.
     """
 
     mesh: Any
@@ -137,22 +138,22 @@ class Parts:
         return tuple(name for names in self.axes for name in names)
 
     def split(self, axis: int | None) -> Names:
-        """The mesh axes that split an axis which goes along with this one of x."""
+        """Returns the mesh axes that split an axis that follows `axis` of x."""
         if axis is None:
             return ()
         return self.groups if axis == GROUPS else self.axes[axis]
 
     def spec(self, follows: Follows) -> PartitionSpec:
-        """Of an operand or a result."""
+        """Returns the spec of an operand or a result."""
         return PartitionSpec(*[self.split(axis) or None for axis in follows])
 
     def specs(self) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
-        """Of the operands that there are, and of the results."""
+        """Returns the specs of the operands that are present, and of the results."""
         operands = [f for f in self.shapes.operands if f is not None]
         return [*map(self.spec, operands)], [*map(self.spec, self.shapes.results)]
 
     def part(self, aval: Any, follows: Follows) -> jax.ShapeDtypeStruct:
-        """What one device has of an array."""
+        """Returns shape and dtype of one device's part of an array."""
         shape = [
             size // _size(self.mesh, self.split(axis))
             for size, axis in zip(aval.shape, follows, strict=True)
@@ -160,7 +161,7 @@ class Parts:
         return jax.ShapeDtypeStruct(tuple(shape), aval.dtype)
 
     def run(self, bind: Callable[..., list[jax.Array]], *flat: Any) -> list[jax.Array]:
-        """One device's work: `bind(*flat, norm=...)`, and the sums over devices."""
+        """Runs `bind(*flat, norm=...)` on one device, and the sums over devices."""
         results = bind(*flat, norm=self.norm)
         found = []
         for result, follows, adds_up in zip(
@@ -183,12 +184,17 @@ def _split(
     shapes: Shapes,
     specs: Sequence[tuple[Follows, Any]],
 ) -> Parts:
-    """Gathers what the arrays' specs say, x's own before those of parameters.
+    """Derives how x is split from the arrays' specs, x's own before the parameters'.
 
-    What cannot be split evenly is not split, nor a last axis of whose parts some would
-    have one group's channels and some of another's. Several axes of features are joined
-    in one axis of a scale or bias, which goes along with the first: the others are not
-    split. How statistics of groups lie says nothing of x.
+    These axes are not split:
+
+    - an axis that does not divide evenly;
+    - the last axis, if a device would hold only part of a group beside channels of
+      another;
+    - all feature axes but the first: a scale or bias has one axis for all of them,
+      which follows the first.
+
+    How the statistics of groups are sharded says nothing about x.
     """
     axes: list[Names] = [()] * len(shape)
     groups: Names = ()
@@ -225,13 +231,15 @@ def _split(
 def _split_groups(
     mesh: Any, names: Names, num_groups: int
 ) -> tuple[Any, Names, Names] | None:
-    """Mesh axes of the channels as those of the groups, and those within a group.
+    """Divides the channels' mesh axes into axes across groups and axes within a group.
 
-    Where devices outnumber groups a mesh axis of 64 may have to be one of 32 groups and
-    one of 2 parts of each: the same devices, in a mesh of one more axis.
+    If there are more devices than groups, a mesh axis may have to become two: an axis
+    of 64 becomes one of 32 groups and one of 2 parts per group. The mesh then has the
+    same devices and one more axis.
 
     Returns:
-      The mesh; the two; None where a device would have parts of groups.
+      The mesh, the axes across groups and the axes within a group; or None if a device
+      would hold only part of a group beside channels of another.
     """
     across: Names = ()
     within: Names = ()
@@ -251,7 +259,10 @@ def _split_groups(
 
 
 def _refined(mesh: Any, name: str, size: int) -> tuple[Any, str]:
-    """The same devices with an axis of `size`, and behind it one of its other part."""
+    """Splits a mesh axis into one of `size` and, after it, one of the other factor.
+
+    Returns the mesh, which has the same devices, and the name of the added axis.
+    """
     inner = f"{name} within a group"
     at = mesh.axis_names.index(name)
     shape, names, kinds = (
@@ -278,8 +289,8 @@ def _names_of(entry: Any) -> Names:
 def of_types(
     norm: Norm, x: Any, shapes: Shapes, operands: Sequence[Any]
 ) -> Parts | None:
-    """The `Parts` that the operands' types tell; None without explicit axes, or where
-    a kernel would need more of x than a device has."""
+    """Returns the `Parts` that the operands' types tell; None without explicit axes, or
+    if a kernel would need more of x than a device has."""
     present = [
         (follows, a)
         for follows, a in zip(shapes.operands, operands, strict=True)
@@ -304,12 +315,12 @@ def _explicit(mesh: Any) -> set[str]:
 
 
 def explicit_devices(mesh: Any) -> int:
-    """Devices of a mesh along the axes that types speak of."""
+    """Returns the number of devices of a mesh along its explicit axes."""
     return _size(mesh, tuple(_explicit(mesh)))
 
 
 def lying_as(like: Any, array: jax.Array) -> jax.Array:
-    """The array, sharded as the types say that another one is."""
+    """Returns the array, sharded as the type of `like` says."""
     spec, sharding = like.sharding.spec, jax.typeof(array).sharding
     if spec == sharding.spec:
         return array
@@ -319,7 +330,7 @@ def lying_as(like: Any, array: jax.Array) -> jax.Array:
 def mapped(
     parts: Parts, bind: Callable[..., list[jax.Array]], results: Sequence[Any]
 ) -> Callable[..., list[jax.Array]]:
-    """The primitive as a `jax.shard_map` of itself, for results of these types."""
+    """Makes the primitive a `jax.shard_map` of itself, for results of these types."""
     operand_specs, result_specs = parts.specs()
 
     def whole(*flat: jax.Array) -> list[jax.Array]:
@@ -354,20 +365,21 @@ def by_xla(
     bind: Callable[..., list[jax.Array]],
     said: str,
 ) -> Callable[..., list[jax.Array]]:
-    """The primitive as a call that XLA asks about when it partitions the program.
+    """Returns the primitive as a call that XLA asks about when it partitions a program.
 
     Args:
-      norm: what it does.
-      shapes: which axis of x each array's axes go along with.
-      x: its shape and dtype.
-      meaning: its formula.
-      bind: binds it to the parts.
-      said: all of its parameters, in words.
+      norm: the normalization.
+      shapes: the axes of x that each array's axes follow.
+      x: shape and dtype of x.
+      meaning: the formula of the primitive.
+      bind: binds the primitive to the parts.
+      said: all parameters of the primitive, in words.
     """
     given = [follows for follows in shapes.operands if follows is not None]
-    # XLA's persistent cache knows such a call by its operands alone, if the pointer in
-    # it is taken out of the key (jax_remove_custom_partitioning_ptr_from_cache_key). So
-    # what else it depends on is one: or another epsilon would get this one's code.
+    # jax_remove_custom_partitioning_ptr_from_cache_key takes the call's pointer out of
+    # the key of XLA's persistent cache, which then tells calls apart by their operands
+    # alone. So a hash of everything else that the call depends on is an operand too;
+    # otherwise a call with another epsilon would get the code of this one.
     mark = np.frombuffer(
         hashlib.sha256(f"{_sources()} {said}".encode()).digest()[:8], "uint32"
     )
@@ -399,14 +411,14 @@ def by_xla(
             ),
         )
 
-    # Undecoded: JAX fails where an array's sharding is none of this mesh's.
+    # JAX must not decode the shardings: it fails if one does not fit this mesh.
     rule = _rule(shapes, norm, x)
     whole.def_partition(partition, decode_shardings=False, **rule)
     return lambda *flat: whole(jnp.asarray(mark), *flat)
 
 
 def lowering_on(mesh: Any, ctx: Any) -> Any:
-    """A lowering that knows its devices, which `custom_partitioning` asks for."""
+    """Adds devices to a lowering context: `custom_partitioning` asks for them."""
     devices = tuple(mesh.devices.flat)
     axes = dataclasses.replace(
         ctx.module_context.axis_context,
@@ -417,8 +429,10 @@ def lowering_on(mesh: Any, ctx: Any) -> Any:
 
 
 def _spec_of(sharding: Any, ndim: int, mesh: Any) -> PartitionSpec:
-    """A sharding in terms of a mesh; an axis split in another way counts as whole."""
-    # Where each device's part begins, of axes as long as there are devices.
+    """Expresses a sharding in terms of a mesh. An axis that is split in a way that the
+    mesh cannot express counts as whole."""
+    # The start of each device's part, if each axis had as many elements as the mesh has
+    # devices.
     parts = sharding.devices_indices_map((mesh.size,) * ndim)
     entries: list[Names | None] = []
     for axis in range(ndim):
@@ -439,9 +453,10 @@ def _spec_of(sharding: Any, ndim: int, mesh: Any) -> PartitionSpec:
 
 
 def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:
-    """Which axes are sharded alike, for Shardy: "m, a b c, c -> a b c, a b u".
+    """Tells Shardy which axes share a sharding: "m, a b c, c -> a b c, a b u".
 
-    With statistics of groups "m, a b (g k) -> a b (g k), a u g", k channels in each.
+    If there are statistics of groups, "m, a b (g k) -> a b (g k), a u g", where a group
+    has k channels.
     """
     arrays = [f for f in (*shapes.operands, *shapes.results) if f is not None]
     last, groups = x.ndim - 1, norm.num_groups or 1
@@ -465,7 +480,7 @@ def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:
 
 @functools.cache
 def _sources() -> str:
-    """What the kernels are made of: another release makes other code."""
+    """Returns a hash of the kernels' sources: another release makes other code."""
     return hashlib.sha256(b"".join(_texts())).hexdigest()
 
 
