@@ -1,4 +1,4 @@
-"""Reading out of a jaxpr which implementation each normalization in it gets."""
+"""Finds out which implementation each normalization in a jaxpr gets."""
 
 import dataclasses
 import math
@@ -18,20 +18,19 @@ PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What one normalization gets.
+    """Implementation that one normalization gets.
 
     Attributes:
       op: "forward" or "backward".
       x: the input, as dtype[shape].
-      view: the sizes N, S, G, K that a kernel works on, or "" where there is no such
-        view.
+      view: sizes N, S, G, K that a kernel works on; "" if there is no view of x.
       plan: the kernel, or the fallback with its reason.
-      activation: that the kernel, or the reference, applies; "" where there is none.
-      scale_offset: what it adds to the scale.
+      activation: activation that the kernel or the reference applies; "" for none.
+      scale_offset: number that is added to the scale.
       residual: whether it adds a residual to x, or dx to the cotangent of the sum.
-      own: shape of a scale, or bias, that does not hold for all samples or rows; "" of
-        one that does.
-      shortcut: whether it adds a residual, or a bias of each row, behind the norm.
+      own: shape of a scale or bias that varies between samples or rows; "" if none
+        does.
+      shortcut: whether it adds a residual, or a bias of x's shape, after the norm.
     """
 
     op: str
@@ -68,12 +67,12 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What every normalization in a call gets, in the order of the program.
+    """Implementations that the normalizations in a call get, in program order.
 
     Attributes:
-      choices: one entry for each normalization in the traced code; one inside a
+      choices: one entry per normalization in the traced code. One inside a
         `jax.lax.scan` counts once.
-      target: what they hold for.
+      target: platforms and devices that the choices hold for.
       jaxpr: the traced code.
     """
 
@@ -91,16 +90,16 @@ class Explanation:
         )
 
     def on(self, platform: str) -> "Explanation":
-        """The same on another platform, of which no device need be here.
+        """Returns the explanation for another platform, which needs no device here.
 
         Args:
-          platform: "cuda" or "gpu" (NVIDIA's), "tpu", "cpu" or "rocm". Where it has no
-            device here, the answer is for an H100, or for the TPU with the least VMEM,
-            a v4.
+          platform: "cuda" or "gpu" (both NVIDIA's), "tpu", "cpu" or "rocm". Without a
+            device here, "cuda" means an H100, and "tpu" a v4, the TPU with the least
+            VMEM.
 
         Raises:
-          ValueError: no such platform.
-          NotImplementedError: `fn` names a backend that cannot run there.
+          ValueError: there is no such platform.
+          NotImplementedError: `fn` names a backend that cannot run on that platform.
         """
         if platform not in PLATFORMS:
             raise ValueError(
@@ -112,7 +111,7 @@ class Explanation:
 
 
 def explain_jaxpr(jaxpr: Any, target: Target) -> Explanation:
-    """What each normalization in a jaxpr gets when it is lowered for `target`."""
+    """Explains what each normalization in a jaxpr gets when lowered for `target`."""
     return Explanation(tuple(_choices(jaxpr, target)), target, jaxpr)
 
 
@@ -152,10 +151,13 @@ def _choice(call: dispatch.Call, answer: dispatch.Kernel | Fallback) -> Choice:
 
 
 def _choice_of_formula(eqn: Any, reason: str) -> Choice:
-    """Of a jitted function of x, which returns y first; or of its derivative."""
+    """Describes a call of a jitted formula that is no primitive, or of its derivative.
+
+    The formula takes x as its first operand and returns y as its first result.
+    """
     x, y, *_ = every = [var.aval for var in (eqn.invars[0], *eqn.outvars, *eqn.invars)]
     op = "forward"
-    # In `jax.checkpoint` its name does not tell, and what it is given first is a scale.
+    # In `jax.checkpoint` the name does not tell, and the first operand is a scale.
     is_other = x.ndim == y.ndim and x.shape != y.shape
     if "transpose" in str(eqn.source_info.name_stack) or is_other:
         op, x = "backward", max(every, key=lambda aval: aval.size)
@@ -167,7 +169,10 @@ def _described(x: Any) -> str:
 
 
 def _never_a_kernel(eqn: Any) -> str | None:
-    """Why a jitted function of kernels/norm.py is no primitive; None for others."""
+    """Returns why a jitted function of kernels/norm.py is no primitive.
+
+    None for any other equation.
+    """
     name = eqn.params.get("name")
     if name == "fusednorm_inference":
         return (
@@ -187,7 +192,7 @@ def _never_a_kernel(eqn: Any) -> str | None:
 
 
 def _left_to_xla(params: dict[str, Any]) -> int:
-    """Devices among which XLA still partitions inside a shard_map."""
+    """Counts the devices over which XLA still partitions inside a shard_map."""
     mesh, manual = params["mesh"], params["newly_manual_axes"]
     return math.prod(
         mesh.shape[name]
@@ -197,7 +202,10 @@ def _left_to_xla(params: dict[str, Any]) -> int:
 
 
 def target_of_arguments(arguments: Any) -> Target:
-    """One device of the default platform, or as many as the arrays lie on."""
+    """Returns the default platform, with as many devices as the arrays lie on.
+
+    It is one device if no array is given.
+    """
     shardings = [
         leaf.sharding
         for leaf in jax.tree.leaves(arguments)

@@ -1,38 +1,41 @@
 """Layer, RMS, group, instance and batch normalization of plain arrays.
 
-Each function turns its axes into one `Norm`, checks what it was given against it, and
-calls the op of `kernels/norm.py`. What they share:
+Each function turns its axes into one `Norm`, checks its arguments against it, and calls
+the op of `kernels/norm.py`. The functions share these arguments:
 
-  x: float32, bfloat16, float16, float64 or complex; integers are taken as float32, or
-    float64 where the output is.
-  scale, bias: real or complex, each with its own dtype, or None for none. They are used
-    in float32 (float64 where the output is), not rounded to the output's dtype first.
-    Of x's rank, they may vary along the axes before the features too, as (batch, 1,
-    features) or (batch, tokens, features): adaptive layer norm (Peebles and Xie 2022,
-    arXiv:2212.09748, section 3.2), with `scale_offset=1.0` for 1 + scale.
-  dtype: dtype of the output; None is what jax.numpy promotes x, scale, bias and
-    residual to, float32 for integers.
-  mask: bool, broadcastable to x: which elements the statistics are taken from. All are
-    normalized. Where it lets nothing in, the mean is 0 and the variance 1. ValueError
-    for another dtype.
-  axis_name, axis_index_groups: mapped axes over which statistics are combined, as for
-    `jax.lax.psum`, each device weighing in with its own count of elements.
-  activation: None, "relu", "silu", "gelu" or "gelu_tanh": what y is the activation of,
-    in the arithmetic's dtype, before it is rounded to `dtype`. "gelu" is the exact one,
-    `jax.nn.gelu(y, approximate=False)`; `jax.nn.gelu(y)` is "gelu_tanh". Real numbers
-    only: ValueError for others, and for another name.
-  scale_offset: added to the scale, in float32: 1.0 where the scale is kept as its
-    distance from 1, which weight decay then pulls to 1. ValueError without a scale.
-  residual: an array of x's shape. In `layer_norm` and `rms_norm` it is added before,
-    as pre-norm transformers do: h = x + residual is what is normalized, rounded to the
-    dtype that the two promote to (integers of x are floats by then), and returned
-    behind y: `y, h = ...`. A kernel adds
-    them as it reads them, and backward adds dx to the cotangent of h. In the others it
-    is added behind, as in a ResNet: y = act(norm(x) + residual), in float32.
+  x: float32, bfloat16, float16, float64 or complex. Integers are converted to float32,
+    or to float64 if the output is float64.
+  scale, bias: real or complex, each with its own dtype, or None to omit it. They are
+    used in float32 (float64 if the output is float64), not rounded to the output's
+    dtype first. A scale or bias of x's rank may also vary along the axes before the
+    features, for example (batch, 1, features) or (batch, tokens, features). This is
+    adaptive layer norm (Peebles and Xie 2022, arXiv:2212.09748, section 3.2), where
+    `scale_offset=1.0` gives 1 + scale.
+  dtype: dtype of the output. None means the dtype that jax.numpy promotes x, scale,
+    bias and residual to, and float32 for integers.
+  mask: bool, broadcastable to x. It selects the elements that enter the statistics; all
+    elements are normalized. Where it selects nothing, the mean is 0 and the variance 1.
+    Another dtype raises a ValueError.
+  axis_name, axis_index_groups: mapped axes over which the statistics are combined, as
+    in `jax.lax.psum`. Each device is weighted by its own count of elements.
+  activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to y in the dtype of
+    the arithmetic, before y is rounded to `dtype`. "gelu" is the exact one,
+    `jax.nn.gelu(y, approximate=False)`; `jax.nn.gelu(y)` is "gelu_tanh". Complex x or
+    output, or an unknown name, raises a ValueError.
+  scale_offset: number added to the scale, in float32. Use 1.0 if the scale is stored as
+    its distance from 1; weight decay then pulls the effective scale to 1. An offset
+    without a scale raises a ValueError.
+  residual: an array of x's shape. `layer_norm` and `rms_norm` add it before the norm,
+    as pre-norm transformers do. They normalize h = x + residual and return `y, h`. h is
+    rounded to the dtype that x (converted to float if it is integer) and residual
+    promote to. A kernel adds the two as it reads them, and its backward adds dx to the
+    cotangent of h. The other functions add it after the norm, as in a ResNet:
+    y = act(norm(x) + residual), in float32.
 
-Statistics are float32 at least, and the variance is centred, sum((x - mean)^2) / n. On
-one CPU or TPU device the reference may take sum(x^2) / n - mean^2 in the same pass,
-where the mean is within two deviations of 0, which loses about three bits.
+Statistics are at least float32, and the variance is centred, sum((x - mean)^2) / n. On
+one CPU or TPU device the reference may instead take sum(x^2) / n - mean^2, in the same
+pass as the mean, where the mean is within two deviations of 0. This loses about three
+bits.
 """
 
 import math
@@ -68,13 +71,15 @@ def layer_norm(
     scale_offset: float = 0.0,
     residual: Maybe = None,
 ) -> Any:
-    """Layer normalization: y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
+    """Applies layer normalization.
+
+    y = (x - mean) * rsqrt(var + epsilon) * scale + bias.
 
     Args:
       x: array of any shape.
-      scale, bias: shape (features,), features being the product of x's sizes along
-        `feature_axes`; or of x's rank and broadcasting to x, if these are its last
-        axes; or None.
+      scale, bias: shape (features,), where features is the product of x's sizes along
+        `feature_axes`; or an array of x's rank that broadcasts to x, if the feature
+        axes are the last ones; or None.
       epsilon: added to the variance, inside the square root.
       reduction_axes: axes that share one mean and variance.
       feature_axes: axes along which scale and bias vary.
@@ -82,7 +87,7 @@ def layer_norm(
         residual: see the module's docstring.
 
     Returns:
-      Array of x's shape; with a residual (y, h).
+      Array y of x's shape; (y, h) if there is a residual.
 
     Raises:
       TypeError: scale or bias does not fit x along `feature_axes`.
@@ -125,9 +130,12 @@ def rms_norm(
     scale_offset: float = 0.0,
     residual: Maybe = None,
 ) -> Any:
-    """Root-mean-square normalization: y = x * rsqrt(mean(x^2) + epsilon) * scale.
+    """Applies root-mean-square normalization.
 
-    Arguments, result and errors are those of `layer_norm`; a bias has to be named.
+    y = x * rsqrt(mean(x^2) + epsilon) * scale.
+
+    Arguments, result and errors are the same as for `layer_norm`, except that the bias
+    is a keyword argument.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4.
     """
@@ -165,15 +173,15 @@ def group_norm(
     scale_offset: float = 0.0,
     residual: Maybe = None,
 ) -> jax.Array:
-    """Group normalization: statistics of each group of channels, in each sample.
+    """Applies group normalization: one mean and variance per sample and group.
 
     Args:
       x: shape (batch, ..., channels).
-      scale, bias: shape (channels,), or of x's rank and broadcasting to x; or None.
-      num_groups: into how many groups of equal size the channels are split.
+      scale, bias: shape (channels,), or x's rank and broadcastable to x; or None.
+      num_groups: number of equal groups that the channels are split into.
       epsilon: added to the variance, inside the square root.
-      reduction_axes: axes that share one mean and variance; the last axis, of the
-        channels, must be among them. None is all but the first.
+      reduction_axes: axes that share one mean and variance. They must include the last
+        axis, the channels. None means all axes but the first.
       dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
         residual: see the module's docstring.
 
@@ -182,9 +190,9 @@ def group_norm(
 
     Raises:
       TypeError: scale or bias does not fit the channels.
-      ValueError: the groups do not divide the channels, `reduction_axes` lacks the last
-        axis, an axis is out of range, the mask does not broadcast to x, or the residual
-        has another shape.
+      ValueError: `num_groups` does not divide the channels, `reduction_axes` lacks the
+        last axis, an axis is out of range, the mask does not broadcast to x, or the
+        residual has another shape.
 
     Source: Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3 and 7.
     """
@@ -236,13 +244,13 @@ def instance_norm(
     scale_offset: float = 0.0,
     residual: Maybe = None,
 ) -> jax.Array:
-    """Instance normalization: statistics of each channel in each sample.
+    """Applies instance normalization: one mean and variance per sample and channel.
 
     Args:
       x: shape (batch, ...), with the channels along `feature_axes`.
-      scale, bias: shape (features,), or of x's rank and broadcasting to x; or None.
+      scale, bias: shape (features,), or x's rank and broadcastable to x; or None.
       epsilon: added to the variance, inside the square root.
-      feature_axes: axes of the channels; all others but the first are reduced.
+      feature_axes: axes of the channels. All other axes except the first are reduced.
       dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
         residual: see the module's docstring.
 
@@ -297,20 +305,20 @@ def batch_norm(
     scale_offset: float = 0.0,
     residual: Maybe = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch normalization with the statistics of the batch, as in training.
+    """Applies batch normalization with the statistics of the batch, as in training.
 
     Args:
       x: array of any shape.
-      scale, bias: shape (features,), or of x's rank and broadcasting to x; or None.
+      scale, bias: shape (features,), or x's rank and broadcastable to x; or None.
       epsilon: added to the variance, inside the square root.
-      axis: axis of the features, or several; all others are reduced.
+      axis: one or several axes of the features. All other axes are reduced.
       dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
         residual: see the module's docstring.
 
     Returns:
       y: x's shape.
-      mean: x's sizes along `axis`, float32 at least; 0 where nothing was counted.
-      var: likewise, the biased variance; 1 where nothing was counted.
+      mean: x's sizes along `axis`, at least float32; 0 where nothing was counted.
+      var: the biased variance, in mean's shape and dtype; 1 where nothing was counted.
 
     Raises:
       TypeError: scale or bias does not fit x along `axis`.
@@ -350,13 +358,14 @@ def batch_norm_inference(
     scale_offset: float = 0.0,
     residual: Maybe = None,
 ) -> jax.Array:
-    """Batch normalization with given statistics, as in inference.
+    """Applies batch normalization with given statistics, as in inference.
 
-    It is elementwise, and XLA fuses it into its neighbours; no kernel would do better.
+    The work is elementwise, and XLA fuses it into its neighbours. No kernel would do
+    better.
 
     Args:
       x: array of any shape.
-      mean, var: shape (features,), used in float32 at least.
+      mean, var: shape (features,), used in at least float32.
       scale, bias, epsilon, axis, dtype, activation, scale_offset, residual: as for
         `batch_norm`.
 
@@ -388,13 +397,13 @@ def anything_counted(
     axis_name: Hashable | None,
     axis_index_groups: Any,
 ) -> jax.Array | bool:
-    """Whether the batch statistics of each feature were taken from any element at all.
+    """Tells for which features the batch statistics count at least one element.
 
     Args:
       x, axis, mask, axis_name, axis_index_groups: as for `batch_norm`.
 
     Returns:
-      bool, of the shape of `batch_norm`'s mean where there is a mask.
+      A bool array of the shape of `batch_norm`'s mean if there is a mask; else a bool.
     """
     features = _axes(axis, x.ndim, "axis")
     reduced = tuple(a for a in range(x.ndim) if a not in features)
@@ -498,7 +507,7 @@ def _offset(offset: float, scale: Maybe) -> float:
 
 
 def _epsilon(epsilon: Any) -> Any:
-    """A float; or an array without axes, where the program computes it."""
+    """Returns epsilon as a float, or as a scalar array if the program computes it."""
     if np.size(epsilon) != 1:
         raise ValueError(
             f"epsilon is one number, added to every variance; got an array of shape "
@@ -514,7 +523,7 @@ def _epsilon(epsilon: Any) -> Any:
 def _promote(
     x: ArrayLike, *params: Maybe, dtype: DTypeLike | None
 ) -> tuple[jax.Array, jnp.dtype]:
-    """x as an inexact array, and the output's dtype."""
+    """Returns x as an inexact array, and the dtype of the output."""
     x = x if hasattr(x, "dtype") else jnp.asarray(x)
     if dtype is None:
         dtype = jnp.result_type(x, *[p for p in params if p is not None])
@@ -526,13 +535,13 @@ def _promote(
             f"Dtype must be inexact (float or complex), got dtype={dtype}."
         )
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        # From NumPy's integers directly: those of 64 bits may not fit jax's.
+        # Convert NumPy integers directly: 64-bit ones may not fit jax's integers.
         return jnp.asarray(x, at_least_float32(dtype)), dtype
     return jnp.asarray(x), dtype
 
 
 def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
-    """Sorted, without negatives and duplicates."""
+    """Returns the axes sorted, nonnegative and without duplicates."""
     given = [operator.index(a) for a in (axes if np.iterable(axes) else (axes,))]
     if any(not -ndim <= axis < ndim for axis in given):
         raise np.exceptions.AxisError(  # a ValueError, and an IndexError as in flax
@@ -544,9 +553,9 @@ def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
 def _params(
     scale: Maybe, bias: Maybe, mask: Maybe, shortcut: Maybe, spec: Norm, x: jax.Array
 ) -> tuple[Any, Any, Any, Any]:
-    """Scale, bias, mask and shortcut as the op takes them.
+    """Returns scale, bias, mask and shortcut in the form that the op takes.
 
-    A bias of each element's own is a shortcut.
+    A bias that differs for each element of x becomes part of the shortcut.
     """
     own_scale, shared = _param(scale, "scale", spec, x), _param(bias, "bias", spec, x)
     added: Any = None if shortcut is None else _residual(shortcut, x)
@@ -559,7 +568,10 @@ def _params(
 
 
 def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
-    """Shape (features,), behind those of x's leading axes along which it varies."""
+    """Returns the parameter as (*leading, features).
+
+    `leading` are the leading axes of x along which the parameter varies, if any.
+    """
     if param is None:
         return None
     param = jnp.asarray(param)
@@ -580,7 +592,7 @@ def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
 
 
 def _shared(param: ArrayLike, name: str, spec: Norm, x: jax.Array) -> jax.Array:
-    """Shape (features,)."""
+    """Returns the parameter in shape (features,)."""
     param = jnp.asarray(param)
     sizes = tuple(x.shape[axis] for axis in spec.feature_axes)
     if param.size != math.prod(sizes):

@@ -1,43 +1,44 @@
-"""Finding, in a jaxpr, what a norm's kernels can take along.
+"""Joins a norm in a jaxpr with the operations around it that its kernels can do.
 
-An activation behind it:
+There are four patterns. An activation after the norm:
 
     y = norm(x)            y = norm(x, activation="silu")
     a = silu(y)      ->    a = y
 
-It is recognized by what it computes, equation by equation, as jax.nn's own function
-traces to: `flax.nnx.silu`, `jax.nn.swish` and `y * jax.nn.sigmoid(y)` alike. The pair
-becomes one where nothing else uses y.
+An activation is recognized by what it computes: its equations are compared with those
+that jax.nn's own function traces to. `flax.nnx.silu`, `jax.nn.swish` and
+`y * jax.nn.sigmoid(y)` all match. The pair is joined only if nothing else uses y.
 
-An array added behind it, with or without an activation behind the sum, as at the end of
-a ResNet's block:
+An array added after the norm, with or without an activation of the sum, as at the end
+of a ResNet's block:
 
     y = norm(x)
     z = y + r              z = norm(x, shortcut=r, activation="relu")
     a = relu(z)      ->    a = z
 
-The sum is then in float32. Where r comes later in the program than the norm, the norm
-moves behind it, and so does what uses a BatchNorm's mean and variance; where r depends
-on these, or an effect would move, nothing is joined. Nor where r is a smaller array,
-broadcast or converted, which XLA does as it adds it. Of two norms whose results are
-added, the later one takes the other's.
+The sum is then in float32. If r is computed later in the program than the norm, the
+norm moves behind r, and so does whatever uses a BatchNorm's mean and variance. Nothing
+is joined if r depends on these, or if an effect would have to move. Nothing is joined
+either if r is a smaller array that is broadcast or converted, because XLA does that as
+it adds r. If the results of two norms are added, the later norm takes the other's
+result.
 
-And the other uses of x, as of a residual stream:
+Other uses of x beside the norm, as in a residual stream:
 
     y = norm(x)            y, h = norm(x), x
     z = x + f(y)     ->    z = h + f(y)
 
-Forward that is the same. Backward what comes to h comes to the kernel, which adds dx to
-it as it writes it; a sum apart reads both again.
+The forward stays the same. In the backward, the cotangent of h goes to the kernel,
+which adds dx to it as it writes dx. A separate sum would read both again.
 
-And the sum before a norm, of what lies in memory anyway, as what a collective of tensor
-parallelism made:
+A sum before the norm, if one of its arrays lies in memory anyway and a collective made
+the other, for example in tensor parallelism:
 
     h = x + psum(f)
     y = norm(h)      ->    y, h = norm(x, residual=psum(f))
 
-Other sums stay where they are: XLA takes x + f @ w into the product, where it costs
-less than in the norm (compiled for an H100: 5.5 and 6.5 tensors moved).
+Other sums stay where they are: XLA fuses x + f @ w into the product, where the sum
+costs less than in the norm (compiled for an H100: 5.5 and 6.5 tensors moved).
 """
 
 import dataclasses
@@ -57,10 +58,10 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from fusednorm.kernels.geometry import is_rowwise
 from fusednorm.kernels.norm import norm_p
 
-# Before jax 0.12 a jaxpr with its constants was of another class than one without.
+# Before jax 0.12 a jaxpr with constants has another class than one without.
 ClosedJaxpr: Any = getattr(jax.extend.core, "ClosedJaxpr", Jaxpr)
 
-# What each activation looks like in a user's code.
+# How each activation may be written in a user's code.
 _WRITTEN: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     ("relu", jax.nn.relu),
     ("silu", jax.nn.silu),
@@ -70,26 +71,28 @@ _WRITTEN: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     ("gelu_tanh", functools.partial(jax.nn.gelu, approximate=True)),
 )
 
-# Their derivative is a function of their own, not that of the jaxpr inside.
+# These calls bring their own derivative, which is not that of the jaxpr inside them.
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 
 
-# What XLA does to an array where it is read.
+# Primitives that XLA applies to an array as it reads it.
 _WIDENING = (lax.broadcast_in_dim_p, lax.convert_element_type_p)
 
-# What was made of a jaxpr, as long as it lives: joined, None where nothing was; and of
-# a jitted norm's, by the parameters of the norm inside. JAX finds compiled code again
-# by the very jaxpr, which its cache returns for each function and shapes seen before.
+# Results per jaxpr, kept as long as the jaxpr lives. `_joined` holds the joined jaxpr,
+# or None if nothing was joined. `_norms` holds the jaxprs made from a jitted norm's, by
+# the parameters of the norm inside. JAX's cache returns the same jaxpr for a function
+# and shapes seen before, and finds compiled code by jaxpr identity. So one jaxpr must
+# always give the same result object here.
 _joined: MutableMapping[Any, Any] = weakref.WeakKeyDictionary()
 _norms: MutableMapping[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def join(program: Any) -> Any:
-    """The same jaxpr, with what stands around the norms inside them.
+    """Returns the jaxpr with the operations around its norms joined into them.
 
-    Looks into jitted functions, scans, branches, `jax.checkpoint` and `jax.shard_map`,
-    but not into functions with a `custom_jvp` or `custom_vjp`, whose derivatives belong
-    to the program as it is.
+    It looks into jitted functions, scans, branches, `jax.checkpoint` and
+    `jax.shard_map`. It skips functions with a `custom_jvp` or `custom_vjp`, because
+    their derivatives belong to the program as it is.
     """
     return _Joiner()(program)
 
@@ -99,7 +102,7 @@ class _Joiner:
         self._patterns: dict[Any, list[tuple[str, Jaxpr]]] = {}
 
     def __call__(self, value: Any) -> Any:
-        """A jaxpr, joined, or a tuple with some; anything else as it is."""
+        """Joins a jaxpr, or those in a tuple. Returns any other value unchanged."""
         if isinstance(value, tuple):
             joined = tuple(self(item) for item in value)
             changed = any(a is not b for a, b in zip(joined, value, strict=True))
@@ -144,7 +147,7 @@ class _Joiner:
         return jaxpr if same else jaxpr.replace(eqns=kept, outvars=outvars)
 
     def _inside(self, eqn: JaxprEqn) -> JaxprEqn:
-        """The equation, with the jaxprs in its parameters joined."""
+        """Returns the equation with the jaxprs in its parameters joined."""
         if eqn.primitive.name in _OWN_DERIVATIVE:
             return eqn
         params = {name: self(value) for name, value in eqn.params.items()}
@@ -153,12 +156,12 @@ class _Joiner:
 
 
 class _Uses:
-    """Where each variable of a jaxpr is read.
+    """The places where each variable of a jaxpr is read.
 
     Attributes:
       eqns: the jaxpr's equations.
-      count: how often each variable is read, by equations and as a result.
-      made: the equation that each variable is a result of.
+      count: number of reads of each variable, by equations and as a result.
+      made: equation that each variable is a result of.
     """
 
     def __init__(self, jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]):
@@ -174,7 +177,7 @@ class _Uses:
         self.count.update(var for var in jaxpr.outvars if isinstance(var, Var))
 
     def by(self, variables: Sequence[Any]) -> Iterator[int]:
-        """Equations that read the first variable among these."""
+        """Yields the indices of equations that read the first variable in the list."""
         for var in variables:
             if isinstance(var, Var):
                 yield from dict.fromkeys(self._by.get(var, ()))
@@ -185,7 +188,7 @@ class _Uses:
 
 
 def _has_no_activation(eqn: JaxprEqn) -> bool:
-    """Whether it is `fusednorm_normalize` without an activation."""
+    """Tells whether an equation is `fusednorm_normalize` without an activation."""
     inner = _norm_inside(eqn)
     return inner is not None and inner.params["norm"].activation is None
 
@@ -201,7 +204,7 @@ def _norm_inside(eqn: JaxprEqn) -> JaxprEqn | None:
 
 
 def _with_activation(eqn: JaxprEqn, activation: str, y: Var) -> JaxprEqn:
-    """The same norm with an activation, its result named y."""
+    """Returns the norm with an activation, and with y as its result."""
     inner = _norm_inside(eqn)
     assert inner is not None
     norm = dataclasses.replace(inner.params["norm"], activation=activation)
@@ -215,10 +218,14 @@ def _with_inside(
     outvars: list[Var],
     added: Sequence[tuple[Var, Var]] = (),
 ) -> JaxprEqn:
-    """The jitted norm with another norm inside.
+    """Returns the jitted norm with another norm inside.
 
-    Results it adds come second, and operands last: those that are `added`, each by its
-    names inside and outside.
+    Args:
+      eqn: the call of the jitted norm.
+      inner: the norm to put inside.
+      outvars: the results. A result that `eqn` does not have comes second.
+      added: operands that `eqn` does not have, as (name inside, name outside). They
+        come last.
     """
     closed = eqn.params["jaxpr"]
     of_norms, key = _norms.setdefault(closed, {}), frozenset(inner.params.items())
@@ -236,7 +243,7 @@ def _with_inside(
 
 
 def _body(closed: Any, inner: JaxprEqn, more: Sequence[Var]) -> Any:
-    """A jitted norm's jaxpr, with another norm and more operands."""
+    """Returns a jitted norm's jaxpr with another norm inside and more operands."""
     body = closed.jaxpr
     if more:
         unnamed = body.debug_info._replace(arg_names=None)
@@ -249,7 +256,7 @@ def _body(closed: Any, inner: JaxprEqn, more: Sequence[Var]) -> Any:
 
 
 def _with_residuals(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
-    """The equations, with a sum that is normalized inside the norm, which makes it."""
+    """Returns the equations with the sum before a norm moved into the norm."""
     uses = _Uses(jaxpr, eqns)
     now = list(eqns)
     taken: set[int] = set()
@@ -268,8 +275,12 @@ def _with_residuals(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
 
 
 def _sum_before(h: Any, uses: _Uses) -> tuple[int, Var, Var] | None:
-    """Where h is added up, and of what: what lies in memory, and what a collective
-    made."""
+    """Finds the sum that makes h from an array in memory and a collective's result.
+
+    Returns:
+      Index of the addition, the array x in memory, and the collective's result r; or
+      None.
+    """
     add = uses.made.get(h) if isinstance(h, Var) else None
     if add is None or add.primitive is not lax.add_p:
         return None
@@ -299,13 +310,13 @@ def _is_collective(eqn: JaxprEqn | None) -> bool:
 
 
 def _is_in_memory(x: Var, uses: _Uses) -> bool:
-    """Whether it comes from outside, from a collective, or from a norm."""
+    """Tells whether x is an input, or was made by a collective or by a norm."""
     made = uses.made.get(x)
     return made is None or _is_collective(made) or _norm_inside(made) is not None
 
 
 def _may_add(inner: JaxprEqn) -> bool:
-    """Whether it is a norm of rows that adds nothing yet, and returns no sum."""
+    """Tells whether a norm is rowwise, adds nothing yet and does not return h."""
     norm, tree = inner.params["norm"], inner.params["tree"]
     x, scale, bias, mask, residual, _ = tree.unflatten(inner.invars)
     has_params = scale is not None or bias is not None
@@ -315,7 +326,7 @@ def _may_add(inner: JaxprEqn) -> bool:
 
 
 def _with_residual(eqn: JaxprEqn, x: Var, r: Var, h: Var) -> JaxprEqn:
-    """The norm of x + r, which makes h too."""
+    """Returns the norm of x + r, which also returns h."""
     inner = _norm_inside(eqn)
     assert inner is not None
     *given, _, shortcut = inner.params["tree"].unflatten(inner.invars)
@@ -333,10 +344,11 @@ def _with_residual(eqn: JaxprEqn, x: Var, r: Var, h: Var) -> JaxprEqn:
 
 
 def _with_shortcuts(jaxpr: Jaxpr, eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
-    """The equations, with what is added to a norm's result inside the norm.
+    """Returns the equations with the sum after a norm moved into the norm.
 
-    From the last norm to the first, that those before it are where they were. Of two
-    norms whose results are added it is also the last that need not move.
+    Norms are handled from last to first, so that the equations before one stay at their
+    indices. If the results of two norms are added, the later norm takes the sum: it is
+    the one that need not move.
     """
     uses = _Uses(jaxpr, eqns)
     now = list(eqns)
@@ -364,7 +376,11 @@ def _has_shortcut(eqn: JaxprEqn) -> bool:
 
 
 def _sum_behind(y: Var, uses: _Uses) -> tuple[int, Var] | None:
-    """Where something is added to y, which nothing else reads, and what."""
+    """Finds where an array r is added to y, if nothing else reads y.
+
+    Returns:
+      Index of the addition, and r; or None.
+    """
     at = next(uses.by([y]), None)
     if at is None or uses.count[y] != 1:
         return None
@@ -378,7 +394,7 @@ def _sum_behind(y: Var, uses: _Uses) -> tuple[int, Var] | None:
 
 
 def _is_widened(eqn: JaxprEqn | None) -> bool:
-    """Whether its result is a smaller array, repeated or converted."""
+    """Tells whether the result is a smaller array, broadcast or converted to wider."""
     if eqn is None or eqn.primitive not in _WIDENING:
         return False
     given: Any = eqn.invars[0].aval
@@ -388,7 +404,7 @@ def _is_widened(eqn: JaxprEqn | None) -> bool:
 
 
 def _with_shortcut(eqn: JaxprEqn, r: Var, z: Var) -> JaxprEqn:
-    """The same norm, to whose result r is added, which makes z."""
+    """Returns the norm that adds r to its result, which is then z."""
     inner = _norm_inside(eqn)
     assert inner is not None
     shortcut = Var(r.aval)
@@ -401,9 +417,10 @@ def _with_shortcut(eqn: JaxprEqn, r: Var, z: Var) -> JaxprEqn:
 
 
 def _behind(eqn: JaxprEqn, rest: Sequence[JaxprEqn], r: Var) -> list[JaxprEqn] | None:
-    """An equation that reads r and the rest, in an order in which r is there by then.
+    """Orders `eqn`, which reads r, and `rest` so that r is computed before `eqn`.
 
-    With it moves what depends on its results. None where r does, or an effect.
+    Equations that depend on `eqn`'s results move with it. Returns None if r depends on
+    them, or if an equation with an effect would have to move.
     """
     last = next((at for at, other in enumerate(rest) if r in other.outvars), -1)
     before, behind, late = [], [eqn], set(eqn.outvars)
@@ -421,8 +438,11 @@ def _behind(eqn: JaxprEqn, rest: Sequence[JaxprEqn], r: Var) -> list[JaxprEqn] |
 def _carried(
     eqns: Sequence[JaxprEqn], outvars: Sequence[Any]
 ) -> tuple[list[JaxprEqn], list[Any]]:
-    """The equations and results, where x of a norm goes on as the norm carries it."""
-    now: dict[Var, Var] = {}  # what each x is called by now
+    """Routes later uses of a norm's x through the norm.
+
+    The norm then returns x as its second result, h, and the later uses read h.
+    """
+    now: dict[Var, Var] = {}  # the current variable of each x
 
     def renamed(variables: Sequence[Any]) -> list[Any]:
         return [now.get(v, v) if isinstance(v, Var) else v for v in variables]
@@ -444,7 +464,7 @@ def _carried(
 
 
 def _may_carry(eqn: JaxprEqn) -> bool:
-    """Whether it is a norm that does not carry its x yet."""
+    """Tells whether an equation is a norm that does not return x or h yet."""
     inner = _norm_inside(eqn)
     if inner is None or inner.params["carries"]:
         return False
@@ -452,7 +472,7 @@ def _may_carry(eqn: JaxprEqn) -> bool:
 
 
 def _carrying(eqn: JaxprEqn, h: Var) -> JaxprEqn:
-    """The same norm, whose second result is x."""
+    """Returns the norm with x as its second result, named h."""
     inner = _norm_inside(eqn)
     assert inner is not None
     y, *others = inner.outvars
@@ -468,14 +488,14 @@ def _carrying(eqn: JaxprEqn, h: Var) -> JaxprEqn:
 
 
 def _patterns_of(aval: Any) -> list[tuple[str, Jaxpr]]:
-    """The jaxpr of each activation of a variable like this."""
+    """Traces each activation, for a variable of this type, to a jaxpr."""
     return [(name, jax.make_jaxpr(f)(aval).jaxpr) for name, f in _WRITTEN]
 
 
 def _match(pattern: Jaxpr, z: Var, uses: _Uses) -> list[int] | None:
-    """The equations that compute `pattern` of z, or None.
+    """Finds the equations that compute `pattern` of z. Returns None if there are none.
 
-    All that they compute on the way, and z, must be read by them alone.
+    Only these equations may read z and their intermediate results.
     """
     meaning: dict[Var, Var] = {pattern.invars[0]: z}
     matched: list[int] = []
@@ -502,7 +522,7 @@ def _match(pattern: Jaxpr, z: Var, uses: _Uses) -> list[int] | None:
 
 
 def _alike(wanted: JaxprEqn, operands: Sequence[Any], found: JaxprEqn) -> bool:
-    """Whether an equation does to these operands what a pattern's does."""
+    """Tells whether an equation does to `operands` what a pattern's equation does."""
     return (
         found.primitive is wanted.primitive
         and len(found.invars) == len(operands)
@@ -523,7 +543,7 @@ def _same_operand(a: Any, b: Any) -> bool:
 
 
 def _same_type(a: Any, b: Any) -> bool:
-    # A pattern is traced outside of any shard_map, and varies over no axis of it.
+    # A pattern is traced outside any shard_map, so its values vary over no mesh axis.
     return all(
         getattr(a.aval, name) == getattr(b.aval, name)
         for name in ("shape", "dtype", "weak_type")
@@ -532,14 +552,14 @@ def _same_type(a: Any, b: Any) -> bool:
 
 def _same_param(a: Any, b: Any) -> bool:
     if isinstance(a, (Jaxpr, ClosedJaxpr)):
-        # What it computes, and who wrote it: a custom derivative is known by that.
+        # Compare what it computes and its source, which identifies a custom derivative.
         return type(a) is type(b) and (_text(a), _source(a)) == (_text(b), _source(b))
-    # The rule of a custom derivative is another object each time that it is traced.
+    # Each trace makes a new object for the rule of a custom derivative.
     return bool(a == b) or (hasattr(a, "call_wrapped") and hasattr(b, "call_wrapped"))
 
 
 def _text(jaxpr: Any) -> str:
-    """Printed, without the axes that types vary over, as f32[8]{V:data}."""
+    """Prints a jaxpr without the axes that types vary over, as in f32[8]{V:data}."""
     return re.sub(r"\{[A-Z]:[^{}]*\}", "", str(jaxpr))
 
 

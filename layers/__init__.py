@@ -1,4 +1,8 @@
-"""The layers of flax.nnx on fused kernels, and what swaps them into a model."""
+"""flax.nnx's norm layers on fused kernels, and `fuse`, which swaps them into a model.
+
+`explain` tells which implementation each norm of a model gets, and `fuse_neighbours`
+moves the operations around a norm into its kernels.
+"""
 
 from fusednorm.layers.explain import explain
 from fusednorm.layers.fuse import FuseReport, fuse, unfuse

@@ -1,4 +1,4 @@
-"""A call of NNX modules as jax traces it: a function of arrays."""
+"""Turns a call of NNX modules into a function of arrays, which jax can trace."""
 
 import dataclasses
 import functools
@@ -14,19 +14,20 @@ from flax import nnx
 
 
 class ArrayCall:
-    """fn(*args, **kwargs) as a function of the arrays in it; a context.
+    """A context in which fn(*args, **kwargs) is a function of the arrays in it.
 
-    A node is what NNX carries from one place to another as one object, however often it
-    is there: a module, random keys, an optimizer, a metric, a Variable. What the call
-    does to them, NNX's update context brings back, as it does for `nnx.jit`: values,
-    attributes that are no arrays, nodes that come, go, or take another's place.
+    A node is an object that NNX carries as one, however often it is referenced: a
+    module, random keys, an optimizer, a metric or a Variable. NNX's update context
+    brings the call's changes to nodes back, as it does for `nnx.jit`. This covers new
+    values, attributes that are not arrays, and nodes that are added, removed or
+    replaced.
 
         with ArrayCall(fn, args, kwargs) as call:
             outputs = jax.jit(call)(*call.operands)
             result = call.finish(outputs)
 
     Attributes:
-      operands: arrays among fn and its arguments, and of the nodes in them.
+      operands: the arrays in fn, in its arguments, and in the nodes among them.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ArrayCall:
         self._context.__exit__(*error)
 
     def __call__(self, *operands: Any) -> list[Any]:
-        """Arrays: of what the call returns, and of what it changes in the nodes."""
+        """Runs the call. Returns the arrays it changes in nodes, then its results."""
         pure, arrays = jax.tree.unflatten(self._inputs, operands)
         nodes = nnx.from_tree(pure, ctxtag=self, is_inner=True, merge_fn=_as_they_are)
         next_node, next_array = iter(nodes), iter(arrays)
@@ -79,22 +80,22 @@ class ArrayCall:
         returned: Any
         if self._is_regraphed:
             returned = nnx.to_tree((nodes, result), ctxtag=self)
-        else:  # Variables that did not change may belong to another trace
+        else:  # unchanged Variables may belong to another trace
             values = {path: node.get_raw_value() for path, node in changed.items()}
             returned = values, result
-            with nnx.split_context(self) as context:  # which forgets the nodes here
+            with nnx.split_context(self) as context:  # makes NNX forget these nodes
                 context.split(())
         of_nodes, self._outputs = jax.tree.flatten(returned[0])
         results, self._result = jax.tree.flatten(returned[1])
-        # What came in with the nodes is not returned: a reference must not be.
+        # Do not return what came in with the nodes: a reference may not be returned.
         place = {id(operand): i for i, operand in enumerate(operands)}
         self._came_in = [place.get(id(leaf)) for leaf in of_nodes]
         new = [a for a, i in zip(of_nodes, self._came_in, strict=True) if i is None]
         return [*new, *results]
 
     def finish(self, outputs: Iterable[Any]) -> Any:
-        """What the call returns; its changes are made in the nodes that were given."""
-        # Of a jaxpr's constants, some are no arrays yet.
+        """Returns the call's result and applies its changes to the given nodes."""
+        # Some constants of a jaxpr are not arrays yet.
         left = (o if isinstance(o, jax.Array) else jnp.asarray(o) for o in outputs)
         of_nodes = [
             next(left) if i is None else self.operands[i] for i in self._came_in
@@ -112,7 +113,7 @@ class ArrayCall:
 def unbound(
     fn: Callable[..., Any],
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """A function, and the arguments that it has already: of a method, of a partial."""
+    """Splits a method or partial into its function and the arguments bound to it."""
     if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nnx.Pytree):
         inner, args, kwargs = unbound(fn.__func__)
         return inner, (*args, fn.__self__), kwargs
@@ -123,7 +124,7 @@ def unbound(
 
 
 def _as_they_are(context: Any, path: Any, prefix: Any, node: Any) -> Any:
-    """Merges a node without copies, so that references are those that were given."""
+    """Merges a node without copies, so that references stay the given ones."""
     (state,) = node.states
     alone = isinstance(state, nnx.Variable)
     return context.unflatten(
@@ -133,8 +134,10 @@ def _as_they_are(context: Any, path: Any, prefix: Any, node: Any) -> Any:
 
 @dataclasses.dataclass
 class _Content:
-    """What a Variable, or an attribute that is an array, holds: the very same arrays,
-    in containers that may change."""
+    """Contents of a Variable or an array attribute, to compare by identity.
+
+    It keeps the very same arrays, because the containers around them may change.
+    """
 
     node: Any
     leaves: list[Any]
@@ -151,7 +154,7 @@ class _Content:
 
 
 def _contents(nodes: Any) -> dict[Any, _Content]:
-    """By their paths."""
+    """Returns the contents of the Variables and arrays in nodes, by path."""
     return {
         path: _Content.of(node)
         for path, node in nnx.iter_graph(nodes)
@@ -164,8 +167,8 @@ def _is_node(leaf: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    # NumPy's stay as they are: sizes may be among them. A Variable has both attributes,
-    # and so has a class of NumPy's numbers.
+    # NumPy arrays and numbers stay as they are: they may be sizes. Variables and NumPy
+    # scalar classes have both attributes too, but are no arrays.
     if _is_node(leaf) or isinstance(leaf, type | np.ndarray | np.generic):
         return False
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

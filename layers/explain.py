@@ -1,4 +1,4 @@
-"""explain(layer, x): which implementation runs, and why."""
+"""explain(layer, x): tells which implementation runs, and why."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,28 +10,30 @@ from fusednorm.layers.calls import ArrayCall
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Says which implementation each normalization inside a call gets, and why.
+    """Tells which implementation each normalization inside a call gets, and why.
 
-    The call is traced, not run: no state changes. The answer is for jax's default
-    platform, and as many devices as the arrays lie on; `.on("cuda")` of it, or
-    `.on("tpu")`, for a platform that is not here.
+    The call is traced, not run, so no state changes. The answer holds for jax's default
+    platform, and for as many devices as the arrays lie on. `.on("cuda")` or
+    `.on("tpu")` of it holds for a platform that is not on this machine.
 
     Args:
-      fn: a layer, a model or its method, or any function that calls some: a training
-        step, a gradient. Jitted functions are looked into. What a function changes (a
-        BatchNorm in training) must be among its arguments.
-      *args: its arguments: arrays, `jax.ShapeDtypeStruct`s, nnx Modules, anything else.
-      **kwargs: its keyword arguments.
+      fn: a layer, a model or its method, or any function that calls them, for example a
+        training step or a gradient. `explain` looks into jitted functions. Everything
+        that `fn` changes (a BatchNorm in training) must be among its arguments.
+      *args: arguments of `fn`: arrays, `jax.ShapeDtypeStruct`s, nnx Modules or other
+        values.
+      **kwargs: keyword arguments of `fn`.
 
     Returns:
       An `Explanation`. Printed, it shows for each normalization the backend, the
       kernel, its block and the bytes it moves, or the reason why the reference runs.
-      Its `choices` are for programs. A normalization inside `jax.lax.scan` counts once.
+      `choices` holds the same for programs. A normalization inside `jax.lax.scan`
+      counts once.
 
     Raises:
       TypeError: `fn` cannot be called.
-      NotImplementedError: a backend is named that cannot run what is asked, as in the
-        call itself.
+      NotImplementedError: the named backend cannot run a normalization in the call. The
+        call itself raises the same error.
 
     >>> import fusednorm, jax
     >>> from flax import nnx
@@ -48,7 +50,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         )
     with ArrayCall(fn, args, kwargs) as call:
 
-        def run(*operands: Any) -> None:  # what `fn` returns need be no array
+        def run(*operands: Any) -> None:  # `fn` may return values that are no arrays
             call(*operands)
 
         jaxpr = jax.make_jaxpr(run)(*call.operands)

@@ -1,4 +1,7 @@
-"""fuse(model): every norm layer of a model on fused kernels, in place; and back."""
+"""fuse(model) moves every norm layer of a model to fused kernels, in place.
+
+unfuse(model) moves them back.
+"""
 
 import dataclasses
 import functools
@@ -30,11 +33,11 @@ Calls = Mapping[type, Callable[..., Any]]
 
 @dataclasses.dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` or `unfuse` did; printing it shows a line a layer.
+    """Outcome of `fuse` or `unfuse`. Printed, it shows one line per norm layer.
 
     Attributes:
       replaced: (path, class before, class after) of each layer that changed.
-      left: (path, class, reason) of each norm layer that did not.
+      left: (path, class, reason) of each norm layer that did not change.
     """
 
     replaced: tuple[tuple[str, str, str], ...]
@@ -52,32 +55,34 @@ class FuseReport:
 def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
     """Turns every nnx norm layer inside a model into fusednorm's, in place.
 
-    A layer stays the object it was, with its Variables, their metadata and shardings;
-    only its class changes. So whatever holds the layer (another module, a list, an
-    optimizer) holds the fused one afterwards, and a layer that is shared stays shared.
-    Abstract models (`nnx.eval_shape`) and stacked ones (`nnx.vmap` or `nnx.scan` over
-    the constructor) are no different.
+    Each layer stays the same object, with its Variables, their metadata and shardings;
+    only its class changes. Whatever holds the layer (another module, a list, an
+    optimizer) therefore holds the fused one afterwards, and a shared layer stays
+    shared. Abstract models (`nnx.eval_shape`) and stacked ones (`nnx.vmap` or
+    `nnx.scan` over the constructor) work the same way.
 
-    Left alone are subclasses of flax's layers with a `__call__` of their own, and norms
-    that somebody wrote without flax's, for what they compute is known from their code
-    alone: `calls` says it. Doing it twice does nothing more. A graphdef that was taken
-    before, by `nnx.split` or `nnx.cached_partial`, still names the layers as they were,
-    and a module that a function hides, as `nnx.jit(module)` does, is not found.
+    Two kinds of norm are left alone: subclasses of flax's layers with their own
+    `__call__`, and norms written without flax's layers. Only their code says what they
+    compute, so you state it in `calls`. A second call of `fuse` changes nothing.
+    A graphdef taken earlier, by `nnx.split` or `nnx.cached_partial`, still names the
+    old classes. A module hidden in a function, as in `nnx.jit(module)`, is not found.
 
     Args:
-      model: an nnx Module, or any tree that holds some.
-      calls: for such a class, the function that its layers, and those of subclasses
-        that inherit its `__call__`, have instead of it: the same in fusednorm's
-        functions. It takes the layer first, and then what `__call__` takes.
+      model: an nnx Module, or any tree that holds Modules.
+      calls: maps a class to the function that replaces `__call__` in its layers and in
+        those of subclasses that inherit that `__call__`. The function computes the same
+        with fusednorm's functions. It takes the layer first, then `__call__`'s
+        arguments.
 
     Returns:
       A report of what was replaced and what was left, with reasons.
 
     Raises:
-      TypeError: there is no module: `model` is a function, a method, a class, what
-        `nnx.split` returns, or arrays; or `calls` is not from classes to functions.
-      ValueError: an NNX transform (`nnx.jit`, `nnx.grad`) or `fuse_neighbours` has
-        brought the model in, and could not carry the change back.
+      TypeError: `model` holds no module: it is a function, a method, a class, a result
+        of `nnx.split`, or arrays; or `calls` does not map classes to functions.
+      ValueError: the call is inside an NNX transform (`nnx.jit`, `nnx.grad`) or
+        `fuse_neighbours` that `model` is an argument of. Neither can carry the change
+        of class back.
 
     >>> import fusednorm
     >>> from flax import nnx
@@ -114,19 +119,21 @@ def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
 
 
 def unfuse(model: Any) -> FuseReport:
-    """The reverse of `fuse`: every fusednorm layer inside a model becomes flax's.
+    """Reverses `fuse`: turns every fusednorm layer inside a model into flax's.
 
-    A subclass that `fuse` changed is the user's class again. Left alone are flax's own
-    layers and subclasses of these, and subclasses of fusednorm's layers.
+    A layer of a subclass that `fuse` changed has the user's class again. flax's own
+    layers, subclasses of these, and subclasses of fusednorm's layers are left alone.
 
     Args:
-      model: an nnx Module, or any tree that holds some.
+      model: an nnx Module, or any tree that holds Modules.
 
     Returns:
       A report of what was replaced and what was left, with reasons.
 
     Raises:
-      TypeError, ValueError: as `fuse`.
+      TypeError: `model` holds no module, as for `fuse`.
+      ValueError: an NNX transform or `fuse_neighbours` cannot carry the change back, as
+        for `fuse`.
     """
     return _convert(model, _flax_class)
 
@@ -163,7 +170,7 @@ def _convert(model: Any, choose: Any) -> FuseReport:
 
 
 def _is_brought_in(module: Any) -> bool:
-    """Whether an NNX transform has brought it in, which then carries it back."""
+    """Tells whether an NNX transform brought the module in, and will carry it back."""
     stacks = graphlib.GRAPH_CONTEXT.update_context_stacks.values()
     brought_in = [
         context.inner_ref_outer_index for stack in stacks for context in stack
@@ -172,7 +179,7 @@ def _is_brought_in(module: Any) -> bool:
 
 
 def _fused_class(module: Any, calls: Calls) -> type | str | None:
-    """The class to change to, or why not; None for what is no norm layer."""
+    """Returns the class to change to, or why not; None for a module that is no norm."""
     cls: Any = type(module)
     if hasattr(cls, "_unfused") or isinstance(module, tuple(_FUSED.values())):
         return "fused already"
@@ -191,12 +198,12 @@ def _fused_class(module: Any, calls: Calls) -> type | str | None:
         return _FUSED[cls]
     try:
         return _fused_subclass(cls, known[base])
-    except Exception as error:  # of an `__init_subclass__` of the user's
+    except Exception as error:  # the user's `__init_subclass__` can raise anything
         return f"a class that cannot be subclassed: {error}"
 
 
 def _looks_like_a_norm(module: Any) -> bool:
-    """By its name, where it does not just hold another norm."""
+    """Judges by the class name, and excludes a module that only holds another norm."""
     if not (callable(module) and _NAME_OF_A_NORM.search(type(module).__name__)):
         return False
     inside = [type(inner) for _, inner in nnx.iter_modules(module)]
@@ -219,11 +226,14 @@ def _flax_class(module: Any) -> type | str | None:
 
 @functools.cache
 def _fused_subclass(cls: Any, fused: Any) -> type:
-    """A user's class with another `__call__`: a function, or, between it and flax's
-    layer, that of a fused one."""
+    """Returns a subclass of the user's class `cls` with another `__call__`.
+
+    If `fused` is a function, it becomes the `__call__`. If it is a fusednorm layer, the
+    subclass also inherits from it, between `cls` and flax's layer.
+    """
 
     def reduce(layer: Any, protocol: int) -> Any:
-        # Under this class's name pickle would find the user's.
+        # pickle looks a class up by name, and would find the user's class.
         reduced: Any = object.__reduce_ex__(layer, 2)
         _, (_, *arguments), *rest = reduced
         return (_new, (cls, fused, *arguments), *rest)

@@ -1,4 +1,4 @@
-"""fuse_neighbours(fn): what stands around a norm goes into its kernels."""
+"""fuse_neighbours(fn): moves operations around a norm into its kernels."""
 
 import functools
 import types
@@ -13,43 +13,47 @@ from fusednorm.layers.calls import ArrayCall, unbound
 
 
 def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
-    """The same function, with what stands around its norms inside their kernels.
+    """Returns `fn` with the operations around its norms moved into their kernels.
 
-    A relu, silu or gelu of a fusednorm layer's output, which nothing else uses, becomes
-    the layer's `activation`: it is applied to what the kernel has in registers, instead
-    of in a pass of its own over memory, and so is its derivative.
+    It handles four patterns:
 
-    So does an array of x's shape that is added to the output, before the activation or
-    without one, as in `nnx.relu(norm(x) + r)`, where it has the output's dtype.
+    - A relu, silu or gelu of a fusednorm layer's output becomes the layer's
+      `activation`, if nothing else uses that output. The kernel applies it, and its
+      derivative, to values in registers, instead of in a separate pass over memory.
+    - An array of x's shape and the output's dtype that is added to the output becomes
+      part of the norm, with or without an activation of the sum, as in
+      `nnx.relu(norm(x) + r)`.
+    - Where x is also used beside a norm, as in `x + f(norm(x))`, the backward kernel
+      adds the gradient from that use to dx as it writes dx.
+    - The norm computes a sum before a norm of rows, h = x + r, if a collective made r,
+      as in `norm(x + psum(f))`, and x lies in memory anyway.
 
-    Where x goes on beside a norm, as in `x + f(norm(x))`, the backward kernel adds dx
-    to what comes to x from there, as it writes it.
+    Results are the same up to rounding. In half precision, sums and activations are
+    computed, and dx is added, before the result is rounded.
 
-    A sum before a norm of rows, h = x + r, is added by the norm where r is what a
-    collective made, as in `norm(x + psum(f))`, and x lies in memory anyway.
+    Matches are found wherever jax's trace of `fn` shows them, including in jitted
+    functions, scans, `jax.checkpoint` and `jax.shard_map`, but not in functions with a
+    `custom_jvp` or `custom_vjp`. These stay as they are:
 
-    Results are the same up to rounding; in half precision a sum and an activation are
-    computed, and dx added, before they are rounded.
+    - an activation, or a sum, of an output that is used twice, is cast to another dtype
+      first or is complex;
+    - a sum with an array that is broadcast or cast to a wider dtype first, or that
+      depends on the norm's statistics;
+    - any other sum before a norm, because XLA fuses it into a product before it
+      (`residual=` adds it in the norm).
 
-    They are found wherever jax's trace of `fn` shows them, in jitted functions, scans,
-    `jax.checkpoint` or `jax.shard_map` too, but not in functions with a `custom_jvp` or
-    `custom_vjp`. Left as it is: an activation of an output that is used twice, is cast
-    to another dtype first or is complex, and a sum with one; a sum with an array that
-    is broadcast or cast to a wider dtype first, or that depends on the norm's
-    statistics; any other sum before a norm, which XLA takes into a product before it
-    (`residual=` adds it in the norm).
-
-    Wrap the forward pass and differentiate the result: a derivative taken inside of
-    `fn` uses the norm's output a second time. Each call traces `fn`: call it inside
-    of a jitted function, which does so once.
+    Wrap the forward pass and differentiate the result: a derivative taken inside `fn`
+    uses the norm's output a second time. Each call traces `fn`, so call the result
+    inside a jitted function, which traces it once.
 
     Args:
-      fn: a model or its method, or any function that calls some; it decorates methods
-        too. What it changes (a BatchNorm in training, random keys, an optimizer) must
-        be among its arguments; its changes are made there, as `nnx.jit` makes them.
+      fn: a model or its method, or any function that calls models; it decorates methods
+        too. Everything that `fn` changes (a BatchNorm in training, random keys, an
+        optimizer) must be among its arguments. The changes are made in them, as
+        `nnx.jit` makes them.
 
     Returns:
-      A function of the same arguments and results. Results are trees of arrays and
+      A function with the same arguments and results. Results are trees of arrays and
       nnx objects.
 
     >>> import fusednorm, jax
@@ -68,7 +72,7 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
 
 
 class _Fused(functools.partial[Any]):
-    """A function, or a method where a class has it; `explain` finds fn in it."""
+    """A function that also works as a method; `explain` finds `fn` in it."""
 
     def __get__(self, owner: Any, cls: Any = None) -> Any:
         return self if owner is None else types.MethodType(self, owner)

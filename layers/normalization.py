@@ -1,29 +1,30 @@
-"""LayerNorm, RMSNorm, GroupNorm, BatchNorm and InstanceNorm in the place of flax.nnx's.
+"""LayerNorm, RMSNorm, GroupNorm, BatchNorm and InstanceNorm that replace flax.nnx's.
 
-Each is a subclass of flax's layer and replaces its `__call__` alone: constructor, state
-tree, metadata, `train()`, `eval()`, `nnx.view` and checkpoints are flax's own. Output
-shapes and dtypes are flax's in every case. A call takes more keywords, `activation`,
-`scale_offset` and `residual`, and `scale` and `bias` for LayerNorm and RMSNorm: what
-the kernels do to what they have in registers. What differs is in the numbers, and
-better:
+Each layer subclasses flax's and replaces only its `__call__`. The constructor, state
+tree, metadata, `train()`, `eval()`, `nnx.view` and checkpoints are flax's own, and so
+are all output shapes and dtypes. A call takes more keywords: `activation`,
+`scale_offset` and `residual`, and for LayerNorm and RMSNorm also `scale` and `bias`.
+The kernels apply them to the values that they hold in registers. Results differ from
+flax's only in their numbers, for the better:
 
   - The variance is centred wherever the mean is more than two deviations from 0,
-    whatever `use_fast_variance` says: nearer to 0, one CPU or TPU device may take
-    E[x^2] - E[x]^2. That is flax's default, which loses all digits where the mean is a
-    few thousand times the deviation. The argument is accepted, and costs or gains
-    nothing.
+    whatever `use_fast_variance` says. Nearer to 0, one CPU or TPU device may take
+    E[x^2] - E[x]^2. This formula is flax's default, and it loses all digits where the
+    mean is a few thousand times the deviation. `use_fast_variance` is accepted, and has
+    no effect on results or speed.
   - x, scale, bias and running statistics are used at their own precision, in float32
     arithmetic. flax rounds them to `dtype` first.
-  - With `axis_name`, devices weigh in with the number of elements they hold, so that a
-    mask gives the statistics of the whole batch. flax averages the devices' means.
-  - A mask that lets nothing in gives mean 0, variance 1, no gradient through them, and
-    leaves running statistics as they are (so does an empty batch). flax gives NaN.
+  - If `axis_name` is given, each device is weighted by its count of elements, so that
+    masked statistics are those of the whole batch. flax averages the devices' means.
+  - A mask that selects nothing gives mean 0, variance 1 and no gradient through them,
+    and leaves running statistics unchanged (an empty batch does the same). flax gives
+    NaN.
   - GroupNorm takes any `reduction_axes` that include the last axis, and any mask that
     broadcasts to x. flax repeats its statistics along axis 1 whatever the axes, which
     is wrong for others, and fails on a mask of one channel.
 
 A `promote_dtype` other than flax's default is called as flax calls it, and the arrays
-it returns are what is normalized.
+it returns are normalized.
 """
 
 from collections.abc import Sequence
@@ -40,14 +41,15 @@ from fusednorm.kernels import functional, parts
 def _promote(
     layer: Any, x: Any, *variables: Any, given: Sequence[Any] = (), statistics: int = 0
 ) -> tuple[list[Any], Any]:
-    """The arrays to normalize with, and the output's dtype, as flax decides it.
+    """Returns the arrays to normalize with, and the output's dtype by flax's rules.
 
     Args:
-      variables: the layer's, or the call's scale and bias in their place; a promotion
-        of the user's is given all, None included.
-      given: of the call; a promotion of the user's is given those there are.
-      statistics: so many of the variables, the first ones, are running averages. They
-        have a say in flax's own promotion, none in the dtype of a user's.
+      variables: the layer's Variables, or the call's scale and bias in their place. A
+        user's `promote_dtype` receives all of them, None included.
+      given: arrays of the call. A user's `promote_dtype` receives those that are not
+        None.
+      statistics: number of leading variables that are running averages. They affect
+        flax's own promotion, but not the output dtype after a user's one.
     """
     there = [array for array in given if array is not None]
     arrays = (x, *(None if v is None else v[...] for v in variables), *there)
@@ -57,7 +59,7 @@ def _promote(
         deciding = (arrays[0], *arrays[1 + statistics :])
     dtype = dtypes.canonicalize_dtype(*deciding, dtype=layer.dtype)
     own, rest = arrays[1 : 1 + len(variables)], iter(arrays[1 + len(variables) :])
-    flat = [  # a layer's own is of all samples, whatever its shape
+    flat = [  # the layer's own parameters hold for all samples, whatever their shape
         jnp.reshape(array, -1)
         if array is not None and isinstance(variable, nnx.Variable)
         else array
@@ -71,7 +73,7 @@ def _promote(
 
 
 def _own_or_given(layer: Any, name: str, given: Any) -> Any:
-    """The scale or bias of a layer, or that of a call where the layer has none."""
+    """Returns the layer's scale or bias, or the call's one if the layer has none."""
     own = getattr(layer, name)
     if own is not None and given is not None:
         raise ValueError(
@@ -84,7 +86,7 @@ def _own_or_given(layer: Any, name: str, given: Any) -> Any:
 def _shared(
     layer: Any, dtype: Any, mask: Any, activation: str | None, scale_offset: float
 ) -> dict[str, Any]:
-    """The arguments that every function takes alike."""
+    """Returns the arguments common to all functions that compute statistics."""
     return {
         "activation": activation,
         "scale_offset": scale_offset,
@@ -97,10 +99,10 @@ def _shared(
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalization, in the place of `flax.nnx.LayerNorm`.
+    """Layer normalization, a replacement for `flax.nnx.LayerNorm`.
 
-    y = (x - mean) * rsqrt(var + epsilon) * scale + bias, with the mean and variance of
-    each example over `reduction_axes`. Arguments and state are those of flax.nnx.
+    y = (x - mean) * rsqrt(var + epsilon) * scale + bias. Each example's mean and
+    variance are taken over `reduction_axes`. Arguments and state are those of flax.nnx.
 
     >>> import fusednorm, jax
     >>> from flax import nnx
@@ -134,28 +136,30 @@ class LayerNorm(nnx.LayerNorm):
         """Normalizes x.
 
         Args:
-          x: array of any shape; its sizes along `feature_axes` have the product
+          x: array of any shape. The product of its sizes along `feature_axes` is
             `num_features`.
-          mask: bool, broadcastable to x: the elements that statistics are taken from.
+          mask: bool, broadcastable to x: the elements that enter the statistics.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
-          scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
-            its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
-          residual: array of x's shape. h = x + residual is normalized, and returned
-            too, in the dtype that the two promote to: `y, h = layer(x, residual=r)`.
-          scale, bias: arrays of x's rank that broadcast to x, for a layer that has none
-            of its own (`use_scale=False, use_bias=False`): adaptive layer norm.
+          scale_offset: added to the scale, in float32. Use 1.0 if the layer stores the
+            scale's distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
+          residual: array of x's shape. The layer normalizes h = x + residual and also
+            returns h, in the dtype that the two promote to:
+            `y, h = layer(x, residual=r)`.
+          scale, bias: arrays of x's rank that broadcast to x, for adaptive layer norm.
+            The layer must have none of its own (`use_scale=False, use_bias=False`).
 
         Returns:
-          Array of x's shape; dtype as flax promotes it. With a residual (y, h).
+          Array of x's shape, with the dtype that flax promotes to; (y, h) if there is a
+          residual.
 
         Raises:
           TypeError: x does not fit scale or bias along `feature_axes`.
           ValueError: an axis is out of range, the mask is not bool or does not
-            broadcast to x, the residual has another shape, the layer has a scale or
-            bias and another one is given, `scale_offset` is given and no scale is
-            there, the activation is unknown, or of complex x or output, or `dtype` is
-            not a float or complex type.
+            broadcast to x, the residual has another shape, the call gives a scale or
+            bias to a layer that has one, `scale_offset` is given without a scale, the
+            activation is unknown or applied to complex x or output, or `dtype` is not a
+            float or complex type.
         """
         scale = _own_or_given(self, "scale", scale)
         bias = _own_or_given(self, "bias", bias)
@@ -174,9 +178,9 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Root-mean-square normalization, in the place of `flax.nnx.RMSNorm`.
+    """Root-mean-square normalization, a replacement for `flax.nnx.RMSNorm`.
 
-    y = x * rsqrt(mean(x^2) + epsilon) * scale, with the mean over `reduction_axes`.
+    y = x * rsqrt(mean(x^2) + epsilon) * scale, where the mean is over `reduction_axes`.
     Arguments and state are those of flax.nnx.
 
     >>> import fusednorm, jax
@@ -205,7 +209,7 @@ class RMSNorm(nnx.RMSNorm):
         scale: Any = None,
         bias: Any = None,
     ) -> Any:
-        """Normalizes x; arguments, result and errors as for `LayerNorm`."""
+        """Normalizes x. Arguments, result and errors are those of `LayerNorm`."""
         scale = _own_or_given(self, "scale", scale)
         (x, scale, bias, residual), dtype = _promote(
             self, x, scale, given=[bias, residual]
@@ -222,10 +226,10 @@ class RMSNorm(nnx.RMSNorm):
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Group normalization, in the place of `flax.nnx.GroupNorm`.
+    """Group normalization, a replacement for `flax.nnx.GroupNorm`.
 
-    The formula of `LayerNorm`, with the mean and variance of each group of channels in
-    each sample. Arguments and state are those of flax.nnx.
+    The formula is `LayerNorm`'s, with one mean and variance per sample and group of
+    channels. Arguments and state are those of flax.nnx.
 
     >>> import fusednorm, jax
     >>> import numpy as np
@@ -264,24 +268,24 @@ class GroupNorm(nnx.GroupNorm):
 
         Args:
           x: shape (batch, ..., num_features).
-          mask: bool, broadcastable to x: the elements that statistics are taken from.
+          mask: bool, broadcastable to x: the elements that enter the statistics.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
-          scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
-            its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
+          scale_offset: added to the scale, in float32. Use 1.0 if the layer stores the
+            scale's distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
           residual: array of x's shape, added to the result before the activation, in
-            the arithmetic's dtype.
+            the dtype of the arithmetic.
 
         Returns:
-          Array of x's shape; dtype as flax promotes it.
+          Array of x's shape, with the dtype that flax promotes to.
 
         Raises:
           TypeError: x's last axis is not `num_features` long.
           ValueError: `reduction_axes` lacks the last axis or is out of range, the mask
             is not bool or does not broadcast to x, the residual has another shape,
             `scale_offset` is given and the layer has no scale, the activation is
-            unknown, or of complex x or output, or `dtype` is not a float or complex
-            type.
+            unknown or applied to complex x or output, or `dtype` is not a float or
+            complex type.
         """
         channels = self.num_groups * self.group_size
         if jnp.shape(x)[-1:] != (channels,):
@@ -305,10 +309,10 @@ class GroupNorm(nnx.GroupNorm):
 
 
 class InstanceNorm(nnx.InstanceNorm):
-    """Instance normalization, in the place of `flax.nnx.InstanceNorm`.
+    """Instance normalization, a replacement for `flax.nnx.InstanceNorm`.
 
-    The formula of `LayerNorm`, with the mean and variance of each channel in each
-    sample. Arguments and state are those of flax.nnx.
+    The formula is `LayerNorm`'s, with one mean and variance per sample and channel.
+    Arguments and state are those of flax.nnx.
 
     >>> import fusednorm, jax
     >>> import numpy as np
@@ -348,24 +352,24 @@ class InstanceNorm(nnx.InstanceNorm):
 
         Args:
           x: shape (batch, ...), with the channels along `feature_axes`.
-          mask: bool, broadcastable to x: the elements that statistics are taken from.
+          mask: bool, broadcastable to x: the elements that enter the statistics.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
-          scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
-            its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
+          scale_offset: added to the scale, in float32. Use 1.0 if the layer stores the
+            scale's distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
           residual: array of x's shape, added to the result before the activation, in
-            the arithmetic's dtype.
+            the dtype of the arithmetic.
 
         Returns:
-          Array of x's shape; dtype as flax promotes it.
+          Array of x's shape, with the dtype that flax promotes to.
 
         Raises:
           TypeError: x does not fit scale or bias along `feature_axes`.
           ValueError: `feature_axes` includes the first axis or is out of range, the
             mask is not bool or does not broadcast to x, the residual has another shape,
             `scale_offset` is given and the layer has no scale, the activation is
-            unknown, or of complex x or output, or `dtype` is not a float or complex
-            type.
+            unknown or applied to complex x or output, or `dtype` is not a float or
+            complex type.
         """
         (x, scale, bias, residual), dtype = _promote(
             self, x, self.scale, self.bias, given=[residual]
@@ -381,11 +385,11 @@ class InstanceNorm(nnx.InstanceNorm):
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalization, in the place of `flax.nnx.BatchNorm`.
+    """Batch normalization, a replacement for `flax.nnx.BatchNorm`.
 
-    The formula of `LayerNorm`, with the mean and variance of each channel over the
-    batch, or with running averages of them. Arguments and state are those of flax.nnx;
-    running averages move by `momentum * average + (1 - momentum) * batch`, with the
+    The formula is `LayerNorm`'s, with the mean and variance of each channel over the
+    batch, or with running averages of them. Arguments and state are those of flax.nnx.
+    A running average becomes `momentum * average + (1 - momentum) * batch`, using the
     biased variance.
 
     >>> import fusednorm, jax, jax.numpy as jnp
@@ -441,31 +445,31 @@ class BatchNorm(nnx.BatchNorm):
         scale_offset: float = 0.0,
         residual: Any = None,
     ) -> jax.Array:
-        """Normalizes x, and in training moves the running averages.
+        """Normalizes x, and updates the running averages in training.
 
         Args:
           x: array of any shape, `num_features` long along `axis`.
-          use_running_average: whether to normalize with the running averages rather
-            than the batch; goes before what the constructor, `train()` or `eval()`
-            said.
-          mask: bool, broadcastable to x: the elements that statistics are taken from.
+          use_running_average: whether to normalize with the running averages instead of
+            the batch's statistics. It overrides the constructor, `train()` and
+            `eval()`.
+          mask: bool, broadcastable to x: the elements that enter the statistics.
           activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the result
             before it is rounded to its dtype.
-          scale_offset: added to the scale, in float32: 1.0 where the layer's scale is
-            its distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
+          scale_offset: added to the scale, in float32. Use 1.0 if the layer stores the
+            scale's distance from 1 (`scale_init=nnx.initializers.zeros_init()`).
           residual: array of x's shape, added to the result before the activation, in
-            the arithmetic's dtype.
+            the dtype of the arithmetic.
 
         Returns:
-          Array of x's shape; dtype as flax promotes it.
+          Array of x's shape, with the dtype that flax promotes to.
 
         Raises:
           TypeError: x is not `num_features` long along `axis`.
           ValueError: `use_running_average` was given nowhere, the axis is out of range,
-            the mask is not bool or does not broadcast to x (in training; running
-            averages leave it out), the residual has another shape, `scale_offset` is
-            given and the layer has no scale, the activation is unknown, or of complex x
-            or output, or `dtype` is not a float or complex type.
+            the mask is not bool or does not broadcast to x (in training only; running
+            averages ignore the mask), the residual has another shape, `scale_offset` is
+            given and the layer has no scale, the activation is unknown or applied to
+            complex x or output, or `dtype` is not a float or complex type.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
@@ -513,7 +517,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         for average, batch in ((self.mean, mean), (self.var, var)):
             before = average[...]
-            # Where types say how running statistics are sharded, they stay so.
+            # If types say how running statistics are sharded, keep that sharding.
             like = jax.typeof(before)
             batch = parts.lying_as(like, batch)
             moved = self.momentum * before + (1 - self.momentum) * batch

@@ -1,7 +1,7 @@
-"""The normalizations in plain jax.numpy: the definition of right.
+"""The normalizations in plain jax.numpy: the definition of a correct result.
 
 Every kernel is checked against these functions, and every call that no kernel takes
-runs them. They themselves are checked against float64 NumPy and against flax.
+runs them. The functions themselves are checked against float64 NumPy and against flax.
 """
 
 from fusednorm.reference.activation import ACTIVATIONS, activate, slope

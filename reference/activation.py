@@ -1,4 +1,4 @@
-"""Activations behind a normalization: y = act(z), z = x_hat * scale + bias.
+"""Activations after a normalization: y = act(z), z = x_hat * scale + bias.
 
     name       act(z)                 act'(z), the slope
     relu       max(z, 0)              1 above 0, else 0
@@ -11,7 +11,8 @@
     t = tanh(u),  u = sqrt(2 / pi) * (z + 0.044715 z^3),  u' its derivative
 
 They are `jax.nn`'s relu, silu, gelu(approximate=False) and gelu(approximate=True), with
-their slopes written out: a backward computes z again from x, and multiplies dy by them.
+their slopes written out. A backward recomputes z from x, and multiplies dy by the
+slope.
 
 Sources: Hendrycks and Gimpel 2016 (arXiv:1606.08415), sections 2 and 4, for GELU and
 its approximation; Elfwing et al. 2017 (arXiv:1702.03118), eq. 1 and 2, for SiLU.
@@ -32,23 +33,26 @@ _CUBIC = 0.044715
 
 
 def normal_cdf(z: jax.Array) -> jax.Array:
-    """Phi(z), without cancellation below 0."""
+    """Computes Phi(z), without cancellation below 0."""
     return 0.5 * lax.erfc(z * -math.sqrt(0.5))
 
 
 def activate(name: str | None, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -> Any:
-    """act(z).
+    """Computes act(z).
 
     Args:
       name: one of `ACTIVATIONS`, or None for z itself.
-      z: any shape, float.
-      cdf: computes Phi.
+      z: float array of any shape.
+      cdf: function that computes Phi.
+
+    Raises:
+      ValueError: `name` is not an activation.
     """
     match name:
         case None:
             return z
         case "relu":
-            return jnp.where(z <= 0.0, 0.0, z)  # NaN stays, and the slope at 0 is 0
+            return jnp.where(z <= 0.0, 0.0, z)  # keeps NaN; the slope at 0 is 0
         case "silu":
             return z * lax.logistic(z)
         case "gelu":
@@ -59,7 +63,10 @@ def activate(name: str | None, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -
 
 
 def slope(name: str, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -> Any:
-    """act'(z); arguments as for `activate`. Relu has none at 0: it is taken to be 0."""
+    """Computes act'(z). Relu's slope at 0, where it has none, is taken to be 0.
+
+    Arguments and errors are those of `activate`, but `name` cannot be None.
+    """
     match name:
         case "relu":
             return jnp.where(z > 0.0, 1.0, 0.0).astype(z.dtype)

@@ -6,7 +6,7 @@ Formulas, over the elements that share one mean (a row, a group, a channel):
     var   = sum((x - mean)^2) / n            centred: no cancellation at large means
     rstd  = 1 / sqrt(var + epsilon)
     x_hat = (x - mean) * rstd
-    z     = x_hat * scale + bias             + shortcut, where something is added
+    z     = x_hat * scale + bias             + shortcut, if there is one
     y     = act(z)                           z itself without an activation
 
     dz     = dy * act'(z)
@@ -14,20 +14,20 @@ Formulas, over the elements that share one mean (a row, a group, a channel):
     c1     = sum(w * x_hat) / n
     c2     = sum(w) / n
     dx     = rstd * (w - c2 - x_hat * c1)
-    dscale = sum(dz * x_hat),  dbias = sum(dz)    over all that share one scale
+    dscale = sum(dz * x_hat),  dbias = sum(dz)    over elements that share one scale
     dshortcut = dz
 
-RMSNorm leaves the mean out: mean = 0 and c2 = 0. activation.py has act and act'.
+RMSNorm omits the mean: mean = 0 and c2 = 0. activation.py defines act and act'.
 
 Sources: Ioffe and Szegedy 2015 (arXiv:1502.03167), section 3, for the backward with
 batch statistics; Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4; Zhang and Sennrich
 2019 (arXiv:1910.07467), eq. 4; Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3; Chan,
 Golub and LeVeque 1983 (The American Statistician 37:3), eq. 2.1, for `combine`.
 
-Every function keeps the caller's rank and holds to the caller's axes, so that an array
-sharded over devices stays sharded: flattening it to rows would gather it. A statistic
-has the rank of x, with size 1 along the axes that were reduced (and one entry a group
-along the last axis, where channels are grouped).
+Every function keeps the caller's rank and axes, so that an array sharded over devices
+stays sharded: flattening it to rows would gather it. A statistic has the rank of x,
+with size 1 along the reduced axes. If channels are grouped, it has one entry per group
+along the last axis.
 """
 
 import dataclasses
@@ -43,35 +43,36 @@ from jax import lax
 from fusednorm.reference.activation import activate, slope
 from fusednorm.reference.chunks import in_chunks
 
-# How many elements one statistic counts: a number where the shape tells, an array where
-# a mask or other devices have a say.
+# Number of elements that one statistic counts: an int if the shape determines it, an
+# array if it depends on a mask or on other devices.
 Count = int | jax.Array
 
-# Whose code the reference goes out of its way for, where one device has all of x.
+# Platform for which the reference takes the form that its compiler runs fastest, if one
+# device holds all of x.
 Sparing = Literal["cpu", "tpu"] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What one normalization does to an array, whatever the array's size.
+    """Description of one normalization, independent of the array's size.
 
     Attributes:
       reduction_axes: axes of x that share one mean and variance; sorted, none negative.
-        With `num_groups` the last axis is not among them: it is split instead.
+        If `num_groups` is set, the last axis is not among them: it is split instead.
       feature_axes: axes of x along which scale and bias vary; sorted, none negative.
       num_groups: None, or the number of groups into which the last axis is split, each
-        with its own mean and variance (the last axis is the only feature axis then).
+        with its own mean and variance (the last axis is then the only feature axis).
       center: whether the mean is subtracted; False is RMSNorm.
-      epsilon: added to the variance, inside the square root: a float, or where the
-        program computes it an array without axes.
-      dtype: dtype of y. Arithmetic is at least float32, and wider where `dtype` is.
-      activation: None, or the name of one of `activation.ACTIVATIONS`.
-      scale_offset: what is added to the scale, if there is one: 1 where it is kept as
-        its distance from 1.
+      epsilon: added to the variance, inside the square root. A float, or a scalar array
+        if the program computes it.
+      dtype: dtype of y. Arithmetic is at least float32, and wider if `dtype` is.
+      activation: None, or a name in `activation.ACTIVATIONS`.
+      scale_offset: number added to the scale, if there is one; 1 if the scale is stored
+        as its distance from 1.
       over: mapped axes (of a mesh, or of `jax.vmap`) over which the statistics are
-        combined too: x is one device's part.
-      groups: None, or which devices of these axes combine, as for `jax.lax.psum`.
-      one_scale: whether all that combine are known to have the same scale.
+        also combined. x is then one device's part.
+      groups: None, or which devices of these axes combine, as in `jax.lax.psum`.
+      one_scale: whether all devices that combine are known to have the same scale.
     """
 
     reduction_axes: tuple[int, ...]
@@ -88,15 +89,15 @@ class Norm:
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Dtype of the arithmetic and the statistics: `dtype`, float32 at least."""
+        """Dtype of the arithmetic and the statistics: `dtype`, but at least float32."""
         return at_least_float32(self.dtype)
 
     def weight(self, scale: Any) -> Any:
-        """scale + scale_offset, of a scale in `compute_dtype`."""
+        """Returns scale + scale_offset; `scale` is in `compute_dtype`."""
         return scale + self.scale_offset if self.scale_offset else scale
 
     def statistic_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the mean and the variance of an x of `shape`."""
+        """Returns the shape of the mean and variance of an x of shape `shape`."""
         reduced = [
             1 if axis in self.reduction_axes else n for axis, n in enumerate(shape)
         ]
@@ -105,7 +106,7 @@ class Norm:
         return tuple(reduced)
 
     def behind(self, new_axes: int) -> "Norm":
-        """The same normalization of an array with `new_axes` more leading axes."""
+        """Returns the normalization for arrays with `new_axes` more leading axes."""
         return dataclasses.replace(
             self,
             reduction_axes=tuple(axis + new_axes for axis in self.reduction_axes),
@@ -114,25 +115,30 @@ class Norm:
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of arithmetic on floats or complex numbers of a dtype."""
-    # jax promotes float8 to nothing by itself, and may be told to promote nothing.
+    """Returns the dtype for arithmetic on float or complex numbers of `dtype`."""
+    # jax does not promote float8 by itself, and may be told to promote nothing.
     if dtype.itemsize == 1:
         return jnp.dtype("float32")
     return np.promote_types(dtype, np.float32)
 
 
 # --- statistics and what they are of --------------------------------------------------
-# Arrays keep x's rank and its channels whole: split into groups of 10, as a UNet's are,
-# channels would give a CPU loops of 10. Only sums, by then small, are split.
+# Arrays keep x's rank, and their channel axis stays whole. Split into groups of 10, as
+# in a UNet, channels would give a CPU loops of 10. Only the sums, which are small by
+# then, are split.
 
 
 def _reshape(a: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Splits or joins axes. Where types say that an axis is sharded (explicit mode),
-    the first of those that it becomes is."""
+    """Splits or joins axes.
+
+    If types say that an axis is sharded (explicit mode), the first of the axes that it
+    is split into is sharded.
+    """
     sharding = jax.typeof(a).sharding
     if not any(sharding.spec):
         return a.reshape(shape)
-    # Elements from an axis on tell which of the new ones begins where it does.
+    # An old and a new axis begin at the same place if the same number of elements lies
+    # from there on.
     pairs = zip(_begins(a.shape), sharding.spec, strict=True)
     split = {begin: names for begin, names in pairs if names is not None}
     if not split.keys() <= set(_begins(shape)):
@@ -143,14 +149,14 @@ def _reshape(a: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def _begins(shape: Sequence[int]) -> list[int]:
-    """Elements from each axis on; 0 for one of size 1, which begins nothing."""
+    """Counts the elements from each axis on; 0 for size 1, which begins nothing."""
     return [
         math.prod(shape[axis:]) if size > 1 else 0 for axis, size in enumerate(shape)
     ]
 
 
 def _channels(norm: Norm, statistic: jax.Array, x: Any) -> jax.Array:
-    """A statistic, shaped to broadcast against x: (..., G) -> (..., C) for groups."""
+    """Shapes a statistic to broadcast against x: (..., G) -> (..., C) for groups."""
     if norm.num_groups is None:
         return statistic
     *lead, groups = statistic.shape
@@ -161,7 +167,7 @@ def _channels(norm: Norm, statistic: jax.Array, x: Any) -> jax.Array:
 
 
 def _groups(norm: Norm, per_channel: jax.Array) -> jax.Array:
-    """(..., C) -> (..., G), summed over the channels of a group."""
+    """Sums over the channels of each group: (..., C) -> (..., G)."""
     if norm.num_groups is None:
         return per_channel
     *lead, channels = per_channel.shape
@@ -170,16 +176,16 @@ def _groups(norm: Norm, per_channel: jax.Array) -> jax.Array:
 
 
 def _about(norm: Norm, x: jax.Array, mean: jax.Array | None) -> jax.Array:
-    """x - mean, in `norm.compute_dtype`."""
+    """Returns x - mean, in `norm.compute_dtype`."""
     x = x.astype(norm.compute_dtype)
     return x if mean is None else x - _channels(norm, mean, x)
 
 
 def _spread(norm: Norm, param: jax.Array, x: Any) -> jax.Array:
-    """A scale or bias (..., features), shaped to broadcast against x.
+    """Shapes a scale or bias (..., features) to broadcast against x.
 
-    Leading axes, if any, belong to x's leading axes: those of each sample or row, and
-    `jax.vmap` over the parameters.
+    Leading axes, if any, match x's leading axes. They come from parameters per sample
+    or row, and from `jax.vmap` over the parameters.
     """
     lead = param.shape[:-1]
     shape = [1] * x.ndim
@@ -190,12 +196,15 @@ def _spread(norm: Norm, param: jax.Array, x: Any) -> jax.Array:
 
 
 def _weight(norm: Norm, scale: jax.Array | None, x: Any) -> Any:
-    """What x_hat is multiplied by, shaped to broadcast against x."""
+    """Returns the factor of x_hat, shaped to broadcast against x."""
     return 1 if scale is None else norm.weight(_spread(norm, scale, x))
 
 
 def _pixel_axes(norm: Norm, own: int = 0) -> list[int]:
-    """S of x[N, S, G, K]: reduced axes that are no features, from the own-th on."""
+    """Returns the axes of S in x[N, S, G, K]: reduced axes that are no feature axes.
+
+    The first `own` axes of x are left out.
+    """
     axes = norm.reduction_axes
     return [axis for axis in axes if axis not in norm.feature_axes and axis >= own]
 
@@ -205,17 +214,17 @@ def _sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def _total(norm: Norm, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """A statistic: the sums of what shares a mean, of what the mask lets in."""
+    """Returns a statistic: sums of the elements that share a mean and are unmasked."""
     return _groups(norm, _sum(_masked(x, mask), norm.reduction_axes))
 
 
 def _masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    # A 0 without axes: jax asks that arrays of one shape are sharded alike.
+    # The 0 is a scalar: jax requires arrays of one shape to have the same sharding.
     return x if mask is None else jnp.where(mask, x, 0)
 
 
 def _divided(total: jax.Array, count: Count) -> jax.Array:
-    """total / count, and 0 where nothing was counted."""
+    """Returns total / count, or 0 where nothing was counted."""
     if isinstance(count, int):
         return total / max(count, 1)
     count = jnp.asarray(count, total.real.dtype)
@@ -223,19 +232,19 @@ def _divided(total: jax.Array, count: Count) -> jax.Array:
 
 
 def _across(norm: Norm, total: Any) -> Any:
-    """The total over all devices that combine; of an int too."""
+    """Returns the total, which may be an int, over all devices that combine."""
     if not norm.over:
         return total
     return lax.psum(total, norm.over, axis_index_groups=norm.groups)
 
 
 def _mean(norm: Norm, total: jax.Array, count: Count) -> jax.Array:
-    """Of all devices that combine, from what was added up on each."""
+    """Returns the mean over all devices that combine, from each one's `total`."""
     return _divided(_across(norm, total), count)
 
 
 def _count(norm: Norm, x: jax.Array, mask: jax.Array | None) -> Count:
-    """Elements per statistic here: like a statistic, where it is an array."""
+    """Counts the local elements per statistic: an int, or with a mask a statistic."""
     if mask is not None:
         ones = jnp.broadcast_to(mask, x.shape)
         return _total(norm, ones.astype(norm.compute_dtype))
@@ -252,27 +261,30 @@ def _abs_squared(x: jax.Array) -> jax.Array:
 
 
 # --- chunks, for a CPU ----------------------------------------------------------------
-# Between two of its loops XLA's CPU code leaves arrays of x's size: 16 bits as float32,
-# and in a backward what is added up along the last axis. New memory in each call, which
-# the system gives page by page, they take more time than all arithmetic; of a chunk
-# they stay in the cache. What leaves none takes 1.1 times as long in chunks.
+# XLA's CPU code materializes arrays of x's size between two of its loops: 16-bit
+# numbers as float32, and in a backward the terms that are summed along the last axis.
+# Each call allocates this memory anew, and the system maps it page by page, which takes
+# more time than all the arithmetic. The arrays of one chunk stay in the cache. Code
+# that materializes none takes 1.1 times as long in chunks.
 
-# Of x in `compute_dtype`. Times of LayerNorm of 16384 x 128, float32, forward and
-# backward, of flax's: with a quarter of it 0.66, with half 0.65, so 0.67, in one piece
-# 0.93. GroupNorm of 4096 x 128, 2 MiB: with half of it 1.5, in one piece 1.1.
+# Maximum size of a chunk of x in `compute_dtype`. Forward and backward time of a
+# LayerNorm of 16384 x 128 in float32, over flax's: 0.66 with a quarter of this size,
+# 0.65 with half, 0.67 with it, 0.93 in one piece. GroupNorm of 4096 x 128, 2 MiB: 1.5
+# with half of it, 1.1 in one piece.
 CHUNK_BYTES = 2**21
 
 
 def _chunks(norm: Norm, x: jax.Array, own: int) -> tuple[int, int] | None:
-    """(axis, size) of chunks of x, or None if it is one.
+    """Returns the axis to cut x along and the size of a chunk; None for a single chunk.
 
     Args:
-      norm: what to normalize over.
+      norm: the normalization.
       x: the array.
-      own: leading axes along which scale or bias vary, or add up by themselves.
+      own: number of leading axes along which scale or bias vary, or dscale and dbias
+        keep separate entries.
     """
     axes = [axis for axis in range(own, x.ndim) if axis not in norm.feature_axes]
-    if not (axes and isinstance(x.size, int) and x.size):  # none in an export for any
+    if not (axes and isinstance(x.size, int) and x.size):  # symbolic in an export
         return None
     axis = max(axes, key=lambda axis: x.shape[axis])
     row_bytes = x.size // x.shape[axis] * norm.compute_dtype.itemsize
@@ -281,15 +293,15 @@ def _chunks(norm: Norm, x: jax.Array, own: int) -> tuple[int, int] | None:
 
 
 def _is_narrow(norm: Norm, *arrays: jax.Array) -> bool:
-    """Whether the arithmetic is on wider numbers than some array has."""
+    """Tells whether some array has a narrower dtype than the arithmetic."""
     return any(a.dtype.itemsize < norm.compute_dtype.itemsize for a in arrays)
 
 
 # --- forward --------------------------------------------------------------------------
 
 
-# Up to mean^2 = 4 var the sum of squares about 0 serves: taking n * mean^2 from it
-# loses about three binary digits of the variance, less than the 16 roundings that tests
+# Up to mean^2 = 4 var the sum of squares about 0 is used. Subtracting n * mean^2 from
+# it loses about three bits of the variance, less than the 16 roundings that tests
 # allow.
 _NEAR = 4
 
@@ -301,19 +313,21 @@ def moments(
     *,
     sparing: Sparing = None,
 ) -> tuple[Count, jax.Array | None, jax.Array]:
-    """Count, mean and centred sum of squares of x, of what is here.
+    """Returns count, mean and centred sum of squares of the local part of x.
 
     Args:
-      norm: what to normalize over.
+      norm: the normalization.
       x: any shape; any float or complex dtype.
-      mask: None, or bool of x's rank that broadcasts to x: which elements count.
-      sparing: centre the squares only if some mean is far from 0, and only its own.
-        XLA's CPU code then sums x and x^2 side by side, 1.3 times as fast as one after
-        the other, in chunks if they have 16 bits; its TPU code adds up both where x is
-        made. Not for GPUs, where a branch costs more, nor where XLA partitions x.
+      mask: None, or bool of x's rank that broadcasts to x: the elements that count.
+      sparing: centre the squares only if some mean is far from 0, and only for that
+        mean. XLA's CPU code then sums x and x^2 side by side, 1.3 times as fast as one
+        after the other, in chunks if x has 16 bits. Its TPU code accumulates both where
+        x is produced. Leave it None on GPUs, where a branch costs more, and where XLA
+        partitions x.
 
     Returns:
-      count: elements in each statistic; an int, or with a mask an array like `mean`.
+      count: number of elements in each statistic; an int, or an array like `mean` if
+        there is a mask.
       mean: statistic in `norm.compute_dtype`, 0 where nothing counts; None without
         centring.
       m2: sum of |x - mean|^2, real.
@@ -346,14 +360,17 @@ def moments(
     far = square > _NEAR * about_0
 
     def centred() -> jax.Array:
-        # In a branch, from x itself: what a branch is given is kept in memory.
+        # Recompute from x in the branch: operands of a branch are kept in memory.
         return jnp.where(far, add_up(squares, x, mask, mean), about_0)
 
     return count, mean, lax.cond(jnp.any(far), centred, lambda: about_0)
 
 
 def variance(count: Count, m2: jax.Array) -> jax.Array:
-    """m2 / count, and 1 where nothing was counted: a mask all false, an empty batch."""
+    """Returns m2 / count, or 1 where nothing was counted.
+
+    Nothing is counted if the mask is all false, or if the batch is empty.
+    """
     if isinstance(count, int):
         return m2 / count if count else jnp.ones_like(m2)
     var = _divided(m2, count)
@@ -365,12 +382,12 @@ def combine(
 ) -> tuple[Count, jax.Array | None, jax.Array]:
     """Merges each device's `moments` over `norm.over` (Chan et al. 1983, eq. 2.1).
 
-    Devices weigh in with their counts, and the squares are moved to the common mean
-    before they are added. So the result is that of one device with all the data.
+    Each device is weighted by its count, and the squares are shifted to the common mean
+    before they are added. The result is that of one device with all the data.
 
     Args:
-      norm: what was normalized over.
-      count, mean, m2: as `moments` returned them on this device.
+      norm: the normalization.
+      count, mean, m2: results of `moments` on this device.
 
     Returns:
       The same three, over all devices that combine.
@@ -389,7 +406,7 @@ def combine(
 def over_devices(
     norm: Norm, x: jax.Array, mean: jax.Array | None, var: jax.Array
 ) -> tuple[jax.Array | None, jax.Array]:
-    """mean and var of all devices that combine, from those of each one's x."""
+    """Combines the mean and var of each device's x over all devices that combine."""
     count = _count(norm, x, None)
     count, mean, m2 = combine(norm, count, mean, var * count)
     return mean, variance(count, m2)
@@ -404,14 +421,14 @@ def apply(
     bias: jax.Array | None,
     shortcut: jax.Array | None = None,
 ) -> jax.Array:
-    """y = act((x - mean) * rsqrt(var + epsilon) * scale + bias + shortcut).
+    """Computes y = act((x - mean) * rsqrt(var + epsilon) * scale + bias + shortcut).
 
     Args:
-      norm: what was normalized over.
+      norm: the normalization.
       x: any shape.
       mean, var: statistics as `moments` and `variance` return them; mean may be None.
-      scale, bias: shape (features,), or None; with leading axes of x before it where
-        they vary along these.
+      scale, bias: shape (*leading, features), or None. `leading` are the leading axes
+        of x along which they vary, if any.
       shortcut: x's shape, or None.
 
     Returns:
@@ -430,7 +447,7 @@ def _affine(
     bias: jax.Array | None,
     shortcut: jax.Array | None,
 ) -> jax.Array:
-    """z = x_hat * scale + bias + shortcut, in `norm.compute_dtype`."""
+    """Computes z = x_hat * scale + bias + shortcut, in `norm.compute_dtype`."""
     factor = _channels(norm, lax.rsqrt(var + norm.epsilon), x)
     if scale is not None:
         factor = factor * norm.weight(_spread(norm, scale, x))
@@ -443,17 +460,18 @@ def _affine(
 
 
 def add(x: jax.Array, residual: jax.Array, *, sparing: Sparing = None) -> jax.Array:
-    """h = x + residual, rounded to the dtype that the two promote to.
+    """Computes h = x + residual, rounded to the dtype that the two promote to.
 
-    In half precision XLA may leave out a rounding that is followed by arithmetic in
-    float32: a backward would then find another h than the forward normalized.
+    In half precision XLA may drop a rounding that is followed by arithmetic in float32.
+    A backward would then compute another h than the one that the forward normalized.
 
     Args:
-      x, residual: of one shape.
-      sparing: of "cpu", let a barrier keep the rounding, as XLA's CPU code does it, and
-        not one by name, which takes more: sum and RMSNorm of 1464 x 4096 in bfloat16
-        1.03 against 1.3 times flax's time. Where XLA makes one loop of sum and norm a
-        barrier would break it up.
+      x, residual: arrays of the same shape.
+      sparing: "cpu" lets an optimization barrier keep the rounding, as it does in XLA's
+        CPU code, instead of an explicit rounding, which takes longer. A sum and RMSNorm
+        of 1464 x 4096 in bfloat16 takes 1.03 times flax's time with the barrier and 1.3
+        with the rounding. Where XLA makes one loop of sum and norm, a barrier would
+        break it up.
     """
     h = x + residual
     if jnp.finfo(h.dtype).bits >= 32:
@@ -478,18 +496,19 @@ def forward(
     """Normalizes x.
 
     Args:
-      norm: what to normalize over.
+      norm: the normalization.
       x: any shape.
       scale, bias, shortcut: as for `apply`; any real dtype.
-      mask: None, or bool of x's rank that broadcasts to x: the elements that the
-        statistics are taken from. All elements are normalized.
+      mask: None, or bool of x's rank that broadcasts to x: the elements that enter the
+        statistics. All elements are normalized.
       sparing: as for `moments`.
 
     Returns:
       y: x's shape, `norm.dtype`.
       mean: statistic in `norm.compute_dtype`, or None without centring.
-      var: statistic. It is what the backward keeps: rstd = rsqrt(var + epsilon) follows
-        from it, while var would not follow from rstd where var is far below epsilon.
+      var: statistic. The backward keeps it instead of rstd: rstd = rsqrt(var + epsilon)
+        follows from var, but var does not follow from rstd where var is far below
+        epsilon.
     """
     here = moments(norm, x, mask, sparing=sparing)
     count, mean, m2 = combine(norm, *here)
@@ -514,15 +533,14 @@ def tangent(
     mask: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> jax.Array:
-    """The derivative of y along the arguments that end in _dot; None is a zero.
+    """Returns the derivative of y along the arguments in _dot, where None is zero.
 
     z_dot = scale * rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot))
             + scale_dot * x_hat + bias_dot + shortcut_dot
     y_dot = act'(z) * z_dot
 
-    `bias` and `shortcut` matter to an activation alone.
-
-    Linear in its first four arguments; `backward` is its transpose.
+    `bias` and `shortcut` matter only if there is an activation. The function is linear
+    in its first four arrays, and `backward` is its transpose.
     """
     dtype = norm.compute_dtype
     rstd = _channels(norm, lax.rsqrt(var + norm.epsilon), x)
@@ -559,7 +577,7 @@ def moments_tangent(
     mean: jax.Array | None,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array]:
-    """The derivatives of mean and var along x_dot.
+    """Returns the derivatives of mean and var along x_dot.
 
     mean_dot = mean(x_dot),  var_dot = 2 * mean((x - mean) * x_dot)
     """
@@ -588,32 +606,33 @@ def backward(
     wanted: Sequence[bool] = (True, True, True),
     sparing: Sparing = None,
 ) -> tuple[Any, Any, Any, jax.Array]:
-    """Gradients of <dy, y> with respect to x, scale, bias and shortcut.
+    """Computes the gradients of <dy, y> with respect to x, scale, bias and shortcut.
 
     Args:
-      norm: what was normalized over.
+      norm: the normalization.
       dy: cotangent of y, x's shape.
       x: the input.
-      scale: that of the forward, or None for ones.
-      bias, shortcut: likewise, or None for zeros; they matter to an activation alone.
+      scale: the forward's scale, or None for ones.
+      bias, shortcut: those of the forward, or None for zeros; they matter only if there
+        is an activation.
       mean, var: statistics of the forward.
-      mask: that of the forward.
-      dh: cotangent of x itself, where it goes on beside the norm; dx is added to it.
-      own_params: how many leading axes of x keep a dscale and dbias of their own,
-        rather than add up into one.
-      wanted: which of dx, dscale and dbias; the others may be None.
-      sparing: of "cpu", find sums in chunks, or of small arrays compute dz, c1 and c2
-        once each. XLA's CPU code otherwise repeats what made dz, such as an
-        activation's derivative, in each of the loops below; and it makes one loop of a
-        row's sums and dx: GroupNorm of 1024 x 256 in 32 groups 2.0 against 1.2 times
-        flax's time.
+      mask: the forward's mask.
+      dh: cotangent of x from its other use beside the norm; dx is added to it.
+      own_params: number of leading axes of x along which dscale and dbias keep separate
+        entries instead of being summed.
+      wanted: which of dx, dscale and dbias to compute; the others may be None.
+      sparing: "cpu" computes sums in chunks, or for small arrays dz, c1 and c2 only
+        once. XLA's CPU code otherwise recomputes dz, for example an activation's
+        derivative, in each of the loops below, and makes one loop of a row's sums and
+        dx. GroupNorm of 1024 x 256 in 32 groups then takes 2.0 times flax's time,
+        against 1.2.
 
     Returns:
       dx: x's shape, in x's dtype.
-      dscale, dbias: shape (*leading, features), in `norm.compute_dtype`: the sums over
-        what is here. Of a scale of x's shape nothing adds up, and dscale has its shape
-        and dtype.
-      dshortcut: x's shape, in the shortcut's dtype, or dy's without one.
+      dscale, dbias: shape (*leading, features), in `norm.compute_dtype`: sums over the
+        local part of x. For a scale of x's shape nothing is summed, and dscale has that
+        scale's shape and dtype.
+      dshortcut: x's shape, in the shortcut's dtype, or in dy's without a shortcut.
     """
     given = dy, x, scale, bias, mean, var, shortcut
     dz = before_activation(norm, *given)
@@ -654,9 +673,9 @@ def _backward_sums(
     var: jax.Array,
     own_params: int,
 ) -> dict[str, jax.Array]:
-    """n * c1, n * c2 (if centred), dscale and dbias, of what is here."""
+    """Returns n * c1, n * c2 (if centred), dscale and dbias of the local part."""
     dtype = norm.compute_dtype
-    # Without what scale or bias varies along.
+    # Pixel axes along which neither scale nor bias varies.
     pixel_axes = _pixel_axes(
         norm, max(own_params, 0 if scale is None else scale.ndim - 1)
     )
@@ -665,7 +684,7 @@ def _backward_sums(
     rstd = lax.rsqrt(var + norm.epsilon)
     wide_dz = dz.astype(dtype)
 
-    # Down the pixels first: these two sums per channel serve all that follows.
+    # Sum over the pixels first: all that follows needs only these two sums per channel.
     sum_dz = _sum(wide_dz, pixel_axes)
     sum_dz_centred = _sum(wide_dz * _about(norm, x, mean), pixel_axes)
 
@@ -674,8 +693,9 @@ def _backward_sums(
     if norm.center:
         sums["c2"] = _groups(norm, _sum(weight * sum_dz, other_axes))
 
-    # Pixels, by now of size 1, are summed again: XLA's CPU code adds up (samples, 1) in
-    # a tree and (samples,) in a chain, with 1.2 times the error for 32 samples.
+    # Pixel axes have size 1 by now but are summed again. XLA's CPU code accumulates
+    # (samples, 1) in a tree, and (samples,) in a chain, with 1.2 times the rounding
+    # error for 32 samples.
     sharing = [a for a in range(own_params, x.ndim) if a not in norm.feature_axes]
     params_shape = (
         *x.shape[:own_params],
@@ -695,13 +715,13 @@ def _backward_sums_in_chunks(
     axis: int,
     size: int,
 ) -> dict[str, jax.Array]:
-    """Those of `_backward_sums` that are wanted, by `in_chunks`.
+    """Computes the wanted results of `_backward_sums` with `in_chunks`.
 
     Args:
-      norm: what to normalize over.
+      norm: the normalization.
       given: dy, x, scale, bias, mean, var and shortcut of `backward`.
       own_params, wanted: as for `backward`.
-      axis, size: as `_chunks` has them.
+      axis, size: as `_chunks` returns them.
     """
     wants = dict(zip(("dx", "dscale", "dbias"), wanted, strict=True))
     wants |= {"c1": wants["dx"], "c2": wants["dx"]}
@@ -710,7 +730,7 @@ def _backward_sums_in_chunks(
         _, x, scale, _, mean, var, _ = operands
         dz = before_activation(norm, *operands)
         if norm.activation is not None:
-            dz = lax.optimization_barrier(dz)  # or each sum computes its derivative
+            dz = lax.optimization_barrier(dz)  # else each sum recomputes the slope
         found = _backward_sums(norm, dz, x, scale, mean, var, own_params)
         return {name: total for name, total in found.items() if wants[name]}
 
@@ -718,7 +738,7 @@ def _backward_sums_in_chunks(
 
 
 def each_its_own(param: Any, x: Any) -> bool:
-    """Whether each element of x has its own scale or bias."""
+    """Tells whether a scale or bias has a separate entry for each element of x."""
     return len(param.shape) > 1 and param.shape == x.shape
 
 
@@ -732,9 +752,9 @@ def before_activation(
     var: jax.Array,
     shortcut: jax.Array | None = None,
 ) -> jax.Array:
-    """dz = dy * act'(z), in `norm.compute_dtype`; dy itself without an activation.
+    """Computes dz = dy * act'(z), in `norm.compute_dtype`.
 
-    Arguments are those of `backward`.
+    Without an activation, dz is dy itself. Arguments are those of `backward`.
     """
     if norm.activation is None:
         return dy
@@ -754,8 +774,9 @@ def input_gradient(
     mask: jax.Array | None = None,
     dh: jax.Array | None = None,
 ) -> jax.Array:
-    """dx = rstd * (w - c2 - x_hat * c1) + dh, w = dz * scale: the elementwise end of
-    `backward`.
+    """Computes dx = rstd * (w - c2 - x_hat * c1) + dh, where w = dz * scale.
+
+    This is the elementwise end of `backward`.
 
     Args:
       norm, x, scale, mean, var, mask, dh: as for `backward`.
@@ -769,7 +790,7 @@ def input_gradient(
     dtype = norm.compute_dtype
     rstd = lax.rsqrt(var + norm.epsilon)
     weight = _weight(norm, scale, x)
-    # with rstd drawn out of x_hat
+    # x_hat * c1, with x_hat's rstd multiplied into c1
     through_statistics = _about(norm, x, mean) * _channels(norm, rstd * c1, x)
     if c2 is not None:
         through_statistics = through_statistics + _channels(norm, c2, x)

@@ -1,10 +1,10 @@
-"""Fused normalization layers for flax.nnx: drop-in, on NVIDIA GPUs, TPUs and CPUs.
+"""Drop-in fused normalization layers for flax.nnx, on NVIDIA GPUs, TPUs and CPUs.
 
     import fusednorm
     fusednorm.fuse(model)                          # an existing model, in place
     layer = fusednorm.LayerNorm(768, rngs=rngs)    # or our layers from the start
 
-`fusednorm.explain(model, x)` says which implementation runs, and why.
+`fusednorm.explain(model, x)` tells which implementation runs, and why.
 """
 
 from fusednorm.kernels import (
