@@ -1,27 +1,30 @@
-"""How a TPU's rowwise kernels cut an array into blocks and chunks.
+"""Blocks and chunks into which a TPU's rowwise kernels cut an array.
 
-XLA lays the last two axes of an array in memory into tiles of 8 sublanes times 128
-lanes, and chooses as these two those that leave least of the tiles empty
-(`order_of_axes`). So the features, which are normalized over, lie in one of two ways:
+XLA stores the last two axes of an array in memory in tiles of 8 sublanes by 128 lanes.
+It picks the two axes that leave the least of those tiles empty (`order_of_axes`). The
+features, which the norm reduces over, therefore have one of two layouts:
 
     AcrossLanes      x[examples, slabs, rows, features]    768 features
-    DownSublanes     x[examples, slabs, features, rows]    384 rows of 64 features, for
-                                                           64 of 128 lanes were empty
+    DownSublanes     x[examples, slabs, features, rows]    384 rows of 64 features:
+                                                           across the lanes, 64 of
+                                                           128 would be empty
 
-Each is a class with the same methods, by which the kernels in rowwise.py are written
-once. A chunk is [rows, features] in one and [features, rows] in the other. What has one
-number a row fills the registers of LANES (or SUBLANES) features with it, so that no
-step broadcasts it. A third class, `Turned`, has rows of up to 128 features across the
-lanes, and transposes them in registers.
+Each layout is a class. Both classes have the same methods, so rowwise.py defines each
+kernel once for both. A chunk is [rows, features] across the lanes and [features, rows]
+down the sublanes. A value per row is replicated over registers that span LANES (or
+SUBLANES) features, so no step has to broadcast it. A third class, `Turned`, takes rows
+of up to 128 features that lie across the lanes and transposes them in registers.
 
-The features of one array lie in the one way, and those of another, of more rows, in the
-other. A row's result is the same to the bit, for both sum its features in one order:
+The same features may lie across the lanes in one array and down the sublanes in another
+that has more rows. A row's result is bitwise the same in both, because both sum its
+features in one order:
 
     total[i] = x[i] + x[i + 128] + x[i + 256] + ...    for i < 128
     total[i] += total[i + 64],  then 32, 16, 8, 4, 2, 1
 
-Features that fill whole tiles of 128 lanes never lie down the sublanes, and need not:
-they are left to the chip's own sum over lanes.
+Features that fill whole tiles of 128 lanes never lie down the sublanes, so
+`AcrossLanes` need not keep this order for them: it leaves the last step to the chip's
+own sum over lanes.
 """
 
 import dataclasses
@@ -41,13 +44,14 @@ from jax.experimental.pallas import tpu as pltpu
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 
-# Features of a chunk whose pieces stand one behind the other in the code; of more, as
-# many as one turn of a loop does. Cycles over those of HBM traffic, compiled for a 7x,
-# bfloat16 backward: RMSNorm of 7168 features with 2048 1.10, with 4096 0.98, LayerNorm
-# of 12288 1.35 and 1.29. (A v5e has up to 30 % more, to 0.5.)
+# Up to this many features, a chunk's pieces are unrolled in the code. Longer rows take
+# a loop with this many features per turn. Cycles over cycles of HBM traffic, compiled
+# for a 7x, bfloat16 backward: RMSNorm of 7168 features takes 1.10 with 2048 per turn
+# and 0.98 with 4096 per turn; LayerNorm of 12288 takes 1.35 and 1.29. (On a v5e the
+# longer turn takes up to 30 % more, but the ratio is at most 0.5 there.)
 UNROLLED = 4096
 
-# x + NOTHING is x, to the bit; 0 would make 0 of -0.
+# x + NOTHING is x bitwise, whereas adding 0 would turn -0 into 0.
 NOTHING = -0.0
 
 
@@ -55,20 +59,20 @@ NOTHING = -0.0
 
 
 def order_of_axes(shape: Sequence[int], itemsize: int, first: int) -> tuple[int, ...]:
-    """Axes in the order in which XLA has them in memory, from slowest to fastest.
+    """Returns the axes in the order in which XLA stores them, from slowest to fastest.
 
-    The fastest fills lanes, the one before it sublanes. XLA takes those two that make
-    the array least after padding, and of several such the last axes. Found so by
-    compiling for v4, v5e, v5p, v6e and 7x: 1200 arrays of 2 to 4 axes of 1 to 2880,
-    float32, bfloat16 and float16, as arguments of a program; and between matrix
-    products, where features are among the two. A kernel that asks for another order has
-    x and y copied.
+    The fastest axis fills lanes, the one before it sublanes. XLA picks the two axes
+    that make the array smallest after padding, and on a tie the last ones. This rule
+    was found by compiling for v4, v5e, v5p, v6e and 7x: 1200 arrays of 2 to 4 axes of 1
+    to 2880, in float32, bfloat16 and float16, as arguments of a program, and arrays
+    between matrix products, where the features are among the last two axes. If a kernel
+    asks for another order, XLA copies x and y.
 
     Args:
-      shape: of x, features last.
-      itemsize: bytes of an element.
-      first: how many leading axes stay in front; and the features are among the last
-        two. XLA holds itself to neither.
+      shape: shape of x, features last.
+      itemsize: bytes per element.
+      first: number of leading axes that stay in front. The features are always among
+        the last two axes. XLA itself observes neither restriction.
     """
     features = len(shape) - 1
 
@@ -94,7 +98,7 @@ def order_of_axes(shape: Sequence[int], itemsize: int, first: int) -> tuple[int,
 
 
 def inverse(order: Sequence[int]) -> list[int]:
-    """The order that a transpose by `order` is undone with."""
+    """Returns the order that undoes a transpose by `order`."""
     return sorted(range(len(order)), key=lambda axis: order[axis])
 
 
@@ -103,12 +107,13 @@ def inverse(order: Sequence[int]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Some features of a chunk.
+    """A range of a chunk's features.
 
     Attributes:
-      number: of the piece; in a loop its number in the loop's first turn.
-      width: features of each piece before it.
-      group: the turn of the loop, UNROLLED features each, behind piece 0; or None.
+      number: index of the piece; inside a loop, its index in the loop's first turn.
+      width: features of each preceding piece.
+      group: turn of the loop, which begins after piece 0 and covers UNROLLED features
+        per turn; None outside a loop.
     """
 
     number: int
@@ -116,7 +121,8 @@ class Piece:
     group: Any = None
 
     def of(self, ref: Any, axis: int, size: int) -> Any:
-        """The piece's features of a ref, which lie on that axis."""
+        """Returns the part of `ref` that holds the piece's features, `size` of them
+        along `axis`."""
 
         def cut(ref: Any, start: Any, size: int) -> Any:
             return ref.at[(slice(None),) * axis + (pl.ds(start, size),)]
@@ -124,29 +130,32 @@ class Piece:
         if self.group is None:
             return cut(ref, self.number * self.width, size)
         first = pl.multiple_of(self.width + self.group * UNROLLED, LANES)
-        group = cut(ref, first, UNROLLED)  # one address for all its pieces
+        group = cut(ref, first, UNROLLED)  # one address for all pieces of the group
         return cut(group, (self.number - 1) * self.width, size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """What all ways of lying share.
+    """Base class of the layouts: how blocks are cut, fetched and worked through.
 
     Attributes:
-      vmem: bytes that a kernel needs.
-      cores: that share an example: each has blocks of its slabs, or where there is one,
-        of its rows.
+      vmem: bytes of VMEM that a kernel needs.
+      cores: cores that share an example. Each has blocks of the example's slabs, or of
+        its rows if there is only one slab.
       examples: parts of the array with a scale, bias, dscale or dbias of their own.
       slabs: parts of an example.
       rows: rows of a slab.
       features: length of a row.
       block_rows: rows of a slab in VMEM at a time; a multiple of chunk_rows.
       chunk_rows: rows that are normalized together.
-      apart: cores each of which has examples of its own; 1 where they share them.
-      groups: that have a scale and bias in turn, as heads do: of rows, or where other
-        rows lie between, of examples; 1 where rows, or examples, share or have one.
-      period: of rows in turn, after how many the groups repeat in whole registers. A
-        chunk has a multiple of them; 1 where all its rows share a scale and bias.
+      apart: cores that each have examples of their own; 1 where cores share examples.
+      groups: number of groups that take turns with a scale and bias of their own, as
+        heads do. Adjacent rows take turns, or adjacent examples where memory has the
+        rows of a group together. The value is 1 where rows or examples share a scale
+        and bias, or each example has its own.
+      period: number of rows after which groups that take turns repeat in whole
+        registers. A chunk has a multiple of `period` rows. The value is 1 where all
+        rows of a chunk share a scale and bias.
     """
 
     vmem: int
@@ -165,12 +174,13 @@ class Chunks:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Of an example: of its slabs, of their rows."""
+        """Number of blocks of an example, along its slabs and along their rows."""
         return self.slabs, pl.cdiv(self.rows, self.block_rows)
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        """Cores, and a core's examples and blocks of slabs and of rows."""
+        """Grid of the kernel: cores, then per core examples, blocks of slabs and blocks
+        of rows."""
         slabs, rows = self.blocks
         if slabs > 1:
             slabs = pl.cdiv(slabs, self.cores)
@@ -180,14 +190,19 @@ class Chunks:
 
     @property
     def blocks_together(self) -> int:
-        """That one core must have: they write one block of statistics."""
+        """Consecutive blocks that one core must have, since they write one block of
+        statistics."""
         return 1
 
     def shared_by(self, cores: int) -> Self:
-        """By so many cores: each gets blocks of every example, or where there are too
-        few, as many examples as the others, or one gets all."""
+        """Returns these blocks distributed over `cores` cores.
+
+        Each core gets blocks of every example. If an example has too few blocks, the
+        cores divide the examples evenly. If the examples do not divide evenly, one core
+        gets everything.
+        """
         shared = dataclasses.replace(self, cores=cores)
-        first = shared.block_at(cores - 1, 0, 0)  # of the last core
+        first = shared.block_at(cores - 1, 0, 0)  # the last core's first block
         if all(i < n for i, n in zip(first, self.blocks, strict=True)):
             return shared
         if self.examples % cores == 0:
@@ -195,14 +210,14 @@ class Chunks:
         return self
 
     def example_at(self, core: Any, example: Any) -> Any:
-        """Which of all examples a step has."""
+        """Returns the index, over all cores, of the example that a grid step has."""
         if self.apart > 1:
             example += core * (self.examples // self.apart)
         return example
 
     def block_at(self, core: Any, slab: Any, row: Any) -> tuple[Any, Any]:
-        """Which of the example's blocks a step has; the last core's last ones may be
-        too many, and have no rows."""
+        """Returns which of the example's blocks a grid step has. The last core's last
+        blocks may lie past the end and have no rows."""
         if self.cores > 1:
             _, _, slabs, rows = self.grid
             if self.blocks[0] > 1:
@@ -213,15 +228,16 @@ class Chunks:
 
     @property
     def block_number(self) -> tuple[Any, Any]:
-        """That of this step."""
+        """Which of the example's blocks this grid step has."""
         return self.block_at(*map(pl.program_id, (0, 2, 3)))
 
     def spec(self, shape: Sequence[Any], at: Callable[..., Any]) -> pl.BlockSpec:
-        """Of blocks that are at(example, slab, row), by their numbers."""
+        """Returns the spec of blocks of `shape` with the block indices at(example,
+        slab, row)."""
 
         def index(core: Any, example: Any, *block: Any) -> Any:
             slab, row = self.block_at(core, *block)
-            if self.cores > 1:  # one too many is the last one, and not fetched again
+            if self.cores > 1:  # past the end, the last block again: no new fetch
                 slabs, rows = self.blocks
                 row = jnp.where(slab < slabs, jnp.minimum(row, rows - 1), rows - 1)
                 slab = jnp.minimum(slab, slabs - 1)
@@ -231,12 +247,15 @@ class Chunks:
 
     @property
     def param_lanes(self) -> int:
-        """Of a row of one number a feature."""
+        """Lanes of a row that holds one value per feature."""
         return round_up(self.features, LANES)
 
     def of_param(self, count: int) -> pl.BlockSpec:
-        """For scale or bias [count, period, features], each for as many examples one
-        behind the other, or of the groups' for every count-th; fetched once."""
+        """Returns the spec of scale or bias [count, period, features], fetched once.
+
+        Each of the `count` entries serves an equal number of consecutive examples. If
+        examples take turns, it serves every count-th example.
+        """
 
         def index(core: Any, example: Any, *_: Any) -> Any:
             if count == 1:
@@ -250,7 +269,7 @@ class Chunks:
 
     @property
     def of_param_gradient(self) -> pl.BlockSpec:
-        """For dscale and dbias [cores, examples, period, features]."""
+        """Spec of dscale and dbias [cores, examples, period, features]."""
 
         def index(core: Any, example: Any, *_: Any) -> Any:
             sharer = core if self.cores > 1 else 0
@@ -259,12 +278,12 @@ class Chunks:
         return pl.BlockSpec((None, None, self.period, self.param_lanes), index)
 
     def add_parts(self, parts: jax.Array | None, count: int) -> jax.Array | None:
-        """dscale or dbias: those of all cores, and of examples that share one, or of a
-        group's.
+        """Sums the partial dscale or dbias of all cores, and of the examples or rows
+        that share one.
 
         Args:
           parts: [cores, examples, period, features], or None.
-          count: of the results, each for as many examples one behind the other.
+          count: number of results, each of an equal number of consecutive examples.
         """
         if parts is None:
             return None
@@ -280,30 +299,30 @@ class Chunks:
 
     @property
     def slabs_of_block(self) -> int:
-        """In VMEM at a time."""
+        """Slabs in VMEM at a time."""
         return 1
 
     @property
     def rows_of_slab(self) -> Any:
-        """Of this block's slabs."""
+        """Rows in each of this block's slabs."""
         _, row = self.block_number
         rows = jnp.minimum(self.rows - row * self.block_rows, self.block_rows)
         return jnp.maximum(rows, 0) if self.cores > 1 else rows
 
     @property
     def chunks_of_slab(self) -> Any:
-        """Of this block's slabs, that have rows."""
+        """Chunks with rows in each of this block's slabs."""
         return lax.div(self.rows_of_slab + self.chunk_rows - 1, self.chunk_rows)
 
     @property
     def whole_chunks(self) -> Any:
-        """Those of this block, which is one slab's, that have all their rows."""
+        """Chunks of this block, which lies in one slab, that have all their rows."""
         whole = lax.div(self.rows_of_slab, self.chunk_rows)
         return jnp.minimum(whole, self.chunks)  # 0 where a core has no slab
 
     @property
     def chunks(self) -> Any:
-        """Of this block, that have rows."""
+        """Chunks of this block that have rows."""
         slab, _ = self.block_number
         if self.cores == 1 or self.slabs == 1:
             return self.chunks_of_slab
@@ -311,32 +330,34 @@ class Chunks:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether a chunk may have less rows than it has room for."""
+        """Whether a chunk may have fewer rows than it has room for."""
         return self.rows % self.chunk_rows > 0
 
     @property
     def together(self) -> int:
-        """Chunks that one turn of the loop does."""
+        """Chunks per turn of the loop."""
         return 1
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a turn finds the statistics of the next one's chunks."""
+        """Whether a turn of the loop prepares the statistics of the next turn's
+        chunk."""
         return False
 
     @property
     def piece_width(self) -> int:
-        """Features of a piece."""
+        """Features per piece."""
         return LANES
 
     @property
     def filled(self) -> int:
-        """Features, and what fills their last tile or register: garbage."""
+        """Features plus the garbage that fills their last tile or register."""
         raise NotImplementedError
 
     @property
     def pieces(self) -> int:
-        """Of so many features each, the last one of what there is."""
+        """Pieces per chunk, each of `piece_width` features; the last one has the
+        remainder."""
         return pl.cdiv(self.filled, self.piece_width)
 
     def _size(self, piece: Piece) -> int:
@@ -345,11 +366,11 @@ class Chunks:
         return left if is_last else self.piece_width
 
     def place(self, index: Any) -> Any:
-        """Where a chunk is, in a block."""
+        """Returns where a chunk lies in a block."""
         raise NotImplementedError
 
     def part(self, ref: Any, piece: Piece) -> Any:
-        """The features of a piece."""
+        """Returns the part of `ref` that holds the piece's features."""
         raise NotImplementedError
 
     def for_each_chunk(
@@ -359,18 +380,18 @@ class Chunks:
         masks: bool,
         given: Callable[[Any], Any] = lambda _: None,
     ) -> None:
-        """Calls chunk(index, slot, masked, told) for the chunks of this block that have
+        """Calls chunk(index, slot, masked, told) for each chunk of this block that has
         rows.
 
-        Of the chunks of one turn each has a slot of its own.
+        Each chunk of a turn has a slot of its own.
 
         Args:
-          chunk: what is done to one.
-          masks: whether it must know, by `masked`, that a chunk may have garbage in its
-            last rows. A mask costs each element an operation, so one chunk that may
-            have some has code of its own.
-          given: (index) -> what the chunk is told; found in the turn before if
-            `looks_ahead`, and once more than there are chunks.
+          chunk: function that works on one chunk.
+          masks: whether the function must know, by `masked`, that a chunk's last rows
+            may be garbage. A mask costs one operation per element, so if only one chunk
+            may have garbage, that chunk has code of its own.
+          given: (index) -> what the chunk is told. With `looks_ahead` it is called one
+            turn early, and once more than there are chunks.
         """
         masks = masks and self.is_ragged
         apart = masks and self.slabs_of_block == 1
@@ -395,8 +416,8 @@ class Chunks:
             lax.fori_loop(turns * count, self.chunks, alone, None)
 
     def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
-        """Reads pieces of a chunk, in float32, from VMEM whenever they are wanted:
-        the registers do not hold them all."""
+        """Returns a function that reads a piece of a chunk, in float32, from VMEM. Each
+        call loads again, because the registers cannot hold all pieces."""
         here = self.place(index)
         return lambda piece: memory.load(self.part(ref, piece), here)
 
@@ -408,16 +429,16 @@ class Chunks:
     def keep(
         self, ref: Any, slot: int, compute: Callable[[Piece], jax.Array]
     ) -> tuple[Callable[[Piece, jax.Array], None], Callable[[Piece], jax.Array]]:
-        """How a number is kept from one pass over a chunk to the next.
+        """Returns functions that keep a value from one pass over a chunk to the next.
 
         Args:
           ref: scratch [together, chunk_rows, lanes] float32, or None.
-          slot: which of the chunks of one turn this is.
-          compute: of a piece.
+          slot: index of the chunk in its turn.
+          compute: (piece) -> the value.
 
         Returns:
-          put(piece, value), get(piece); without scratch put does nothing, and get
-          computes anew.
+          put(piece, value), get(piece). Without scratch, put does nothing and get
+          recomputes the value.
         """
 
         def put(piece: Piece, value: jax.Array) -> None:
@@ -434,10 +455,12 @@ class Chunks:
         memory.store(self.part(ref, piece), self.place(index), value)
 
     def over_pieces(self, step: Callable[[Piece, Any], Any]) -> Any:
-        """carry = step(piece, carry) for a chunk's pieces; the carry is None at first.
+        """Runs carry = step(piece, carry) over a chunk's pieces and returns the last
+        carry.
 
-        Few pieces stand one behind the other in the code; of many a loop has some at a
-        time. The last one's number is always known.
+        The carry is None at first. A few pieces are unrolled in the code; if there are
+        more, a loop runs several per turn. The number of the last piece is always
+        static.
         """
         width = self.piece_width
         carry = step(Piece(0, width), None)
@@ -463,16 +486,16 @@ class Chunks:
 
 @dataclasses.dataclass(frozen=True)
 class AcrossLanes(Chunks):
-    """How the view x[examples, slabs, rows, features] is cut.
+    """Layout with the features across the lanes: x[examples, slabs, rows, features].
 
-    Rows of a block, and of a chunk, are powers of two.
+    The rows of a block and of a chunk are powers of two.
 
     Attributes:
-      piece_width: features of a piece. Of 16 bits each, memory has tiles of 8 rows
-        times 128 features, which are half a register: two side by side are one.
-      together: chunks that one turn of the loop does.
-      keeps: whether there is scratch for `keep`. It spares numbers of 16 bits a second
-        conversion, which costs more than to store them in 32 and to load them.
+      piece_width: features per piece. A tile of 16-bit values in memory is 8 rows by
+        128 features, which is half a register; two adjacent tiles fill one.
+      together: chunks per turn of the loop.
+      keeps: whether there is scratch for `keep`. It spares 16-bit values a second
+        conversion, which costs more than to store and load them in 32 bits.
     """
 
     piece_width: int = LANES
@@ -488,17 +511,17 @@ class AcrossLanes(Chunks):
 
     @property
     def view(self) -> tuple[int, int, int, int]:
-        """Of x, y, and all else of their size."""
+        """Shape in which kernels see x, y and every other array of x's size."""
         return self.examples, self.slabs, self.rows, self.features
 
     @property
     def lanes(self) -> int:
-        """Features, and what fills their last tile: garbage."""
+        """Features plus the garbage that fills their last tile."""
         return round_up(self.features, LANES)
 
     @property
     def of_rows(self) -> pl.BlockSpec:
-        """For x, y, and all else of their size."""
+        """Spec of x, y and every other array of x's size."""
         return self.spec(
             (None, None, self.block_rows, self.lanes),
             lambda example, slab, row: (example, slab, row, 0),
@@ -511,14 +534,15 @@ class AcrossLanes(Chunks):
 
     @property
     def kept_param(self) -> None:
-        """No scratch for scale or bias: they lie as x does."""
+        """No scratch, since scale and bias already lie as x does."""
         return None
 
     def keep_param(self, kept: Any, row: jax.Array) -> None:
         raise NotImplementedError("scale and bias lie as x does")
 
     def param(self, ref: Any, kept: None, piece: Piece) -> jax.Array:
-        """Of a piece: [1, its lanes], which broadcasts; or [chunk_rows, its lanes]."""
+        """Returns the scale or bias of a piece: [1, its lanes], which broadcasts, or
+        [chunk_rows, its lanes] if rows take turns."""
         value = memory.load(self.part(ref, piece))
         if self.period == 1:
             return value
@@ -526,16 +550,17 @@ class AcrossLanes(Chunks):
 
     @property
     def kept_sum(self) -> Any:
-        """Scratch in which dscale or dbias adds up."""
+        """Scratch that accumulates dscale or dbias."""
         return pltpu.VMEM((max(SUBLANES, self.period), self.lanes), jnp.float32)
 
     def sum_rows(self, value: jax.Array) -> jax.Array:
-        """A piece -> [SUBLANES or period, its lanes]: adds whole registers alone."""
+        """Sums a piece to [SUBLANES or period, its lanes], by adding whole registers
+        only."""
         rows = max(SUBLANES, self.period)
         return jnp.sum(value.reshape(-1, rows, value.shape[1]), 0)
 
     def finish_sum(self, total: Any, result: Any) -> None:
-        """[SUBLANES or period, lanes] -> [period, lanes]."""
+        """Sums [SUBLANES or period, lanes] to [period, lanes]."""
         if self.period > 1:
             result[...] = total[...]
         else:
@@ -545,11 +570,12 @@ class AcrossLanes(Chunks):
 
     @property
     def of_rows_shape(self) -> tuple[int, int]:
-        """Of one number for each row of a chunk."""
+        """Shape of one value per row of a chunk."""
         return self.chunk_rows, LANES
 
     def widen(self, value: jax.Array, piece: Piece) -> jax.Array:
-        """For a piece: [chunk_rows, its lanes], the same registers again."""
+        """Repeats the registers of one value per row for a piece: [chunk_rows, its
+        lanes]."""
         return jnp.concatenate([value] * (self._size(piece) // LANES), 1)
 
     def meet(self, total: jax.Array) -> jax.Array:
@@ -557,30 +583,32 @@ class AcrossLanes(Chunks):
         if self.features % LANES == 0:
             total = jnp.sum(total, 1, keepdims=True)
         else:
-            # Down the sublanes to be halved, and back. Halved by rotations of lanes, a
-            # step of 64 rows of 760 features took 717 cycles on a v5e instead of 467.
+            # Transpose, halve down the sublanes and transpose back. With lane rotations
+            # instead, a step of 64 rows of 760 features took 717 cycles on a v5e
+            # instead of 467.
             total = _halve(total.T).T[:, :1]
         return jnp.broadcast_to(total, self.of_rows_shape)
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a turn finds the statistics of the next one's chunks.
+        """Whether a turn of the loop prepares the statistics of the next turn's chunk.
 
-        About 130 cycles pass until a backward has rstd on all lanes, and nothing else
-        to do: RMSNorm of 4096 bfloat16 features 1.02 of its HBM traffic's time, ahead
-        0.94 (7x). Not where a block is one turn, which looks ahead in vain; and
-        several chunks wait together as it is.
+        A backward waits about 130 cycles until it has rstd on all lanes, with nothing
+        else to do. RMSNorm of 4096 bfloat16 features takes 1.02 of its HBM traffic's
+        time without looking ahead, and 0.94 with it (7x). A block of one turn would
+        look ahead in vain, and several chunks per turn wait together anyway.
         """
         turns = min(self.rows, self.block_rows) // self.chunk_rows
         return self.together == 1 and turns > 1
 
-    # A statistic is [examples, slabs, 1, rows], its rows along the lanes: 4 bytes a
-    # row. As [rows, 1], the shape it has outside, a block of it fills 128 lanes with
-    # one number: 512 bytes a row, as much as 256 features in bfloat16.
+    # A statistic is [examples, slabs, 1, rows], with its rows along the lanes: 4 bytes
+    # per row. In the shape that it has outside the kernel, [rows, 1], each number would
+    # fill 128 lanes of a block: 512 bytes per row, as much as 256 features in bfloat16.
 
     @property
     def blocks_together(self) -> int:
-        """That one core must have: they write one block of statistics."""
+        """Consecutive blocks that one core must have, since they write one block of
+        statistics."""
         return max(LANES // self.block_rows, 1)
 
     @property
@@ -592,7 +620,7 @@ class AcrossLanes(Chunks):
         )
 
     def put_statistic(self, ref: Any, index: Any, column: jax.Array) -> None:
-        """Puts [chunk_rows, LANES] into its lanes of [1, lanes]."""
+        """Writes a chunk's statistic [chunk_rows, LANES] to its lanes of [1, lanes]."""
         for rows, tile, mine, diagonal in self._tiles_of(index):
             spread = jnp.where(diagonal, column[rows], 0)  # [tile_rows, LANES]
             row = jnp.sum(spread, 0, keepdims=True)  # [1, LANES]
@@ -601,7 +629,8 @@ class AcrossLanes(Chunks):
     def get_statistic(
         self, ref: Any, index: Any, of: Callable[[jax.Array], jax.Array] = lambda s: s
     ) -> jax.Array:
-        """Reads back [chunk_rows, LANES], of numbers or a function of them."""
+        """Reads a chunk's statistic, after `of` is applied to it, as [chunk_rows,
+        LANES]."""
         columns = [
             jnp.sum(jnp.where(diagonal, of(ref[:, tile]), 0), 1, keepdims=True)
             for _, tile, _, diagonal in self._tiles_of(index)
@@ -609,13 +638,13 @@ class AcrossLanes(Chunks):
         return jnp.broadcast_to(jnp.concatenate(columns, 0), self.of_rows_shape)
 
     def _tiles_of(self, index: Any) -> Iterator[tuple[slice, Any, Any, jax.Array]]:
-        """Where a chunk's statistics are, tile by tile of LANES.
+        """Yields where a chunk's statistics lie, one tile of LANES at a time.
 
         Yields:
-          rows: those of the chunk that have their statistic in this tile.
-          tile: the lanes of the tile.
-          mine: bool [1, LANES], which of them these rows have.
-          diagonal: bool [tile_rows, LANES], which lane each row has.
+          rows: rows of the chunk with their statistic in this tile.
+          tile: lanes of the tile.
+          mine: bool [1, LANES], which of the tile's lanes belong to these rows.
+          diagonal: bool [tile_rows, LANES], which lane belongs to each row.
         """
         tile_rows = min(self.chunk_rows, LANES)
         for start in range(0, self.chunk_rows, tile_rows):
@@ -637,11 +666,11 @@ class AcrossLanes(Chunks):
         return self.lanes
 
     def part(self, ref: Any, piece: Piece) -> Any:
-        """The lanes of a piece."""
+        """Returns the part of `ref` that holds the piece's lanes."""
         return piece.of(ref, ref.ndim - 1, self._size(piece))
 
     def place(self, index: Any) -> Any:
-        """Where a chunk is, in a block."""
+        """Returns where a chunk lies in a block."""
         first = pl.multiple_of(index * self.chunk_rows, self.chunk_rows)
         return pl.ds(first, self.chunk_rows)
 
@@ -651,7 +680,8 @@ class AcrossLanes(Chunks):
         values: Sequence[jax.Array],
         piece: Piece,
     ) -> list[jax.Array]:
-        """Adds a piece's to those of the pieces before, LANES features at a time."""
+        """Adds a piece's values to the totals of the preceding pieces, LANES features
+        at a time."""
         for start in range(0, self._size(piece), LANES):
             terms = [value[:, start : start + LANES] for value in values]
             left = self.features - piece.number * self.piece_width - start
@@ -663,7 +693,7 @@ class AcrossLanes(Chunks):
         return list(totals)
 
     def is_inside(self, index: Any) -> jax.Array:
-        """bool [chunk_rows, 1]: whether the array has this row."""
+        """Returns bool [chunk_rows, 1]: whether the array has each row of the chunk."""
         first = self.block_number[1] * self.block_rows + index * self.chunk_rows
         row = lax.broadcasted_iota(jnp.int32, (self.chunk_rows, 1), 0)
         return first + row < self.rows
@@ -674,9 +704,9 @@ class AcrossLanes(Chunks):
 
 @dataclasses.dataclass(frozen=True)
 class DownSublanes(Chunks):
-    """How the view x[examples, slabs, features, rows] is cut.
+    """Layout with the features down the sublanes: x[examples, slabs, features, rows].
 
-    Rows of a chunk are a multiple of LANES.
+    The rows of a chunk are a multiple of LANES.
 
     Attributes:
       block_slabs: slabs in VMEM at a time.
@@ -686,28 +716,28 @@ class DownSublanes(Chunks):
 
     @property
     def slabs_of_block(self) -> int:
-        """In VMEM at a time."""
+        """Slabs in VMEM at a time."""
         return self.block_slabs
 
     @property
     def view(self) -> tuple[int, int, int, int]:
-        """Of x, y, and all else of their size."""
+        """Shape in which kernels see x, y and every other array of x's size."""
         return self.examples, self.slabs, self.features, self.rows
 
     @property
     def sublanes(self) -> int:
-        """Features, and what fills their last register: garbage."""
+        """Features plus the garbage that fills their last register."""
         return round_up(self.features, SUBLANES)
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Of an example: of its slabs, of their rows."""
+        """Number of blocks of an example, along its slabs and along their rows."""
         slabs = pl.cdiv(self.slabs, self.block_slabs)
         return slabs, pl.cdiv(self.rows, self.block_rows)
 
     @property
     def of_rows(self) -> pl.BlockSpec:
-        """For x, y, and all else of their size."""
+        """Spec of x, y and every other array of x's size."""
         return self.spec(
             (None, self.block_slabs, self.sublanes, self.block_rows),
             lambda example, slab, row: (example, slab, 0, row),
@@ -720,40 +750,42 @@ class DownSublanes(Chunks):
 
     @property
     def kept_rows(self) -> int:
-        """Whose scale and bias are kept, and whose dscale and dbias add up."""
+        """Rows for which scratch keeps scale and bias, and accumulates dscale and
+        dbias."""
         return max(LANES, self.period)
 
     @property
     def kept_param(self) -> Any:
-        """Scratch for scale or bias, each number in all lanes of its sublane."""
+        """Scratch for scale or bias. Each number fills all lanes of its sublane, or if
+        rows take turns, the lanes of its rows."""
         return pltpu.VMEM((self.sublanes, self.kept_rows), jnp.float32)
 
     def keep_param(self, kept: Any, rows: jax.Array) -> None:
-        """Puts [period, features] into scratch."""
+        """Copies a scale or bias [period, features] to its scratch."""
         if self.period > 1:
             kept[...] = rows.T[: self.sublanes]
         else:
             kept[...] = memory.as_column(rows, self.sublanes)
 
     def param(self, ref: Any, kept: Any, piece: Piece) -> jax.Array:
-        """Of a piece: [its sublanes, chunk_rows]."""
+        """Returns the scale or bias of a piece: [its sublanes, chunk_rows]."""
         return jnp.concatenate(
             [self.part(kept, piece)[...]] * (self.chunk_rows // self.kept_rows), 1
         )
 
     @property
     def kept_sum(self) -> Any:
-        """Scratch in which dscale or dbias adds up."""
+        """Scratch that accumulates dscale or dbias."""
         return pltpu.VMEM((self.sublanes, self.kept_rows), jnp.float32)
 
     def sum_rows(self, value: jax.Array) -> jax.Array:
-        """A chunk -> [sublanes, kept_rows]: adds whole registers alone."""
+        """Sums a piece to [its sublanes, kept_rows], by adding whole registers only."""
         rows = self.kept_rows
         tiles = [value[:, i : i + rows] for i in range(0, self.chunk_rows, rows)]
         return functools.reduce(operator.add, tiles)
 
     def finish_sum(self, total: Any, result: Any) -> None:
-        """[sublanes, kept_rows] -> [period, features]."""
+        """Sums [sublanes, kept_rows] to [period, features]."""
         if self.period > 1:
             more = self.param_lanes - self.sublanes
             result[...] = jnp.pad(total[...], ((0, more), (0, 0))).T
@@ -764,11 +796,12 @@ class DownSublanes(Chunks):
 
     @property
     def of_rows_shape(self) -> tuple[int, int]:
-        """Of one number for each row of a chunk."""
+        """Shape of one value per row of a chunk."""
         return SUBLANES, self.chunk_rows
 
     def widen(self, value: jax.Array, piece: Piece) -> jax.Array:
-        """For a piece: [its sublanes, chunk_rows], the same registers again."""
+        """Repeats the registers of one value per row for a piece: [its sublanes,
+        chunk_rows]."""
         return jnp.concatenate([value] * (self._size(piece) // SUBLANES), 0)
 
     def meet(self, total: jax.Array) -> jax.Array:
@@ -777,37 +810,40 @@ class DownSublanes(Chunks):
 
     @property
     def of_statistic(self) -> pl.BlockSpec:
-        """For mean and variance [examples, slabs, 1, rows]."""
+        """Spec of mean and variance [examples, slabs, 1, rows]."""
         return self.spec(
             (None, self.block_slabs, 1, self.block_rows),
             lambda example, slab, row: (example, slab, 0, row),
         )
 
     def put_statistic(self, ref: Any, index: Any, row: jax.Array) -> None:
-        """Puts the first of [SUBLANES, chunk_rows]."""
+        """Writes a chunk's statistic, the first sublane of [SUBLANES, chunk_rows]."""
         slab, first = self._slab_and_row(index)
         ref[slab, :, pl.ds(first, self.chunk_rows)] = row[:1]
 
     def get_statistic(
         self, ref: Any, index: Any, of: Callable[[jax.Array], jax.Array] = lambda s: s
     ) -> jax.Array:
-        """Reads back [SUBLANES, chunk_rows], of numbers or a function of them."""
+        """Reads a chunk's statistic, after `of` is applied to it, as [SUBLANES,
+        chunk_rows]."""
         slab, first = self._slab_and_row(index)
         row = of(ref[slab, :, pl.ds(first, self.chunk_rows)])
         return jnp.broadcast_to(row, self.of_rows_shape)
 
     # --- chunks ---
 
-    turn_registers = 168  # that the chunks of one turn of the loop would fill
+    turn_registers = 168  # registers that the chunks of one turn would fill
 
     @property
     def together(self) -> int:
-        """Chunks that one turn of the loop does: small ones wait for their sums
-        together. If need be fewer, that none of a block is left to be done alone.
+        """Chunks per turn of the loop. Small chunks wait for their sums together.
+
+        A turn has somewhat fewer chunks than it could if that leaves no chunk of a
+        block to be done alone.
 
         A block of 21 chunks of 384 rows of 64 bfloat16 features, forward, compiled for
-        a v6e: with 4 together 1.05 of its HBM traffic's time, with 7 1.00, with all
-        1.01.
+        a v6e, takes 1.05 of its HBM traffic's time with 4 chunks per turn, 1.00 with 7
+        and 1.01 with all of them.
         """
         registers = self.sublanes // SUBLANES * (self.chunk_rows // LANES)
         of_slab = pl.cdiv(min(self.rows, self.block_rows), self.chunk_rows)
@@ -818,7 +854,7 @@ class DownSublanes(Chunks):
 
     @property
     def chunks(self) -> Any:
-        """Of this block, that have rows."""
+        """Chunks of this block that have rows."""
         slab, _ = self.block_number
         slabs = jnp.minimum(self.slabs - slab * self.block_slabs, self.block_slabs)
         if self.cores > 1:
@@ -826,7 +862,7 @@ class DownSublanes(Chunks):
         return slabs * self.chunks_of_slab
 
     def _slab_and_row(self, index: Any) -> tuple[Any, Any]:
-        """Where a chunk begins, in a block."""
+        """Returns the slab and the row at which a chunk begins in a block."""
         slab: Any = 0
         if self.block_slabs > 1:
             of_slab = self.chunks_of_slab
@@ -838,11 +874,11 @@ class DownSublanes(Chunks):
         return self.sublanes
 
     def part(self, ref: Any, piece: Piece) -> Any:
-        """The sublanes of a piece."""
+        """Returns the part of `ref` that holds the piece's sublanes."""
         return piece.of(ref, ref.ndim - 2, self._size(piece))
 
     def place(self, index: Any) -> Any:
-        """Where a chunk is, in a block."""
+        """Returns where a chunk lies in a block."""
         slab, row = self._slab_and_row(index)
         return slab, slice(None), pl.ds(row, self.chunk_rows)
 
@@ -852,7 +888,8 @@ class DownSublanes(Chunks):
         values: Sequence[jax.Array],
         piece: Piece,
     ) -> list[jax.Array]:
-        """Adds a piece's to those of the pieces before, place by place."""
+        """Adds a piece's values to the totals of the preceding pieces, element by
+        element."""
         if piece.number == self.pieces - 1 and self.features % SUBLANES:
             feature = lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
             left = self.features - piece.number * LANES
@@ -860,7 +897,7 @@ class DownSublanes(Chunks):
         return list(values if totals is None else map(_add_to_first, totals, values))
 
     def is_inside(self, index: Any) -> jax.Array:
-        """bool [1, chunk_rows]: whether the array has this row."""
+        """Returns bool [1, chunk_rows]: whether the array has each row of the chunk."""
         _, block = self.block_number
         first = block * self.block_rows + self._slab_and_row(index)[1]
         row = lax.broadcasted_iota(jnp.int32, (1, self.chunk_rows), 1)
@@ -871,14 +908,18 @@ class DownSublanes(Chunks):
 
 
 class Turned(DownSublanes):
-    """How the view x[examples, slabs, rows, features] is cut, of up to LANES features.
+    """Layout of up to LANES features across the lanes, transposed in registers.
 
-    Where a row is one register wide, each number of a row costs as much as its
-    features, and each sum the cycles of a sum over lanes. So tiles of 128 rows are
-    transposed as they are read and written, and all else is as down the sublanes.
-    Cycles of a step over those of its HBM traffic, compiled for a v6e, LayerNorm of 128
-    features: bfloat16 1.26 forward, 1.07 backward instead of 2.25 and 2.12; float32
-    0.64, 0.66 instead of 1.15 and 1.10.
+    The view is x[examples, slabs, rows, features]. If a row is one register wide, each
+    value per row costs as much as the row's features, and each sum costs the cycles of
+    a sum over lanes. So tiles of 128 rows are transposed as they are read and written,
+    and everything else works as in `DownSublanes`.
+
+    Cycles of a step over cycles of its HBM traffic, LayerNorm of 128 features, compiled
+    for a v6e, transposed instead of not:
+
+    - bfloat16: 1.26 instead of 2.25 forward, 1.07 instead of 2.12 backward
+    - float32: 0.64 instead of 1.15 forward, 0.66 instead of 1.10 backward
     """
 
     # One chunk is transposed while another is computed.
@@ -886,25 +927,25 @@ class Turned(DownSublanes):
 
     @property
     def view(self) -> tuple[int, int, int, int]:
-        """Of x, y, and all else of their size."""
+        """Shape in which kernels see x, y and every other array of x's size."""
         return self.examples, self.slabs, self.rows, self.features
 
     @property
     def of_rows(self) -> pl.BlockSpec:
-        """For x, y, and all else of their size."""
+        """Spec of x, y and every other array of x's size."""
         return self.spec(
             (None, self.block_slabs, self.block_rows, LANES),
             lambda example, slab, row: (example, slab, row, 0),
         )
 
     def place(self, index: Any) -> Any:
-        """Where a chunk is, in a block."""
+        """Returns where a chunk lies in a block."""
         slab, row = self._slab_and_row(index)
         return slab, pl.ds(row, self.chunk_rows)
 
     def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
-        """Reads a chunk, and transposes it once, as it lies in memory: numbers of 16
-        bits two at a time."""
+        """Returns a function that reads a chunk and transposes it once. It transposes
+        values in their dtype in memory, so that 16-bit values move two at a time."""
         here = self.place(index)
 
         def transposed(_: Piece) -> jax.Array:
@@ -913,7 +954,7 @@ class Turned(DownSublanes):
         return functools.cache(transposed)
 
     def write(self, ref: Any, index: Any, _: Piece, value: jax.Array) -> None:
-        """Writes a chunk, transposed back."""
+        """Transposes a chunk back and writes it."""
         more = LANES - self.sublanes
         if more:
             value = jnp.pad(value, ((0, more), (0, 0)))
@@ -921,35 +962,35 @@ class Turned(DownSublanes):
         memory.store_narrowed(ref, self.place(index), turned)
 
 
-Blocks = AcrossLanes | DownSublanes  # of which Turned is one
+Blocks = AcrossLanes | DownSublanes  # Turned is a DownSublanes
 
 
 # --- both -----------------------------------------------------------------------------
 
 
 def _halve(total: jax.Array) -> jax.Array:
-    """Sums down the sublanes, which are up to LANES.
+    """Sums down up to LANES sublanes.
 
     Args:
       total: [sublanes, n]; sublanes without a feature hold `NOTHING`, or are left out.
 
     Returns:
-      [SUBLANES, n], each of whose sublanes has the sums: to the bit, for they differ in
-      which operand of an addition is the first.
+      [SUBLANES, n], with the sums in every sublane. The sublanes agree bitwise, because
+      they differ only in which operand of an addition comes first.
     """
     half = LANES // 2
     while half >= SUBLANES:
         if total.shape[0] > half:
             total = _add_to_first(total[:half], total[half:])
         half //= 2
-    while half >= 1:  # within registers: sublane i gets i + half
+    while half >= 1:  # within registers: adds sublane i + half to sublane i
         total = total + pltpu.roll(total, SUBLANES - half, 0)
         half //= 2
     return total
 
 
 def _add_to_first(total: jax.Array, more: jax.Array) -> jax.Array:
-    """Adds to as many of the first sublanes as `more` has."""
+    """Adds `more` to the leading sublanes of `total`."""
     count = more.shape[0]
     if count == total.shape[0]:
         return total + more

@@ -1,43 +1,48 @@
-"""Norms of contiguous rows on a TPU, forward and backward, each in one kernel.
+"""Norms of contiguous rows on a TPU: forward and backward, each in one kernel.
 
     x_hat = (x - mean) * rstd,  y = x_hat * scale + bias
     dx = rstd * (w - c2 - x_hat * c1),  w = dy * scale,
         c1 = sum(w * x_hat) / features,  c2 = sum(w) / features
     dscale = sum(dy * x_hat),  dbias = sum(dy)  over the rows
 
-One row's mean and variance are taken over its own features; RMSNorm leaves out mean
-and c2. With a residual h = x + residual takes the place of x, and to dx its cotangent
-dh is added. A shortcut is added to y, before an activation; then dy * act'(z) takes the
-place of dy, and is the shortcut's gradient. For the sources of the formulas see
-reference/norm.py.
+A row's mean and variance are taken over its own features; RMSNorm leaves out mean and
+c2. With a residual, h = x + residual takes the place of x, and its cotangent dh is
+added to dx. A shortcut is added to y before an activation. The product dy * act'(z)
+then takes the place of dy, and it is the shortcut's gradient. reference/norm.py cites
+the sources of the formulas.
 
-Scale and bias are those of all rows, or of an example's: of so many one behind the
-other, whose dscale and dbias add up by themselves. Or each row has its own scale, which
-is then read as x is, and its gradient dy * x_hat written as dx is. Heads that have a
-scale each are examples where memory has them in front of the rows; else rows take
-turns, and scale, bias and their gradients are kept for a *period* of rows, after which
-the heads repeat in whole registers.
+Scale and bias belong to one of the following:
 
-The array is seen as x[examples, slabs, rows, features], or with features before rows
-where XLA has it so in memory: blocks.py has both, and what a kernel asks of either. A
-grid step has a block of rows in VMEM, whole rows; Pallas fetches the next block and
-writes back the last one meanwhile. So HBM sees each element once: the forward reads x
-and writes y, the backward reads x and dy and writes dx; and so it is with all else of
-x's size. Statistics add 4 bytes a row each, parameters and their gradients once their
-own size.
+- All rows.
+- An *example*: a run of consecutive rows, which also has its own sums for dscale and
+  dbias.
+- One row, scale only. The scale is then read like x, and its gradient dy * x_hat is
+  written like dx.
+- A head. If memory has the heads in front of the rows, they are examples. Otherwise
+  rows take turns: the kernel keeps scale, bias and their gradients for a *period* of
+  rows, after which the heads repeat in whole registers.
 
-Of a row that lies on several devices (`Call.half`) these kernels find the statistics,
-or c1 and c2, of what is here; the rest is elementwise, XLA's, and a second read.
+The kernels see the array as x[examples, slabs, rows, features], or with features before
+rows if XLA stores it so. blocks.py has both layouts and all that a kernel needs from
+them. A grid step has a block of whole rows in VMEM, while Pallas fetches the next block
+and writes back the last one. So each element passes through HBM once: the forward reads
+x and writes y, the backward reads x and dy and writes dx. The same holds for every
+other array of x's size. Each statistic adds 4 bytes per row, and parameters and their
+gradients add their own size once.
 
-Inside a block a loop takes a chunk of rows at a time, or small ones together, and goes
-over it two or three times, 128 or 256 features (a piece) at a time: for sums, and to
-normalize. Each time VMEM is read anew, for the registers hold a few pieces and the
-sums; had they the whole chunk, they would spill, and a chunk small enough for them has
-less to do than a sum over lanes is waited for. What a pass makes of 16 bits it leaves
-in VMEM for the next one, centred and in float32. Chunks beyond the last row are left
-out; garbage in a chunk's own last rows stays in these rows, and is kept out of dscale
-and dbias. What is done to a row, and in which order, depends on features and dtypes
-alone.
+When a row is sharded over several devices (`Call.half`), these kernels compute only the
+statistics, or c1 and c2, of the local part. The elementwise rest is left to XLA, which
+reads x a second time.
+
+Inside a block, a loop takes one chunk of rows per turn, or several small ones together.
+It passes over a chunk two or three times, for the sums and to normalize, in pieces of
+128 or 256 features. Each pass reads VMEM again, because the registers hold only a few
+pieces and the sums. A whole chunk in registers would spill, and a chunk small enough to
+fit would have too little work to cover the wait for a sum over lanes. A pass leaves the
+values that it computes from 16 bits in VMEM for the next pass, centred and in float32.
+Chunks past the last row are skipped. Garbage in a chunk's last rows stays in those rows
+and is kept out of dscale and dbias. The operations on a row and their order depend only
+on features and dtypes.
 """
 
 import dataclasses
@@ -68,23 +73,27 @@ from fusednorm.kernels.tpu.blocks import (
 )
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 
-# Of a block; a MiB of 128 bfloat16 features. Down the sublanes, where 64 features fill
-# their registers, as many elements.
+# Maximum rows per block: one MiB of 128 bfloat16 features. Down the sublanes, where 64
+# features fill their registers, the limit is the same number of elements.
 MOST_ROWS = 4096
 
-# VMEM for a kernel without asking for more: all that a v4 has, and what XLA keeps free
-# on all others. Of that, blocks of all operands take half.
+# VMEM that a kernel gets without asking for more: all that a v4 has, and what XLA keeps
+# free on every other chip. The blocks of all operands take half of it.
 VMEM_BYTES = 16 * 2**20
 BLOCKS_BYTES = VMEM_BYTES // 2
 
-# Vector registers that a chunk would fill in float32, of 64 that there are, and rows of
-# a chunk at least: by the bytes of the smallest numbers. A chunk is done in pieces, for
-# which registers suffice; with fewer rows there is less to do than the sums over lanes
-# are waited for, with more their numbers spill. Cycles over those of HBM traffic,
-# compiled for a 7x, LayerNorm: of 768 features in bfloat16 forward with 256 registers
-# 1.60, with 512 1.44; backward with 128 1.51, with 256 1.76; in float32 forward with 64
-# 0.99, with 128 0.81, backward 0.88 and 0.78. Of 12288 in bfloat16, forward with 64
-# rows at least 1.50, with 128 1.36; backward with 32 1.44, with 64 1.36.
+# Per operation and bytes of the narrowest dtype: vector registers that a chunk would
+# fill in float32, and the minimum rows of a chunk. A chip has 64 registers, but a chunk
+# is worked through in pieces, which do fit. Fewer rows have too little work to cover
+# the wait for the sums over lanes; more rows spill their per-row values. Cycles over
+# cycles of HBM traffic, LayerNorm, compiled for a 7x:
+#     768 features in bfloat16     forward: 1.60 with 256 registers, 1.44 with 512
+#                                  backward: 1.51 with 128 and 1.76 with 256
+#                  in float32      forward: 0.99 with 64 and 0.81 with 128
+#                                  backward: 0.88 and 0.78
+#     12288 features in bfloat16, minimum rows
+#                                  forward: 1.50 with 64 and 1.36 with 128
+#                                  backward: 1.44 with 32 and 1.36 with 64
 REGISTERS = {
     ("forward", 2): (512, 128),
     ("backward", 2): (128, 64),
@@ -92,19 +101,21 @@ REGISTERS = {
     ("backward", 4): (128, 32),
 }
 
-# That the chunks of one turn of a loop would fill: small ones wait for their sums
-# together. As above, of 2048 features, with 200, 300, 500 registers: bfloat16 backward
-# 1.60, 1.26, and no room in VMEM for what spills; float32 forward 1.00, 0.72, likewise.
+# Registers that the chunks of one turn of a loop would fill: small chunks wait for
+# their sums together. Cycles as above, 2048 features, with 200, 300, and 500 registers:
+# bfloat16 backward 1.60, 1.26, and no room in VMEM for the spills; float32 forward
+# 1.00, 0.72, and no room either.
 TURN_REGISTERS = 300
 
-# As REGISTERS, where a chunk's features lie down the sublanes.
+# Registers per chunk, as in REGISTERS, for features down the sublanes.
 DOWN_REGISTERS = {"forward": 256, "backward": 128}
 
-# And where they are turned: transposing begins and ends with nothing else to do. As
-# above, RMSNorm of 128 features, bfloat16, forward with 256 registers 1.25, with 512
-# 1.12; backward with 256 1.34, with 512 1.25. In float32 more spill: LayerNorm's
-# backward in chunks of 128, 256, of which a turn has one 1.08 and 1.02, and of which it
-# has 512 registers 0.97 and 0.99.
+# Registers per chunk, as in REGISTERS, for features that `Turned` transposes. The first
+# and last transposes overlap with no other work, so larger chunks pay off. Cycles as
+# above, RMSNorm of 128 features, bfloat16, forward: 1.25 with 256 registers and 1.12
+# with 512; backward: with 256 it is 1.34, with 512 it is 1.25. In float32 larger chunks
+# spill. With one chunk per turn, LayerNorm's backward takes 1.08 in chunks of 128, 1.02
+# in chunks of 256, but 0.97 and 0.99 with 512 registers of chunks per turn.
 TURNED_REGISTERS = {
     ("forward", 2): 512,
     ("backward", 2): 512,
@@ -112,13 +123,14 @@ TURNED_REGISTERS = {
     ("backward", 4): 128,
 }
 
-# Of VMEM: statistics, what Mosaic has itself, and what registers spill: up to 2 MiB of
-# 256 features in float32.
+# VMEM for statistics, for Mosaic itself and for spilled registers, which take up to 2
+# MiB with 256 features in float32.
 OTHER_BYTES = 4 * 2**20
 
-# Below this size in bytes a slab is not worth a step of its own (0.35 us): the slabs
-# are joined, for which XLA copies an array whose rows do not fill their tiles. Nor is
-# an example with its own scale or bias, which cannot be joined to others.
+# Minimum bytes of a slab that is worth a step of its own (0.35 us). Smaller slabs are
+# joined, for which XLA copies an array whose rows do not fill their tiles. A smaller
+# example with its own scale or bias is not worth a step either, but cannot be joined to
+# others.
 SLAB_BYTES = 64 * 2**10
 
 
@@ -126,18 +138,18 @@ SLAB_BYTES = 64 * 2**10
 
 
 def _forward_kernel(
-    x_ref: Any,  # a block: [block_rows, lanes], or as `DownSublanes` or `Turned` cut
-    scale_ref: Any,  # [1, lanes], or a block if `scales_each`, or None
-    bias_ref: Any,  # [1, lanes], or None
+    x_ref: Any,  # a block, [block_rows, lanes] or as `DownSublanes` or `Turned` cut it
+    scale_ref: Any,  # [period or 1, lanes], or a block if `scales_each`, or None
+    bias_ref: Any,  # [period or 1, lanes], or None
     residual_ref: Any,  # a block, or None
-    shortcut_ref: Any,  # likewise
-    y_ref: Any,  # a block, or None: statistics alone are wanted
-    h_ref: Any,  # a block, or None: x + residual
-    mean_ref: Any,  # float32, of a block's rows, or None
-    var_ref: Any,  # likewise
-    scale_kept: Any,  # [sublanes, LANES] float32, or None
-    bias_kept: Any,  # likewise
-    centred_kept: Any,  # chunks, float32, or None
+    shortcut_ref: Any,  # a block, or None
+    y_ref: Any,  # a block, or None if only statistics are wanted
+    h_ref: Any,  # x + residual: a block, or None
+    mean_ref: Any,  # float32, one per row of a block, or None
+    var_ref: Any,  # like mean_ref
+    scale_kept: Any,  # [sublanes, kept_rows] float32, or None
+    bias_kept: Any,  # like scale_kept
+    centred_kept: Any,  # chunks of one turn, float32, or None
     *,
     center: bool,
     epsilon: float,
@@ -146,7 +158,7 @@ def _forward_kernel(
     scales_each: bool,
     blocks: Blocks,
 ) -> None:
-    """Those of y, h, mean and variance that have a reference."""
+    """Computes those outputs among y, h, mean and variance that have a ref."""
     per_feature = 1 / blocks.features
     _keep_params([(scale_ref, scale_kept), (bias_ref, bias_kept)], blocks)
 
@@ -161,7 +173,7 @@ def _forward_kernel(
                 h = read_x(piece) + read_residual(piece)
                 blocks.write(h_ref, index, piece, h)
 
-            # What is normalized is what a backward will read: rounded.
+            # Normalize h as rounded, because that is what a backward reads.
             blocks.over_pieces(add_residual)
             read = blocks.reader(h_ref, index)
 
@@ -197,8 +209,9 @@ def _forward_kernel(
 
         with jax.named_scope("statistics"):
             if center:
-                # The mean, and the mean of what it leaves: a float32 sum of large
-                # numbers is off by several roundings, and that of the rest by none.
+                # Compute the mean, and later correct it by the mean of x - mean. A
+                # float32 sum of large numbers is off by several rounding errors, the
+                # sum of the differences by none.
                 (total,) = blocks.over_pieces(add_up)
                 mean = blocks.meet(total) * per_feature
             squares, *rest = blocks.over_pieces(add_up_centred)
@@ -222,26 +235,26 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    dy_ref: Any,  # a block: [block_rows, lanes], or as `DownSublanes` or `Turned` cut
-    x_ref: Any,  # a block, or None where dbias alone is wanted
-    scale_ref: Any,  # [1, lanes], or a block if `scales_each`, or None
-    bias_ref: Any,  # [1, lanes], or None; for an activation
-    mean_ref: Any,  # float32, of a block's rows, or None
-    var_ref: Any,  # likewise
+    dy_ref: Any,  # a block, [block_rows, lanes] or as `DownSublanes` or `Turned` cut it
+    x_ref: Any,  # a block, or None if only dbias is wanted
+    scale_ref: Any,  # [period or 1, lanes], or a block if `scales_each`, or None
+    bias_ref: Any,  # [period or 1, lanes], or None; for an activation
+    mean_ref: Any,  # float32, one per row of a block, or None
+    var_ref: Any,  # like mean_ref
     dh_ref: Any,  # a block, or None
-    shortcut_ref: Any,  # likewise, for an activation
+    shortcut_ref: Any,  # a block, or None; for an activation
     dx_ref: Any,  # a block, or None
-    dscale_ref: Any,  # [1, lanes] float32, or a block if `scales_each`, or None
-    dbias_ref: Any,  # [1, lanes] float32, or None
+    dscale_ref: Any,  # [period or 1, lanes] float32, a block if `scales_each`, or None
+    dbias_ref: Any,  # [period or 1, lanes] float32, or None
     dshortcut_ref: Any,  # a block, or None
-    c1_ref: Any,  # float32, of a block's rows, or None
-    c2_ref: Any,  # likewise
-    scale_kept: Any,  # [sublanes, LANES] float32, or None
-    bias_kept: Any,  # likewise
-    centred_kept: Any,  # chunks, float32, or None
-    weighted_kept: Any,  # likewise
-    dscale_sum: Any,  # [SUBLANES, lanes] or [sublanes, LANES] float32, or None: kept
-    dbias_sum: Any,  # likewise                                     from step to step
+    c1_ref: Any,  # float32, one per row of a block, or None
+    c2_ref: Any,  # same shape and dtype, or None
+    scale_kept: Any,  # [sublanes, kept_rows] float32, or None
+    bias_kept: Any,  # like scale_kept
+    centred_kept: Any,  # chunks of one turn, float32, or None
+    weighted_kept: Any,  # like centred_kept
+    dscale_sum: Any,  # float32, [SUBLANES or period, lanes] or [sublanes, kept_rows]
+    dbias_sum: Any,  # like dscale_sum; each is None or accumulates over steps
     *,
     center: bool,
     epsilon: float,
@@ -250,7 +263,8 @@ def _backward_kernel(
     scales_each: bool,
     blocks: Blocks,
 ) -> None:
-    """Those of dx, dscale, dbias, dshortcut, c1 and c2 that have a reference."""
+    """Computes those outputs among dx, dscale, dbias, dshortcut, c1 and c2 that have a
+    ref."""
     per_feature = 1 / blocks.features
     sums = [
         (total, result)
@@ -266,7 +280,7 @@ def _backward_kernel(
             total[...] = jnp.zeros_like(total)
 
     def statistics(index: Any) -> tuple[Any, Any]:
-        """mean and rstd of each row of a chunk."""
+        """Returns mean and rstd of each row of a chunk."""
         mean: Any = None
         rstd: Any = None
         if x_ref is not None:
@@ -312,7 +326,7 @@ def _backward_kernel(
         put_weighted, get_weighted = blocks.keep(weighted_kept, slot, compute_weighted)
 
         def add_rows(total: Any, value: jax.Array, piece: Piece) -> None:
-            if inside is not None:  # what is beyond the last row is garbage
+            if inside is not None:  # rows past the last one are garbage
                 value = jnp.where(inside, value, 0)
             blocks.part(total, piece)[...] += blocks.sum_rows(value)
 
@@ -371,7 +385,7 @@ def _backward_kernel(
 
 
 def _keep_params(pairs: Sequence[tuple[Any, Any]], blocks: Blocks) -> None:
-    """Puts scale and bias into scratch, where there is any for them."""
+    """Copies scale and bias to their scratch, if they have any."""
     kept = [(ref, scratch) for ref, scratch in pairs if scratch is not None]
     if kept:
 
@@ -384,14 +398,15 @@ def _keep_params(pairs: Sequence[tuple[Any, Any]], blocks: Blocks) -> None:
 def _scale_reader(
     ref: Any, kept: Any, index: Any, each: bool, blocks: Blocks
 ) -> Callable[[Piece], jax.Array]:
-    """Reads pieces of a chunk's scale: of each of its rows, or one for all."""
+    """Returns a function that reads a piece of a chunk's scale: each row's own, or the
+    one that rows share."""
     if each:
         return blocks.reader(ref, index)
     return lambda piece: blocks.param(ref, kept, piece)
 
 
 def _is_first_step() -> jax.Array:
-    """Of those that a core has of one example."""
+    """Returns whether this step is the core's first one of an example."""
     return (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
 
 
@@ -413,15 +428,15 @@ def forward(
     residual: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """y, of a sum that too, and with `call.statistics` mean (if centred) and var. Half
-    of it (`call.half`) is all but y.
+    """Computes y, and h if there is a residual. With `call.statistics` it also returns
+    mean (if centred) and var. With `call.half` it returns everything but y.
 
     Args:
       call: one that `plan` takes.
-      blocks: how it cuts x.
-      x: any shape; float32, bfloat16 or float16, as are all that follow.
-      scale, bias: shape (features,), behind the leading axes of x along which they
-        vary, or None.
+      blocks: how x is cut.
+      x: any shape; float32, bfloat16 or float16, as are all operands that follow.
+      scale, bias: shape (features,) after the leading axes of x along which they vary,
+        or None.
       mask: None.
       residual, shortcut: x's shape, or None.
     """
@@ -484,23 +499,23 @@ def backward(
     dh: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Those of dx, dscale, dbias and dshortcut that are wanted. Half of it
-    (`call.half`) has c1 and c2 (if centred) in the place of dx.
+    """Computes those gradients among dx, dscale, dbias and dshortcut that are wanted.
+    With `call.half` it returns c1 and c2 (if centred) in place of dx.
 
     Args:
       call: one that `plan` takes.
-      blocks: how it cuts x.
+      blocks: how x is cut.
       dy, x: of one shape, each float32, bfloat16 or float16.
-      scale: shape (features,), behind the leading axes of x along which it varies, or
+      scale: shape (features,) after the leading axes of x along which it varies, or
         None.
-      bias: likewise, for an activation.
+      bias: like scale; for an activation.
       mean, var: the forward's statistics, float32.
       mask: None.
       dh: x's shape, or None.
-      shortcut: likewise, for an activation.
+      shortcut: x's shape, or None; for an activation.
 
     Returns:
-      dx in x's shape and dtype; dscale and dbias float32 of shape (features,), behind
+      dx in x's shape and dtype; dscale and dbias in float32 of shape (features,) after
       the leading axes of x that `call.own_params` counts, or dscale in the shape and
       dtype of a scale of x's shape; dshortcut in the shortcut's shape and dtype.
     """
@@ -579,16 +594,16 @@ def backward(
 
 
 def _rows(array: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
-    """An operand of x's size, and how it is cut."""
+    """Returns an operand of x's size and its block spec."""
     return None if array is None else array.reshape(blocks.view), blocks.of_rows
 
 
 def _param(param: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
-    """Scale or bias [n, period, features], each for as many examples, and how it is
-    cut."""
+    """Returns scale or bias as [n, period, features], each entry for an equal number of
+    examples, and its block spec."""
     if param is None:
         return None, blocks.of_param(1)
-    # As [features], Pallas would ask which TPU it compiles for; see `memory.row`.
+    # With shape [features], Pallas would ask which TPU it compiles for: `memory.row`.
     rows = param.reshape(-1, 1, blocks.features)
     if blocks.period > 1:
         rows = jnp.tile(
@@ -600,7 +615,7 @@ def _param(param: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
 def _present(
     arrays: Sequence[jax.Array | None], shapes: Sequence[tuple[int, ...]]
 ) -> list[jax.Array]:
-    """Those that are not None, each in its shape."""
+    """Returns the arrays that are not None, each in its shape."""
     pairs = zip(arrays, shapes, strict=True)
     return [array.reshape(shape) for array, shape in pairs if array is not None]
 
@@ -614,7 +629,8 @@ def _pallas_call(
     results: Sequence[tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
     scratch: Sequence[Any],
 ) -> tuple[jax.Array | None, ...]:
-    """Runs a kernel over operands, results and scratch; None stays None, as its ref."""
+    """Runs a kernel over operands, results and scratch. None stays None, and so does
+    its ref."""
     return pl.pallas_call(
         kernel,
         name=name,
@@ -639,11 +655,11 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     chip = dataclasses.replace(chip, vmem=vmem, blocks=blocks_bytes)
     natural = tuple(range(call.x.ndim))
     order = natural
-    if call.norm.reduction_axes == natural[-1:]:  # no groups, nor several axes
+    if call.norm.reduction_axes == natural[-1:]:  # neither groups nor several axes
         order = order_of_axes(call.x.shape, call.x.dtype.itemsize, call.own)
     groups, own = call.row_groups, call.own
     if groups > 1 and order != natural:
-        # The groups lie in front of the rows: examples, as many as samples have.
+        # The groups lie in front of the rows: each group of a sample is an example.
         own = len(order) - 2
         axes = call.norm.feature_axes[:-1]
         if order[own - len(axes) : own] != axes:
@@ -682,7 +698,7 @@ def _in_groups(groups: int, why: str) -> Fallback:
 
 
 def _not_worth_it(call: Call, blocks: Blocks) -> str:
-    """Why the reference is expected to be faster, or ""."""
+    """Returns why the reference is expected to be faster, or ""."""
     rows = blocks.slabs * blocks.rows
     size = rows * blocks.features * call.x.dtype.itemsize
     in_turn = blocks.groups > 1 and blocks.period == 1
@@ -695,7 +711,7 @@ def _not_worth_it(call: Call, blocks: Blocks) -> str:
 
 
 def _transposed(call: Call, order: Sequence[int]) -> Call:
-    """The call for an x, and all else of its size, with the axes in `order`."""
+    """Returns the call for an x, and other arrays of its size, with axes in `order`."""
 
     def transposed(operand: Any) -> Any:
         if operand is None:
@@ -719,8 +735,9 @@ def _launch_transposed(
     *operands: jax.Array | None,
     **beside: jax.Array,
 ) -> list[jax.Array]:
-    """Launches with arrays of x's rank in `order`, as their results come back."""
-    # A bias of x's rank is not met here: with its leading axes in front, none can move.
+    """Launches with arrays of x's rank transposed to `order`, and transposes results
+    back."""
+    # No bias has x's rank here: its leading axes stay in front, so none can move.
     back = inverse(order)
 
     def transpose(array: Any, axes: Sequence[int]) -> Any:
@@ -738,20 +755,23 @@ def _launch_transposed(
 def across_lanes(
     call: Call, view: Geometry, chip: memory.Chip, groups: int, own: int
 ) -> AcrossLanes | Turned | Fallback:
-    """Block and chunk follow from features, groups and dtypes; the rest from the shape.
+    """Chooses the blocks for features across the lanes.
+
+    Block and chunk sizes follow from features, groups, dtypes and the chip, except that
+    few rows make a chunk smaller. The rest follows from the shape.
 
     Args:
-      call: its arrays as they lie in memory.
-      view: of x, before it was transposed.
-      chip: that has VMEM.
-      groups: of rows, each with a scale and bias of its own.
+      call: the call, its arrays as they lie in memory.
+      view: view of x before it was transposed.
+      chip: chip with the VMEM to use.
+      groups: number of row groups, each with a scale and bias of its own.
       own: leading axes along which scale, bias or their gradients vary.
     """
     features = view.k
     lanes = round_up(features, LANES)
     streamed = _streamed(call)
     itemsizes = [dtype.itemsize for dtype in streamed]
-    least = SUBLANES * 4 // min(itemsizes)  # rows of one register
+    least = SUBLANES * 4 // min(itemsizes)  # rows per register
 
     row_bytes = 2 * lanes * sum(itemsizes)
     block_rows = power_of_two(max(chip.blocks // row_bytes, 1))
@@ -773,8 +793,9 @@ def across_lanes(
             chunk_rows -= chunk_rows % period
         if chunk_rows == 0 or chunk_rows % period:
             return _in_groups(groups, "no number of them fills a chunk's registers")
-    # Of each feature and row of a period: scale, bias (a backward's before an
-    # activation alone) and results, two of each; and dscale and dbias.
+    # Values per feature: for each row of a period, two buffers each for scale, bias (in
+    # a backward only before an activation) and results; then the accumulators of dscale
+    # and dbias.
     of_feature = (6 + 2 * call.slopes if call.op == "backward" else 4) * period
     of_feature += 2 * max(SUBLANES, period) * (call.op == "backward")
     if period > 1 and lanes == LANES:  # scale and bias once more, transposed
@@ -789,7 +810,7 @@ def across_lanes(
     examples = math.prod(call.x.shape[:own])
     rows = view.n * view.g // examples
     slabs = 1
-    # Joining axes before the last is free where the last but one fills its tiles.
+    # Joining axes before the last is free if the second to last fills its tiles.
     if call.x.ndim - own > 2 and call.x.shape[-1] == features:
         inner = call.x.shape[-2]
         slab_bytes = inner * features * call.x.dtype.itemsize
@@ -842,16 +863,19 @@ def across_lanes(
 def down_sublanes(
     call: Call, chip: memory.Chip, groups: int, own: int
 ) -> DownSublanes | None:
-    """The block is as large as features and dtypes allow; None where VMEM has no room.
+    """Chooses the blocks for features down the sublanes; None if VMEM has no room.
 
-    It has room for 128 rows at least of a few thousand features on a v4, of some ten
-    thousand on others. Beyond XLA copies x and y for `AcrossLanes`, to twice flax's
-    bytes. The reference would copy nothing, but does not give the bits that this
-    row has in an array of other size, where XLA has features across the lanes.
+    The block is as large as features and dtypes allow. VMEM has room for at least 128
+    rows of a few thousand features on a v4, and of about ten thousand on other chips.
+    Beyond that the answer is None, XLA copies x and y for `AcrossLanes`, and the
+    traffic is twice flax's bytes. The reference would copy nothing, but its result for
+    a row would not be bitwise the one in an array of another size, where XLA has the
+    features across the lanes.
 
     Args:
-      call: one with an x of shape (..., features, rows), and all else of its size.
-      chip, groups, own: as of `across_lanes`.
+      call: a call with an x of shape (..., features, rows), as are all arrays of its
+        size.
+      chip, groups, own: same as for `across_lanes`.
     """
     *leading, features, rows = call.x.shape
     examples = math.prod(leading[:own])
@@ -862,17 +886,17 @@ def down_sublanes(
     tile_bytes += 2 * 2 * SUBLANES * LANES * 4  # mean and variance, as whole registers
     most = min(chip.blocks // tile_bytes, MOST_ROWS * LANES // tile)
     most = max(most, 1)
-    # Scale and bias; or scale, dscale, dbias, and before an activation bias.
+    # Scale and bias; or scale, dscale and dbias, plus bias before an activation.
     kept = (3 + (call.norm.activation is not None)) * tile * 4
     need = most * tile_bytes + kept + OTHER_BYTES
     if need > chip.vmem:
         return None
 
-    # In tiles of LANES rows.
+    # From here on, sizes are in tiles of LANES rows.
     registers = sublanes // SUBLANES
     tiles, chunk = pl.cdiv(rows, LANES), DOWN_REGISTERS[call.op] // registers
     chunk = min(max(chunk, 1), most)
-    if tiles <= most:  # a slab's rows all together, in chunks of one size
+    if tiles <= most:  # all rows of a slab in one block, in equal chunks
         chunks = pl.cdiv(tiles, chunk)
         chunk = pl.cdiv(tiles, chunks)
     else:
@@ -893,12 +917,13 @@ def down_sublanes(
 
 
 def _params_differ(call: Call) -> bool:
-    """Whether examples have a scale or bias of their own, and not just the sums."""
+    """Returns whether examples have their own scale or bias, not only their own
+    sums."""
     return dataclasses.replace(call, own_params=0).own > 0
 
 
 def _streamed(call: Call) -> list[jnp.dtype]:
-    """Dtypes of the arrays of x's size that the kernel reads or writes."""
+    """Returns the dtypes of the arrays of x's size that the kernel reads or writes."""
     own_scale = [call.scale] if call.scales_each and _reads_scale(call) else []
     others = [a for a in (call.beside, call.shortcut, *own_scale) if a is not None]
     beside = [a.dtype for a in others]
@@ -920,19 +945,21 @@ def _streamed(call: Call) -> list[jnp.dtype]:
 
 
 def _reads_x(call: Call) -> bool:
-    """Whether a backward reads x: dbias alone needs it for an activation's slope."""
+    """Returns whether a backward reads x. dbias alone needs x only for an activation's
+    slope."""
     dx, dscale, *_ = call.wanted
     return dx or dscale or call.slopes
 
 
 def _reads_scale(call: Call) -> bool:
-    """Whether it takes the scale, if there is one: dscale and dbias alone do not."""
+    """Returns whether the kernel reads the scale, if there is one. dscale and dbias
+    alone do not need it."""
     dx, *_ = call.wanted
     return call.op == "forward" or dx or call.slopes
 
 
 def bytes_moved(call: Call, blocks: Blocks) -> int:
-    """Bytes read from and written to HBM."""
+    """Returns the bytes read from and written to HBM."""
     rows = blocks.examples * blocks.slabs * blocks.rows
     total = rows * blocks.features * sum(d.itemsize for d in _streamed(call))
     statistics = 4 * rows * (2 if call.norm.center else 1)
@@ -941,10 +968,11 @@ def bytes_moved(call: Call, blocks: Blocks) -> int:
     total += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
     if call.op == "forward":
         return total + statistics * call.statistics
-    # Of several cores, or of examples or rows that share one: written, read, added up.
+    # Partial sums of several cores, or of examples or rows that share one result, are
+    # written, read and summed.
     sums = math.prod(call.x.shape[: call.own_params]) * blocks.groups
     parts = blocks.cores * blocks.examples * blocks.period
     sums += 2 * parts if parts > sums else 0
     total += len(call.summed) * sums * blocks.features * 4
-    # A half writes what it subtracts, c1 and c2, for its other half.
+    # With `call.half` the kernel writes c1 and c2, which XLA subtracts.
     return total + statistics * (_reads_x(call) + (call.half and call.wanted[0]))
