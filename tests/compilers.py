@@ -1,4 +1,4 @@
-"""What the tests of `make aot` share: they compile in processes of their own."""
+"""Helpers of the tests of `make aot`, which compile in other processes."""
 
 import contextlib
 import math
@@ -24,7 +24,7 @@ Cell = tuple[Chip, Workload]
 
 
 def name(value: Any) -> str | None:
-    """Of a parameter in a test's id."""
+    """Returns a parameter's name in a test's id."""
     match value:
         case (Gpu() as chip, Workload() as work) | (chip, Workload() as work):
             return f"{chip.name}-{work.name}-{work.op}"
@@ -34,8 +34,10 @@ def name(value: Any) -> str | None:
 
 
 def some_slow(values: Iterable[Any], quick: Callable[[Any], bool]) -> list[Any]:
-    """Parameters of a test, of which `make aot` takes those that are `quick`, and `make
-    aot-slow` the others."""
+    """Marks the parameters of a test that are not `quick` as slow.
+
+    `make aot` runs the quick ones, and `make aot-slow` the others.
+    """
     return [
         value if quick(value) else pytest.param(value, marks=pytest.mark.slow)
         for value in values
@@ -50,7 +52,7 @@ def layers(
     nbytes: float = TENSOR_BYTES,
     whole: Any = layer,
 ) -> tuple[Whole, Whole]:
-    """flax's, which has no kernel of ours, and ours."""
+    """Returns flax's compiled layer, which must have no Pallas kernel, and ours."""
     flax, ours = (
         begun[whole, chip, case.name, nbytes, which, fused].result()
         for fused in (False, True)
@@ -60,13 +62,13 @@ def layers(
 
 
 def tensor_of(case: Case, nbytes: float = TENSOR_BYTES) -> int:
-    """Bytes of the norm's input, where it has about so many."""
+    """Returns the exact bytes of the norm's input when it has about `nbytes`."""
     return math.prod(case.shape(nbytes)) * jnp.dtype(case.dtype).itemsize
 
 
 @contextlib.contextmanager
 def begin(items: Sequence[Any]) -> Iterator[dict[Any, Future[Any]]]:
-    """What other processes compile meanwhile: all that the chosen tests ask for."""
+    """Starts compiling, in other processes, all that the selected tests request."""
     begun: dict[Any, Future[Any]] = {}
     with Elsewhere() as elsewhere:
         for item in items:

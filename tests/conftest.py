@@ -1,12 +1,12 @@
-"""What every test runs under: 8 virtual CPU devices, and the backends of the suite."""
+"""Configures every test: 8 virtual CPU devices, and the backends of the suite."""
 
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Size of XLA's pool of threads on a CPU, read when jax makes its devices. The
-# interpreters hold one for each warpgroup of a block and each block of a cluster, up to
-# 8 in these tests; on two cores they would wait for each other for ever.
+# Size of XLA's thread pool on a CPU, read when jax makes its devices. The interpreters
+# hold one thread per warpgroup of a block and per block of a cluster, up to 8 in these
+# tests. With a pool for two cores they would deadlock.
 os.environ["NPROC"] = str(max(16, os.cpu_count() or 1))
 
 import jax
@@ -15,32 +15,38 @@ import pytest
 import fusednorm
 from tests import interpreters
 
-# Before jax makes its devices. Tests that need one device take the first.
+# Must be set before jax makes its devices. Tests that need one device take the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(params=["reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each implementation that the suite of test_suite.py runs against."""
+    """Selects each implementation that test_suite.py runs against."""
     with fusednorm.use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture(scope="module")
 def quickly_compiled() -> Iterator[None]:
-    """For tests that compile much, and compare with what is compiled alike."""
+    """Compiles with few optimizations, for tests that compile a lot of code.
+
+    They must compare only with results that are compiled the same way.
+    """
     with interpreters.quickly_compiled():
         yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make aot-baseline` records what `make aot` compares with."""
+    """Adds the option with which `make aot-baseline` records what `make aot` checks."""
     parser.addoption("--renew-baseline", action="store_true")
 
 
 @pytest.fixture(scope="session")
 def no_worse(request: pytest.FixtureRequest) -> Iterator[Callable[[Any], None]]:
-    """Compares a measurement with what is recorded, or records it."""
+    """Provides a function that checks a measurement against the baseline.
+
+    With `--renew-baseline` the function records the measurement instead.
+    """
     from bench.aot import gate
 
     if not request.config.getoption("--renew-baseline"):
@@ -58,7 +64,7 @@ def no_worse(request: pytest.FixtureRequest) -> Iterator[Callable[[Any], None]]:
 
 @pytest.fixture(scope="session")
 def begun(request: pytest.FixtureRequest) -> Iterator[dict[Any, Any]]:
-    """What the tests of `make aot` compile, by what they ask for."""
+    """Provides the futures of all compilations that the tests of `make aot` request."""
     from tests import compilers
 
     with compilers.begin(request.session.items) as begun:
@@ -67,5 +73,5 @@ def begun(request: pytest.FixtureRequest) -> Iterator[dict[Any, Any]]:
 
 @pytest.fixture
 def found(begun: dict[Any, Any], cell: Any) -> Any:
-    """What the cell's workload is on the cell's chip."""
+    """Provides the measurement of the cell's workload on the cell's chip."""
     return begun[cell].result()

@@ -19,14 +19,14 @@ DEVICES, BATCH, STEPS = 8, 32, 4
 
 
 def train() -> dict[str, np.ndarray]:
-    """The loss of each step, and the running statistics at the end, by name."""
+    """Returns each step's loss, and the final running statistics by name."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     model = ResNet(nnx.Rngs(0), channels=8)
     assert not fusednorm.fuse(model).left
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def place(array: jax.Array, spec: P) -> jax.Array:
-        """Every process has all of it, and keeps what its devices need."""
+        """Shards an array that every process holds whole: each keeps its own part."""
         whole, sharding = np.asarray(array), NamedSharding(mesh, spec)
         return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 

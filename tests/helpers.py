@@ -13,14 +13,17 @@ import fusednorm
 
 EPS32 = float(np.finfo(np.float32).eps)
 
-# How far a float32 mean may be off, in EPS32 * |mean|: half for the number itself, the
-# rest for the sum. The worst seen is 5.4: 768 times -3.7, summed by XLA on a CPU.
+# Allowed error of a float32 mean, in units of EPS32 * |mean|: half for the number
+# itself, the rest for the sum. The worst seen is 5.4, for 768 times -3.7 summed by XLA
+# on a CPU.
 MEAN_ROUNDINGS = 8
 
 
 def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
-    """Parameters of a test, of which `make test` takes the quick ones, and `make
-    test-slow` the others."""
+    """Marks the parameters of a test that are not in `quick` as slow.
+
+    `make test` runs the quick ones, and `make test-slow` the others.
+    """
     return [
         value if value in quick else pytest.param(value, marks=pytest.mark.slow)
         for value in values
@@ -32,15 +35,16 @@ def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """A normalization and its gradients in float64, with bounds on a float32 one's
-    error.
+    """A normalization and its gradients in float64, with error bounds for float32.
 
     Attributes:
-      y, dx: x's shape.
-      dscale, dbias: shape (features,), or that of a scale or bias of x's rank.
-      dshortcut: x's shape.
-      mean, var: x's rank, size 1 along reduced axes (one a group on the last axis).
-      bounds: by name, the error allowed before the result is rounded to its dtype.
+      y, dx: arrays of x's shape.
+      dscale, dbias: arrays of shape (features,), or of the shape of a scale or bias of
+        x's rank.
+      dshortcut: array of x's shape.
+      mean, var: arrays of x's rank, of size 1 along reduced axes (with groups, one
+        element per group on the last axis).
+      bounds: errors allowed before the result is rounded to its dtype, by name.
     """
 
     y: np.ndarray
@@ -59,7 +63,7 @@ class Case:
 
     Attributes:
       kind: layer_norm, rms_norm, group_norm, instance_norm or batch_norm.
-      shape: that of x.
+      shape: x's shape.
       options: keyword arguments of the function.
       params: whether there are scale and bias.
     """
@@ -115,7 +119,7 @@ class Case:
         return tuple(sorted(axis % len(self.shape) for axis in axes))
 
     def run(self, x: Any, scale: Any = None, bias: Any = None, **options: Any) -> Any:
-        """fusednorm's y."""
+        """Returns fusednorm's y."""
         options = {**dict(self.options), **options}
         params = [scale] if self.kind == "rms_norm" else [scale, bias]
         if self.kind == "rms_norm" and bias is not None:
@@ -124,16 +128,18 @@ class Case:
         return result[0] if self.kind == "batch_norm" else result
 
     def data(self, seed: int, x_dtype: str, param_dtype: str) -> tuple[Any, ...]:
-        """x (mean 0.7, deviation 3), scale, bias, rounded to their dtypes, and dy."""
+        """Returns x, scale and bias, rounded to their dtypes, and dy.
+
+        x has mean 0.7 and standard deviation 3.
+        """
         rng = np.random.default_rng(seed)
         x = rng.normal(0.7, 3, self.shape).astype(x_dtype)
         scale, bias = (rng.normal(1, 0.5, self.features) for _ in range(2))
         scale = scale.astype(param_dtype) if self.params else None
         bias = bias.astype(param_dtype) if self.has_bias else None
         dy = rng.normal(0, 1, self.shape)
-        if (
-            self.activation == "relu"
-        ):  # where z is 0 but for a rounding, its slope is too
+        # Where z is 0 up to rounding, rounding decides relu's slope, so dy is 0 there.
+        if self.activation == "relu":
             options = tuple(o for o in self.options if o[0] != "activation")
             linear = dataclasses.replace(self, options=options)
             dy = dy * (np.abs(linear.truth(x, scale, bias, dy).y) > 1e-4)
@@ -148,10 +154,10 @@ class Case:
         mask: Any = None,
         shortcut: Any = None,
     ) -> Truth:
-        """The result in float64, from the definition.
+        """Computes the result in float64 from the definition.
 
-        scale and bias may be of x's rank, and broadcast to it; the shortcut is what is
-        added before the activation.
+        scale and bias may have x's rank, and then broadcast to x. The shortcut is added
+        before the activation.
         """
         given_scale, given_bias = scale, bias
         shape, reduced = list(self.shape), list(self.reduction_axes)
@@ -167,7 +173,7 @@ class Case:
             return np.asarray(array, np.float64).reshape(shape)
 
         def shape_of(param: Any) -> list[int]:
-            """In the view."""
+            """Returns a parameter's shape in the view."""
             if param is None or param.size == self.features:
                 return spread
             assert features == list(range(features[0], len(shape)))
@@ -207,7 +213,7 @@ class Case:
         pixels = tuple(a for a in axes if a not in features)  # share mean and scale
 
         def for_param(value: np.ndarray, param: Any) -> np.ndarray:
-            """Added up over all that share one element of a scale or bias."""
+            """Sums over all elements of x that share one element of a scale or bias."""
             into = shape_of(param)
             shared = tuple(a for a, n in enumerate(into) if n == 1)
             value = value.sum(shared, keepdims=True)
@@ -220,18 +226,18 @@ class Case:
         def for_bias(value: np.ndarray) -> np.ndarray:
             return for_param(value, given_bias)
 
-        of_pixels = dy  # whose sum meets what the mean is off by
+        of_pixels = dy  # its sum multiplies the error of the mean in dscale
         if shape_of(given_scale) is spread or not pixels:
             of_pixels = dy.sum(pixels, keepdims=True)
 
-        # What float32 arithmetic may lose: 16 roundings of each term, and of the mean
-        # (a float32 number is off by eps * |mean|) what it moves x_hat by.
+        # Error allowed to float32 arithmetic: 16 roundings of each term, and the shift
+        # of x_hat by the error of the mean (a float32 number is off by eps * |mean|).
         off = MEAN_ROUNDINGS * EPS32 * np.abs(mean) * rstd
         loss: Any = 16 * EPS32
         size = np.abs(wdy) + average(np.abs(wdy)) * center
         size = size + np.abs(x_hat) * average(np.abs(wdy * x_hat))
         moved = off * (np.abs(c1) + np.abs(x_hat) * average(np.abs(wdy)))
-        # ... and its square adds to the variance of a constant row.
+        # The square of the shift adds to the variance of a constant row.
         loss = loss + off**2
         of_z = loss * (np.abs(x_hat * g) + np.abs(b) + np.abs(beside))
         of_z = of_z + off * np.abs(g)
@@ -246,8 +252,9 @@ class Case:
             "dshortcut": 0 * dy,
         }
         if self.activation is not None:
-            # No slope is above 1.13, none changes by more than 1 for a step of 1 (but
-            # relu's, whose dy is to be 0 near z = 0). 24 roundings of act and of act'.
+            # No slope exceeds 1.13, and none changes by more than 1 for a step of 1,
+            # except relu's, for which dy must be 0 near z = 0. act and act' may be off
+            # by 24 roundings.
             bounds["y"] = 1.13 * of_z + 24 * EPS32 * np.abs(y)
             lost = np.abs(given) * (of_z * (self.activation != "relu") + 24 * EPS32)
             w = lost * np.abs(g)
@@ -279,7 +286,7 @@ class Case:
 
 
 def activated(name: str | None, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """act(z) and act'(z) in float64."""
+    """Returns act(z) and act'(z) in float64."""
     if name is None:
         return z, np.ones_like(z)
     if name == "relu":
@@ -298,7 +305,7 @@ def activated(name: str | None, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ulp(value: np.ndarray, dtype: Any) -> np.ndarray:
-    """Distance between neighbouring numbers of `dtype` around each value."""
+    """Returns the distance between adjacent numbers of `dtype` around each value."""
     info = ml_dtypes.finfo(dtype)
     magnitude = np.maximum(np.abs(value), float(info.smallest_normal))
     return 2.0 ** np.floor(np.log2(magnitude)) * float(info.eps)
@@ -307,14 +314,13 @@ def ulp(value: np.ndarray, dtype: Any) -> np.ndarray:
 def assert_close(actual: Any, expected: np.ndarray, bound: np.ndarray) -> None:
     """Asserts |actual - expected| <= bound + half an ulp of actual's dtype, everywhere.
 
-    It refuses to compare where that would prove nothing: where zeros, or the
-      expectation
-    2 % too large, would pass as well. An expectation that is zero everywhere is exempt.
+    It refuses a comparison that would prove nothing, because zeros or an expectation
+    2 % too large would pass as well. An expectation that is zero everywhere is exempt.
 
     Args:
       actual: array of any float dtype.
       expected: the truth in float64, of the same shape.
-      bound: what may be lost in float32 arithmetic, element by element.
+      bound: error allowed to float32 arithmetic, element by element.
     """
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     expected = np.asarray(expected, np.float64)

@@ -1,7 +1,7 @@
-"""The kernels on a CPU: Pallas' interpreters, behind `jax.pure_callback`.
+"""Runs the kernels on a CPU in Pallas' interpreters, behind `jax.pure_callback`.
 
-tests/on_gpu.py and tests/on_tpu.py are what `dispatch.KERNELS` names for the CPU while
-a test runs the kernels there. The plan is the real one; only the launch is interpreted.
+While a test runs the kernels there, `dispatch.KERNELS` names tests/on_gpu.py or
+tests/on_tpu.py for the CPU. The plan is the real one; only the launch is interpreted.
 """
 
 import collections
@@ -22,12 +22,15 @@ from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 MODULES = {"mosaic_gpu": "tests.on_gpu", "mosaic_tpu": "tests.on_tpu"}
 
 _one_at_a_time = threading.Lock()
-runs: collections.Counter[str] = collections.Counter()  # every launch, by kernel's name
+runs: collections.Counter[str] = collections.Counter()  # launches, by kernel's name
 
 
 @contextlib.contextmanager
 def quickly_compiled(quickly: bool = True) -> Iterator[None]:
-    """Spares LLVM's work on code that runs once: a third of the time of these tests."""
+    """Turns off LLVM's optimizations, which take a third of these tests' time.
+
+    The code runs only once.
+    """
     name = "jax_disable_most_optimizations"
     before = jax.config.read(name)
     jax.config.update(name, quickly)
@@ -40,8 +43,8 @@ def quickly_compiled(quickly: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interpreted(backend: str) -> Iterator[None]:
-    """Gives the CPU the kernels of `backend`."""
-    jax.clear_caches()  # executables made without them
+    """Makes the CPU run the kernels of `backend`."""
+    jax.clear_caches()  # drop executables that were compiled without the kernels
     runs.clear()
     before = dict(dispatch.KERNELS)
     dispatch.KERNELS["cpu"] = (backend, MODULES[backend])
@@ -58,10 +61,11 @@ def interpret(
     mode: Callable[[], contextlib.AbstractContextManager[None]],
     call: Call,
 ) -> Kernel | Fallback:
-    """What `plan` chooses for the newest device, its launch interpreted under `mode`.
+    """Returns what `plan` chooses for the newest device, with an interpreted launch.
 
-    The interpreters have ordered effects, which jit refuses under scan, remat and on
-    several devices; behind a pure callback all of these work.
+    The launch runs under `mode`. The interpreters have ordered effects, which jit
+    refuses under scan, remat and on several devices. Behind a pure callback all of
+    these work.
     """
     kernel = plan(call, None)
     if isinstance(kernel, Fallback):
@@ -69,8 +73,8 @@ def interpret(
     launch = kernel.launch
 
     def run(*operands: Any, **named: Any) -> list[np.ndarray]:
-        # Not a device that waits for this callback; and an interpreter has one memory
-        # for all kernels that run.
+        # Use a device that is not waiting for this callback. The lock is needed because
+        # an interpreter has one memory for all running kernels.
         with _one_at_a_time, jax.default_device(jax.devices()[-1]), mode():
             runs[kernel.name] += 1
             return [np.asarray(result) for result in launch(*operands, **named)]
@@ -84,7 +88,7 @@ def interpret(
 
 
 def kernels_of(backend: str) -> Any:
-    """The fixture `kernels`: those of a chip, which take every call or raise."""
+    """Returns the fixture `kernels`: a chip's kernels take every call, or raise."""
 
     @pytest.fixture
     def kernels() -> Iterator[None]:
@@ -96,7 +100,7 @@ def kernels_of(backend: str) -> Any:
 
 @pytest.fixture(params=["mosaic_gpu", "mosaic_tpu"])
 def kernels_of_each_chip(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of one chip, which take every call or raise."""
+    """Runs a test on the kernels of each chip, which take every call or raise."""
     backend = request.param
     with interpreted(backend), fusednorm.use_backend(backend):
         yield backend
@@ -105,10 +109,14 @@ def kernels_of_each_chip(request: pytest.FixtureRequest) -> Iterator[str]:
 def fixtures_of_variants(
     variants: Sequence[str], set_variant: Callable[..., str]
 ) -> tuple[Any, Any]:
-    """The fixtures `variant` and `every_variant`, of a function of `request`.
+    """Returns the fixtures `variant` and `every_variant`.
 
-    Tests that ask for the former run with the first variant in `make test`, and with
-    the others in `make test-slow`.
+    Tests that ask for `variant` run with the first variant in `make test`, and with the
+    others in `make test-slow`.
+
+    Args:
+      variants: the parameters of the fixtures.
+      set_variant: the fixtures' function, which takes `request`.
     """
     first, *others = variants
     slow = [pytest.param(other, marks=pytest.mark.slow) for other in others]

@@ -1,4 +1,4 @@
-"""Layers of flax and of fusednorm side by side, and what it means that they agree."""
+"""Builds the layers of flax and fusednorm side by side, and checks that they agree."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from flax import nnx
 import fusednorm
 from tests.helpers import EPS32, Case, Truth, assert_close, ulp
 
-# The layers, and the kind that tests/helpers.py knows each by.
+# The layers, and the `kind` of each in tests/helpers.py.
 KINDS = {
     "LayerNorm": "layer_norm",
     "RMSNorm": "rms_norm",
@@ -29,7 +29,7 @@ SHAPE = (5, 4, 3, FEATURES)
 
 
 def build(library: Any, name: str, num_features: int = FEATURES, **kwargs: Any) -> Any:
-    """A layer of flax.nnx or fusednorm, as its constructor leaves it."""
+    """Builds a layer of flax.nnx or fusednorm, as its constructor initializes it."""
     if name == "GroupNorm" and not {"num_groups", "group_size"} & kwargs.keys():
         kwargs["num_groups"] = 3
     kwargs.setdefault("rngs", nnx.Rngs(0))
@@ -37,7 +37,7 @@ def build(library: Any, name: str, num_features: int = FEATURES, **kwargs: Any) 
 
 
 def pair(name: str, num_features: int = FEATURES, **kwargs: Any) -> tuple[Any, Any]:
-    """flax's layer and ours, with the same random state."""
+    """Returns flax's layer and ours, with the same random state."""
     return (
         randomize(build(nnx, name, num_features, **kwargs)),
         randomize(build(fusednorm, name, num_features, **kwargs)),
@@ -48,8 +48,7 @@ RANGES = {"scale": (0.5, 1.5), "bias": (-1, 1), "mean": (-1, 1), "var": (0.5, 2)
 
 
 def randomize(model: Any) -> Any:
-    """Gives scales, biases and running statistics values that no mistake hides
-    behind."""
+    """Sets scales, biases and running statistics to values that expose mistakes."""
     rng = np.random.default_rng(1)
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Variable) and path[-1] in RANGES:
@@ -59,7 +58,7 @@ def randomize(model: Any) -> Any:
 
 
 def data(shape: tuple[int, ...] = SHAPE, dtype: Any = "float32", seed: int = 2) -> Any:
-    """x of mean 0.7 and deviation 3."""
+    """Returns x with mean 0.7 and standard deviation 3."""
     x = np.random.default_rng(seed).normal(0.7, 3, shape)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         x = x + 1j * np.random.default_rng(seed + 1).normal(-0.2, 2, shape)
@@ -69,10 +68,17 @@ def data(shape: tuple[int, ...] = SHAPE, dtype: Any = "float32", seed: int = 2) 
 def outputs_and_gradients(
     model: Any, x: Any, call: Callable[..., Any] | None = None, dy: Any = None
 ) -> dict[str, Any]:
-    """y, the state after the call, and the gradients of <dy, y> in x and every Param.
+    """Runs a model forward and backward.
 
-    `call(model, x)` stands for `model(x)`. dy, if none is given, is random and the same
-    for every model.
+    Args:
+      model: the model.
+      x: its input.
+      call: replaces `model(x)` by `call(model, x)`.
+      dy: the cotangent of y. By default it is random, and the same for every model.
+
+    Returns:
+      y, the state after the call, and the gradients of <dy, y> with respect to x and
+      every Param.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -81,7 +87,7 @@ def outputs_and_gradients(
         y = merged(x) if call is None else call(merged, x)
         return y, nnx.state(merged, nnx.Not(nnx.Param))
 
-    # Without LLVM's optimizations, for compilation is most of these tests' time.
+    # LLVM's optimizations are off because compilation takes most of these tests' time.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def everything(params: Any, x: Any) -> dict[str, Any]:
         y, vjp, state = jax.vjp(function, params, x, has_aux=True)
@@ -93,7 +99,7 @@ def outputs_and_gradients(
 
 
 def arrays(state: Any) -> dict[str, jax.Array]:
-    """A state as a dictionary from path to array, without random keys."""
+    """Returns a state as a dictionary from path to array, without random keys."""
     flat = nnx.to_flat_state(state)
     return {
         ".".join(map(str, path)): leaf[...]
@@ -106,13 +112,14 @@ def arrays(state: Any) -> dict[str, jax.Array]:
 
 
 def assert_agrees(ours: Any, theirs: Any, roundings: float = 32) -> None:
-    """Asserts that two arrays have one dtype and differ by rounding alone.
+    """Asserts that two arrays have the same dtype and differ by rounding alone.
 
-    Both are float32 arithmetic (float64 for float64) on data of moderate mean: a dozen
-    operations and sums of up to a thousand terms, in another order. So: 32 roundings of
-    the element and of the array's RMS, which is what sums are made of. Each of the two
-    is then rounded to its dtype, hence a whole ulp instead of half. `assert_close`
-    refuses a comparison that zeros or a gain of 2 % would pass.
+    Both come from float32 arithmetic (float64 for float64) on data of moderate mean: a
+    dozen operations, and sums of up to a thousand terms in different orders. The bound
+    is therefore 32 roundings of the element and of the array's RMS, the magnitude of
+    the terms of a sum. Both results are then rounded to their dtype, which adds a whole
+    ulp instead of half. `assert_close` refuses a comparison that zeros or a gain of 2 %
+    would pass.
     """
     assert ours.dtype == theirs.dtype, f"{ours.dtype} is not flax's {theirs.dtype}"
     if not jnp.issubdtype(ours.dtype, jnp.inexact):
@@ -128,14 +135,17 @@ def assert_agrees(ours: Any, theirs: Any, roundings: float = 32) -> None:
 
 
 def roundings_of(expected: np.ndarray, count: float, dtype: Any) -> np.ndarray:
-    """That many roundings of each element and of the RMS, in the arithmetic's dtype."""
+    """Returns `count` rounding errors of each element and of the RMS.
+
+    They are rounding errors of the arithmetic's dtype.
+    """
     eps = min(EPS32, float(jnp.finfo(dtype).eps))
     rms = np.sqrt(np.mean(np.square(expected))) if expected.size else 0.0
     return count * eps * (np.abs(expected) + rms)
 
 
 def assert_trees_agree(ours: Any, theirs: Any, roundings: float = 32) -> None:
-    """`assert_agrees` for every leaf of two trees of one structure."""
+    """Applies `assert_agrees` to every leaf of two trees of the same structure."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     for our_leaf, their_leaf in pairs:
@@ -143,7 +153,10 @@ def assert_trees_agree(ours: Any, theirs: Any, roundings: float = 32) -> None:
 
 
 def assert_same_state(ours: Any, theirs: Any) -> None:
-    """Asserts one tree of Variables: types, metadata, shapes, dtypes, and every bit."""
+    """Asserts that two trees of Variables are the same.
+
+    Compares types, metadata, shapes, dtypes, and every bit.
+    """
     flat, expected = (nnx.to_flat_state(nnx.state(m)) for m in (ours, theirs))
     assert flat.paths == expected.paths
     for path, mine, other in zip(flat.paths, flat.leaves, expected.leaves, strict=True):
@@ -166,14 +179,14 @@ def assert_same_state(ours: Any, theirs: Any) -> None:
 
 
 def case_of(name: str, shape: tuple[int, ...] = SHAPE, **options: Any) -> Case:
-    """The normalization that a layer does, as tests/helpers.py computes it."""
+    """Returns the normalization that a layer does, as a `Case` of tests/helpers.py."""
     if name == "GroupNorm":
         options.setdefault("num_groups", 3)
     return Case(KINDS[name], shape, tuple(options.items()))
 
 
 def layer_of(library: Any, case: Case, scale: Any, bias: Any, **kwargs: Any) -> Any:
-    """The layer that does what `case` says, with this scale and bias."""
+    """Builds the layer that normalizes as `case` says, with this scale and bias."""
     name = next(name for name, kind in KINDS.items() if kind == case.kind)
     layer = build(library, name, case.features, **dict(case.options), **kwargs)
     for variable, value in ((layer.scale, scale), (getattr(layer, "bias", None), bias)):
@@ -185,10 +198,10 @@ def layer_of(library: Any, case: Case, scale: Any, bias: Any, **kwargs: Any) -> 
 def assert_true(
     layer: Any, truth: Truth, x: Any, dy: Any, call: Callable[..., Any] | None = None
 ) -> dict[str, Any]:
-    """Asserts a layer's y, dx, dscale and dbias against float64, within their bounds.
+    """Asserts that a layer's y, dx, dscale and dbias are within bounds of float64.
 
     Returns:
-      What `outputs_and_gradients` does.
+      The results of `outputs_and_gradients`.
     """
     results = outputs_and_gradients(layer, x, call, dy)
     assert_close(results["y"], truth.y, truth.bounds["y"])

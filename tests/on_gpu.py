@@ -1,4 +1,4 @@
-"""The GPU's kernels, interpreted; see tests/interpreters.py."""
+"""Interprets the GPU's kernels; see tests/interpreters.py."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,10 @@ from tests.interpreters import interpret
 
 
 def load_as(ref: Any, at: Any, shape: Sequence[int], layout: Any) -> Any:
-    """What the interpreter knows of memory.load_as: the same by value."""
+    """Replaces memory.load_as, which the interpreter lacks: reshapes the loaded value.
+
+    The result is the same.
+    """
     return plgpu.load(ref.at[at], optimized=False).reshape(shape)
 
 
@@ -24,8 +27,8 @@ def store_as(ref: Any, at: Any, value: Any) -> None:
 
 @contextlib.contextmanager
 def mode() -> Iterator[None]:
-    """Interprets; a race raises."""
-    # Ignored is the fence of clusters: here all memory is in order.
+    """Interprets the kernels that run in it, and raises on a race."""
+    # "ignore" skips the fence of clusters: in the interpreter all memory is in order.
     params = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
     with (
         plgpu.force_gpu_interpret_mode(params),
@@ -36,6 +39,6 @@ def mode() -> Iterator[None]:
 
 
 def plan(call: Call, device: Any) -> Kernel | Fallback:
-    # Two multiprocessors, so that a persistent block has more than one tile.
+    # Plan for two SMs, so that a persistent block has more than one tile.
     with mock.patch.object(gpu, "PROCESSORS", 2):
         return interpret(gpu.plan, mode, call)

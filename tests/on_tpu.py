@@ -1,4 +1,4 @@
-"""The TPU's kernels, interpreted; see tests/interpreters.py."""
+"""Interprets the TPU's kernels; see tests/interpreters.py."""
 
 import contextlib
 import dataclasses
@@ -19,21 +19,24 @@ from tests.interpreters import interpret
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What `plan` asks of a jax device."""
+    """Attributes of a jax device that `plan` reads."""
 
     device_kind: str
     num_cores: int = 1
 
 
 def store_bits(ref: Any, here: Any, bits: Any) -> None:
-    """What the interpreter knows of memory.store_bits: the same by value."""
+    """Replaces memory.store_bits, which the interpreter lacks: converts the value.
+
+    The result is the same.
+    """
     ref[here] = lax.bitcast_convert_type(bits, jnp.float16)
 
 
 @contextlib.contextmanager
 def mode() -> Iterator[None]:
-    """Interprets; raises if what ran in it had a race."""
-    cores = memory.chip(None).cores  # as the plan was told
+    """Interprets the kernels that run in it, and raises if one had a race."""
+    cores = memory.chip(None).cores  # as many as the plan assumes
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
     try:
         with (
@@ -44,7 +47,8 @@ def mode() -> Iterator[None]:
         races = interpret_pallas_call.races
         assert races is None or not races.races_found, "the interpreter saw a race"
     finally:
-        pltpu.reset_tpu_interpret_mode_state()  # or a failure breaks the next test
+        # Without the reset, a failure would break the next test too.
+        pltpu.reset_tpu_interpret_mode_state()
 
 
 def plan(call: Call, device: Any) -> Kernel | Fallback:

@@ -1,7 +1,7 @@
-"""A stand-in for a platform's kernels: the reference's formulas, counted as they run.
+"""A stand-in for a platform's kernels: the reference's formulas, with runs counted.
 
-tests/test_dispatch.py enters it for the CPU, to prove which implementation is chosen,
-and how often it runs, before there is any kernel.
+tests/test_dispatch.py registers it for the CPU. It proves which implementation is
+chosen, and how often it runs, without any real kernel.
 """
 
 import collections
@@ -19,7 +19,7 @@ runs: collections.Counter[str] = collections.Counter()  # every launch that ran,
 
 
 def plan(call: Call, device: Any) -> Kernel | Fallback:
-    """Takes all but 13 features."""
+    """Takes every call but one of 13 features."""
     assert device is not None
     calls.append(call)
     assert call.geometry is not None

@@ -1,4 +1,4 @@
-"""A chip's roofline, and where its kernels are predicted to lie below it."""
+"""Draws a chip's roofline, and where the kernels are predicted to lie below it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ _COLORS = {
 
 
 def place(chip: Chip, found: Measurement) -> tuple[float, float]:
-    """Where a kernel lies.
+    """Returns a kernel's coordinates in the chart.
 
     Returns:
-      x: bytes in flight per SM of a GPU; bytes moved per cycle of a TPU's computing.
-      y: GB/s of x, y, dy and dx, each counted once, that it can reach at most.
+      x: for a GPU, bytes in flight per SM; for a TPU, bytes moved per compute cycle.
+      y: upper bound of the rate in GB/s, with x, y, dy and dx each counted once.
     """
     useful = found.ideal / found.total
     if isinstance(chip, Gpu):
@@ -37,7 +37,12 @@ def place(chip: Chip, found: Measurement) -> tuple[float, float]:
 
 
 def roof(chip: Chip, x: float) -> float:
-    """GB/s: the memory's, or below it what latency (GPU) or computing (TPU) leaves."""
+    """Returns the GB/s that memory bandwidth and latency (GPU) or compute (TPU) allow.
+
+    Args:
+      chip: the chip.
+      x: bytes in flight per SM of a GPU, or bytes moved per compute cycle of a TPU.
+    """
     if isinstance(chip, Gpu):
         slope = chip.core_count / chip.latency
     else:
@@ -46,7 +51,7 @@ def roof(chip: Chip, x: float) -> float:
 
 
 def draw(chip: Chip, found: Sequence[Measurement], path: Path) -> None:
-    """Draws a PNG."""
+    """Draws the chart as a PNG."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axis = figure.subplots()
     points = [place(chip, one) for one in found]
@@ -88,9 +93,10 @@ def draw(chip: Chip, found: Sequence[Measurement], path: Path) -> None:
 def _labels(
     axis: Any, names: Sequence[str], points: Sequence[tuple[float, float]]
 ) -> list[tuple[str, tuple[float, float]]]:
-    """One for each heap of points: the first case's name, and how many there are more.
+    """Returns one label per heap of points: the first case's name, and how many follow.
 
-    A heap is what lies within 60 x 9 points, a label's own size, of its first one.
+    A heap holds the points within 60 x 9 typographic points of its first one, which is
+    the size of a label.
     """
     heaps: list[tuple[tuple[float, float], dict[str, None]]] = []
     on_paper = axis.transData.transform

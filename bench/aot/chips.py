@@ -1,17 +1,19 @@
-"""The chips that kernels are compiled for, none of which need be here.
+"""The chips that kernels are compiled for. None of them needs to be here.
 
-The figures are the makers' own: NVIDIA's data sheets and "CUDA C++ Programming Guide",
-section "Compute Capabilities"; Google Cloud's TPU pages. What XLA is told of a GPU
-(`Gpu.target_config`) is what a process on such a GPU tells it. Two are not published:
+The figures come from the manufacturers: NVIDIA's data sheets and its "CUDA C++
+Programming Guide", section "Compute Capabilities", and Google Cloud's TPU pages.
+`Gpu.target_config` tells XLA what a process on the GPU itself would tell it. Two
+figures are not published:
 
-    latency of a GPU's memory    measured by Jarmusch et al. 2025 (arXiv:2507.10789) on
-                                 an H100, 658.7 cycles of 1.755 GHz, and on an RTX 5080,
-                                 876.7 of 2.617 GHz; a B200's is taken to be an H100's
-    clock of a TPU               its peak in bfloat16 on Google Cloud's pages, over 2
-                                 operations of each cell of the 4 arrays of a core, of
-                                 128 x 128 cells (v6e and 7x: 256 x 256): 275 (v4), 197,
-                                 459, 918 and 2307 TFLOP/s a chip, of 2, 1, 2, 1 and 2
-                                 cores
+    latency of a GPU's memory    Jarmusch et al. 2025 (arXiv:2507.10789) measured 658.7
+                                 cycles at 1.755 GHz on an H100 and 876.7 cycles at
+                                 2.617 GHz on an RTX 5080. A B200 is assumed to have the
+                                 latency of an H100.
+    clock of a TPU               The peak in bfloat16 from Google Cloud's pages divided
+                                 by 2 operations per cell and cycle. A core has 4 arrays
+                                 of 128 x 128 cells (v6e and 7x: 256 x 256). The peaks
+                                 are 275 (v4), 197, 459, 918 and 2307 TFLOP/s per chip,
+                                 for 2, 1, 2, 1 and 2 cores.
 """
 
 import atexit
@@ -33,19 +35,21 @@ KB = 1024
 class Gpu:
     """An NVIDIA GPU.
 
-    Attributes:
-      name: ours.
-      kind: as jax's `device_kind` calls it.
-      capability: compute capability, (major, minor).
-      core_count: streaming multiprocessors (SMs).
-      bandwidth: of device memory, bytes per second.
-      memory, l2: sizes in bytes.
-      clock: GHz.
-      latency: of a load from device memory, seconds.
-      sm_shared, block_shared: shared memory of an SM, and of one block at most, bytes.
-      sm_threads, sm_registers, sm_blocks: that can be resident on an SM.
+    It has the attributes of a jax device that our `plan` reads.
 
-    It has the attributes of a jax device that our `plan` asks for.
+    Attributes:
+      name: our name.
+      kind: jax's name, `device_kind`.
+      capability: compute capability, (major, minor).
+      core_count: number of streaming multiprocessors (SMs).
+      bandwidth: device memory bandwidth, bytes per second.
+      memory, l2: size of device memory and of the L2 cache, bytes.
+      clock: GHz.
+      latency: latency of a load from device memory, seconds.
+      sm_shared: shared memory per SM, bytes.
+      block_shared: maximum shared memory per block, bytes.
+      sm_threads, sm_registers, sm_blocks: maximum resident threads, registers and
+        blocks per SM.
     """
 
     name: str
@@ -68,12 +72,12 @@ class Gpu:
 
     @property
     def compute_capability(self) -> str:
-        """As a jax device has it."""
+        """Compute capability as a jax device gives it, "9.0"."""
         return "{}.{}".format(*self.capability)
 
     @property
     def arch(self) -> str:
-        """As ptxas calls it."""
+        """Architecture as ptxas names it, "sm_90a"."""
         major, minor = self.capability
         return f"sm_{major}{minor}a"
 
@@ -111,16 +115,16 @@ class Gpu:
 
     @property
     def bytes_to_fly(self) -> float:
-        """Bytes on their way to an SM, at any time, that take the full bandwidth."""
+        """Bytes in flight per SM that saturate the bandwidth."""
         return self.bandwidth * self.latency / self.core_count
 
     def resident_blocks(self, registers: int, threads: int, shared: int) -> int:
-        """Blocks of a kernel that one SM can hold at once.
+        """Returns how many blocks of a kernel are resident on one SM.
 
         Args:
-          registers: of a thread; a warp gets them in units of 256.
-          threads: of a block.
-          shared: dynamic shared memory of a block, bytes; the driver takes 1 KB more.
+          registers: registers per thread; a warp gets them in units of 256.
+          threads: threads per block.
+          shared: dynamic shared memory per block, bytes; the driver adds 1 KB.
         """
         warp_registers = -(-registers * 32 // 256) * 256
         return min(
@@ -136,12 +140,12 @@ class Tpu:
     """One TPU device as jax sees it.
 
     Attributes:
-      name: ours.
+      name: our name.
       topology: the smallest slice that libtpu knows.
-      bandwidth: of the device's memory, bytes per second.
-      vmem: bytes, of one core.
+      bandwidth: HBM bandwidth of the device, bytes per second.
+      vmem: VMEM per core, bytes.
       clock: GHz.
-      cores: of the device.
+      cores: cores per device.
     """
 
     name: str
@@ -155,7 +159,7 @@ class Tpu:
 
     @property
     def arch(self) -> str:
-        """Our name: it has no other."""
+        """Our name, since a TPU's architecture has no other."""
         return self.name
 
 
@@ -218,15 +222,20 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in (*GPUS, *TPUS)}
 
 @functools.cache
 def device(chip: Chip) -> Any:
-    """A jax device to compile for; nothing can run on it."""
+    """Returns a jax device to compile for. Nothing can run on it."""
     return devices(chip)[0]
 
 
 def devices(chip: Chip, topology: str = "") -> list[Any]:
-    """Several, joined as `topology` says: of GPUs "1x1x4", of TPUs "v5e:2x4".
+    """Returns the jax devices of a topology, to compile for.
+
+    Args:
+      chip: the devices' kind.
+      topology: "1x1x4" for GPUs, "v5e:2x4" for TPUs; "" for the smallest.
 
     Raises:
-      RuntimeError: the compiler for it is not installed: see `make aot`.
+      RuntimeError: the chip's compiler is not installed: see `make aot`.
+      ValueError: Mosaic GPU cannot compile for the chip.
     """
     if isinstance(chip, Gpu) and chip.capability < (9, 0):
         raise ValueError(
@@ -245,9 +254,9 @@ def devices(chip: Chip, topology: str = "") -> list[Any]:
 
 @functools.cache
 def schedules() -> Path:
-    """A folder for the schedules of all that this process compiles for TPUs.
+    """Makes the folder to which libtpu writes the schedules of this process.
 
-    libtpu must be told of it before it is loaded.
+    libtpu reads its path from the environment, so call this before libtpu is loaded.
     """
     folder = tempfile.TemporaryDirectory(prefix="schedules-")
     atexit.register(folder.cleanup)
@@ -258,16 +267,19 @@ def schedules() -> Path:
 
 
 def target(chip: Chip) -> Any:
-    """What our plan is asked with: a GPU's own table, for a topology's device lacks
-    what the plan looks at; of a TPU the device."""
+    """Returns the device to pass to our `plan`.
+
+    It is the `Gpu` itself for a GPU, since a topology's device lacks the attributes
+    that the plan reads. It is the topology's device for a TPU.
+    """
     return chip if isinstance(chip, Gpu) else device(chip)
 
 
 @functools.cache
 def _find_plugins() -> None:
-    """Has jax load the CUDA plugin, which it leaves alone under JAX_PLATFORMS=cpu."""
-    # Without these libtpu asks the cloud where it is, and complains, and lets one
-    # process alone use it.
+    """Makes jax load the CUDA plugin, which JAX_PLATFORMS=cpu would leave out."""
+    # Without these variables, libtpu queries the cloud for its location, prints
+    # complaints, and lets only one process use it.
     for name, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -281,7 +293,7 @@ def _find_plugins() -> None:
     jax.devices()
     log = logging.getLogger("jax._src.xla_bridge")
     before = log.level
-    log.setLevel(logging.CRITICAL)  # the plugin may be there already: harmless
+    log.setLevel(logging.CRITICAL)  # a plugin that is already loaded is harmless
     try:
         xla_bridge.discover_pjrt_plugins()
     finally:

@@ -1,4 +1,4 @@
-"""A function compiled for a chip that is not here."""
+"""Compiles functions for chips that are not here."""
 
 import contextlib
 import dataclasses
@@ -15,26 +15,26 @@ from bench import memory
 from bench.aot.chips import Chip, Gpu, Tpu, device, schedules, target
 from fusednorm.kernels import dispatch
 
-# Have Mosaic print the PTX of each kernel that it compiles, and then ptxas' report.
+# Make Mosaic print the PTX of each kernel that it compiles, followed by ptxas' report.
 _PRINT = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS")
 
 
 @dataclasses.dataclass(frozen=True)
 class Registers:
-    """ptxas' report of one Mosaic GPU kernel, and what its PTX says.
+    """ptxas' report of one Mosaic GPU kernel, and counts of instructions in its PTX.
 
     Attributes:
-      kernel: its name.
-      arch: "sm_90a".
-      registers: of a thread.
-      spilled: bytes that a thread stores to and loads from its stack for want of them.
-      stack: bytes of a thread's stack.
-      matrices: instructions that move matrices to or from shared memory. Mosaic has
-        them for 4 bytes a lane, and does not ask whether each 4 lanes' 16 bytes are
-        aligned, as the hardware wants.
-      uneven: FMAs that add what another lane sent to a product. Where lanes add up what
-        they have, each rounds its own product with the sum and the others' before, and
-        they find different sums.
+      kernel: the kernel's name.
+      arch: the architecture, "sm_90a".
+      registers: registers per thread.
+      spilled: bytes per thread that spills store to and load from the stack.
+      stack: stack bytes per thread.
+      matrices: instructions that move matrices to or from shared memory (`ldmatrix`,
+        `stmatrix`). Mosaic emits them for 4 bytes per lane, without checking that the
+        16 bytes of each 4 lanes are aligned, which the hardware requires.
+      uneven: FMAs whose addend another lane sent. In a reduction across lanes, each
+        lane then rounds its own product together with the sum, but the other lane's
+        product before it. The lanes end up with different sums.
     """
 
     kernel: str
@@ -48,15 +48,15 @@ class Registers:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What became of a function.
+    """A compiled function.
 
     Attributes:
-      chip: that it is for.
+      chip: the chip that it is compiled for.
       hlo: the optimized module as text.
-      registers: of each different Mosaic GPU kernel in it.
-      schedules: of each TPU kernel in it, XLA's too, by its name: the text that
-        schedule.py reads.
-      memory: bytes that a call takes beside its arguments.
+      registers: one report per distinct Mosaic GPU kernel in the module.
+      schedules: the schedule of each TPU kernel in the module, XLA's included, by the
+        kernel's name. schedule.py reads the text.
+      memory: bytes that a call allocates beyond its arguments.
     """
 
     chip: Chip
@@ -67,18 +67,18 @@ class Compiled:
 
 
 def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compiled:
-    """Compiles `function` for one device, or those on which the arguments lie.
+    """Compiles `function` for one device, or for the devices of the arguments.
 
     Args:
-      chip: the device's kind.
-      function: traced with `args`.
-      args: pytrees of arrays or `jax.ShapeDtypeStruct`s, of which shape and dtype
-        matter, and a NamedSharding.
+      chip: the devices' kind.
+      function: the function, which is traced with `args`.
+      args: pytrees of arrays or `jax.ShapeDtypeStruct`s. Only the shape, the dtype and
+        a NamedSharding matter.
 
     Raises:
-      RuntimeError: the chip's compiler is not installed; or it is a GPU of another
-        architecture than one that this process has compiled for: Mosaic keeps what it
-        compiled by its source alone, and would take the other one's.
+      RuntimeError: the chip's compiler is not installed; or this process has already
+        compiled for another GPU architecture. Mosaic caches kernels by their source
+        alone, so it would return the code for that architecture.
     """
     if isinstance(chip, Gpu) and (others := _archs - {chip.arch}):
         raise RuntimeError(
@@ -102,7 +102,7 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
         hlo = compiled.as_text() or ""
         reports = list(parse_ptxas(read()))
     hashes = dict.fromkeys(re.findall(r'kernel_hash ?= ?"((?:[^"\\]|\\.)*)"', hlo))
-    # A kernel that was compiled before is not compiled again.
+    # Mosaic does not compile, or report, a kernel that it has compiled before.
     new = [key for key in hashes if key not in _reports]
     if len(new) != len(reports):
         raise RuntimeError(f"ptxas reports {len(reports)} of {len(new)} new kernels")
@@ -116,14 +116,19 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
     )
 
 
-# What this process has compiled for, and the reports by the kernels' hashes.
+# The architectures that this process has compiled for, and ptxas' reports by the hash
+# of the kernel.
 _archs: set[str] = set()
 _reports: dict[str, Registers] = {}
 
 
 @contextlib.contextmanager
 def _ptxas_reports() -> Iterator[Callable[[], str]]:
-    """Catches what this process, C++ included, writes to its standard output."""
+    """Captures the standard output of this process, including its C++ code.
+
+    Yields:
+      A function that returns the text captured so far.
+    """
     before = {name: os.environ.get(name) for name in _PRINT}
     os.environ.update(dict.fromkeys(_PRINT, "1"))
     sys.stdout.flush()
@@ -151,7 +156,10 @@ _SCHEDULE = re.compile(r"\d+-(?P<kernel>.+)-\d+-packed-bundles-post-ra\.txt")
 
 
 def _take_schedules() -> Iterator[tuple[str, str]]:
-    """The schedules of the last compilation; removes its files, a few hundred."""
+    """Yields the name and schedule of each kernel of the last compilation.
+
+    Removes the few hundred files that the compilation wrote.
+    """
     for path in sorted(schedules().iterdir()):
         if found := _SCHEDULE.fullmatch(path.name):
             yield found["kernel"], path.read_text()
@@ -173,7 +181,7 @@ def _uneven(ptx: str) -> int:
 
 
 def parse_ptxas(text: str) -> Iterator[Registers]:
-    """The reports in what was printed, each behind the PTX it is of."""
+    """Yields the reports in a captured output, where each follows its kernel's PTX."""
     end = 0
     for report in _REPORT.finditer(text):
         ptx, end = text[end : report.start()], report.end()

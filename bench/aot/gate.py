@@ -1,10 +1,11 @@
-"""What no change may make worse: a recorded baseline, and limits that stay.
+"""Figures that no change may make worse: a recorded baseline, and fixed limits.
 
     make aot              # fails where a figure grew by more than 2 %
     make aot-baseline     # records all figures anew, to be committed with its reason
 
-The limits hold whatever is recorded: the floor and 10 %, no spills, and no matrices in
-shared memory, for which an address may be misaligned.
+The limits hold whatever is recorded: bytes at most 10 % above the floor, repeated
+accesses at most `AGAIN`, no spills, and no matrix instructions on shared memory, since
+their addresses may be misaligned.
 """
 
 import json
@@ -12,25 +13,26 @@ from pathlib import Path
 
 from bench.aot.measure import Measurement
 
-# By chip; then by case, op and dtype; then by figure.
+# Figures by chip; then by case, op and dtype; then by the figure's name.
 Baseline = dict[str, dict[str, dict[str, float]]]
 
 PATH = Path(__file__).with_name("baseline.json")
 GROWTH = 0.02
 ABOVE_FLOOR = 0.10
-# Of x, y, dy and dx: what a GPU's neighbouring blocks load of one line, from the cache.
-# To read x a second time would be a third of them, or half.
+# Largest share of the bytes of x, y, dy and dx that may be accessed again: adjacent
+# blocks of a GPU load parts of one line, the second time from the cache. A second read
+# of x would be a third or a half of these bytes.
 AGAIN = 0.31
 
 
 def load() -> Baseline:
-    """What is recorded."""
+    """Loads the recorded baseline."""
     found: Baseline = json.loads(PATH.read_text())
     return found
 
 
 def save(baseline: Baseline) -> None:
-    """Records it, sorted, a line for each kernel."""
+    """Saves the baseline, sorted, with one line per kernel."""
     chips = []
     for chip, recorded in sorted(baseline.items()):
         lines = [
@@ -47,14 +49,14 @@ def record(baseline: Baseline, found: Measurement) -> None:
 
 
 def figures(found: Measurement) -> dict[str, float]:
-    """What is recorded of a kernel.
+    """Returns the figures of a kernel that are recorded.
 
     Returns:
-      bytes: of device memory, counting what is accessed twice twice, over those of x
-        and y, or of x, dy and dx.
-      spilled: of a GPU's thread, bytes.
-      cycles: of a TPU's, over the whole grid: with other blocks, steps compare to
-        nothing.
+      bytes: ratio of the bytes of device memory accessed, repeats included, to the
+        bytes of x and y, or of x, dy and dx.
+      spilled: bytes spilled per thread of a GPU.
+      cycles: cycles of a TPU over the whole grid. Cycles per step would not be
+        comparable between block sizes.
     """
     values: dict[str, float] = {"bytes": round(found.accessed, 4)}
     if found.spilled is not None:
@@ -65,7 +67,7 @@ def figures(found: Measurement) -> dict[str, float]:
 
 
 def grown(found: Measurement, baseline: Baseline) -> list[str]:
-    """What grew by more than 2 %, in words."""
+    """Returns a message for each figure that grew by more than 2 %."""
     recorded = baseline.get(found.chip, {}).get(_name(found))
     if recorded is None:
         return [f"{_name(found)} on {found.chip} is not recorded: make aot-baseline"]
@@ -77,9 +79,10 @@ def grown(found: Measurement, baseline: Baseline) -> list[str]:
 
 
 def beyond(found: Measurement) -> list[str]:
-    """The limits that it breaks, in words."""
+    """Returns a message for each limit that the kernel breaks."""
     broken = []
-    # Statistics must be moved too: much, where a row has few features.
+    # The statistics are left out: they must be moved too, and are a large part of the
+    # bytes where a row has few features.
     moved = (found.total - found.statistics) / found.ideal
     if moved > (1 + ABOVE_FLOOR) * found.floor:
         broken.append(

@@ -1,7 +1,8 @@
 """Compiled HLO: which kernels run, and the bytes of their operands and results.
 
-What XLA fused is one kernel, which reads each operand and writes each result once: a
-lower bound of what it moves. How often our own kernels read is counted in traffic.py.
+A fusion counts as one kernel that reads each operand and writes each result once: a
+lower bound of the bytes that it moves. How often our own kernels read is counted in
+traffic.py.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 # Custom calls that are Pallas kernels.
 OURS = ("mosaic_gpu_v2", "tpu_custom_call")
 
-# Names of something that exists, or that moves nothing.
+# Instructions that only name an existing array, or move nothing.
 _FREE = {
     "add-dependency",
     "after-all",
@@ -39,14 +40,14 @@ class Kernel:
     """One instruction that runs on the device.
 
     Attributes:
-      name, opcode: the instruction's.
-      target: of a custom call, else "".
-      nbytes: of operands and results in device memory (HBM).
-      times: how often it runs, in a loop.
-      loop: whether it is in one.
-      prefetch: whether XLA moves an array onto the chip, or from it, ahead of what
-        works on it there: the bytes are those of the array's only crossing.
-      arrays: bytes of operands and results, on the chip or off it.
+      name, opcode: the instruction's name and opcode.
+      target: the target of a custom call, else "".
+      nbytes: bytes of the operands and results in device memory (HBM).
+      times: how often the instruction runs, where it is in a loop.
+      loop: whether it is in a loop.
+      prefetch: whether XLA copies an array onto the chip or off it here, apart from the
+        kernel that works on it there. `nbytes` then counts the array's only crossing.
+      arrays: bytes of the operands and results, on the chip or off it.
     """
 
     name: str
@@ -74,18 +75,18 @@ class _Instruction:
 
 
 def kernels(hlo: str) -> list[Kernel]:
-    """What the module runs, loops and calls included."""
+    """Returns the kernels that the module runs, loops and calls included."""
     computations = dict(_computations(hlo))
     return list(_run(computations, computations["ENTRY"], times=1, loop=False))
 
 
 def total(found: list[Kernel]) -> int:
-    """Bytes of all of them."""
+    """Returns the bytes of all the kernels, each as often as it runs."""
     return sum(kernel.nbytes * kernel.times for kernel in found)
 
 
 def surroundings(hlo: str) -> list[Kernel]:
-    """What runs beside our own kernels, without XLA's prefetches for them."""
+    """Returns the kernels that are not ours, except XLA's prefetches for ours."""
     return [one for one in kernels(hlo) if not (one.ours or one.prefetch)]
 
 
@@ -99,10 +100,10 @@ COLLECTIVES = (
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
-    """What crosses devices: the operation, and the bytes of its array where one device
-    has it whole: of a reduce-scatter before, of all others after it.
+    """Returns the opcode and bytes of each collective operation.
 
-    One in a loop counts once.
+    The bytes are those of the array where one device holds all of it: the operand of a
+    reduce-scatter, the result of any other. An operation in a loop counts once.
     """
     found = []
     for _, body in _computations(hlo):
@@ -118,16 +119,18 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
 
 
 def _result(one: _Instruction) -> str:
-    """Its type; of what begins an operation, and has its operands there too, the
-    results'."""
-    # An all-reduce's is ((operands), results), or the results alone.
+    """Returns the type of an instruction's results.
+
+    The type of an asynchronous start lists the operands too; they are left out.
+    """
+    # The type of an all-reduce-start is ((operands), results), or the results alone.
     if one.opcode == "all-reduce-start" and not one.type.startswith("(("):
         return one.type
     return _parts(one.type)[1] if one.opcode.endswith("-start") else one.type
 
 
 def order_of_axes(hlo: str) -> tuple[int, ...]:
-    """Axes of the module's only argument, from the slowest in memory to the fastest."""
+    """Returns the axes of the module's only argument, slowest-varying first."""
     entry = dict(_computations(hlo))["ENTRY"]
     (argument,) = [one for one in entry if one.opcode == "parameter"]
     array = _ARRAY.match(argument.type)
@@ -155,7 +158,7 @@ def _run(
             inner = computations[_called(one, "to_apply")]
             yield from _run(computations, inner, times, loop)
         elif one.opcode == "conditional":
-            # The branch that moves least: others are for what is rare.
+            # Count the branch that moves the fewest bytes: others handle rare cases.
             branches = [
                 list(_run(computations, computations[name], times, loop))
                 for name in _branches(one)
@@ -183,7 +186,13 @@ def _unwrapped(
     one: _Instruction,
     types: dict[str, str],
 ) -> tuple[_Instruction, dict[str, str]]:
-    """A custom call in a fusion of its own, which gives it slices by their address."""
+    """Replaces a custom fusion by the custom call inside it, if it has one.
+
+    XLA wraps a custom call in a fusion to pass it slices by their address.
+
+    Returns:
+      The instruction, and the types of the instructions around it.
+    """
     if "kind=kCustom" in one.rest:
         inside = computations[_called(one, "calls")]
         for each in inside:
@@ -199,7 +208,7 @@ def _called(instruction: _Instruction, role: str) -> str:
 
 
 def _branches(conditional: _Instruction) -> list[str]:
-    """Names of the computations that it chooses from."""
+    """Returns the names of the computations that a conditional chooses from."""
     if listed := re.search(r"branch_computations=\{([^}]*)\}", conditional.rest):
         return re.findall(r"%?([\w.\-]+)", listed[1])
     return [_called(conditional, f"{side}_computation") for side in ("true", "false")]
@@ -209,19 +218,19 @@ def _moved(one: _Instruction, types: dict[str, str]) -> int:
     operands = [hbm_bytes(types[name]) for name in one.operands if name in types]
     result = hbm_bytes(one.type)
     match one.opcode:
-        case "dynamic-update-slice":  # in place: what is put in, read and written
+        case "dynamic-update-slice":  # in place: reads the update and writes it
             return 2 * operands[1]
         case "slice" | "dynamic-slice" | "gather":
             return 2 * result
         case "copy-start":  # (target, source, context)
             return hbm_bytes(_parts(one.type)[0]) + hbm_bytes(_parts(one.type)[1])
-        case "slice-start":  # ((source), target, context): reads what it writes
+        case "slice-start":  # ((source), target, context): reads as much as it writes
             _, target, *_ = _parts(one.type)
             return hbm_bytes(target) + hbm_bytes(re.sub(r"S\(\d+\)", "", target))
         case _ if one.opcode.endswith("-start"):  # ((operands), result, context)
             result = hbm_bytes(_parts(one.type)[1])
         case "custom-call" if "__cublas" in one.rest:
-            result = hbm_bytes(_parts(one.type)[0])  # without its workspace
+            result = hbm_bytes(_parts(one.type)[0])  # without the workspace
     return sum(operands) + result
 
 
@@ -229,20 +238,20 @@ def _moved(one: _Instruction, types: dict[str, str]) -> int:
 
 
 def hbm_bytes(type_: str) -> int:
-    """Bytes of the arrays of a type, without those on the chip.
+    """Returns the bytes of a type's arrays, without those on the chip.
 
-    A TPU keeps arrays in tiles, such as T(8,128): the bytes are those of whole tiles.
+    A TPU keeps arrays in tiles, for example T(8,128), so whole tiles are counted.
     """
     return sum(_array_bytes(array) for array in _ARRAY.finditer(type_))
 
 
 def _on_chip(types: Sequence[str]) -> bool:
-    """Whether one of the types is of memory on the chip."""
+    """Returns whether one of the types lies in memory on the chip."""
     return any(_CHIP.search(type_) for type_ in types)
 
 
 def _all_bytes(types: Iterable[str]) -> int:
-    """Bytes of the elements of the types' arrays, wherever these lie."""
+    """Returns the bytes of all elements of the types' arrays, wherever they lie."""
     found = (array for type_ in types for array in _ARRAY.finditer(type_))
     return sum(int(math.prod(_shape(array)) * _itemsize(array)) for array in found)
 
@@ -259,9 +268,9 @@ def _shape(array: re.Match[str]) -> list[int]:
 def _array_bytes(array: re.Match[str]) -> int:
     tiles = array["tiles"] or ""
     if _CHIP.search(tiles):
-        return 0  # or a context
+        return 0  # on the chip, or the context of an asynchronous operation
     shape = _shape(array)
-    # Sizes from the one that varies slowest to the one that varies fastest.
+    # Sizes in the order of memory, slowest-varying axis first.
     order = [int(axis) for axis in (array["order"] or "").split(",") if axis]
     sizes = [shape[axis] for axis in reversed(order)] if order else shape
     if tile := re.match(r"T\(([\d,]+)\)", tiles):
@@ -273,7 +282,7 @@ def _array_bytes(array: re.Match[str]) -> int:
 
 
 def _parts(type_: str) -> list[str]:
-    """The members of a tuple's type."""
+    """Returns the members of a tuple's type."""
     parts, depth, start = [], 0, 1
     for i, letter in enumerate(type_):
         if letter in "([{":
@@ -290,7 +299,7 @@ def _parts(type_: str) -> list[str]:
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[_Instruction]]]:
-    """Name and instructions of each; the entry's name is ENTRY."""
+    """Yields the name and instructions of each computation; the entry is "ENTRY"."""
     name, body = "", list[_Instruction]()
     for line in hlo.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
@@ -303,7 +312,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[_Instruction]]]:
 
 
 def _instruction(name: str, text: str) -> _Instruction:
-    """TYPE OPCODE(OPERANDS), REST"""
+    """Parses "TYPE OPCODE(OPERANDS), REST"."""
     end = _close(text) if text.startswith("(") else text.index(" ")
     type_, text = text[:end], text[end:].lstrip()
     opcode = text[: text.index("(")]
@@ -314,7 +323,7 @@ def _instruction(name: str, text: str) -> _Instruction:
 
 
 def _close(text: str) -> int:
-    """Where the bracket that opens the text has closed."""
+    """Returns the index after the bracket that closes the text's first one."""
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")

@@ -1,4 +1,4 @@
-"""One norm of one shape, planned and compiled for one chip, and what it then is."""
+"""Plans and compiles one norm of one shape for one chip, and counts its figures."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,8 @@ from fusednorm.reference import Norm
 Op = Literal["forward", "forward+statistics", "backward"]
 OPS: tuple[Op, ...] = ("forward", "forward+statistics", "backward")
 
-TENSOR_BYTES = 160e6  # of x, as in the benchmarks on a chip: more than a cache holds
+# Bytes of x, as in the benchmarks on a chip: more than a cache holds.
+TENSOR_BYTES = 160e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +33,17 @@ class Workload:
     """One call of a norm.
 
     Attributes:
-      name: the benchmark case's, or the shape.
+      name: the benchmark case's name, or the shape.
       op: the forward alone, the forward in training, or the backward.
       layer: the flax class.
-      norm: what it does; with a bias if it centres.
-      shape: of x.
-      dtype: of x, y, dy and dx; parameters are float32.
-      residual: whether one is added to x, and dx to the cotangent of the sum.
-      shortcut: whether one is added behind the norm, before the activation.
-      own: whether all rows share scale and bias, or those of one sample do, or each row
-        has its own, in x's dtype. A bias of each row is a shortcut.
+      norm: the normalization; it has a bias if it centres.
+      shape: x's shape.
+      dtype: dtype of x, y, dy and dx; parameters are float32.
+      residual: whether a residual is added to x; the backward then adds dx to the
+        cotangent of the sum.
+      shortcut: whether a shortcut is added after the norm, before the activation.
+      own: which rows share scale and bias: all rows, the rows of each sample, or none.
+        Parameters per sample or per row have x's dtype. A bias per row is a shortcut.
     """
 
     name: str
@@ -56,7 +58,7 @@ class Workload:
 
     @property
     def tensors(self) -> int:
-        """Arrays of x's size that are read or written."""
+        """Number of arrays of x's size that are read or written."""
         call = self.call
         given = [call.x, call.dy, call.beside, call.shortcut]
         given += [call.scale] if call.scales_each else []
@@ -68,23 +70,23 @@ class Workload:
 
     @property
     def statistic(self) -> jax.ShapeDtypeStruct:
-        """The variance."""
+        """Shape and dtype of the variance."""
         shape = self.norm.statistic_shape(self.shape)
         return jax.ShapeDtypeStruct(shape, jnp.dtype("float32"))
 
     @property
     def groups(self) -> int:
-        """What has a mean and a variance of its own: rows, groups, channels."""
+        """Number of rows, groups or channels that have their own mean and variance."""
         return self.statistic.size
 
     @property
     def features(self) -> int:
-        """Length of a scale."""
+        """Length of a scale that all rows share."""
         return math.prod(self.shape[axis] for axis in self.norm.feature_axes)
 
     @property
     def call(self) -> Call:
-        """What `plan` is asked."""
+        """The `Call` that `plan` is given."""
         x = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
         param = jax.ShapeDtypeStruct((self.features,), jnp.dtype("float32"))
         if self.own == "sample":
@@ -114,9 +116,10 @@ class Workload:
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """Of the kernel's launch: arrays' shapes and dtypes, None where there is none.
+        """Positional operands of the kernel's launch, as shapes and dtypes.
 
-        (x, scale, bias, mask), or (dy, x, scale, bias, mean, var, mask).
+        They are (x, scale, bias, mask), or (dy, x, scale, bias, mean, var, mask), with
+        None for an absent one.
         """
         call = self.call
         if call.op == "forward":
@@ -127,7 +130,7 @@ class Workload:
 
     @property
     def named(self) -> dict[str, Any]:
-        """Likewise, those that it takes by name."""
+        """Operands that the kernel's launch takes by name, as shapes and dtypes."""
         call = self.call
         beside = "residual" if call.op == "forward" else "dh"
         others = {beside: call.beside, "shortcut": call.shortcut}
@@ -136,35 +139,37 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What a workload is on a chip. Bytes are of device memory.
+    """Figures of a workload on a chip. Bytes are bytes of device memory.
 
     Attributes:
-      case, op, norm, shape, dtype, chip: the workload's, and the chip's name.
+      case, op, norm, shape, dtype, chip: the workload, and the chip's name.
       plan: the plan's name.
-      kernels: names of its kernels.
+      kernels: names of the plan's kernels.
       block: what one block works on, in the plan's words.
-      registers, spilled: of a thread: count, of the kernel that loads most, as are the
-        threads and what is resident; bytes, the most of any. None for a TPU.
-      matrices, uneven: of a GPU's kernels, as in `Registers`.
-      scratch: bytes of shared memory of a block, or of VMEM.
-      scratch_limit: what a block may have.
-      threads, blocks, resident: threads of a block, blocks, and how many of them an SM
-        holds at once. For a TPU `blocks` are grid steps of a core, the others None.
-      in_flight: bytes on their way to an SM at once, at most; None for a TPU.
-      cycles: of a TPU's kernels, over all steps of a core; () for a GPU.
-      seconds_of_bytes: that the DMAs of each of these kernels take at least.
-      clock: of the TPU, GHz; None for a GPU.
-      ideal: bytes of x and y, or of dy, x and dx, and of all else of x's size.
-      tensors: bytes of these that the kernels access, each element once.
-      again: bytes of these that a GPU's access once more: of ragged rows' overlaps. A
-        TPU has no cache to have them from: there they are among `tensors`.
-      rest: bytes of XLA's kernels that access such tensors: what the plan leaves to it.
-      statistics: bytes of mean and variance; of BatchNorm and InstanceNorm also of
+      registers: registers per thread of the kernel that loads most. None for a TPU.
+      spilled: bytes per thread, the maximum over the kernels. None for a TPU.
+      matrices, uneven: sums over a GPU's kernels, see `Registers`. None for a TPU.
+      scratch: bytes of shared memory per block, or of VMEM per core.
+      scratch_limit: bytes of scratch that are available.
+      threads, resident: threads per block, and resident blocks per SM, of the kernel
+        that loads most. None for a TPU.
+      blocks: blocks of a GPU's grid; grid steps per core of a TPU.
+      in_flight: upper bound of the bytes in flight per SM. None for a TPU.
+      cycles: cycles of each of a TPU's kernels, over all steps of a core. () for a GPU.
+      seconds_of_bytes: least time of the DMAs of each of a TPU's kernels. () for a GPU.
+      clock: clock of the TPU, GHz. None for a GPU.
+      ideal: bytes of x and y, or of dy, x and dx, and of all other arrays of x's size.
+      tensors: bytes of these arrays that the kernels access, each element once.
+      again: bytes of these arrays that a GPU accesses again, where ragged rows overlap.
+        A TPU has no cache to serve them, so there `tensors` includes them.
+      rest: bytes of XLA's kernels that access arrays of x's size, which the plan leaves
+        to XLA.
+      statistics: bytes of mean and variance. BatchNorm and InstanceNorm include the
         parameters and their gradients, which have the same shapes.
-      params: bytes of scale, bias and their gradients, each block's reads.
+      params: bytes of scale, bias and their gradients, every block's reads included.
       partials: bytes of intermediate results, written and read.
-      around: other operations beside the kernels, in the order in which they run, and
-        the bytes of each.
+      around: opcode and bytes of each operation beside the kernels, in the order in
+        which they run.
     """
 
     case: str
@@ -200,12 +205,12 @@ class Measurement:
 
     @property
     def total(self) -> int:
-        """Bytes that cross the pins if caches hold all that is read again."""
+        """Bytes that cross the pins if the caches serve all repeated reads."""
         return self.tensors + self.rest + self.statistics + self.partials
 
     @property
     def ratio(self) -> float:
-        """Of the total to the ideal."""
+        """Ratio of `total` to `ideal`."""
         return self.total / self.ideal
 
     @property
@@ -215,7 +220,11 @@ class Measurement:
 
     @property
     def floor(self) -> float:
-        """Least ratio: 1; or, in two reads, with x once more, and dy, or dz for it."""
+        """Least possible ratio.
+
+        It is 1 in one read. Two reads add x once more, and in a backward also dy, or
+        dz in its place.
+        """
         if not self.in_two_reads:
             return 1.0
         tensor = math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
@@ -223,25 +232,25 @@ class Measurement:
 
     @property
     def accessed(self) -> float:
-        """Of all bytes to the ideal, counting what is accessed twice twice."""
+        """Ratio of all bytes accessed, repeats included, to `ideal`."""
         return (self.total + self.again) / self.ideal
 
     @property
     def seconds_of_cycles(self) -> tuple[float, ...]:
-        """That each of a TPU's kernels computes at least."""
+        """Least compute time of each of a TPU's kernels."""
         assert self.clock is not None
         return tuple(cycles / (self.clock * 1e9) for cycles in self.cycles)
 
     @property
     def compute(self) -> float | None:
-        """Of a TPU's computing to its DMAs, in time: above 1, it is bound by it."""
+        """Ratio of a TPU's compute time to its DMA time; above 1 is compute bound."""
         if not self.cycles:
             return None
         return sum(self.seconds_of_cycles) / sum(self.seconds_of_bytes)
 
     @property
     def seconds(self) -> float | None:
-        """Predicted for a TPU's kernels: each computes, or waits for its DMAs."""
+        """Predicted time of a TPU's kernels: the longer of compute and DMA for each."""
         if not self.cycles:
             return None
         pairs = zip(self.seconds_of_cycles, self.seconds_of_bytes, strict=True)
@@ -258,16 +267,16 @@ def norm_of(
     num_groups: int = 32,
     activation: str | None = None,
 ) -> Norm:
-    """What a flax layer does to an array, with flax's defaults.
+    """Returns the normalization that a flax layer does, with flax's defaults.
 
     Args:
-      layer: the class.
-      shape: of x.
-      dtype: of x and y.
-      reduction_axes: of a LayerNorm or an RMSNorm, None for the last.
-      feature_axes: that scale and bias have, None for the last.
-      num_groups: of a GroupNorm.
-      activation: what follows, in the same call.
+      layer: the flax class.
+      shape: x's shape.
+      dtype: dtype of x and y.
+      reduction_axes: reduced axes of a LayerNorm or an RMSNorm, None for the last.
+      feature_axes: axes of scale and bias, None for the last.
+      num_groups: groups of a GroupNorm.
+      activation: the activation that follows in the same call.
     """
     *others, last = range(len(shape))
     reduced = {
@@ -297,7 +306,7 @@ def workloads(
     own: Literal["all", "sample", "row"] = "all",
     **options: Any,
 ) -> tuple[Workload, ...]:
-    """The ops of one shape; `options` are those of `norm_of`."""
+    """Returns a workload per op for one shape; `options` go to `norm_of`."""
     norm = norm_of(layer, shape, dtype, **options)
     return tuple(
         Workload(name, op, layer, norm, tuple(shape), dtype, residual, shortcut, own)
@@ -306,7 +315,7 @@ def workloads(
 
 
 def of_case(case: Case, tensor_bytes: float = TENSOR_BYTES) -> tuple[Workload, ...]:
-    """The three ops of a benchmark case's norm."""
+    """Returns the workloads of a benchmark case's norm, one per op."""
     return workloads(
         case.name,
         case.norm,
@@ -321,13 +330,13 @@ CHANNELWISE = [case for case in CASES if case not in ROWWISE]
 
 
 def plan(chip: Chip, call: Call) -> Kernel | Fallback:
-    """What our plan says on that chip."""
+    """Returns what our `plan` chooses on the chip."""
     _, module = dispatch.KERNELS[chip.platform]
     return importlib.import_module(module).plan(call, target(chip))
 
 
 def measure(chip: Chip, workload: Workload) -> Measurement:
-    """Plans, compiles and counts.
+    """Plans and compiles a workload, and counts its figures.
 
     Raises:
       LookupError: no kernel takes the workload.
@@ -339,7 +348,13 @@ def measure(chip: Chip, workload: Workload) -> Measurement:
 
 
 def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measurement:
-    """Compiles and counts what does the workload, planned by us or not."""
+    """Compiles `answer` for the workload and counts its figures.
+
+    Args:
+      chip: the chip.
+      workload: the work that the kernel does.
+      answer: the kernel, chosen by our `plan` or not.
+    """
     arrays = workload.named, *workload.operands
 
     def launch(named: dict[str, Any], *operands: Any) -> Any:
@@ -378,7 +393,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
         seconds_of_bytes = tuple(
             (kernel.loaded + kernel.stored)
             / (chip.bandwidth * schedule.cores(chip, kernel) / chip.cores)
-            for kernel in found  # one of two cores has half of a device's bandwidth
+            for kernel in found  # one of two cores has half the device's bandwidth
         )
     return Measurement(
         case=workload.name,
@@ -411,7 +426,7 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
 def orders_of_axes(
     chip: Chip, arrays: Sequence[jax.ShapeDtypeStruct]
 ) -> list[tuple[int, ...]]:
-    """How XLA has the axes of each in memory, from the slowest to the fastest."""
+    """Returns the order in which XLA lays out each array's axes, slowest first."""
     return [
         hlo.order_of_axes(compile_for(chip, lambda x: x + x, array).hlo)
         for array in arrays
@@ -421,12 +436,12 @@ def orders_of_axes(
 def _sort(
     workload: Workload, found: Sequence[traffic.Traffic], *, cached: bool
 ) -> dict[str, int]:
-    """Bytes by what the arrays are, which their sizes and places tell.
+    """Returns the bytes by kind of array, which sizes and order of operands tell.
 
     Args:
-      workload: that the kernels do.
-      found: their traffic.
-      cached: whether what is accessed again may come from a cache.
+      workload: the work that the kernels do.
+      found: the kernels' traffic.
+      cached: whether a cache may serve repeated accesses.
     """
     size = math.prod(workload.shape)
     features = workload.shape[-1]
@@ -454,7 +469,10 @@ def _sort(
 
 
 def _is_statistic(workload: Workload, operand: Operand) -> bool:
-    """One number a row or group; on a TPU in whole tiles of up to 1024."""
+    """Returns whether an operand holds one number per row or group.
+
+    On a TPU its size is rounded up to whole tiles of up to 1024 elements.
+    """
     elements = math.prod(operand.shape)
     if elements == workload.groups:
         return True
@@ -467,9 +485,9 @@ def _is_statistic(workload: Workload, operand: Operand) -> bool:
 
 
 class Elsewhere:
-    """Works in processes of its own: one for each GPU architecture, one for all TPUs.
+    """Other processes to work in: one per GPU architecture, and one for all TPUs.
 
-    A context manager; what was not begun when it is left is not done.
+    It is a context manager. Work that has not begun when it exits is cancelled.
     """
 
     def __init__(self) -> None:
@@ -489,7 +507,7 @@ class Elsewhere:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Future[R]:
-        """Begins `function(chip, ...)`."""
+        """Submits `function(chip, ...)` to the chip's process."""
         key = chip.arch if isinstance(chip, Gpu) else chip.platform
         if key not in self._pools:
             spawn = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""python -m bench roofline: what bounds the kernels, predicted from compiled code."""
+"""python -m bench roofline: predicts what bounds the kernels, from compiled code."""
 
 import argparse
 import dataclasses
@@ -34,13 +34,13 @@ _BYTES = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compiles, prints, draws, writes.
+    """Compiles all cases, prints tables, draws charts and writes the JSON file.
 
     Args:
-      arguments: of the command line.
+      arguments: command-line arguments.
 
     Returns:
-      0, or 1 where something did not compile.
+      The exit status: 0, or 1 if something did not compile.
     """
     options = _parser().parse_args(arguments)
     names = chosen([case.name for case in CASES], options.cases)
@@ -89,7 +89,11 @@ _Futures = dict[Any, Future[Any]]
 def _begin(
     elsewhere: Elsewhere, chip: Chip, cases: Sequence[Case]
 ) -> tuple[_Futures, _Futures]:
-    """The kernels by (case, op), and the layers by (case, pass, whether fused)."""
+    """Starts compiling the kernels and layers of `cases` for one chip.
+
+    Returns:
+      The kernels' futures by (case, op); the layers' by (case, pass, whether fused).
+    """
     works = {
         (work.name, work.op): elsewhere.begin(measure, chip, work)
         for case in cases
@@ -107,7 +111,7 @@ def _begin(
 
 
 def _results(chip: str, futures: _Futures, record: dict[str, Any]) -> dict[Any, Any]:
-    """Those that there are; the record gets the others."""
+    """Returns the results that succeeded, and adds the others' reasons to `record`."""
     found = {}
     for key, future in futures.items():
         name = " ".join([chip, *map(str, key)])

@@ -1,4 +1,4 @@
-"""python -m bench scaling: what crosses 8, 64 and 256 devices, from compiled code."""
+"""python -m bench scaling: traffic between 8, 64 and 256 devices, in compiled code."""
 
 import argparse
 import dataclasses
@@ -58,11 +58,11 @@ class Cell:
     """One compilation.
 
     Attributes:
-      chip: its name.
-      mode: who says how arrays are sharded.
-      layer, sharding: names.
-      devices: how many.
-      fused: whether by our layer, or by flax's.
+      chip: the chip's name.
+      mode: what decides how arrays are sharded.
+      layer, sharding: names in `LAYERS` and `SHARDINGS`.
+      devices: number of devices.
+      fused: whether the layer is ours, rather than flax's.
     """
 
     chip: str
@@ -73,7 +73,7 @@ class Cell:
     fused: bool
 
     def __str__(self) -> str:
-        """In a message."""
+        """Describes the compilation in a message."""
         whose = "ours" if self.fused else "flax's"
         return (
             f"{self.chip}, {self.mode.lower()} mode, {self.devices} devices: "
@@ -82,18 +82,18 @@ class Cell:
 
     @property
     def topology(self) -> str:
-        """Of its devices."""
+        """Topology of the devices."""
         return topology(CHIPS[self.chip], self.devices)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of x, on all devices together."""
+        """Global shape of x."""
         _, shape = LAYERS[self.layer]
         return grown(shape, self.sharding, self.devices)
 
     @property
     def dtype(self) -> str:
-        """Of x and y."""
+        """Dtype of x and y."""
         return jnp.dtype(dtype_of(CHIPS[self.chip])).name
 
     @property
@@ -102,7 +102,7 @@ class Cell:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize // self.devices
 
     def begin(self, elsewhere: Elsewhere) -> Future[Sharded]:
-        """Has it compiled."""
+        """Starts the compilation in another process."""
         return elsewhere.begin(
             layer,
             CHIPS[self.chip],
@@ -116,13 +116,13 @@ class Cell:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compiles, prints, writes.
+    """Compiles all cells, prints tables and writes the JSON file.
 
     Args:
-      arguments: of the command line.
+      arguments: command-line arguments.
 
     Returns:
-      0, or 1 where something did not compile that should.
+      The exit status: 0, or 1 if something did not compile that should.
     """
     options = _parser().parse_args(arguments)
     console = terminal.console()
@@ -212,7 +212,10 @@ def _cells(
     devices: Sequence[int],
     record: dict[str, Any],
 ) -> list[Cell]:
-    """Of one table; the record gets what a TPU's lacks, where the reference runs."""
+    """Returns the cells of one table.
+
+    A TPU's table leaves out what only the reference runs; `record` gets the reasons.
+    """
     where = f"{chip}, {mode.lower()} mode"
     if isinstance(CHIPS[chip], Tpu):
         if mode == "Auto":
@@ -235,13 +238,14 @@ def _cells(
 def _results(
     futures: dict[Cell, Future[Sharded]], record: dict[str, Any]
 ) -> dict[Cell, Sharded | str]:
-    """What was compiled, or a word on it; the record gets all, and why."""
+    """Returns each cell's result, "FAILED" or "raises"; `record` gets the details."""
     found: dict[Cell, Sharded | str] = {}
     for cell, future in futures.items():
         try:
             one = found[cell] = future.result()
         except Exception as error:
-            # A compiler's error is a RuntimeError; others are JAX's of flax's program.
+            # The compiler raises RuntimeError. Any other error of a flax layer comes
+            # from JAX, which rejects flax's program.
             failed = cell.fused or isinstance(error, RuntimeError)
             found[cell] = "FAILED" if failed else "raises"
             record["failures" if failed else "raises"][str(cell)] = str(error)
@@ -267,7 +271,7 @@ def _table(
     devices: Sequence[int],
     found: dict[Cell, Sharded | str],
 ) -> Table:
-    """A line for each layer and sharding."""
+    """Returns a table with one row per layer and sharding."""
     table = Table(
         title=f"\n{chip}, {mode.lower()} mode: what crosses "
         f"{', '.join(map(str, devices))} devices",
@@ -308,11 +312,11 @@ def _bytes(one: Sharded | str) -> str:
 
 
 def _operations(one: Sharded | str) -> str:
-    """Such as "3R 1G"."""
+    """Formats the counts of operations, for example as "3R 1G"."""
     counts = {} if isinstance(one, str) else one.operations
     return " ".join(f"{count}{_LETTERS[kind]}" for kind, count in counts.items())
 
 
 def _differing(texts: Iterable[str]) -> str:
-    """One where all numbers of devices have the same."""
+    """Joins the distinct texts: one if it is the same for all numbers of devices."""
     return ", ".join(dict.fromkeys(texts))

@@ -1,29 +1,29 @@
-"""Cycles of a TPU kernel, counted in the schedule that libtpu compiled it to.
+"""Counts the cycles of a TPU kernel in the schedule that libtpu compiled it to.
 
     from bench.aot.chips import CHIPS
     from bench.aot.schedule import cycles_per_step
 
     cycles_per_step(CHIPS["v5e"], function, *shapes)  # {"rowwise_forward": 2911.3}
 
-A TensorCore runs bundles, each of a few instructions, one a cycle. libtpu writes a
-kernel's as text, with the cycles in which the schedule waits for a result as empty
-bundles ("packed-bundles-post-ra"; in "final_bundles" they are gone, for the hardware
-waits by itself, and a kernel that sums over lanes looks up to 40 % faster):
+A TensorCore runs one bundle of a few instructions per cycle. libtpu writes a kernel's
+bundles as text. This module reads "packed-bundles-post-ra", where the cycles in which
+the schedule waits for a result appear as empty bundles. "final_bundles" lacks them,
+because the hardware waits by itself: there a kernel that sums over lanes looks up to
+40 % faster. An example:
 
     0x20   : > { %178 = sbr.rel (%p128_p12) target bundleno = 338 (0x152), region = 28 }
     0x21   : > { %s912_s6 = sshll.u32 (!%p128_p12), %s117_s10, 12  ;;  ... }
 
-Which bundles run how often is not guessed from loops and regions: the scalar
-instructions on which the branches depend are executed, from the kernel's first bundle
-to its last, over the whole grid. So a remainder, a `pl.when` and the first and last
-steps count as often as they run, and the cycles of a step are those of the kernel over
-the steps of its grid.
+How often each bundle runs is not guessed from loops and regions. Instead, this module
+executes the scalar instructions on which the branches depend, from the kernel's first
+bundle to its last, over the whole grid. So a remainder, a `pl.when` and the first and
+last steps count as often as they run. The cycles per step are the kernel's cycles
+divided by the steps of its grid.
 
-Assumed: a bundle takes a cycle, and nothing that it asks for is late. What the memory
-is late with, a DMA waited for, is not counted: the kernel takes at least these cycles,
-and at least its bytes over the bandwidth. Of a chip whose two cores share a kernel, it
-is the first core that is counted: it has its part of a `parallel` axis of the grid, and
-without one all steps.
+The model assumes that a bundle takes one cycle and that its operands are never late.
+Waiting for a DMA is not counted. So the kernel takes at least these cycles, and at
+least its bytes divided by the bandwidth. Where two cores share a kernel, the first core
+is counted: it runs its part of a `parallel` grid axis, or all steps if there is none.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from bench.aot import hlo, traffic
 from bench.aot.chips import Chip, Tpu
 from bench.aot.compile import Compiled, compile_for
 
-# Bundles that still run behind a branch which is taken.
+# Bundles that still run after a taken branch.
 DELAY_SLOTS = {"v4": 1, "v5e": 4, "v5p": 4, "v6e": 4, "7x": 6}
 
 
@@ -47,15 +47,15 @@ class Unreadable(Exception):
 def cycles_per_step(
     chip: Tpu, function: Callable[..., Any], *args: Any
 ) -> dict[str, float]:
-    """Cycles of a core's step of the grid of each Pallas kernel of a function.
+    """Returns the cycles per grid step and core of each Pallas kernel of a function.
 
     Args:
-      chip: compiled for.
-      function: traced with `args`, jitted or not.
+      chip: the chip to compile for.
+      function: the function, jitted or not, which is traced with `args`.
       args: arrays or `jax.ShapeDtypeStruct`s, or None.
 
     Returns:
-      By the kernels' names; of two with one name, the second's is "name.2".
+      Cycles by the kernel's name. A second kernel of the same name is "name.2".
     """
     found = traffic.kernels(function, *args)
     total = cycles(compile_for(chip, function, *args), [one.name for one in found])
@@ -68,18 +68,18 @@ def cycles_per_step(
 
 
 def cores(chip: Chip, kernel: traffic.Traffic) -> int:
-    """That share the kernel's grid: all of a TPU's, or one."""
+    """Returns how many cores share the kernel's grid: all of a TPU device, or one."""
     if isinstance(chip, Tpu) and kernel.parts >= chip.cores:
         return chip.cores
     return 1
 
 
 def cycles(compiled: Compiled, names: Sequence[str]) -> list[int]:
-    """Cycles of each Pallas kernel of a compiled function, of all steps of a core.
+    """Returns the cycles of each Pallas kernel of a function, over all steps of a core.
 
     Args:
-      compiled: for a TPU.
-      names: the kernels', in the order in which they run.
+      compiled: the function, compiled for a TPU.
+      names: the kernels' names, in the order in which they run.
     """
     ours = [kernel.name for kernel in hlo.kernels(compiled.hlo) if kernel.ours]
     result = []
@@ -98,15 +98,15 @@ def cycles(compiled: Compiled, names: Sequence[str]) -> list[int]:
 
 
 def count(schedule: str, delay_slots: int) -> int:
-    """Cycles that a kernel's schedule takes, from its first bundle to its last.
+    """Returns the cycles of a kernel's schedule, from its first bundle to its last.
 
     Args:
-      schedule: the text.
-      delay_slots: bundles that run behind a taken branch.
+      schedule: the schedule's text.
+      delay_slots: bundles that run after a taken branch.
 
     Raises:
-      Unreadable: a branch depends on what is not known here: data, or an instruction
-        that is not in `_OPERATIONS`.
+      Unreadable: a branch depends on data, or on an instruction that is not in
+        `_OPERATIONS`.
     """
     bundles = list(_bundles(schedule))
     needed = _needed([each for bundle in bundles for each in bundle])
@@ -115,10 +115,10 @@ def count(schedule: str, delay_slots: int) -> int:
     following = _following(busy, len(bundles))
     machine = _Machine()
     total = at = 0
-    target: int | None = None  # of a branch that was taken, and runs its delay slots
+    target: int | None = None  # a taken branch's, while its delay slots run
     left = 0
     while at < len(bundles):
-        if target is None:  # to the next bundle that does something
+        if target is None:  # skip to the next bundle that does something
             total += following[at] - at
             at = following[at]
             if at == len(bundles):
@@ -138,7 +138,7 @@ def count(schedule: str, delay_slots: int) -> int:
 
 
 def _following(busy: Sequence[int], size: int) -> list[int]:
-    """For each index, the first of `busy` that is not before it, or `size`."""
+    """Returns, for each index, the first entry of `busy` at or after it, or `size`."""
     result = [size] * (size + 1)
     for i in busy:
         result[i] = i
@@ -155,14 +155,15 @@ class _Instruction:
     """One scalar instruction.
 
     Attributes:
-      result: what it writes, before registers were given out, for what depends on it:
-        "%s1193", "%p57", a spilled value's "[smem:...]", the queue "%3021" to which a
-        division's results go, or "branch".
-      register: what it writes, "s14" or "p0", or as `result`.
-      operation: "sadd.s32".
-      predicate: on which it runs: "p0" or "!p0", or "".
+      result: name of the value that it writes, as before register allocation, by which
+        dependences are followed: "%s1193", "%p57", a spilled value's "[smem:...]", the
+        queue "%3021" that takes a division's results, or "branch".
+      register: the register that it writes, "s14" or "p0"; without one, the `result`.
+      operation: the opcode, for example "sadd.s32".
+      predicate: the predicate under which it runs, "p0" or "!p0", or "".
       operands: registers, numbers, or a branch's target.
-      sources: what `operands` and `predicate` are, as `result` is.
+      sources: names of the values in `operands` and `predicate`, in the form of
+        `result`.
     """
 
     result: str
@@ -184,13 +185,15 @@ _OPERAND = re.compile(r"\[smem:\[#allocation\w+_spill\]\]|!?%\w+|\d+|[^\s,]+")
 
 
 def _bundles(schedule: str) -> Iterator[list[_Instruction]]:
-    """The scalar instructions of each bundle."""
+    """Yields the scalar instructions of each bundle."""
     starts = [found.end() for found in _BUNDLE.finditer(schedule)]
     for start, end in zip(starts, [*starts[1:], len(schedule)], strict=True):
         text = schedule[start:end]
-        # Says nothing else: which core this is, of the two that share a kernel.
+        # Only the comment shows that a load gives the id of the core, where two cores
+        # share a kernel. Make it core 0.
         text = re.sub(r"= sld [^;]*?/\* [^*]*core id.*?\*/", "= smov 0", text)
-        # Nor does anything else say which results of a division are asked for.
+        # Only the comment shows which results of a division are wanted. Make them part
+        # of the opcode.
         text = re.sub(r"sdivrem\.u32 ([^;]*?) /\* k(\w+) \*/", r"sdivrem.\2 \1", text)
         text = _COMMENT.sub("", text).partition("}")[0]
         parts = (part.strip() for part in text.split(";;"))
@@ -214,7 +217,7 @@ def _instruction(text: str) -> _Instruction | None:
         return None
     name, register, operation, rest = found.groups()
     if operation == "sphi" or (operation.startswith("int_to_ptr") and register in rest):
-        # Its sources have its register already.
+        # The sources are in the instruction's own register already.
         operation, operands = "sphi", _OPERAND.findall(rest)
         return _make(name, register, operation, "", None, operands)
     no, predicate, otherwise = "", None, None
@@ -222,7 +225,7 @@ def _instruction(text: str) -> _Instruction | None:
         no, predicate, otherwise = prefix.groups()
         rest = rest[prefix.end() :]
     operands = _OPERAND.findall(rest)
-    if otherwise:  # what it is where the predicate does not hold
+    if otherwise:  # the value where the predicate does not hold
         return _make(
             name,
             register,
@@ -265,7 +268,7 @@ def _make(
 
 
 def _needed(instructions: Sequence[_Instruction]) -> set[str]:
-    """What the branches depend on."""
+    """Returns the names of the values that the branches depend on."""
     writers: dict[str, list[_Instruction]] = {}
     for each in instructions:
         writers.setdefault(each.result, []).append(each)
@@ -291,7 +294,7 @@ def _unsigned(value: int) -> int:
 
 
 def _either(*values: bool | None) -> bool | None:
-    """Or, of which one operand may be unknown."""
+    """Returns the logical or; operands may be unknown (None)."""
     if any(values):
         return True
     return None if None in values else False
@@ -305,7 +308,7 @@ def _not(value: bool | None) -> bool | None:
     return None if value is None else not value
 
 
-# Of numbers, none of which is unknown.
+# Operations on numbers, all known.
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "smov": lambda a: a,
     "sadd.s32": operator.add,
@@ -329,7 +332,7 @@ _COMPARISONS = {
     "gt": operator.gt,
     "ge": operator.ge,
 }
-# Of predicates, some of which may be unknown.
+# Operations on predicates, some of them possibly unknown.
 _LOGIC: dict[str, Callable[..., bool | None]] = {
     "pmov": lambda a: a,
     "pneg": _not,
@@ -341,13 +344,13 @@ _LOGIC: dict[str, Callable[..., bool | None]] = {
 
 
 class _Machine:
-    """Scalar registers, predicates and what is spilled of them; None is unknown."""
+    """Values of scalar registers, predicates and their spills; None is unknown."""
 
     def __init__(self) -> None:
         self._values: dict[str, Any] = {}
 
     def run(self, bundle: Sequence[_Instruction]) -> int | None:
-        """Runs a bundle; the target of a branch that is taken."""
+        """Runs a bundle, and returns the target of a taken branch, or None."""
         target = None
         written = []  # all instructions of a bundle read before any writes
         for each in bundle:
@@ -383,9 +386,9 @@ class _Machine:
             if which is None:
                 return yes if yes == no else None
             return yes if which else no
-        if operation == "sld":  # of what was spilled
+        if operation == "sld":  # loads a spilled value
             return values[0]
-        if operation == "spop.drf":  # of a division: the next of its results
+        if operation == "spop.drf":  # takes the next result of a division
             return values[0].pop(0)
         if operation.startswith("sdivrem."):
             if None in values:

@@ -1,5 +1,7 @@
-"""Norm layers on several devices that are not here: the kernels of one device, and what
-crosses devices, forward and backward."""
+"""Compiles norm layers, forward and backward, for several devices that are not here.
+
+Counts the kernels of one device, and the bytes that cross devices.
+"""
 
 import collections
 import dataclasses
@@ -18,11 +20,12 @@ from bench.aot.chips import Chip, Gpu, devices
 from bench.aot.compile import compile_for
 from bench.aot.measure import norm_of
 
-# Who says how arrays are sharded: their types, or XLA.
+# What decides how arrays are sharded: their types ("Explicit"), XLA ("Auto"), or a
+# `jax.shard_map`.
 Mode = Literal["Explicit", "Auto", "shard_map"]
-MODES: tuple[Mode, ...] = ("Explicit", "Auto")  # of the table
+MODES: tuple[Mode, ...] = ("Explicit", "Auto")  # in the tables
 
-# Class, and shape of x. For 8 devices: see `grown`.
+# Class, and shape of x on 8 devices; `grown` gives the shape for more.
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "LayerNorm": (nnx.LayerNorm, (64, 512, 1024)),  # (batch, tokens, features)
     "RMSNorm": (nnx.RMSNorm, (64, 512, 1024)),
@@ -32,7 +35,8 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 GROUP_SIZE = 16  # channels: 32 groups of 512, flax's default
 
-# Of x, and of the parameters. In FSDP these are gathered where they are used.
+# Specs of x, by its rank, and of the parameters. FSDP gathers the parameters where they
+# are used.
 SHARDINGS: dict[str, tuple[Callable[[int], P], P]] = {
     "data": (lambda ndim: P("d"), P()),
     "fsdp": (lambda ndim: P("d"), P("d")),
@@ -46,8 +50,8 @@ class Sharded:
     """A compiled layer, as one device runs it.
 
     Attributes:
-      kernels: of ours.
-      collectives: operation and bytes of each, as `hlo.collectives` has them.
+      kernels: our kernels.
+      collectives: opcode and bytes of each collective, see `hlo.collectives`.
     """
 
     kernels: tuple[hlo.Kernel, ...]
@@ -60,16 +64,16 @@ class Sharded:
 
     @property
     def operations(self) -> dict[str, int]:
-        """How many of each kind."""
+        """Number of collectives by opcode."""
         return dict(collections.Counter(opcode for opcode, _ in self.collectives))
 
 
 def topology(chip: Chip, count: int) -> str:
-    """Of so many devices: hosts of 8 GPUs; a slice of TPUs that is nearly a square.
+    """Returns a topology of `count` devices: hosts of 8 GPUs, or a near-square slice.
 
     Args:
       chip: a GPU, or a TPU whose slices have two dimensions.
-      count: of GPUs a multiple of 8, of TPUs a power of two.
+      count: a multiple of 8 GPUs, or a power of two TPUs.
     """
     if isinstance(chip, Gpu):
         return f"1x{count // 8}x8"
@@ -78,16 +82,21 @@ def topology(chip: Chip, count: int) -> str:
 
 
 def grown(shape: tuple[int, ...], sharding: str, count: int) -> tuple[int, ...]:
-    """A shape for 8 devices as one for `count`, of which each has as much as of the 8:
-    the sharded axis grows with them."""
+    """Scales a shape for 8 devices to `count` devices.
+
+    The sharded axis grows, so that each device holds as much as one of the 8 does.
+    """
     of_x, _ = SHARDINGS[sharding]
     axis = of_x(len(shape)).index("d")
     return *shape[:axis], shape[axis] * count // 8, *shape[axis + 1 :]
 
 
 def dtype_of(chip: Chip) -> Any:
-    """Of x and y. In bfloat16 flax adds up dscale and dbias in bfloat16 on a TPU, and
-    ours cross the devices in float32."""
+    """Returns the dtype of x and y for a chip.
+
+    A TPU gets float32, because for bfloat16 flax accumulates dscale and dbias in
+    bfloat16 there, while ours cross the devices in float32.
+    """
     return jnp.bfloat16 if isinstance(chip, Gpu) else jnp.float32
 
 
@@ -101,21 +110,21 @@ def layer(
     *,
     fused: bool,
 ) -> Sharded:
-    """Forward and backward of one layer on several devices.
+    """Compiles the forward and backward of one layer for several devices.
 
     Args:
       chip: the devices' kind.
-      name: of the layer, in `LAYERS`.
-      shape: of x, on all devices together.
+      name: the layer's name in `LAYERS`.
+      shape: the global shape of x.
       on: the devices' topology.
-      sharding: in `SHARDINGS`.
-      mode: who says how arrays are sharded. In a `jax.shard_map` statistics that cross
-        devices have its axis as `axis_name`.
-      fused: whether by our layer, or by flax's.
+      sharding: a name in `SHARDINGS`.
+      mode: what decides how arrays are sharded. Under `jax.shard_map`, a layer whose
+        statistics cross devices gets the mapped axis as its `axis_name`.
+      fused: whether to compile our layer, rather than flax's.
 
     Raises:
-      Exception: flax's layer does not know how its arrays are sharded, in explicit
-        mode; and what `compile_for` raises.
+      Exception: flax's layer cannot determine how its arrays are sharded, in explicit
+        mode; or what `compile_for` raises.
     """
     kind, _ = LAYERS[name]
     dtype = dtype_of(chip)
@@ -159,7 +168,16 @@ def layer(
 def step(
     norm: Any, spread: Callable[..., Any] = lambda forward: forward
 ) -> Callable[..., Any]:
-    """A function of parameters, x and dy: y, and the gradients of parameters and x."""
+    """Returns a function that runs the forward and backward of a layer.
+
+    Args:
+      norm: the layer.
+      spread: a transformation of the forward.
+
+    Returns:
+      A function of the parameters, x and dy. It returns y and the gradients of the
+      parameters and x.
+    """
     graph, _, *rest = nnx.split(norm, nnx.Param, ...)
 
     def of(params: Any, x: jax.Array, dy: jax.Array) -> Any:
@@ -173,7 +191,10 @@ def step(
 
 
 def gathering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`step`'s, for FSDP: in explicit mode the user gathers the parameters."""
+    """Wraps `step`'s function for FSDP in explicit mode: gathers the parameters first.
+
+    In that mode the gather is up to the user.
+    """
 
     def of(params: Any, *others: Any) -> Any:
         def gathered(params: Any) -> Any:
@@ -187,8 +208,11 @@ def gathering(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keeping(function: Callable[..., Any], params: Any, x: Any) -> Callable[..., Any]:
-    """`step`'s, whose gradients lie as the parameters and x do, as an optimizer has
-    them. In auto mode XLA would choose, and not the same for ours as for flax's."""
+    """Wraps `step`'s function to shard each gradient as its parameter or x is.
+
+    An optimizer keeps them that way. In auto mode XLA would choose their shardings, and
+    differently for our layer and flax's.
+    """
 
     def of(*args: Any) -> Any:
         y, dparams, dx = function(*args)

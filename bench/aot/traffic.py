@@ -1,19 +1,20 @@
-"""Bytes that a Pallas kernel moves between the chip and its memory (HBM).
+"""Counts the bytes that a Pallas kernel moves between the chip and its memory (HBM).
 
-HLO says which arrays a kernel gets, not how often it reads them. Its jaxpr does:
+HLO shows which arrays a kernel gets, but not how often it reads them. The kernel's
+jaxpr shows that:
 
-    Mosaic GPU    Each load, store and copy that names device memory (GMEM), under its
-                  loops and conditions. The kernel's integers (block indices, loop
-                  counters, offsets) are computed for every block and every Pallas
-                  thread, all at once, as NumPy arrays; arrays of the kernel stay
-                  unknown. So `pl.when(last block)`, loops whose length depends on the
-                  block, and remainders are exact, not sampled.
-    Mosaic TPU    Each change of a BlockSpec's index map from one step of the grid to
-                  the next moves a block, of which what lies outside the array is not
-                  counted.
+    Mosaic GPU    Counts each load, store and copy that names device memory (GMEM),
+                  inside its loops and conditions. The kernel's integers (block indices,
+                  loop counters, offsets) are computed as NumPy arrays for all blocks
+                  and all Pallas threads at once; arrays of the kernel stay unknown. So
+                  `pl.when(last block)`, loops whose length depends on the block, and
+                  remainders are exact, not sampled.
+    Mosaic TPU    Counts a block each time a BlockSpec's index map changes from one grid
+                  step to the next, without the part of the block that lies outside the
+                  array.
 
-What cannot be counted raises `Uncountable`: a primitive that takes device memory and is
-not known here, or an offset that depends on data. So does a GPU's access outside of its
+Anything that cannot be counted raises `Uncountable`: an unknown primitive that takes
+device memory, or an offset that depends on data. So does a GPU's access outside of its
 array, which neither compiler nor chip would notice.
 """
 
@@ -31,17 +32,18 @@ from bench.aot.walk import ON_CHIP, UNKNOWN, Memory, Operand, Uncountable, Walk
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """One kernel's memory.
+    """One kernel's memory traffic.
 
     Attributes:
-      name: the kernel's.
+      name: the kernel's name.
       operands: its arrays, inputs before outputs.
       blocks: thread blocks of a GPU, grid steps of a TPU.
-      parts: of the grid, that a TPU's cores may share. 1 for a GPU.
-      threads: CUDA threads of a block; 0 for a TPU.
-      scratch: bytes on the chip: shared memory of a GPU's block, VMEM of a TPU's core.
-      in_flight: bytes of its largest arrays that a GPU's block loads without waiting:
-        the most between two barriers, or in one turn of a loop. 0 for a TPU.
+      parts: parts of the grid that a TPU's cores may share. 1 for a GPU.
+      threads: CUDA threads per block; 0 for a TPU.
+      scratch: bytes on the chip: shared memory per block of a GPU, VMEM per core of a
+        TPU.
+      in_flight: bytes of the largest arrays that a GPU's block loads without waiting:
+        the maximum between two barriers, or in one iteration of a loop. 0 for a TPU.
     """
 
     name: str
@@ -54,17 +56,17 @@ class Traffic:
 
     @property
     def loaded(self) -> int:
-        """Bytes, counting what is loaded twice twice."""
+        """Bytes loaded, repeated loads included."""
         return sum(operand.loaded for operand in self.operands)
 
     @property
     def stored(self) -> int:
-        """Bytes, counting what is stored twice twice."""
+        """Bytes stored, repeated stores included."""
         return sum(operand.stored for operand in self.operands)
 
     @property
     def distinct(self) -> int:
-        """Bytes, where caches hold all that is accessed again."""
+        """Bytes moved if caches serve all repeated accesses."""
         return sum(
             operand.distinct_loaded + operand.distinct_stored
             for operand in self.operands
@@ -72,10 +74,11 @@ class Traffic:
 
 
 def kernels(function: Callable[..., Any], *args: Any) -> list[Traffic]:
-    """The traffic of each kernel that `function` launches.
+    """Returns the traffic of each kernel that `function` launches.
 
     Args:
-      function: traced, not run. What stands in an outer loop counts once.
+      function: the function, which is traced, not run. A kernel in an outer loop counts
+        once.
       args: arrays or `jax.ShapeDtypeStruct`s, or None.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
@@ -131,9 +134,9 @@ def _gpu_kernel(eqn: Any) -> Traffic:
 
 
 def _in_flight(jaxpr: Any) -> int:
-    """Bytes that a Pallas thread loads, the most that no wait comes between.
+    """Returns the most bytes that a Pallas thread loads without a wait in between.
 
-    Of the largest arrays alone: the others are small, and come from a cache.
+    Only the largest arrays count: the others are small, and come from a cache.
     """
     largest = max(math.prod(ref.aval.shape) for ref in jaxpr.invars)
     most = here = 0
@@ -144,7 +147,7 @@ def _in_flight(jaxpr: Any) -> int:
 
 
 def _loads(jaxpr: Any, size: int) -> Iterator[int]:
-    """Bytes of each load from an array of so many elements, and 0 for a wait."""
+    """Yields the bytes of each load from an array of `size` elements, 0 for a wait."""
     for eqn in jaxpr.eqns:
         name, inner = eqn.primitive.name, list(_inner_jaxprs(eqn))
         if name == "cond":  # the branch that loads most
@@ -166,7 +169,7 @@ def _loads(jaxpr: Any, size: int) -> Iterator[int]:
                 yield math.prod(loaded.shape) * loaded.dtype.itemsize
 
 
-# Where, among what a load gives and takes, is what has the size of what is loaded.
+# Index, among a load's results followed by its operands, of one with the loaded size.
 _LOADS = {"get": 0, "load": 0, "copy_gmem_to_smem": 1}
 
 
@@ -175,7 +178,7 @@ def _in_shared(ref: Any) -> bool:
 
 
 def _shared_memory(jaxpr: Any, params: Any) -> int:
-    """Bytes of the scratch that is alive at once: what Mosaic launches it with."""
+    """Returns the peak of live scratch bytes, which Mosaic allocates at launch."""
     found = 0
     for eqn in jaxpr.eqns:
         here = max((_shared_memory(j, params) for j in _inner_jaxprs(eqn)), default=0)
@@ -206,7 +209,7 @@ def _tpu_kernel(eqn: Any) -> Traffic:
     mapping = eqn.params["grid_mapping"]
     grid = tuple(mapping.grid)
     steps = math.prod(grid)
-    # In the order in which the grid is walked: the last axis first.
+    # In the order in which the grid runs: the last axis varies fastest.
     lanes = list(np.indices(grid).reshape(len(grid), steps))
     refs = eqn.params["jaxpr"].invars[mapping.num_index_operands :]
     memories = []
@@ -216,7 +219,7 @@ def _tpu_kernel(eqn: Any) -> Traffic:
         if not _in_hbm(refs[i].aval):
             kind = "load" if i < mapping.num_inputs else "store"
             _move_blocks(memory, block, kind, lanes, steps)
-    if any(_in_hbm(ref.aval) for ref in refs):  # the kernel itself copies
+    if any(_in_hbm(ref.aval) for ref in refs):  # the kernel copies by itself
         args = [
             memory if _in_hbm(ref.aval) else ON_CHIP
             for ref, memory in itertools.zip_longest(refs, memories)
@@ -253,7 +256,7 @@ def _in_hbm(ref: Any) -> bool:
 def _move_blocks(
     memory: Memory, block: Any, kind: str, lanes: Sequence[Any], steps: int
 ) -> None:
-    """Counts a block at the first step, and wherever another one follows."""
+    """Counts a block at the first step, and at each step where the block changes."""
     jaxpr = block.index_map_jaxpr
     args = [*lanes, *[UNKNOWN] * (len(jaxpr.in_avals) - len(lanes))]
     indices = Walk({}, steps).run(jaxpr, args)
@@ -271,8 +274,11 @@ def _move_blocks(
 
 
 def _vmem(mapping: Any, refs: Sequence[Any]) -> int:
-    """Bytes of the blocks, each twice (one is copied while one is worked on), and of
-    the scratch."""
+    """Returns the VMEM bytes of the blocks and the scratch.
+
+    A block has two buffers, unless it says otherwise: the kernel works on one while the
+    other is copied.
+    """
     found = 0
     blocks = [*mapping.block_mappings, *[None] * len(refs)]
     for ref, block in zip(refs, blocks, strict=False):
@@ -285,7 +291,7 @@ def _vmem(mapping: Any, refs: Sequence[Any]) -> int:
 
 
 def _tiled_bytes(shape: Sequence[int], dtype: Any) -> int:
-    """Bytes of an array in the TPU's tiles of 8 (16 of 16 bits) by 128."""
+    """Returns an array's bytes in a TPU's tiles of 8 (for 16-bit dtypes, 16) by 128."""
     *lead, rows, columns = (1, 1, *shape)
     packed = 8 * max(1, 4 // dtype.itemsize)
     rows, columns = -(-rows // packed) * packed, -(-columns // 128) * 128

@@ -1,8 +1,8 @@
-"""A kernel's jaxpr, run for all blocks at once, for the device memory it accesses.
+"""Runs a kernel's jaxpr for all blocks at once, to find the device memory it accesses.
 
-The kernel's integers (block indices, loop counters, offsets) are computed for every
-lane, all at once, as NumPy arrays; arrays of the kernel stay unknown. So conditions,
-loops whose length depends on the block, and remainders are exact, not sampled.
+The kernel's integers (block indices, loop counters, offsets) are computed as NumPy
+arrays for all lanes at once; arrays of the kernel stay unknown. So conditions, loops
+whose length depends on the block, and remainders are exact, not sampled.
 """
 
 import dataclasses
@@ -14,25 +14,25 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-# An integer or a bool: one for all lanes, or one for each.
+# An integer or a bool: one for all lanes, or one per lane.
 Number = int | np.ndarray[Any, Any]
-# The part of an axis that is accessed: its first index, and how many.
+# The accessed part of an axis: its first index, and its size.
 Span = tuple[Number, int]
 
 
 class Uncountable(Exception):
-    """The kernel does something whose bytes are not known here."""
+    """Raised when the kernel does something whose bytes cannot be counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """What a kernel moves of one of its arrays.
+    """Traffic of one of a kernel's arrays.
 
     Attributes:
-      name: "in 0" or "out 1", by its place in the call.
-      shape, dtype: the array's.
-      loaded, stored: bytes, counting what is accessed twice twice.
-      distinct_loaded, distinct_stored: bytes that are accessed at all.
+      name: "in 0" or "out 1", by the array's place in the call.
+      shape, dtype: shape and dtype of the array.
+      loaded, stored: bytes accessed, repeats included.
+      distinct_loaded, distinct_stored: bytes accessed at least once.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Operand:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole array."""
+        """Bytes of the whole array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -53,14 +53,14 @@ class Operand:
 
 
 class Memory:
-    """One array in device memory, and what was accessed of it."""
+    """One array in device memory, and the accesses to it so far."""
 
     def __init__(self, name: str, aval: Any):
         self.name = name
         self.shape = tuple(aval.shape)
         self.dtype = np.dtype(aval.dtype)
         self._counts = {"load": 0, "store": 0}
-        # Boxes: rows of (first index, last index + 1) for each axis.
+        # Accessed boxes: (first index, last index + 1) for each axis.
         self._boxes: dict[str, list[np.ndarray[Any, Any]]] = {"load": [], "store": []}
 
     def access(self, kind: str, spans: Sequence[Span], active: Any) -> None:
@@ -68,8 +68,8 @@ class Memory:
 
         Args:
           kind: "load" or "store".
-          spans: of each axis.
-          active: bool for each lane.
+          spans: the span of each axis.
+          active: a bool per lane.
         """
         lanes = int(np.count_nonzero(active))
         if lanes == 0 or any(size == 0 for _, size in spans):
@@ -78,7 +78,7 @@ class Memory:
         for axis, (start, _) in enumerate(spans):
             first[:, axis] = start if np.ndim(start) == 0 else np.asarray(start)[active]
         if all(np.ndim(start) == 0 for start, _ in spans):
-            first = first[:1]  # all lanes alike: one box stands for all
+            first = first[:1]  # all lanes access the same box
         last = first + [size for _, size in spans]
         if (first < 0).any() or (last > self.shape).any():
             raise Uncountable(
@@ -89,19 +89,19 @@ class Memory:
         self._boxes[kind].append(np.stack([first, last], axis=-1))
 
     def access_inside(self, kind: str, first: Any, sizes: Any) -> None:
-        """Counts accesses of what lies inside the array.
+        """Counts accesses, without the parts that lie outside the array.
 
         Args:
           kind: "load" or "store".
           first: first indices, shape (accesses, axes).
-          sizes: of each axis.
+          sizes: accessed size of each axis.
         """
         last = np.minimum(first + sizes, self.shape)
         self._counts[kind] += int(np.maximum(last - first, 0).prod(axis=1).sum())
         self._boxes[kind].append(np.stack([first, last], axis=-1))
 
     def operand(self) -> Operand:
-        """The sum of all accesses."""
+        """Returns the traffic of all accesses so far."""
         itemsize = self.dtype.itemsize
         distinct = {
             kind: itemsize * volume(np.concatenate(boxes)) if boxes else 0
@@ -119,10 +119,11 @@ class Memory:
 
 
 def volume(boxes: np.ndarray[Any, Any]) -> int:
-    """Elements in the union of boxes, shape (boxes, axes, 2).
+    """Returns the number of elements in the union of boxes, shape (boxes, axes, 2).
 
-    The boxes' own edges cut the array into cells, each inside or outside as a whole.
-    How many boxes cover a cell is the sum, up to it, of +1 and -1 at their corners.
+    The edges of the boxes cut the array into cells. Each cell lies wholly inside or
+    wholly outside of each box. The number of boxes that cover a cell is a prefix sum of
+    +1 and -1 at the boxes' corners.
     """
     _, axes, _ = boxes.shape
     if axes == 0:
@@ -151,13 +152,13 @@ ON_CHIP = object()  # a ref to memory that is not counted
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """Keeps a number out of reach of the checks in jax's indexers."""
+    """Hides a number from the checks in jax's indexers."""
 
     value: Any
 
 
 class Walk:
-    """Runs a kernel's integers for all lanes at once, and counts what it accesses.
+    """Computes a kernel's integers for all lanes at once, and counts its accesses.
 
     A lane is one Pallas thread of one block of a GPU, or one step of a TPU's grid.
     """
@@ -167,7 +168,7 @@ class Walk:
         self._lanes = lanes
 
     def run(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-        """All lanes."""
+        """Runs the jaxpr with all lanes active."""
         return self._run(jaxpr, (), args, np.ones(self._lanes, bool))
 
     def _run(
@@ -267,7 +268,7 @@ def _number(value: Any) -> Any:
 
 
 def _merge(where: Any, found: Sequence[Any], before: Sequence[Any]) -> list[Any]:
-    """`found` in the lanes of `where`, `before` in the others."""
+    """Selects `found` in the lanes of `where`, and `before` in the others."""
     return [
         new
         if new is old or new is UNKNOWN or old is UNKNOWN or _is_memory(new)
@@ -284,7 +285,7 @@ def _is_memory(value: Any) -> bool:
 
 
 def _divide(a: Any, b: Any) -> Any:
-    """Rounded toward 0, as XLA does."""
+    """Divides integers and rounds toward 0, as XLA does."""
     b = np.where(b == 0, 1, b)
     return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
 
@@ -346,7 +347,7 @@ def _leaves(tree: Any, flat: Sequence[Any]) -> Any:
 
 
 def _spans(memory: Memory, transforms: Sequence[Any]) -> list[Span]:
-    """What the transforms of a ref leave of its array."""
+    """Returns the part of a ref's array that its transforms select."""
     spans: list[Span] = [(0, size) for size in memory.shape]
     kept = list(range(len(spans)))  # axes that no integer has indexed yet
     reshaped: tuple[int, ...] | None = None
@@ -411,7 +412,7 @@ def _add(params: Any, args: list[Any], active: Any) -> None:
 
 
 def _copy(kind: str, place: int) -> Callable[[Any, list[Any], Any], None]:
-    """An asynchronous copy, whose `place`-th ref is in device memory."""
+    """Returns a counter of asynchronous copies whose ref `place` is device memory."""
     side = "src" if place == 0 else "dst"
 
     def count(params: Any, args: list[Any], active: Any) -> None:
@@ -445,13 +446,13 @@ def _dma(params: Any, args: list[Any], active: Any) -> None:
 _ACCESSES: dict[str, Callable[[Any, list[Any], Any], None]] = {
     "get": _load,
     "load": _load,
-    # The old value, which it returns, is used by no kernel and not loaded then.
+    # No kernel uses the old value that a swap returns, so it is not loaded.
     "swap": _store,
     "store": _store,
     "addupdate": _add,
     "copy_gmem_to_smem": _copy("load", 0),
     "copy_smem_to_gmem": _copy("store", 1),
-    # A prefetch to the L2 is a load that the load itself then finds there.
+    # A prefetch to the L2 is not counted: the load that then finds the data there is.
     "async_prefetch": lambda params, args, active: None,
     "dma_start": _dma,
     "dma_wait": lambda params, args, active: None,

@@ -1,4 +1,4 @@
-"""Layers and a model as a user compiles them: ours, and flax's as XLA compiles them."""
+"""Compiles layers and a model as a user would: ours, and flax's through XLA alone."""
 
 import dataclasses
 import functools
@@ -24,14 +24,15 @@ PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """What a compiled function runs.
+    """Kernels and bytes of a compiled function.
 
     Attributes:
-      kernels: how many, counting loops' as often as they run.
-      ours: how many of these are Pallas kernels.
-      nbytes: of device memory, where each kernel reads and writes its arrays once.
-      floor: bytes that must be moved, where that is known.
-      memory: bytes that a call takes beside its arguments.
+      kernels: number of kernels, where one in a loop counts as often as it runs.
+      ours: number of these that are Pallas kernels.
+      nbytes: bytes of device memory moved if each kernel reads and writes its arrays
+        once.
+      floor: bytes that must be moved, or 0 where that is not known.
+      memory: bytes that a call allocates beyond its arguments.
     """
 
     kernels: int
@@ -42,7 +43,7 @@ class Whole:
 
     @classmethod
     def of(cls, compiled: Compiled, floor: int = 0) -> "Whole":
-        """That of what a function became."""
+        """Counts the kernels and bytes of a compiled function."""
         found = hlo.kernels(compiled.hlo)
         return cls(
             kernels=sum(kernel.times for kernel in found),
@@ -56,14 +57,15 @@ class Whole:
 def layer(
     chip: Chip, case: Case, tensor_bytes: float, which: Pass, fused: bool
 ) -> Whole:
-    """The norm layer of a benchmark case, alone.
+    """Compiles the norm layer of a benchmark case, alone.
 
     Args:
-      chip: compiled for.
-      case: its norm alone is taken.
-      tensor_bytes: of x.
-      which: what is compiled.
-      fused: whether by our layer, with the chip's kernels named, or by flax's.
+      chip: the chip to compile for.
+      case: the case; only its norm is compiled.
+      tensor_bytes: bytes of x.
+      which: the pass to compile.
+      fused: whether to compile our layer, with the chip's backend named, rather than
+        flax's.
     """
     shape, dtype = case.shape(tensor_bytes), jnp.dtype(case.dtype)
     norm = case.norm(shape[-1], dtype=dtype, rngs=nnx.Rngs(0))
@@ -82,12 +84,12 @@ def layer(
 def block(
     chip: Chip, case: Case, tensor_bytes: float, which: Pass, fused: bool
 ) -> Whole:
-    """The block of a benchmark case, the norm's neighbours included.
+    """Compiles the block of a benchmark case, the norm's neighbours included.
 
     Args:
-      chip, tensor_bytes, which: as of `layer`.
-      case: what it has before and after its norm is compiled with it.
-      fused: whether by our layers, which choose what runs, or by flax's.
+      chip, tensor_bytes, which: see `layer`.
+      case: the case; the operations before and after its norm are compiled with it.
+      fused: whether to compile our layers, which choose what runs, rather than flax's.
     """
     function, params = pure(Block(case, nnx.Rngs(0)), fused=fused)
     inputs, _ = jax.eval_shape(functools.partial(draw, case, tensor_bytes))
@@ -99,7 +101,7 @@ def block(
 
 
 def pure(model: nnx.Module, *, fused: bool) -> tuple[Callable[..., Any], Any]:
-    """A function of parameters and inputs, and the parameters."""
+    """Returns the model as a function of parameters and inputs, and the parameters."""
     if fused:
         fusednorm.fuse(model)
     graph, params = nnx.split(model)
@@ -111,10 +113,10 @@ def pure(model: nnx.Module, *, fused: bool) -> tuple[Callable[..., Any], Any]:
 
 
 def forward_backward(function: Callable[..., Any]) -> Callable[..., Any]:
-    """y and all gradients of `function`, from its arguments and dy.
+    """Returns a function of `function`'s arguments and dy: y and all gradients.
 
-    What a model runs between forward and backward keeps XLA from sharing their reads of
-    x; here a barrier does.
+    In a model, the work between forward and backward keeps XLA from sharing their reads
+    of x. Here a barrier prevents it.
     """
 
     def both(*args: Any) -> Any:
@@ -143,13 +145,13 @@ class Layer(nnx.Module):
         self.down = nnx.Linear(4 * features, features, **kind)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, tokens, features) -> the same."""
+        """Maps (batch, tokens, features) to the same shape."""
         x = x + self.attention(self.norm_1(x))
         return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
 
 
 class Transformer(nnx.Module):
-    """Layers of two norms each, and a norm at the end."""
+    """Transformer whose layers have two norms each, with a norm at the end."""
 
     def __init__(
         self,
@@ -170,7 +172,7 @@ class Transformer(nnx.Module):
         self.norms = 2 * layers + 1
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """(batch, tokens) int -> (batch, tokens, vocabulary)."""
+        """Maps (batch, tokens) integers to (batch, tokens, vocabulary)."""
         x = self.embed(tokens)
         for one in self.layers:
             x = one(x)
@@ -178,7 +180,7 @@ class Transformer(nnx.Module):
 
 
 def training_step(chip: Chip, batch: int, tokens: int, *, fused: bool) -> Whole:
-    """One step of the transformer's training: its loss and all gradients."""
+    """Compiles one training step of the transformer: its loss and all gradients."""
     function, params = pure(nnx.eval_shape(Transformer), fused=fused)
     if fused:
         function = fusednorm.fuse_neighbours(function)
