@@ -5,11 +5,11 @@ from typing import Any
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.gpu import channelwise, rowwise
 
-# Where the code is compiled for a GPU that is elsewhere: those of an H100.
+# Multiprocessors of an H100, assumed when the code is compiled for an absent GPU.
 PROCESSORS = 132
 
-# Bytes of shared memory of a block, and from compute capability 12.0 on (NVIDIA's "CUDA
-# C++ Programming Guide", section "Compute Capabilities").
+# Bytes of shared memory that a block may have: below compute capability 12.0, and from
+# it on (NVIDIA's "CUDA C++ Programming Guide", section "Compute Capabilities").
 SHARED, SMALLER_SHARED = 227 * 1024, 99 * 1024
 
 
@@ -17,12 +17,12 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
     """Chooses the kernel for one call.
 
     Args:
-      call: one whose geometry and dtypes the kernels take; `dispatch` has looked.
-      device: the GPU, or None where the code is compiled for one that is elsewhere.
+      call: call whose geometry and dtypes the kernels support; `dispatch` checks this.
+      device: GPU that runs the code, or None if it is compiled for an absent one.
     """
     processors, shared = PROCESSORS, SHARED
     if device is not None:
-        # Mosaic GPU would end the process: LLVM cannot select `elect.sync`.
+        # Mosaic GPU would abort the process: LLVM cannot select `elect.sync`.
         if float(device.compute_capability) < 9.0:
             return Fallback(
                 f"compute capability {device.compute_capability}: the kernels need 9.0 "

@@ -1,37 +1,38 @@
 """GroupNorm, InstanceNorm and BatchNorm, channels last, on Pallas Mosaic GPU.
 
-On the view x[N, S, G, K] (samples, pixels, groups, channels of a group), with sums over
-the pixels and channels of one group of one sample:
+The kernels work on the view x[N, S, G, K] (samples, pixels, groups, channels of a
+group). Means run over the pixels and channels of one group of one sample:
 
     forward   y = act(z),  z = (x - mean) * rstd * scale + bias
     backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dz * scale
               dscale = sum(dz * x_hat),  dbias = sum(dz)         over pixels and samples
               dz = dy * act'(z)
 
-A shortcut, of x's shape, is added to z, and its gradient is dz. Scale and bias may be
-those of a sample.
+A shortcut has x's shape and is added to z; its gradient is dz. Samples may have a scale
+and bias of their own.
 
 A sample is cut into *strips* of channels, and a strip's pixels into blocks, so that all
-multiprocessors have work whatever N and G are. Sums run down the pixels, channel by
-channel; the channels of a group come together last. There are two variants:
+multiprocessors have work for any N and G. Sums run down the pixels, channel by channel,
+and are reduced over the channels of a group last. There are two variants:
 
-    resident   The blocks of a strip are a cluster, and keep its pixels in shared memory
-               from the first sum to the last store: x (and dy) is read once. Several
+    resident   The blocks of a strip form a cluster and keep its pixels in shared memory
+               from the first sum to the last store, so x (and dy) is read once. Several
                blocks share a multiprocessor, so that one loads while another one waits
                for its cluster or stores.
-    two reads  `moments` reads x, and `combine` makes one mean and variance a group of
-               what its blocks found. The normalization is left to XLA, which fuses it
-               with what follows: it is elementwise, and a kernel could only tie. The
-               backward does likewise. Blocks take the tensor from its end, so that its
-               beginning, which XLA reads first, is what the L2 cache still holds.
+    two reads  `moments` reads x, and `combine` merges the blocks' results into one mean
+               and variance per group. The normalization is left to XLA: it is
+               elementwise, XLA fuses it with the code that follows, and a kernel could
+               only tie. The backward works the same way. Blocks take the tensor from
+               its end, so that the L2 cache still holds its beginning, which XLA reads
+               first.
 
-What a sample's result is made of (strips, blocks, the order of every sum) follows from
-S, G, K and the dtypes alone, never from N: results are bitwise the same in any batch.
-Counts, means and centred squares of parts are merged by Chan's formula, in a fixed
-order, without atomics.
+The strips, the blocks and the order of every sum follow from S, G, K and the dtypes
+alone, never from N. Results are therefore bitwise the same in any batch. Counts, means
+and centred squares of parts are merged by Chan's formula, in a fixed order, without
+atomics.
 
-Where statistics cross devices (`Call.half`) it is two reads, of which the kernels
-do the first.
+When statistics cross devices (`Call.half`), there are two reads, and the kernels do the
+first one.
 
 Sources: group normalization, Wu and He 2018 (arXiv:1803.08494); instance normalization,
 Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2015
@@ -61,15 +62,15 @@ from fusednorm.reference import Norm
 
 # --- moments --------------------------------------------------------------------------
 
-# Count, mean and sum of squares about it of some pixels; without centring the mean is
-# None, and the squares are about 0.
+# Count and mean of some pixels, and the sum of squares about the mean. Without
+# centring, the mean is None and the squares are about 0.
 Moments = tuple[Any, Any, Any]
 
 
 def _seen(
     part: Part, center: bool, lines: Sequence[Any], values: Sequence[Columns]
 ) -> Moments:
-    """Of some lines, place by place in them: what each lane has seen."""
+    """Returns the moments that each lane saw in these lines, for each place in one."""
     count = strips.add(part.counted(line) for line in lines)
     if not center:
         squares = [v * v for v in values]
@@ -80,7 +81,10 @@ def _seen(
 
 
 def _all_seen(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
-    """Of all of a warpgroup's lines, place by place: one read of x."""
+    """Returns the moments of all lines of a warpgroup, for each place in a line.
+
+    Reads x once.
+    """
 
     def tile(lines: Sequence[Any]) -> Moments:
         xs = [part.load(x, line) for line in lines]
@@ -90,7 +94,7 @@ def _all_seen(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
         return _seen(part, center, lines, [loaded.float32() for loaded in xs])
 
     def step(lines: Sequence[Any], seen: Moments) -> Moments:
-        before = _float(lines[0])  # whole lines, each of which counts once
+        before = _float(lines[0])  # all earlier lines are whole: each counts once
         return None, *_merge((before, *seen[1:]), tile(lines))[1:]
 
     def last(lines: Sequence[int], seen: Moments) -> Moments:
@@ -103,7 +107,10 @@ def _all_seen(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
 
 
 def _merge(a: Moments, b: Moments) -> Moments:
-    """Of both together (Chan et al. 1983, eq. 2.1); a count may be 0."""
+    """Merges the moments of two sets of pixels (Chan et al. 1983, eq. 2.1).
+
+    A count may be 0.
+    """
     (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
     n = n_a + n_b
     if mean_a is None:
@@ -116,13 +123,13 @@ def _merge(a: Moments, b: Moments) -> Moments:
 def _of_block(
     part: Part, pixels: Any, seen: Moments, to: Part | None = None
 ) -> list[Columns]:
-    """[mean, m2] or [m2] of the block's pixels, channel by channel.
+    """Returns [mean, m2] or [m2] of the block's pixels, channel by channel.
 
     Args:
-      part: which saw them.
-      pixels: how many they are.
-      seen: what its lanes saw.
-      to: the part whose lines the results are to meet, if another one.
+      part: part that saw the pixels.
+      pixels: number of pixels of the block.
+      seen: moments that the part's lanes saw.
+      to: part whose lines are combined with the results, if not `part`.
     """
     to = to or part
     count, mean, m2 = seen
@@ -137,13 +144,14 @@ def _of_block(
 def _of_blocks(
     part: Part, config: Config, partials: Any, to: Part | None = None
 ) -> list[Columns]:
-    """[mean, m2] or [m2] of all blocks' pixels, channel by channel.
+    """Returns [mean, m2] or [m2] of the pixels of all blocks, channel by channel.
 
     Args:
-      part: the blocks, which are its pixels.
+      part: part that has the blocks as its pixels.
       config: how the pixels are cut into blocks.
-      partials: (samples, blocks, 2 or 1, channels), what `_of_block` returned on each.
-      to: as for `_of_block`.
+      partials: (samples, blocks, 2 or 1, channels), results of `_of_block` on each
+        block.
+      to: the same as for `_of_block`.
     """
 
     def line_of(line: int) -> Moments:
@@ -177,9 +185,9 @@ def _float(n: Any) -> Any:
 def _group_statistics(
     norm: Norm, config: Config, ref: dict[str, Any]
 ) -> Callable[..., list[Any]]:
-    """The formula by which the moments of channels become mean and rstd of groups.
+    """Returns the formula that turns moments of channels into mean and rstd of groups.
 
-    It writes mean and var to the references of these names, if there are such.
+    The formula also writes mean and var to the references of these names, if any.
     """
     pixels, channels = config.pixels, config.group
 
@@ -210,12 +218,14 @@ def forward(
     mask: None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """y, and with `call.statistics` mean (if centred) and var: resident, one read of x.
+    """Computes y in one read of x, with the strips resident on the chip.
 
-    Bytes: x and y, once each, and the shortcut; scale and bias once a warpgroup, from
-    the caches; 4 bytes a statistic. For a cluster of b blocks of w warpgroups 8 * (b +
-    w * b * b) bytes a channel of each sample more (without centring half of it), almost
-    all of them reads that hit the L2 cache.
+    If `call.statistics`, it also returns mean (if centred) and var.
+
+    Bytes: x and y, once each, and the shortcut; scale and bias once per warpgroup, from
+    the caches; 4 bytes per statistic. A cluster of b blocks of w warpgroups adds
+    8 * (b + w * b * b) bytes per channel of each sample (half of that without
+    centring). Almost all of these are reads that hit the L2 cache.
     """
     norm = call.norm
     inputs = _inputs(call, x=x, shortcut=shortcut, scale=scale, bias=bias)
@@ -271,9 +281,11 @@ def forward_in_two_reads(
     mask: None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """y, and with `call.statistics` mean (if centred) and var: x is read twice.
+    """Computes y in two reads of x.
 
-    Bytes: x once for the moments; once more, and the shortcut and y, in XLA's code.
+    If `call.statistics`, it also returns mean (if centred) and var.
+
+    Bytes: x once for the moments; x once more, the shortcut and y in XLA's code.
     """
     *mean, var = moments(config, last, call, x)
     mean_or_none = mean[0] if mean else None
@@ -284,9 +296,9 @@ def forward_in_two_reads(
 def moments(
     config: Config, last: Config, call: Call, x: jax.Array, *others: None
 ) -> list[jax.Array]:
-    """mean (if centred) and var, in the statistics' shape: one read of x.
+    """Computes mean (if centred) and var in one read of x, in the statistics' shape.
 
-    Bytes: x; 4 bytes a statistic; 8 a channel for each block, written and read.
+    Bytes: x; 4 bytes per statistic; 8 per channel and block, written and read.
     """
     norm = call.norm
     samples, _, channels = _shape(call)
@@ -339,17 +351,19 @@ def backward(
     dh: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Those of dx, dscale, dbias and dshortcut that `call.wanted` names: resident, one
-    read of x and dy.
+    """Computes the gradients in one read of x and dy, with the strips resident.
 
-    With a shortcut dz is kept, in the place of dy: to find it again would take another
-    read of the shortcut. Slopes of ReLU that the forward kept, a bit each, would spare
-    the first read too, one of five; but Pallas has no operation that packs bits.
+    `call.wanted` says which of dx, dscale, dbias and dshortcut it returns.
 
-    Bytes: x, dy and dx, once each, and dh, the shortcut and its gradient; 4 bytes a
-    statistic; for dscale and dbias each 4 a channel of each sample, which XLA adds up.
-    For a cluster of b blocks of w warpgroups 8 * (b + w * b * b) bytes a channel of
-    each sample more, almost all of them from the L2 cache.
+    If there is a shortcut, dz is kept in the place of dy, because finding dz again
+    would read the shortcut again. If the forward kept the slopes of ReLU, one bit each,
+    the backward could spare the first read of the shortcut too, which is one of the
+    five tensors moved. But Pallas has no operation that packs bits.
+
+    Bytes: x, dy and dx, once each, and dh, the shortcut and its gradient; 4 bytes per
+    statistic; for dscale and dbias each 4 per channel of each sample, which XLA sums
+    over the samples. A cluster of b blocks of w warpgroups adds 8 * (b + w * b * b)
+    bytes per channel of each sample, almost all of them from the L2 cache.
     """
     norm = call.norm
     inputs = _inputs(
@@ -375,7 +389,7 @@ def backward(
             found = _sums_of_blocks(blocks, ref["partials"], to=part)
         terms = _store_gradients(norm, part, names, ref, rstd, found)
         c1, *c2 = part.by_group(_inner_products(config, ref), *terms)
-        # dx = rstd * (w - c2 - x_hat * c1), of what each channel has multiplied out.
+        # dx = rstd * (w - c2 - x_hat * c1), with each channel's factors multiplied out.
         factor = rstd * _weight(norm, part, ref)
         of_centred = rstd * rstd * c1
         constant = [rstd * each for each in c2]
@@ -386,7 +400,7 @@ def backward(
                 centred = part.kept("x", line)
                 if norm.center:
                     centred = centred - mean[0]
-                kept = part.kept("dy", line)  # dz, with a shortcut
+                kept = part.kept("dy", line)  # dz, if there is a shortcut
                 kept = kept if "shortcut" in ref else dz(kept, centred)
                 dx = kept * factor - centred * of_centred
                 if norm.center:
@@ -423,12 +437,14 @@ def backward_in_two_reads(
     dh: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Those of dx, dscale, dbias and dshortcut that `call.wanted` names: x and dy are
-    read twice.
+    """Computes the gradients in two reads of x and dy.
 
-    Bytes: x and dy for their sums, 8 a channel for each block, written and read; for
-    dx both once more, dh, and dx, in XLA's code. With a shortcut that and its gradient
-    dz, which then serves for dx in the place of dy, if it loses nothing by rounding.
+    `call.wanted` says which of dx, dscale, dbias and dshortcut it returns.
+
+    Bytes: x and dy for the sums; 8 per channel and block, written and read; for dx both
+    once more, dh and dx, in XLA's code. A shortcut adds its own bytes and those of its
+    gradient dz. For dx, XLA then reads dz in the place of dy, if rounding dz loses
+    nothing.
     """
     operands = (dy, x, scale, bias, mean, var)
     results = gradient_sums(config, last, call, *operands, shortcut)
@@ -469,8 +485,12 @@ def sums(
     mask: None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """c1 and c2 (if centred) where dx is wanted, in the statistics' shape, and those of
-    dscale and dbias that are wanted: one read of x and dy. See `gradient_sums`."""
+    """Computes the sums of the backward in one read of x and dy: see `gradient_sums`.
+
+    Returns:
+      c1 and c2 (if centred) if dx is wanted, in the statistics' shape; then dscale and
+      dbias, each if wanted.
+    """
     operands = (dy, x, scale, bias, mean, var)
     results = gradient_sums(config, last, call, *operands, shortcut)
     inner_products = [results[name] for name in ("c1", "c2") if name in results]
@@ -489,14 +509,15 @@ def gradient_sums(
     var: jax.Array,
     shortcut: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """One read of x and dy.
+    """Computes the sums of the backward, and dz, in one read of x and dy.
 
-    Bytes: x and dy, the shortcut and dz; 8 a channel for each block, written and read.
+    Bytes: x and dy, the shortcut and dz; 8 per channel and block, written and read.
 
     Returns:
-      dscale, dbias: if wanted; of each sample, (samples, channels).
-      c1, c2: mean(w * x_hat) and mean(w), if dx is wanted; in the statistics' shape.
-      dz: if dshortcut is wanted, and dz is exact in dy's dtype; (samples, pixels,
+      dscale, dbias: if wanted; sums of each sample, (samples, channels).
+      c1, c2: mean(w * x_hat) and mean(w) (if centred), if dx is wanted; in the
+        statistics' shape.
+      dz: if dshortcut is wanted and dz is exact in dy's dtype; (samples, pixels,
         channels).
     """
     norm, view = call.norm, _view(call)
@@ -528,7 +549,7 @@ def gradient_sums(
     taken += ["var", "scale", "bias"] if call.slopes else []
 
     def of_channels(name: str) -> jax.Array:
-        if name in ("mean", "var") and view.k > 1:  # strips cut groups, too
+        if name in ("mean", "var") and view.k > 1:  # strips may cut through groups
             return jnp.repeat(inputs[name], view.k, axis=1)
         return inputs[name]
 
@@ -568,15 +589,19 @@ def gradient_sums(
 
 
 def _summed(call: Call) -> tuple[str, ...]:
-    """The sums that the backward takes: for dx both, without centring the first."""
+    """Returns the sums that the backward takes: for dx both, uncentred only dscale."""
     both = call.wanted[2] or (call.wanted[0] and call.norm.center)
     return ("dscale", "dbias") if both else ("dscale",)
 
 
 def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
-    """Those there are, as kernels see them: those of x's size, (samples, pixels,
-    channels), first; statistics (samples, groups); scale and bias (channels,), or with
-    one for so many samples behind another (n, channels)."""
+    """Returns the operands that are given, in the shapes that the kernels see.
+
+    - Arrays of x's size are (samples, pixels, channels). Callers name them first.
+    - Statistics are (samples, groups).
+    - Scale and bias are (channels,), or (n, channels) if each of n serves an equal
+      number of consecutive samples.
+    """
     view = _view(call)
 
     def seen(name: str, array: jax.Array) -> jax.Array:
@@ -590,14 +615,14 @@ def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
 
 
 def _of_sample(part: Part, ref: Any) -> Columns:
-    """Scale or bias of the part's sample, for the block's channels."""
+    """Loads scale or bias of the part's sample, for the strip's channels."""
     if len(ref.shape) == 1:
         return part.load_channels(ref)
     return part.load_channels(ref, lax.div(part.sample, part.samples // ref.shape[0]))
 
 
 def _given_statistics(call: Call, ref: dict[str, Any]) -> Callable[..., list[Any]]:
-    """The formula by which groups get mean (if centred) and rstd from the forward."""
+    """Returns the formula that loads the forward's mean (if centred) and rstd."""
 
     def formula(groups: Any) -> list[Any]:
         mean = [groups.load(ref["mean"])] if call.norm.center else []
@@ -607,15 +632,17 @@ def _given_statistics(call: Call, ref: dict[str, Any]) -> Callable[..., list[Any
 
 
 def _weight(norm: Norm, part: Part, ref: dict[str, Any]) -> Columns | float:
-    """The scale of the block's channels, and 1 where there is none."""
+    """Returns the scale of the strip's channels, or 1 if there is none."""
     return norm.weight(_of_sample(part, ref["scale"])) if "scale" in ref else 1.0
 
 
 def _before_activation(
     norm: Norm, part: Part, ref: dict[str, Any], rstd: Any
 ) -> Callable[..., Columns]:
-    """The function of a line's dy and x - mean, and shortcut if there is one, that is
-    dz = dy * act'(z)."""
+    """Returns the function that computes dz = dy * act'(z) for a line.
+
+    It takes the line's dy and x - mean, and its shortcut if there is one.
+    """
     if norm.activation is None:
         return lambda dy, centred: dy
     factor = rstd * _weight(norm, part, ref)
@@ -637,11 +664,11 @@ def _gradients_seen(
     *,
     keep: bool,
 ) -> list[Columns]:
-    """What each lane adds to the sums of these names, place by place in its lines.
+    """Returns each lane's partial sums of `names`, for each place in a line.
 
-    dscale still lacks the factor rstd. `dz` is what `_before_activation` returned. With
-    a shortcut it is stored as dshortcut, or dz, where there is such a reference, and
-    kept in the place of dy.
+    dscale still lacks the factor rstd. `dz` is the function from `_before_activation`.
+    If there is a shortcut, its values go to the reference dshortcut or dz, if there is
+    one. If `keep`, they are also kept in the place of dy.
     """
     streamed = [name for name in ("dy", "x", "shortcut") if name in ref]
 
@@ -663,7 +690,8 @@ def _gradients_seen(
                 if not shortcut:
                     part.keep("dy", line, dy)
                 part.keep("x", line, x)
-        # Lines two by two, then these: sums of few round less than one of all.
+        # Add pairs of lines, then the pairs: short sums have less rounding error than
+        # one long sum.
         pairs = (
             [terms(line, *(a.float32() for a in arrays)) for line, arrays in two]
             for two in itertools.batched(zip(lines, loaded, strict=True), 2)
@@ -679,7 +707,7 @@ def _plus(a: Sequence[Columns], b: Sequence[Columns]) -> list[Columns]:
 
 
 def _sums_of_blocks(part: Part, partials: Any, to: Part | None = None) -> list[Columns]:
-    """Of what the blocks of a strip found; arguments as for `_of_blocks`."""
+    """Sums the results of a strip's blocks; the arguments are those of `_of_blocks`."""
     sums = [
         strips.add(
             part.once(line, part.load(partials, line, i).float32())
@@ -698,10 +726,10 @@ def _store_gradients(
     rstd: Columns,
     found: Sequence[Columns],
 ) -> list[Columns]:
-    """Stores dscale and dbias of the sample where they are wanted.
+    """Stores dscale and dbias of the sample if they are wanted.
 
     Returns:
-      The terms of dx's inner products: both times scale.
+      The terms of dx's inner products: both sums times scale.
     """
     scale = _weight(norm, part, ref)
     found = [found[0] * rstd, *found[1:]]
@@ -715,9 +743,9 @@ def _store_gradients(
 
 
 def _inner_products(config: Config, ref: dict[str, Any]) -> Callable[..., list[Any]]:
-    """The formula of c1 = mean(w * x_hat) and c2 = mean(w), w = dz * scale.
+    """Returns the formula of c1 = mean(w * x_hat) and c2 = mean(w), w = dz * scale.
 
-    It writes them to the references of these names, if there are such.
+    The formula also writes them to the references of these names, if any.
     """
     count = config.pixels * config.group
 
@@ -732,7 +760,7 @@ def _inner_products(config: Config, ref: dict[str, Any]) -> Callable[..., list[A
 
 
 def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
-    """dx and dshortcut in x's shape, and the sums."""
+    """Returns the wanted gradients in order, dx and dshortcut in x's shape."""
     of_x = [
         results[name].reshape(call.x.shape)
         for name in ("dx", "dshortcut")
@@ -743,7 +771,7 @@ def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
 
 
 def _over_samples(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
-    """Those of dscale and dbias that are wanted, over the samples of each example."""
+    """Sums dscale and dbias over the samples of each example, each if wanted."""
     names = [name for name in ("dscale", "dbias") if call.wants[name]]
     samples, _, channels = _shape(call)
     lead = call.x.shape[: call.own_params]
@@ -758,14 +786,14 @@ def _over_samples(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
 
 
 def _view(call: Call) -> Geometry:
-    """x[N, S, G, K]."""
+    """Returns the sizes of the view x[N, S, G, K]."""
     view = call.geometry
     assert view is not None
     return view
 
 
 def _shape(call: Call) -> tuple[int, int, int]:
-    """Of x as the kernels see it: samples, pixels, channels."""
+    """Returns the shape of x as the kernels see it: samples, pixels, channels."""
     view = _view(call)
     return view.n, view.s, view.features
 
@@ -777,12 +805,12 @@ def _statistics(call: Call, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _moments(call: Call) -> dict[str, jax.ShapeDtypeStruct]:
-    """mean (if centred) and var."""
+    """Returns the shapes of mean (if centred) and var, by name."""
     return _statistics(call, *(("mean", "var") if call.norm.center else ("var",)))
 
 
 def _of_each_sample(call: Call) -> jax.ShapeDtypeStruct:
-    """Values of channels."""
+    """Returns the shape of one value per channel of each sample."""
     samples, _, channels = _shape(call)
     return jax.ShapeDtypeStruct((samples, channels), jnp.float32)
 
@@ -806,8 +834,8 @@ def _launch(
     """Runs body(references by name, part) on every part of every block.
 
     Args:
-      exchanged: values of a channel that the blocks of a cluster tell each other.
-      kept: dtypes of what stays in shared memory, by name.
+      exchanged: values per channel that the blocks of a cluster exchange.
+      kept: dtypes of the arrays that stay in shared memory, by name.
     """
     scratch: dict[str, Any] = {
         "sums": plgpu.SMEM(
@@ -822,7 +850,7 @@ def _launch(
             scratch[f"{array}_{i}"] = plgpu.SMEM(shape, dtype)
     mesh: dict[str, Any] = {}
     outputs = dict(outputs)
-    first = next(iter(inputs.values()))  # an array of all samples and channels
+    first = next(iter(inputs.values()))  # an array with all samples and channels
     samples, channels = first.shape[0], first.shape[-1]
     if config.group > 1:
         scratch["groups"] = plgpu.SMEM((PLACES, config.width), jnp.float32)
@@ -846,7 +874,7 @@ def _launch(
         if "in_cluster" in scratch:
             block = lax.axis_index("cluster")
             scratch["partials"] = ref["partials"]
-        elif not config.resident:  # from the end: see the top
+        elif not config.resident:  # from the end: see the module's docstring
             program = programs - 1 - program
         rest, strip = lax.div(program, config.strips), lax.rem(program, config.strips)
         if not config.resident:
@@ -864,14 +892,14 @@ def _launch(
         grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(
-            # What other lanes wrote is read behind a barrier; of all else a lane reads
-            # what it wrote itself.
+            # Values that other lanes wrote are read after a barrier. Anything else that
+            # a lane reads, it wrote itself.
             unsafe_no_auto_barriers=True,
-            # Each load says how it lies on the lanes: nothing is to be inferred. The
-            # other semantics search for it, in time that grows with the square of the
-            # loads: the backward of a GroupNorm of 32 x 32 x 640 is lowered in 6.8 s
-            # so, in 1.4 s by these, to the same PTX but for the order of some
-            # instructions.
+            # Each load states its layout, so none has to be inferred. The other
+            # semantics search for layouts, in time that grows with the square of the
+            # number of loads: lowering the backward of a GroupNorm of 32 x 32 x 640
+            # takes 6.8 s with them and 1.4 s with these. The PTX is the same except for
+            # the order of some instructions.
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **memory.cost([*inputs.values(), *outputs.values()]),
@@ -890,7 +918,7 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
     """Chooses the kernels for one channelwise call.
 
     Args:
-      call: one of geometry x[N, S, G, K], S > 1.
+      call: call of geometry x[N, S, G, K], S > 1.
       shared: bytes of shared memory that a block may have.
     """
     if _view(call).features == 1:
@@ -898,19 +926,20 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
     alone = 0 in call.norm.reduction_axes
     cluster = strips.MAX_CLUSTER
     if call.op == "backward" and not alone:
-        cluster = 2  # larger ones gain nothing on two reads
+        cluster = 2  # larger clusters gain nothing over two reads
     if call.wanted[0] and not call.half:
         kernel = _in_one_read(call, shared, cluster=cluster, alone=alone)
         if kernel is not None:
             return kernel
-    # Or nothing of x's size is written, and there is no second read here.
+    # Either the pixels do not fit, or the kernels make neither y nor dx, so that one
+    # read is enough for them.
     return _in_two_reads(call, shared, cluster)
 
 
 def _in_one_read(
     call: Call, shared: int, *, cluster: int, alone: bool
 ) -> Kernel | None:
-    """Whose pixels stay in shared memory; None where they do not fit."""
+    """Plans a kernel with the pixels in shared memory, or None if they do not fit."""
     view = _view(call)
     kept = call.kept_bytes
     arrays = [a for a in (call.x, call.dy, call.beside, call.shortcut) if a is not None]
@@ -932,12 +961,13 @@ def _in_one_read(
 
 
 def _loads(call: Call, itemsize: int) -> tuple[int, ...]:
-    """Bytes of a lane's loads, at most: the first of these with which pixels fit.
+    """Returns the most bytes that a lane may load at once, in order of preference.
 
-    16 is the widest. In a backward each column of a lane has two sums and up to six
-    values of its channel, and takes registers of which an SM's second block is short.
-    Compiled for an H100: registers, blocks of an SM and their loads in flight, with 16
-    and with 8 bytes. Not measured on a chip.
+    The first of them with which the pixels fit is used. A load has at most 16 bytes. In
+    a backward, each column of a lane has two sums and up to six values of its channel.
+    They take registers that an SM's second block needs. The table lists registers per
+    thread, blocks per SM and loads in flight per block, first with loads of 16 bytes,
+    then of 8. Compiled for an H100, not measured on a chip.
 
         16 x 16 x 1280, bfloat16              130, 1 of 30 KB     106, 2 of 15 KB
         32 x 32 x 640, bfloat16, and SiLU     160, 1 of 10 KB     127, 2 of 15 KB
@@ -947,7 +977,7 @@ def _loads(call: Call, itemsize: int) -> tuple[int, ...]:
         256 x 256 x 256, bfloat16, and GELU   128, 2 of 16 KB      89, 2 of 16 KB
 
     Narrow loads may fill the end of a strip less well: 24 x 24 x 1280 in float32 fits
-    with 16 bytes alone.
+    only with loads of 16 bytes.
     """
     if call.op == "backward" and (itemsize == 2 or call.slopes):
         return 8, 16
@@ -955,7 +985,7 @@ def _loads(call: Call, itemsize: int) -> tuple[int, ...]:
 
 
 def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
-    """Of which the kernels do the first."""
+    """Plans kernels that do the first of two reads, or the only one."""
     view = _view(call)
     arrays = [call.x, call.dy, None if call.dy is None else call.shortcut]
     loaded = [array.dtype.itemsize for array in arrays if array is not None]
@@ -1008,15 +1038,19 @@ def _kernel(
 
 
 def _at_once(call: Call, config: Config) -> Config:
-    """Twice as much at once where registers have room for it. On an H200, 160 MB: 64 x
-    64 x 320 in float32 takes 114 us so, 121 otherwise, moments in bfloat16 38 to 46 and
-    42 to 49; but 8 x 8 x 1280 in bfloat16 155 and 131. Half as much where a backward
-    takes an activation's slope of it: silu's on 64 x 64 x 320 in bfloat16 would need
-    136 registers, and has 123.
+    """Sets how many elements a lane loads at once, by the registers that they take.
 
-    Half of all that where two warpgroups mask what overlaps: more than 128 registers
-    would be one block of an SM. 47 x 47 x 320 in float32 has 80, for 160 (compiled for
-    an H100); backward of 23 x 48 x 80 in bfloat16 119, for 137."""
+    - Twice as many where registers have room for them. On an H200, for 160 MB:
+      64 x 64 x 320 in float32 takes 114 us with twice as many and 121 without, moments
+      in bfloat16 38 to 46 and 42 to 49. But 8 x 8 x 1280 in bfloat16 takes 155 with
+      twice as many and 131 without.
+    - Half as many where a backward takes an activation's slope: the backward of SiLU on
+      64 x 64 x 320 in bfloat16 has 123 registers instead of 136.
+    - Half of that again where two warpgroups mask overlapping lines: with more than 128
+      registers, an SM has room for one block only. 47 x 47 x 320 in float32 has 80
+      registers instead of 160 (compiled for an H100), and the backward of 23 x 48 x 80
+      in bfloat16 has 119 instead of 137.
+    """
     at_once = config.at_once
     if call.slopes:
         at_once //= 2
@@ -1029,7 +1063,10 @@ def _at_once(call: Call, config: Config) -> Config:
 
 
 def _bytes_moved(call: Call, config: Config) -> int:
-    """Of device memory: tensors, parameters, statistics and partial sums."""
+    """Returns the bytes read from and written to device memory.
+
+    They are those of tensors, parameters, statistics and partial sums.
+    """
     samples, _, channels = _shape(call)
     size, x_size = call.x.size, call.x.dtype.itemsize
     reads = 1 if config.resident or call.half or not call.wanted[0] else 2
@@ -1045,7 +1082,7 @@ def _bytes_moved(call: Call, config: Config) -> int:
         values = len(_summed(call))
         moved += size * reads * (x_size + call.dy.dtype.itemsize)
         moved += size * x_size * (call.wanted[0] and not call.half)
-        # Half of it writes c1 and c2, of which dx is made.
+        # For `call.half` the kernel writes c1 and c2, from which XLA makes dx.
         moved += statistics * (1 + (call.half and call.wanted[0]))
         if call.beside is not None:
             moved += size * call.beside.dtype.itemsize
@@ -1053,7 +1090,7 @@ def _bytes_moved(call: Call, config: Config) -> int:
         rows = samples if samples == examples else 2 * samples + examples
         moved += 4 * channels * len(call.summed) * rows
     if call.shortcut is not None:
-        # XLA finds dz again where the kernel did not write it.
+        # XLA computes dz again if the kernel did not write it.
         again = call.dy is not None and not (
             call.wanted[3] and call.dy_kept == call.dy.dtype
         )

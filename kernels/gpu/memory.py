@@ -1,4 +1,4 @@
-"""What the kernels of NVIDIA GPUs share: chunks of columns, and access to memory."""
+"""Code that the kernels for NVIDIA GPUs share: chunks of columns, and memory access."""
 
 import dataclasses
 import inspect
@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels.cost import estimate
 
-WARPS = 4  # in a warpgroup, which is one thread to Pallas
-LANES = 32  # in a warp
+WARPS = 4  # per warpgroup, which is one thread to Pallas
+LANES = 32  # per warp
 
 _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
@@ -25,12 +25,12 @@ _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Columns of one row that its lanes load together, `vector` a lane.
+    """Columns of one row that its lanes load together, `vector` columns per lane.
 
     Attributes:
-      start: first column, counted from the first of the part.
-      vector: consecutive columns of a lane, one load.
-      seen: so many of its first columns lie in the chunk before too.
+      start: first column, relative to the first column of the part.
+      vector: consecutive columns that a lane loads at once.
+      seen: number of leading columns that the chunk before also covers.
     """
 
     start: int
@@ -39,11 +39,12 @@ class Chunk:
 
 
 def cut(width: int, lanes: int, vector: int) -> list[Chunk]:
-    """Covers columns [0, width); `lanes * vector` are no more than these.
+    """Covers columns [0, width) with chunks; `lanes * vector` is at most `width`.
 
-    What `lanes * vector` leaves over is one narrower chunk that begins earlier, if it
-    sees no more than a sixteenth of the columns twice; else narrower chunks side by
-    side, each of which costs another sum over lanes.
+    Chunks of `lanes * vector` columns may leave a remainder. One narrower chunk that
+    begins earlier covers it, if at most a sixteenth of the columns is seen twice.
+    Otherwise narrower chunks lie side by side, each of which costs another sum over
+    lanes.
     """
     chunks: list[Chunk] = []
     start = 0
@@ -66,13 +67,13 @@ def cut(width: int, lanes: int, vector: int) -> list[Chunk]:
 
 
 def load(ref: Any, at: Any, layout: Any, dtype: Any = jnp.float32) -> jax.Array:
-    """ref[at] in that dtype."""
+    """Loads ref[at] and converts it to `dtype`."""
     value = plgpu.load(ref.at[at], layout=layout, optimized=False)
     return value.astype(dtype)
 
 
 def store(ref: Any, at: Any, value: jax.Array) -> None:
-    """ref[at] = value, in the dtype of ref."""
+    """Stores value to ref[at], in ref's dtype."""
     value = value.astype(ref.dtype)
     if hasattr(plgpu, "store"):
         plgpu.store(ref.at[at], value, optimized=False)
@@ -80,37 +81,38 @@ def store(ref: Any, at: Any, value: jax.Array) -> None:
         ref[at] = value
 
 
-# The interpreter cannot reshape a reference: there, tests put functions in the place of
-# the next two that reshape the value.
+# The interpreter cannot reshape a reference. Tests that use it replace the next two
+# functions with ones that reshape the value.
 
 
 def load_as(ref: Any, at: Any, shape: Sequence[int], layout: Any) -> jax.Array:
-    """ref[at] in its own dtype, in another shape of the same order."""
+    """Loads ref[at] in its own dtype and in another shape of the same element order."""
     return plgpu.load(ref.at[at].reshape(*shape), layout=layout, optimized=False)
 
 
 def store_as(ref: Any, at: Any, value: jax.Array) -> None:
-    """ref[at] = value, which has another shape of the same order."""
+    """Stores value to ref[at], which has another shape of the same element order."""
     store(ref.at[at].reshape(value.shape), ..., value)
 
 
 def sum_lanes(value: jax.Array, axis: int) -> jax.Array:
-    """The sum over an axis, the same on all lanes that hold it.
+    """Returns the sum over an axis, bitwise the same on all lanes that hold it.
 
-    It is added up by a butterfly: each lane adds another one's to its own. LLVM would
-    make one FMA of the sum and a product before it, which rounds a lane's own product
-    with the sum, and another lane's before: the lanes' sums would differ in the last
-    bit, and which of them is stored would be left to chance. The 0 keeps them apart.
+    The reduction is a butterfly: each lane adds another lane's value to its own. If the
+    value is a product, LLVM would fuse it with this addition into one FMA. The lane's
+    own product would then be rounded together with the sum, but the other lane's before
+    it. The lanes' sums would differ in the last bit, and chance would decide which of
+    them is stored. Adding 0 keeps the product and the sum apart.
     """
     return jnp.sum(value + 0.0, axis=axis)
 
 
 @plgpu.inline_mgpu()
 def fence(_: Any) -> None:
-    """Orders device memory for other multiprocessors.
+    """Orders accesses to device memory, as other multiprocessors see them.
 
-    A barrier of a cluster orders shared memory alone: its arrive is a release for the
-    own block.
+    A cluster barrier orders shared memory only: its arrive is a release for its own
+    block.
     """
     mosaic.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
 
@@ -119,14 +121,14 @@ def fence(_: Any) -> None:
 
 
 def cost(arrays: Sequence[Any]) -> dict[str, Any]:
-    """What `plgpu.kernel` takes to tell XLA of a kernel: nothing in jax 0.11."""
+    """Returns the arguments of `plgpu.kernel` that state its cost: none in jax 0.11."""
     return {"cost_estimate": estimate(arrays)} if _TAKES_COST else {}
 
 
 def sum_over_blocks(*partials: jax.Array) -> Sequence[jax.Array]:
-    """(examples, blocks, features) -> (examples, features), all in one kernel.
+    """Sums (examples, blocks, features) to (examples, features), all in one kernel.
 
-    XLA would make a kernel of each `jnp.sum`.
+    XLA would make one kernel per `jnp.sum`.
     """
 
     def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

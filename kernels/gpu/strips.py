@@ -1,13 +1,15 @@
-"""A sample's strips of channels: how they are cut, and what a warpgroup does in one.
+"""Strips of channels: how a sample is cut into them, and what a warpgroup does in one.
 
-What channelwise.py is written in. A sample (pixels, channels) is cut into strips of
-channels, a strip's pixels into blocks, and a block's into warpgroups. A warpgroup loads
-a *line* at once: so many pixels that all its lanes have some of the strip's channels.
+This module is the vocabulary of channelwise.py. A sample (pixels, channels) is cut into
+strips of channels, a strip's pixels into blocks, and a block's pixels into warpgroups.
+A warpgroup loads one *line* at a time: as many pixels as it takes for every lane to
+hold some of the strip's channels.
 
-There are no masked loads in Mosaic GPU. The channels that make no power of two are in
-*chunks* side by side or overlapping, which is harmless, for sums run down the pixels.
-A warpgroup's last line overlaps the one before it where the pixels do not come out
-even, and what comes twice is left out of the sums. No warpgroup touches another's.
+Mosaic GPU has no masked loads. A strip whose width is not a power of two is split into
+*chunks* that lie side by side or overlap. Overlapping chunks are harmless, because sums
+run down the pixels. If a warpgroup's pixels do not fill whole lines, its last line
+overlaps the line before it, and the pixels seen twice are left out of the sums. No
+warpgroup touches the pixels of another one.
 """
 
 import dataclasses
@@ -28,13 +30,15 @@ from fusednorm.kernels.gpu import memory
 from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 
 KB = 1024
-SECTOR = 32  # bytes: what the L2 cache fetches at least
-MAX_CLUSTER = 8  # blocks: what every GPU can do
-MAX_WARPGROUPS = 2  # of a block that loads x: of 128 registers a thread, two fit an SM
-MAX_CHUNKS = 8  # of a strip: each is code of its own
-PLACES = 4  # sums of channels that a block holds in shared memory
+SECTOR = 32  # bytes: the least that the L2 cache fetches
+MAX_CLUSTER = 8  # blocks: what every GPU supports
+# Per block that loads x. Two blocks of this size fit an SM at 128 registers per thread.
+MAX_WARPGROUPS = 2
+MAX_CHUNKS = 8  # per strip: each chunk adds its own code
+PLACES = 4  # sums per channel for which a block has room in shared memory
 
-# Blocks of a sample: of the 132 multiprocessors of an H100, clusters of 8 fill 128.
+# Blocks of one sample that fill a GPU: clusters of 8 fill 128 of the 132
+# multiprocessors of an H100.
 ENOUGH = 128
 
 
@@ -43,21 +47,21 @@ ENOUGH = 128
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How a sample is cut. No function of the number of samples.
+    """How a sample is cut. It does not depend on the number of samples.
 
     Attributes:
-      pixels: of a sample.
+      pixels: pixels of a sample.
       group: channels of a group.
-      width: channels of a strip; of whole groups, if resident.
-      strips: of a sample.
-      chunks: of the strip's channels.
-      lanes: of a warp that share a pixel.
-      warps: of a warpgroup that have pixels of their own: 4, or fewer.
+      width: channels of a strip. If `resident`, these are whole groups.
+      strips: strips of a sample.
+      chunks: chunks that cover the strip's channels.
+      lanes: lanes of a warp that share a pixel.
+      warps: warps of a warpgroup that hold pixels of their own: 4 or fewer.
       line: pixels of a line.
-      warpgroups: of a block.
-      blocks: that share a strip; those of a cluster, if resident.
+      warpgroups: warpgroups of a block.
+      blocks: blocks that share a strip. If `resident`, they form a cluster.
       resident: whether the pixels stay on the chip.
-      at_once: elements of each array that a lane loads before it looks at the first.
+      at_once: elements of each array that a lane loads before it uses the first one.
     """
 
     pixels: int
@@ -80,29 +84,31 @@ class Config:
 
     @property
     def line_shape(self) -> tuple[int, ...]:
-        """(warps, pixels of a warp), without the latter where it is 1."""
+        """(warps, pixels per warp), or (warps,) if the latter is 1."""
         in_warp = self.line // self.warps
         return (self.warps,) if in_warp == 1 else (self.warps, in_warp)
 
     @property
     def lines(self) -> int:
-        """Lines that hold a warpgroup's pixels."""
+        """Lines that it takes to hold a warpgroup's pixels."""
         return pl.cdiv(pl.cdiv(self.pixels, self.workers), self.line)
 
     @property
     def held(self) -> int:
-        """Lines that a lane loads before it looks at the first: 16 to 256 bytes of each
-        array, by `at_once`.
+        """Lines that a lane loads before it uses the first one.
 
-        All blocks of an SM, 384 to 768 threads in the benchmark's cases, then have 30
-        to 192 KB in flight (compiled for an H100), where bandwidth times latency wants
-        18 (H100: 3.35 TB/s * 700 ns / 132) to 25 KB (H200).
+        Depending on `at_once`, these are 16 to 256 bytes of each array. In the
+        benchmark's cases, an SM runs 384 to 768 threads, which have 30 to 192 KB of
+        loads in flight together (compiled for an H100). Bandwidth times latency asks
+        for 18 KB (H100: 3.35 TB/s * 700 ns / 132) to 25 KB (H200).
         """
         return max(self.at_once // sum(chunk.vector for chunk in self.chunks), 1)
 
     def of_blocks(self) -> "Config":
-        """Cuts what the blocks of a strip found, which are the pixels of one
-        warpgroup."""
+        """Returns the config for merging a strip's blocks.
+
+        One warpgroup takes the blocks as its pixels and reads the result of each.
+        """
         line = _line(self.blocks, self.lanes)
         return dataclasses.replace(
             self,
@@ -114,26 +120,29 @@ class Config:
         )
 
     def shared(self, kept: int) -> int:
-        """Bytes of shared memory of a block.
+        """Returns the bytes of shared memory that a block takes.
 
         Args:
-          kept: bytes of an element of all arrays that are kept.
+          kept: bytes per element, summed over all arrays that are kept.
         """
         places = PLACES * self.warpgroups * WARPS * self.pitch
         groups = PLACES * self.width * (self.group > 1)
         columns = sum(self.lanes * chunk.vector for chunk in self.chunks)
         pixels = self.warpgroups * self.lines * self.line
-        barriers = 4 * KB  # and what it takes to align each array
+        barriers = 4 * KB  # including the padding that aligns each array
         return pixels * columns * kept + 4 * (places + groups) + barriers
 
     @property
     def pitch(self) -> int:
-        """Channels of a strip in shared memory, in whole chunks, as Mosaic wants it."""
+        """Padded width of a strip in shared memory.
+
+        Mosaic requires whole chunks, so this is a multiple of the widest one.
+        """
         chunk = self.lanes * max(chunk.vector for chunk in self.chunks)
         return pl.cdiv(self.width, chunk) * chunk
 
     def first(self, worker: Any) -> Any:
-        """The worker's first pixel; those of the last one end with the sample."""
+        """Returns the worker's first pixel. The last worker ends with the sample."""
         each, more = divmod(self.pixels, self.workers)
         if not more:
             return worker * each
@@ -141,7 +150,7 @@ class Config:
         return worker * each + smaller(worker, more)
 
     def count(self, block: Any) -> Any:
-        """Pixels of a block."""
+        """Returns the number of pixels of a block."""
         first = block * self.warpgroups
         return self.first(first + self.warpgroups) - self.first(first)
 
@@ -161,32 +170,37 @@ def resident(
     alone: bool,
     load: int,
 ) -> Config | None:
-    """Cuts a sample whose strips stay in the shared memory of a cluster, if they fit.
+    """Cuts a sample into strips that stay in a cluster's shared memory, if they fit.
 
-    Microseconds on an H200, of 160 MB of x, where a copy takes 76 (three tensors 111):
+    Times on an H200, in microseconds for 160 MB of x. A copy takes 76, and moving three
+    tensors takes 111.
 
-      blocks: 16 x 16 x 1280 in float32, backward: one of 80 KB and 2 warpgroups 138,
-        two of 40 KB 154, four of 20 KB 183. 32 x 32 x 640 in bfloat16: two of 80 KB
-        142, four of 40 KB 154, eight of 20 KB 215. 8 x 8 x 1280 in bfloat16: of 20 KB
-        131, of 10 KB 206.
-      pieces of a pixel: 64 x 64 x 512 in float32: of 128 bytes 104, of 64 bytes 117;
-        of 80 bytes, 64 x 64 x 320, 155, of 160 114.
-      two reads: 118 there, 152 of 32 x 32 x 640, 134 of 16 x 16 x 1280; backward 192 of
-        64 x 64 x 320 (clusters of 8: 210), 214 of 32 x 32 x 640 (of 2: 216, of 4: 219
-        to 281), 198 of 16 x 16 x 1280.
+      Size of a strip's blocks:
+        16 x 16 x 1280, float32, backward: one block of 80 KB with 2 warpgroups 138, two
+          of 40 KB 154, four of 20 KB 183.
+        32 x 32 x 640, bfloat16: two of 80 KB 142, four of 40 KB 154, eight of 20 KB
+          215.
+        8 x 8 x 1280, bfloat16: blocks of 20 KB 131, of 10 KB 206.
+      Bytes per pixel of a strip, in float32:
+        64 x 64 x 512: 128 bytes 104, 64 bytes 117.
+        64 x 64 x 320: 160 bytes 114, 80 bytes 155, two reads 118.
+      Two reads instead:
+        Forward: 152 for 32 x 32 x 640, 134 for 16 x 16 x 1280.
+        Backward: 192 for 64 x 64 x 320 (clusters of 8: 210), 214 for 32 x 32 x 640
+          (clusters of 2: 216, of 4: 219 to 281), 198 for 16 x 16 x 1280.
 
     Args:
-      view: x[N, S, G, K].
-      itemsize: bytes of the widest of the arrays that are loaded and stored.
-      kept: bytes of an element of all arrays that are kept.
-      shared: bytes that a block may have.
-      cluster: blocks of a strip at most.
-      alone: whether there is one sample whatever the batch: its blocks have the GPU for
-        themselves, and are many rather than large.
-      load: bytes of a lane's loads, at most.
+      view: sizes of x[N, S, G, K].
+      itemsize: bytes per element of the widest array that is loaded or stored.
+      kept: bytes per element, summed over all arrays that are kept.
+      shared: bytes of shared memory that a block may have.
+      cluster: most blocks that may share a strip.
+      alone: whether there is one sample whatever the batch. Its blocks then have the
+        GPU to themselves, so the cut prefers many blocks to large ones.
+      load: most bytes that a lane may load at once.
     """
-    # Two blocks at least fit an SM, so that one loads while another one adds up or
-    # stores. It has 1 KB more than a block may have, and CUDA takes 1 KB of each.
+    # At least two blocks fit an SM, so that one loads while the other accumulates or
+    # stores. An SM has 1 KB more than a block may have, and CUDA takes 1 KB per block.
     limit = (shared - KB) // 2
     large = (32 if alone else 96) * KB
     found = []
@@ -206,12 +220,16 @@ def resident(
             blocks *= 2
 
     def narrowest(sectors: int, configs: Sequence[Config]) -> list[Config]:
-        """Of so many sectors a pixel or more, whole ones if possible; at most one."""
+        """Returns the narrowest config with at least `sectors` sectors per pixel.
+
+        The list has one config or none. Whole sectors are preferred.
+        """
         wide = [c for c in configs if c.width * itemsize >= sectors * SECTOR]
         wide = wide or [c for c in configs if c.strips == 1]
         return ([c for c in wide if c.width * itemsize % SECTOR == 0] or wide)[:1]
 
-    if alone:  # half a line of the L1 cache; one sector where that makes more blocks
+    # Half a line of the L1 cache per pixel, or one sector if that makes more blocks.
+    if alone:
         small = [c for c in found if c.width * view.s * kept <= c.blocks * large]
         best = narrowest(2, found) + narrowest(1, small)
         return max(
@@ -219,7 +237,8 @@ def resident(
             key=lambda c: (min(c.strips * c.blocks, ENOUGH), c.blocks == 1),
             default=None,
         )
-    # A warpgroup goes over a strip's groups one by one.
+    # One warpgroup works through a strip's groups one by one, so a strip of more than
+    # two sectors may have only a few groups.
     few = [
         c
         for c in found
@@ -233,16 +252,18 @@ def resident(
 def in_two_reads(
     view: Geometry, itemsize: int, shared: int, *, arrays: int, load: int
 ) -> tuple[Config, Config] | None:
-    """Cuts a sample whose pixels are read twice, and what its blocks find.
+    """Cuts a sample whose pixels are read twice, and the results of its blocks.
+
+    The second config is for the kernel that combines these results.
 
     Args:
-      view: x[N, S, G, K].
-      itemsize: bytes of the widest of the arrays that are loaded.
+      view: sizes of x[N, S, G, K].
+      itemsize: bytes per element of the widest array that is loaded.
       shared: bytes of shared memory that a block may have.
-      arrays: how many are loaded.
-      load: bytes of a lane's loads, at most.
+      arrays: number of arrays that are loaded.
+      load: most bytes that a lane may load at once.
     """
-    # 128 bytes of a pixel, or as nearly so many as divides it.
+    # 128 bytes per pixel, or the nearest width that divides the channels.
     widths = [
         width
         for width in _multiples(1, view.features)
@@ -251,16 +272,16 @@ def in_two_reads(
     width = min(
         widths, key=lambda width: (abs(math.log2(width * itemsize / 128)), width)
     )
-    # Blocks of 512 pixels or more, whose sums are below 1 % of what they read; no more
-    # than 12 on each of 132 SMs where a sample alone can fill them: whether 2, 3 or 4
-    # of them are resident, the last ones come in a full wave. Of 256 pixels or more
-    # where that gives each SM one.
+    # A block has at least 512 pixels, so that its sums are below 1 % of what it reads.
+    # If one sample can fill the GPU, there are at most 12 blocks for each of 132 SMs:
+    # whether 2, 3 or 4 of them are resident, the last wave is full. A block may have as
+    # few as 256 pixels if that gives each SM one.
     strips = view.features // width
     many = min(view.s // 512, 12 * 132 // strips)
     blocks = max(many, min(view.s // 256, ENOUGH // strips), 1)
-    # 16 KB or more of each warpgroup's loads in flight; of x alone in 16 bits one
-    # warpgroup a block is as good for that, and has half as much to add up: on an H200
-    # 45 to 48 us for 160 MB, with two 52.
+    # Each warpgroup has 16 KB or more of loads in flight. For x alone in 16 bits, one
+    # warpgroup per block keeps as much in flight and has half as much to reduce: it
+    # takes 45 to 48 us for 160 MB on an H200, two take 52.
     warpgroups = 1 if arrays * itemsize == 2 else MAX_WARPGROUPS
     config = _config(
         view, width, itemsize, warpgroups, blocks, resident=False, load=load
@@ -290,7 +311,7 @@ def _config(
     resident: bool,
     load: int,
 ) -> Config:
-    """Fewer warpgroups and blocks where there are fewer pixels."""
+    """Builds a config, with fewer warpgroups and blocks if the pixels are too few."""
     warpgroups = min(warpgroups, view.s)
     blocks = min(blocks, view.s // warpgroups)
     vector = _vector(width, load // itemsize)
@@ -312,18 +333,20 @@ def _config(
 
 
 def _vector(columns: int, widest: int) -> int:
-    """Columns of a lane, for two lanes or more: jax 0.11 cannot store what all lanes
-    of all warps hold alike."""
+    """Returns the columns per lane, few enough to occupy at least two lanes.
+
+    jax 0.11 cannot store an array that is replicated over all lanes of all warps.
+    """
     return min(math.gcd(columns, widest), max(columns // 2, 1))
 
 
 def _line(pixels: int, lanes: int) -> int:
-    """Pixels of a line, where a warpgroup has so many pixels or one more."""
+    """Returns the pixels of a line, if a warpgroup has `pixels` pixels or one more."""
     return min(WARPS * LANES // lanes, power_of_two(pixels))
 
 
 def _multiples(of: int, count: int) -> Iterator[int]:
-    """Widths of strips that cut `count` groups of `of` channels without a rest."""
+    """Yields the strip widths that divide `count` groups of `of` channels evenly."""
     return (of * m for m in range(1, count + 1) if count % m == 0)
 
 
@@ -334,13 +357,13 @@ def _multiples(of: int, count: int) -> Iterator[int]:
 class Columns:
     """One array for each chunk of a strip. Arithmetic goes chunk by chunk.
 
-    An array is a line's, (warps, pixels of a warp, columns), or has one value for each
-    channel, (columns,), which holds for all pixels where the two meet.
+    An array holds a line, (warps, pixels per warp, columns), or one value per channel,
+    (columns,). Values per channel are broadcast over the pixels of a line.
     """
 
     def __init__(self, arrays: Sequence[Any], layouts: Sequence[Any]):
         self.arrays = tuple(arrays)
-        self.layouts = tuple(layouts)  # of a line, chunk by chunk
+        self.layouts = tuple(layouts)  # layouts of a line, one per chunk
 
     def tree_flatten(self) -> tuple[Any, Any]:
         return self.arrays, self.layouts
@@ -381,12 +404,12 @@ class Columns:
 
 
 def add(values: Iterable[Any]) -> Any:
-    """Their sum, in their order."""
+    """Returns the sum of the values, added in their order."""
     return functools.reduce(operator.add, values)
 
 
 def _meet(a: Any, b: Any, layout: Any) -> tuple[Any, Any]:
-    """Both of the larger one's shape."""
+    """Broadcasts the smaller array to the larger one's shape; leaves scalars alone."""
     ndim_a, ndim_b = jnp.ndim(a), jnp.ndim(b)
     if ndim_a == ndim_b or not ndim_a or not ndim_b:
         return a, b
@@ -404,10 +427,10 @@ class Part:
 
     Attributes:
       config: how the sample is cut.
-      sample, strip, block: which one.
-      samples: how many there are.
-      warpgroup: which of the block's; a Python 0 where there is one.
-      pixels: of the block.
+      sample, strip, block: indices of the sample, the strip and the block.
+      samples: number of samples.
+      warpgroup: index of the warpgroup in its block; a Python 0 if it is the only one.
+      pixels: number of pixels of the block.
     """
 
     def __init__(
@@ -448,16 +471,16 @@ class Part:
 
     @property
     def whole_lines(self) -> int:
-        """Those that are whole for every warpgroup."""
+        """Number of lines that are whole for every warpgroup."""
         return self.config.pixels // self.config.workers // self.config.line
 
     def index(self, line: int) -> Columns:
-        """The pixel's number in the sample."""
+        """Returns the number of each pixel of a line in the sample."""
         first = self._first + self._start(line)
         return self._places_in_line().map(lambda place: first + place)
 
     def load(self, ref: Any, line: Any, *which: Any) -> Columns:
-        """One line of ref[sample, pixels, *which, channels], in its own dtype."""
+        """Loads a line of ref[sample, pixels, *which, channels], in ref's dtype."""
         first = self._first + self._start(line)
         return Columns(
             [
@@ -475,7 +498,7 @@ class Part:
         )
 
     def store(self, ref: Any, line: Any, value: Columns) -> None:
-        """One line."""
+        """Stores a line to ref[sample, pixels, channels]."""
         first = self._first + self._start(line)
         for columns, array in zip(self._columns(), value.arrays, strict=True):
             at = (self.sample, pl.ds(first, self.config.line), columns)
@@ -487,12 +510,15 @@ class Part:
         start: T,
         last: Callable[[Sequence[int], T], T] | None = None,
     ) -> T:
-        """step(lines, carry) for all lines, some at once: whole ones in a loop.
+        """Runs step(lines, carry) over all lines, `config.held` lines at a time.
+
+        Whole lines run in a loop, as long as they fill a step. The remaining lines
+        follow, unrolled.
 
         Args:
-          step: returns the next carry.
-          start: the first one.
-          last: instead of `step` for the lines after the loop.
+          step: takes the lines and the carry, and returns the next carry.
+          start: initial carry.
+          last: replacement of `step` for the lines after the loop.
         """
         held = self.config.held
         whole = self.whole_lines // held
@@ -507,13 +533,13 @@ class Part:
         return carry
 
     def keep(self, name: str, line: Any, value: Columns) -> None:
-        """Keeps a line as it is, in shared memory; each lane reads what it wrote."""
+        """Keeps a line unchanged in shared memory. Each lane reads what it wrote."""
         for i, array in enumerate(value.arrays):
             at = (self.warpgroup, line)
             memory.store(self._scratch[f"{name}_{i}"], at, array)
 
     def kept(self, name: str, line: Any) -> Columns:
-        """A line in float32."""
+        """Returns a line that `keep` stored, in float32."""
         return Columns(
             [
                 memory.load(self._scratch[f"{name}_{i}"], (self.warpgroup, line), a)
@@ -523,7 +549,7 @@ class Part:
         )
 
     def once(self, line: Any, value: Columns) -> Columns:
-        """Zeros for the pixels of a ragged line that the line before it has too."""
+        """Zeroes the pixels of a ragged line that the line before it also has."""
         if self._is_whole(line):
             return value
         mask = self._counts(line)
@@ -536,13 +562,13 @@ class Part:
         )
 
     def counted(self, line: Any) -> Any:
-        """1 for pixels of the line that no line before it has, else 0."""
+        """Returns 1 for pixels of the line that no line before it has, else 0."""
         if self._is_whole(line):
             return 1.0
         return self._counts(line).map(lambda here: jnp.where(here, 1.0, 0.0))
 
     def _is_whole(self, line: Any) -> bool:
-        """Whether it is, for every warpgroup; of a line in a loop that is known."""
+        """Returns whether the line is whole for every warpgroup; in a loop, all are."""
         return not isinstance(line, int) or line < self.whole_lines
 
     def _start(self, line: Any) -> Any:
@@ -555,7 +581,7 @@ class Part:
         return self._places_in_line().map(lambda place: place >= seen)
 
     def _places_in_line(self) -> Columns:
-        """The pixel's number in its line."""
+        """Returns the number of each pixel in its line."""
         places = []
         for shape, layout in zip(self._shapes, self._layouts, strict=True):
             iota = functools.partial(
@@ -568,7 +594,7 @@ class Part:
         return Columns(places, self._layouts)
 
     def zeros(self) -> Columns:
-        """A line of them."""
+        """Returns a line of zeros."""
         return Columns(
             [
                 plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
@@ -580,16 +606,16 @@ class Part:
     # Channels.
 
     def _columns(self) -> list[pl.Slice]:
-        """Of the sample's channels."""
+        """Returns the strip's chunks as slices of the sample's channels."""
         first = self.strip * self.config.width
         return [pl.ds(first + here.start, here.size) for here in self._columns_here]
 
     def load_channels(self, ref: Any, *at: Any) -> Columns:
-        """ref[*at, channels of the strip] in float32."""
+        """Loads ref[*at, channels of the strip] in float32."""
         return self._load_channels(ref, at, self._columns())
 
     def _load_here(self, scratch: Any, *at: Any) -> Columns:
-        """Of what has the channels of this strip alone."""
+        """Loads scratch[*at], which has only the channels of this strip."""
         return self._load_channels(scratch, at, self._columns_here)
 
     def _load_channels(
@@ -604,7 +630,7 @@ class Part:
         )
 
     def store_channels(self, ref: Any, value: Columns, *at: Any) -> None:
-        """ref[*at, channels of the strip] = value, by one warpgroup of the block."""
+        """Stores value to ref[*at, channels of the strip], by one warpgroup."""
 
         @self.one_warpgroup
         def _() -> None:
@@ -612,14 +638,14 @@ class Part:
                 memory.store(ref, (*at, columns), array)
 
     def one_warpgroup(self, do: Callable[[], None]) -> None:
-        """Has the block's first warpgroup do it."""
+        """Runs `do` in the block's first warpgroup only."""
         if isinstance(self.warpgroup, int):
             do()
         else:
             pl.when(self.warpgroup == 0)(do)
 
     def one_block(self, do: Callable[[], None]) -> None:
-        """Has the first of the strip's blocks do it."""
+        """Runs `do` in the first block of a cluster; without one, in every block."""
         if self.config.blocks == 1 or not self.config.resident:
             do()
         else:
@@ -628,9 +654,10 @@ class Part:
     # Sums.
 
     def add_up(self, *terms: Columns) -> list["Sums"]:
-        """Adds lines over all pixels of the block, for each channel.
+        """Reduces lines over all pixels of the block, channel by channel.
 
-        In a warp by shuffles; what its warps found meets in shared memory.
+        Each warp reduces its own pixels by shuffles and leaves its sums in shared
+        memory, where `total` sums them.
         """
         sums = self._scratch["sums"]  # (places, warps of the block, channels)
         warps = self.config.warps
@@ -643,12 +670,13 @@ class Part:
                     array = memory.sum_lanes(array, 1)
                 memory.store(sums, at, array)
         self.meet()
-        begin = 0 if self.config.warpgroups > 1 else own  # one may work for itself
+        # After `exchange`, each warpgroup reduces all pixels for itself.
+        begin = 0 if self.config.warpgroups > 1 else own
         count = self.config.warpgroups * warps
         return [Sums(place, begin, count) for place in range(first, self._places)]
 
     def total(self, sums: "Sums") -> Columns:
-        """Of all that the block's warps found: for each channel."""
+        """Returns the total of the warps' sums, channel by channel."""
         found = functools.partial(self._load_here, self._scratch["sums"], sums.place)
         return lax.fori_loop(
             1,
@@ -663,11 +691,11 @@ class Part:
         plgpu.barrier_wait(self._scratch["in_block"])
 
     def exchange(self, values: Sequence[Columns]) -> "Part":
-        """Tells the other blocks of the cluster, and hears from them.
+        """Exchanges values per channel with the other blocks of the cluster.
 
         Returns:
-          What reads "partials", the blocks of this strip as its pixels: each warpgroup
-          all of them.
+          A part that reads "partials". Its pixels are the blocks of this strip, and
+          each warpgroup reads all of them.
         """
         for i, value in enumerate(values):
             at = (self.sample, self.block, i)
@@ -685,7 +713,7 @@ class Part:
             self._scratch,
             self.samples,
         )
-        part._places = self._places  # those before are in use
+        part._places = self._places  # the earlier places are in use
         return part
 
     # Groups.
@@ -693,13 +721,13 @@ class Part:
     def by_group(
         self, formula: Callable[..., Sequence[Any]], *terms: Columns
     ) -> list[Columns]:
-        """formula(groups, *terms), spread over the channels of the strip.
+        """Returns formula(groups, *terms), broadcast over the channels of each group.
 
         Args:
-          formula: takes values of channels and returns up to two of groups; `groups`
-            is an `EachChannel` or a `Group`.
-          terms: of channels, up to two. At a second call there are some: until they
-            have met, other warpgroups may still read what the first call found.
+          formula: function that takes values per channel and returns up to two values
+            per group; `groups` is an `EachChannel` or a `Group`.
+          terms: up to two values per channel. A second call must have at least one: its
+            barrier waits for the warpgroups that still read the first call's results.
         """
         if self.config.group == 1:
             return list(formula(EachChannel(self), *terms))
@@ -733,11 +761,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Where in shared memory a warpgroup finds what the warps have added up.
+    """Place in shared memory where a warpgroup finds the sums of the warps.
 
     Attributes:
-      place: which sum.
-      first, count: of the warps.
+      place: index of the sum.
+      first, count: first warp, and number of warps.
     """
 
     place: int
@@ -746,28 +774,28 @@ class Sums:
 
 
 class EachChannel:
-    """Groups of one channel: what holds for a group holds for its channel."""
+    """Groups of one channel each: a value of the group is a value of its channel."""
 
     def __init__(self, part: Part):
         self._part = part
 
     def sum(self, term: Columns) -> Columns:
-        """Over the channels of each group."""
+        """Returns the sum over the channels of each group: the term itself."""
         return term
 
     def load(self, ref: Any) -> Columns:
-        """Of ref, (samples, groups)."""
+        """Loads the sample's values from ref (samples, groups)."""
         return self._part.load_channels(ref, self._part.sample)
 
     def store(self, ref: Any, value: Columns) -> None:
-        """To ref, (samples, groups), by one block."""
+        """Stores the sample's values to ref (samples, groups), by one block."""
         self._part.one_block(
             lambda: self._part.store_channels(ref, value, self._part.sample)
         )
 
 
 class Group:
-    """One group of the strip, whose channels lie on the lanes of each warp."""
+    """One group of the strip, with its channels on the lanes of each warp."""
 
     def __init__(self, part: Part, number: int):
         config = part.config
@@ -786,7 +814,7 @@ class Group:
         ]
 
     def terms(self, scratch: Any, first: int, count: int) -> list[Columns]:
-        """scratch[place, channels of the group] for so many places."""
+        """Loads scratch[place, channels of the group] for `count` places."""
         return [
             Columns(
                 [
@@ -801,7 +829,7 @@ class Group:
         ]
 
     def spread(self, scratch: Any, first: int, values: Sequence[jax.Array]) -> None:
-        """scratch[place, channels of the group] = value."""
+        """Broadcasts each value to scratch[place, channels of the group]."""
         for place, value in enumerate(values, first):
             for columns, layout in zip(self._columns(), self._layouts, strict=True):
                 spread = lax.broadcast_in_dim(value, (columns.size,), ())
@@ -809,7 +837,7 @@ class Group:
                 memory.store(scratch, (place, columns), spread)
 
     def sum(self, term: Columns) -> jax.Array:
-        """Over the channels of the group."""
+        """Returns the sum over the channels of the group."""
         sums = []
         for chunk, array, layout in zip(
             self._chunks, term.arrays, self._layouts, strict=True
@@ -823,11 +851,11 @@ class Group:
         return add(sums)
 
     def load(self, ref: Any) -> jax.Array:
-        """Of ref, (samples, groups)."""
+        """Loads the group's value from ref (samples, groups)."""
         return ref[self._part.sample, self._number]
 
     def store(self, ref: Any, value: jax.Array) -> None:
-        """To ref, (samples, groups), by one block."""
+        """Stores the group's value to ref (samples, groups), by one block."""
 
         def write() -> None:
             ref[self._part.sample, self._number] = value
@@ -836,13 +864,14 @@ class Group:
 
 
 def _layout(lanes: int, vector: int, *pixels: int) -> Any:
-    """Lays columns, (warps, columns) or (warps, pixels of a warp, columns) over a
-    warpgroup.
+    """Returns the layout over a warpgroup of (*pixels, columns).
 
-    Where there are fewer pixels than warps and lanes have room for, several of them
-    hold the same. Lanes of 4 bytes are taken as pairs: else Mosaic moves what 8 times 4
-    of them hold by `ldmatrix` and `stmatrix`, which want each 4 lanes' 16 bytes to be
-    aligned. Groups of 10 channels are not.
+    `pixels` is (), (warps,) or (warps, pixels per warp). If there are fewer pixels than
+    warps and lanes have room for, several of them hold the same values.
+
+    Lanes of 4 bytes are tiled in pairs. Otherwise Mosaic moves the values of 8 times 4
+    lanes by `ldmatrix` and `stmatrix`, which require the 16 bytes of every 4 lanes to
+    be aligned. In groups of 10 channels they are not.
     """
     warps, in_warp = (*pixels, 1, 1)[:2]
     tiles = [(*pixels, lanes * vector)]
