@@ -1,4 +1,4 @@
-"""The kernels for TPUs, on Pallas Mosaic TPU."""
+"""Kernels for TPUs, written in Pallas Mosaic TPU."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
     """Chooses the kernel for one call.
 
     Args:
-      call: one whose geometry and dtypes the kernels take; `dispatch` has looked.
-      device: the TPU, or None where the code is compiled for one that is elsewhere.
+      call: a call whose geometry and dtypes the kernels support; `dispatch` checks.
+      device: the TPU, or None when compiling for a TPU that is elsewhere.
     """
     view = call.geometry
     assert view is not None

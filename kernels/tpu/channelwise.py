@@ -1,7 +1,7 @@
 """GroupNorm, InstanceNorm and BatchNorm on a TPU, channels last, forward and backward.
 
-On the view x[N, S, G, K] (samples, pixels, groups, channels of a group), with sums over
-the pixels and channels of one group of one sample:
+The kernels work on the view x[N, S, G, K] (samples, pixels, groups, channels of a
+group). Means are taken over the pixels and channels of one group of one sample:
 
     forward   y = act(z),  z = (x - mean) * rstd * scale + bias
     backward  dx = rstd * (w - mean(w) - x_hat * mean(w * x_hat)),  w = dz * scale
@@ -10,26 +10,26 @@ the pixels and channels of one group of one sample:
 
 A shortcut, of x's shape, is added to z, and its gradient is dz.
 
-pixels.py says how the array lies in memory and is cut: into units (a strip of channels
-of one sample, or of several small samples), and these into blocks, one a grid step.
-There are three variants:
+pixels.py explains the memory layouts and the cut: an array is cut into units (a strip
+of channels of one sample, or of several small samples), and a unit into blocks, one per
+grid step. There are three variants:
 
-    one block     A unit is one block: its sums, its statistics and its normalization
-                  are one step.
-    kept          A unit's blocks stay in VMEM as they come, until its sums are
-                  complete. While the next unit's come in and are added up, its own are
-                  normalized and go out, each just before the next one's takes its
-                  place. So x (and dy) is read once, HBM reads and writes at all times,
-                  and VMEM has one unit and not two.
-    two reads     Where a unit does not fit VMEM, the kernel has the sums alone. The
+    one block     A unit is one block. One step computes its sums and statistics, and
+                  normalizes it.
+    kept          A unit's blocks stay in VMEM as they arrive, until its sums are
+                  complete. While the next unit's blocks arrive and are summed, the kept
+                  blocks are normalized and written out, each just before a new block
+                  takes its place. So x (and dy) is read once, HBM reads and writes at
+                  all times, and VMEM holds one unit instead of two.
+    two reads     A unit does not fit VMEM, so the kernel computes only the sums. The
                   normalization is left to XLA, which fuses it with what follows.
 
-Where statistics cross devices (`Call.half`) it is two reads, of which the kernel does
-the first.
+When statistics cross devices (`Call.half`), there are two reads as well, and the kernel
+does the first.
 
-The mean and the centred squares of parts are merged by Chan's formula, in a fixed
-order. What a sample's result is made of follows from S, G, K, the dtypes and the chip,
-never from N: it is the same to the bit in any batch.
+Chan's formula merges the means and centred squares of parts, in a fixed order. The
+parts and their order depend only on S, G, K, the dtypes and the chip, never on N. So a
+sample's result is the same to the bit in any batch.
 
 Sources: group normalization, Wu and He 2018 (arXiv:1803.08494); instance normalization,
 Ulyanov et al. 2016 (arXiv:1607.08022); batch normalization, Ioffe and Szegedy 2015
@@ -65,25 +65,27 @@ from fusednorm.kernels.tpu.pixels import (
     loop,
 )
 
-MOST_SAMPLES = 8  # of a unit: as many as there are sublanes for their statistics
+MOST_SAMPLES = 8  # per unit: one sublane for the statistics of each
 
-# Vector registers of a chunk in float32, of 64. With more their numbers spill, with
-# fewer there is less to do than the sums are waited for. Cycles over those of HBM
-# traffic, compiled for a 7x, 16384 pixels of 512 channels, bfloat16, 4 chunks at once:
-# forward with 24 registers 1.39, with 40 1.36; backward with 24 1.30, with 40 1.57.
-# With 26 the 199 images of resnet50_conv3, which XLA lays down the sublanes, are one
-# chunk; with 24 they are two, for whose padding a v5e's VMEM has no room.
+# Vector registers that a chunk fills in float32, out of 64. With more, registers spill.
+# With fewer, there is too little work to hide the latency of the sums. Cycles relative
+# to those of HBM traffic, compiled for a 7x, 16384 pixels of 512 channels, bfloat16, 4
+# chunks at once: forward with 24 registers 1.39, with 40 1.36; backward with 24 1.30,
+# with 40 1.57. With 26 registers the 199 images of resnet50_conv3, which XLA lays down
+# the sublanes, are one chunk. With 24 they are two, and a v5e's VMEM has no room for
+# their padding.
 REGISTERS = {"forward": 40, "backward": 26}
 
-# Channels of a chunk that has 16 bits a number, if they divide a strip's: memory has
-# tiles of 8 rows times 128 channels, which are half a register, and two side by side
-# one. As above, for a v6e: forward 0.87 -> 0.80, backward 0.88 -> 0.74.
+# Channels of a chunk of 16-bit values, if they divide the strip's channels. Memory has
+# tiles of 8 rows times 128 channels: one fills half a register, two adjacent ones fill
+# a whole one. Relative cycles as above, for a v6e: forward 0.87 -> 0.80, backward
+# 0.88 -> 0.74.
 WIDE = 2 * LANES
 
-# Bytes of device memory that two convolutions of 3x3 and what is between them move
-# forward, in tensors of 200 x 28 x 28 x 512 in bfloat16, compiled for a v5e: BatchNorm
-# and ReLU, 4.3 with flax's layer and with the reference, 8.3 with the kernel; GroupNorm
-# and SiLU 4.3, 4.3 and 11.2.
+# Forward traffic of two 3x3 convolutions and the layers between them, in units of one
+# tensor of 200 x 28 x 28 x 512 in bfloat16, compiled for a v5e. BatchNorm and ReLU:
+# 4.3 with flax's layer and with the reference, 8.3 with the kernel. GroupNorm and SiLU:
+# 4.3, 4.3 and 11.2.
 BETWEEN_CONVOLUTIONS = (
     "images, on a TPU: XLA fuses the sums into the convolution before, and the rest "
     "into what follows, where a kernel reads and writes once more; a norm that stands "
@@ -95,11 +97,11 @@ COPIED = (
     "would be copied around a kernel, which fusednorm.use_backend('mosaic_tpu') runs"
 )
 
-SPILLED = 8  # values of a unit's channels that lie in VMEM while it is completed
-OTHER_BYTES = 2**20  # of VMEM: parameters, statistics, and what Mosaic has itself
-# What registers spill comes on top, and is in no plan's sum: a plan has three quarters
-# of VMEM, and the rest, 4 MiB at least, has room for it. It is up to 1.9 MiB (forward
-# of 5 x 1024 x 8192 in bfloat16 and 32 groups, v5e).
+SPILLED = 8  # values per channel of a unit that `complete` keeps in VMEM
+OTHER_BYTES = 2**20  # VMEM for parameters, statistics, and Mosaic itself
+# VMEM for spilled registers, which no plan counts. A plan may use three quarters of
+# VMEM, and the remaining 4 MiB or more have room for the spill. It reaches 1.9 MiB
+# (forward of 5 x 1024 x 8192 in bfloat16 and 32 groups, v5e).
 SPILLED_BYTES = 3 * 2**20
 
 # --- forward --------------------------------------------------------------------------
@@ -108,14 +110,14 @@ SPILLED_BYTES = 3 * 2**20
 def _forward_kernel(
     x_ref: Any,  # a block: [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows]
     scale_ref: Any,  # [1, lanes], or None
-    bias_ref: Any,  # likewise
-    shortcut_ref: Any,  # a block, of the unit that is normalized; or None
-    y_ref: Any,  # a block, or None: statistics alone are wanted
+    bias_ref: Any,  # [1, lanes], or None
+    shortcut_ref: Any,  # a block of the unit that is normalized, or None
+    y_ref: Any,  # a block of the unit that is normalized, or None for statistics only
     mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
-    var_ref: Any,  # likewise
-    kept_x: Any,  # the blocks of a unit, or None
-    seen: Any,  # [3, unit, *places] float32: count, mean, sum of squares about it
-    found: Any,  # [3, unit, *values] float32: mean, rstd * scale, bias
+    var_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
+    kept_x: Any,  # all blocks of a unit, or None
+    seen: Any,  # [3, unit, *places] float32: count, mean, sum of squares about the mean
+    found: Any,  # [3, unit, *values] float32: mean, rstd * scale, bias; or None
     *,
     cut: AnyCut,
     center: bool,
@@ -123,7 +125,7 @@ def _forward_kernel(
     activation: str | None,
     weight: Callable[[Any], Any],
 ) -> None:
-    """y, mean and variance."""
+    """Computes y, mean and variance, as far as they have a ref."""
 
     def add_up(block: Block, sample: Any, tile: Any) -> None:
         def step(chunks: Any, rows: int, before: Moments) -> Moments:
@@ -138,7 +140,7 @@ def _forward_kernel(
         at = cut.places_at(sample, tile)
         zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
         first = zero
-        if center:  # near enough to the mean
+        if center:  # the first pixels are near enough to the mean
             first = cut.as_places(memory.load(x_ref, cut.at(sample, (0, 0), tile)))
             left = cut.rows - block[1] * cut.block_rows
             first = jnp.where(cut.first_places(left), first[0, 0], 0)
@@ -201,24 +203,24 @@ def _forward_kernel(
     )
 
 
-# Count, mean and sum of squares about it of some pixels, place by place; without
-# centring the squares are about 0.
+# Count, mean, and sum of squares about the mean, of some pixels, place by place.
+# Without centring, the squares are about 0.
 Moments = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _add_chunks(
     cut: AnyCut, before: Moments, chunks: Iterable[jax.Array], rows: int, center: bool
 ) -> Moments:
-    """Of what was seen before and of chunks, each of so many rows.
+    """Adds chunks, each of `rows` rows, to the moments of the pixels before them.
 
-    With the chunks' sums about the mean so far,  s1 = sum(x - mean),  s2 = sum((x -
-    mean)^2),  Chan's formula becomes
+    The chunks' sums are taken about the mean so far: s1 = sum(x - mean) and
+    s2 = sum((x - mean)^2). Chan's formula then becomes
 
         mean += s1 / n,  m2 += s2 - s1 * s1 / n
 
-    of which the second subtraction is harmless: were the chunk far from the mean, so
-    would the mean of both be, and m2 as large. Where nothing was seen before, the mean
-    may be any number near the pixels.
+    The subtraction from s2 is harmless. If the chunks are far from the mean so far, the
+    merged mean is far from it too, and m2 is as large as the terms that cancel. Where
+    no pixel came before, the mean may be any number near the pixels.
     """
     count, mean, m2 = before
     s1 = s2 = jnp.zeros_like(mean)
@@ -235,7 +237,7 @@ def _add_chunks(
 
 
 def _merge(a: Moments, b: Moments) -> Moments:
-    """Of both together (Chan et al. 1983, eq. 2.1); a count may be 0."""
+    """Merges two sets of moments (Chan et al. 1983, eq. 2.1); a count may be 0."""
     (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
     n = n_a + n_b
     share = n_b / jnp.maximum(n, 1)
@@ -248,31 +250,31 @@ def _merge(a: Moments, b: Moments) -> Moments:
 
 def _backward_kernel(
     dy_ref: Any,  # a block: [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows]
-    x_ref: Any,  # likewise
+    x_ref: Any,  # a block, like dy_ref
     scale_ref: Any,  # [1, lanes], or None
-    bias_ref: Any,  # likewise, for an activation
+    bias_ref: Any,  # [1, lanes], for an activation; or None
     mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
-    var_ref: Any,  # likewise
+    var_ref: Any,  # [unit, lanes] float32: each channel has its group's
     shortcut_ref: Any,  # a block, for an activation; or None
-    dx_ref: Any,  # a block, or None
-    dz_ref: Any,  # likewise
+    dx_ref: Any,  # a block of the unit that is normalized, or None
+    dz_ref: Any,  # a block, or None
     dscale_ref: Any,  # [1, lanes] float32, or None
-    dbias_ref: Any,  # likewise
+    dbias_ref: Any,  # [1, lanes] float32, or None
     c1_ref: Any,  # [unit, lanes] float32: mean(w * x_hat); or None
-    c2_ref: Any,  # likewise: mean(w)
-    kept_dy: Any,  # the blocks of a unit, of dz if there is a shortcut; or None
-    kept_x: Any,  # likewise, of x
-    center_at: Any,  # [unit, *values] float32: the mean of what is added up; or None
+    c2_ref: Any,  # [unit, lanes] float32: mean(w); or None
+    kept_dy: Any,  # all blocks of a unit: dy, or dz if there is a shortcut; or None
+    kept_x: Any,  # all blocks of a unit: x; or None
+    center_at: Any,  # [unit, *values] float32: mean of the unit being summed; or None
     affine_at: Any,  # [2, unit, *values] float32: factor and bias of z; or None
     seen: Any,  # [2, unit, *places] float32: sum(dz * (x - mean)), sum(dz)
-    found: Any,  # [4, or 6, unit, *values] float32: mean, the factors of dx, affine_at
+    found: Any,  # [4, or 6, unit, *values] float32: mean, factors of dx, affine_at
     *,
     cut: AnyCut,
     epsilon: float,
     activation: str | None,
     weight: Callable[[Any], Any],
 ) -> None:
-    """Those of dx, dz, dscale, dbias, c1 and c2 that have a reference."""
+    """Computes dx, dz, dscale, dbias, c1 and c2, as far as they have a ref."""
     center = mean_ref is not None
 
     def begin() -> None:
@@ -285,7 +287,7 @@ def _backward_kernel(
     def before_activation(
         dy: jax.Array, centred: jax.Array, affine: Any, here: Any
     ) -> jax.Array:
-        """dz = dy * act'(z)."""
+        """Returns dz = dy * act'(z)."""
         if activation is None:
             return dy
         factor, bias = affine
@@ -392,7 +394,7 @@ def _backward_kernel(
 
 
 def _add_samples(cut: AnyCut, unit: Any, total: Any, rows: jax.Array) -> None:
-    """total += the unit's rows; a core's first unit of a strip sets it."""
+    """Adds a unit's rows to `total`; a core's first unit of a strip overwrites it."""
     if cut.samples % cut.unit:
         sample = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
         rows = jnp.where(sample < cut.samples_in(unit), rows, 0)
@@ -412,7 +414,7 @@ def _keep_affine(
     bias_ref: Any,
     weight: Callable[[Any], Any],
 ) -> None:
-    """kept[first] and the next: the factor and the bias that make z of x - mean."""
+    """Stores, from kept[first] on, the factor and bias that turn x - mean into z."""
     factor = rstd
     if scale_ref is not None:
         factor = factor * weight(cut.from_row(memory.load(scale_ref)))
@@ -431,16 +433,16 @@ def _for_each_unit(
     late: bool,
     begin: Callable[[], None] | None = None,
 ) -> None:
-    """What one step does.
+    """Does the work of one grid step, which has one block.
 
     Args:
       cut: how the array is cut.
-      seen: scratch for a unit's sums, zero before the first of several blocks.
-      add_up: (block, sample, tile), for each of the unit's.
-      complete: (unit), once all are added up.
-      finish: (block, sample, tile), for each of a unit that is complete; or None.
-      late: whether that is the unit before, whose blocks were kept.
-      begin: before a unit's first block.
+      seen: scratch for a unit's sums, set to zero before the first of several blocks.
+      add_up: takes (block, sample, tile); adds each sample and tile to the sums.
+      complete: takes (unit); runs after the unit's last block is added.
+      finish: takes (block, sample, tile); stores a complete unit's results; or None.
+      late: whether `finish` works on the previous unit, from its kept blocks.
+      begin: runs before a unit's first block, or None.
     """
     core, turn = pl.program_id(0), pl.program_id(1)
     block = pl.program_id(2), pl.program_id(3)
@@ -474,7 +476,7 @@ def _for_each_unit(
             complete(unit)
 
     if late and finish is not None:
-        # Before the next unit's block takes its place.
+        # Finish the kept block before the next unit's block takes its place.
         pl.when((turn > 0) & (turn <= units))(lambda: over(unit - 1, finish))
         pl.when(turn < units)(gather)
         return
@@ -495,14 +497,14 @@ def _for_each_unit(
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How a call's arrays become those of a kernel.
+    """A mapping of a call's arrays to a kernel's.
 
     Attributes:
-      call: what is asked.
-      order: x's axes as XLA has them in memory, from slowest to fastest.
-      cut: how the array of that order is cut.
+      call: the call.
+      order: x's axes in memory order, from slowest to fastest.
+      cut: how the array in that order is cut.
       whole: whether the kernel normalizes; otherwise XLA does.
-      vmem: bytes that it needs.
+      vmem: bytes of VMEM that the kernel needs.
     """
 
     call: Call
@@ -513,7 +515,7 @@ class Launch:
 
     @property
     def late(self) -> bool:
-        """Whether blocks are kept, and normalized when the unit is complete."""
+        """Whether blocks are kept, and normalized once their unit is complete."""
         return self.whole and self.cut.blocks > 1
 
     def forward(
@@ -524,13 +526,13 @@ class Launch:
         mask: None = None,
         shortcut: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """y, and with `call.statistics` mean (if centred) and var.
+        """Computes y, and with `call.statistics` also mean (if centred) and var.
 
-        Bytes: x, the shortcut and y, each once (in two reads x once more); 4 bytes a
-        statistic, of each channel.
+        Bytes: x, the shortcut and y once each (with two reads, x once more), plus 4
+        bytes per statistic of each channel.
 
         Args:
-          x: any shape; float32, bfloat16 or float16, as are all that follow.
+          x: any shape; float32, bfloat16 or float16, like the other arrays.
           scale, bias: shape (channels,), or None.
           mask: None.
           shortcut: x's shape, or None.
@@ -546,7 +548,7 @@ class Launch:
         return [array for array in found if array is not None]
 
     def moments(self, x: jax.Array, *others: None) -> list[jax.Array]:
-        """mean (if centred) and var, in the statistics' shape: one read of x."""
+        """Computes mean (if centred) and var in the statistics' shape; reads x once."""
         _, *found = self._forward(x, None, None, None, statistics=True)
         of_groups = map(self._of_groups, found)
         return [array for array in of_groups if array is not None]
@@ -606,24 +608,24 @@ class Launch:
         dh: jax.Array | None = None,
         shortcut: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """Those of dx, dscale, dbias and dshortcut that are wanted.
+        """Computes the wanted gradients among dx, dscale, dbias and dshortcut.
 
-        Bytes: x, dy and dx, each once (in two reads x and dy once more, or dz for dy);
-        the shortcut and its gradient; 4 bytes a statistic, of each channel. XLA adds dx
-        to dh: dh, and after one read dx twice.
+        Bytes: x, dy and dx once each (with two reads, x once more, and dy or, in its
+        place, dz); the shortcut and its gradient; 4 bytes per statistic of each
+        channel. XLA adds dh to dx, which moves dh, and with one read dx twice more.
 
         Args:
-          dy, x: of one shape, each float32, bfloat16 or float16.
+          dy, x: the same shape; each float32, bfloat16 or float16.
           scale: shape (channels,), or None.
-          bias: likewise, for an activation.
+          bias: shape (channels,), for an activation; or None.
           mean, var: the forward's statistics, float32.
           mask: None.
           dh: x's shape, or None.
-          shortcut: likewise, for an activation.
+          shortcut: x's shape, for an activation; or None.
 
         Returns:
-          dx in x's shape and dtype; dscale and dbias float32 of shape (channels,),
-          behind the leading axes of x that `call.own_params` counts; dshortcut in the
+          dx in x's shape and dtype; dscale and dbias in float32, of shape (channels,)
+          after the leading axes of x that `call.own_params` counts; dshortcut in the
           shortcut's shape and dtype.
         """
         wants_dx, wants_dscale, wants_dbias, wants_dshortcut = self.call.wanted
@@ -666,8 +668,12 @@ class Launch:
         mask: None = None,
         shortcut: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """c1 and c2 (if centred) where dx is wanted, in the statistics' shape, and
-        those of dscale and dbias that are wanted: one read of x and dy."""
+        """Computes the sums of a backward; reads x and dy once.
+
+        Returns:
+          c1 and c2 (if centred) in the statistics' shape, if dx is wanted; then dscale
+          and dbias, as far as they are wanted.
+        """
         operands = (dy, x, scale, bias, mean, var)
         *_, dscale, dbias, c1, c2 = self._backward(*operands, shortcut)
         return [array for array in (c1, c2, dscale, dbias) if array is not None]
@@ -735,18 +741,18 @@ class Launch:
         return dx, dz, *params, self._of_groups(c1), self._of_groups(c2)
 
     def _of_params(self, of_cores: jax.Array | None) -> jax.Array | None:
-        """dscale or dbias, behind the axes of x that keep one of their own."""
+        """Returns dscale or dbias, after the axes of x that keep one of their own."""
         if of_cores is None:
             return None
         own = self.call.x.shape[: self.call.own_params]
         return self._add_cores(of_cores).reshape(*own, self.cut.channels)
 
     def _add_cores(self, of_cores: jax.Array) -> jax.Array:
-        """dscale or dbias [examples, 1, channels]."""
+        """Reduces dscale or dbias over the cores to [examples, 1, channels]."""
         if self.cut.cores == 1:
             return of_cores
         visited = self.cut.visited
-        if not visited.all():  # the others have written nothing
+        if not visited.all():  # a core leaves the others unwritten
             visited = visited.repeat(self.cut.strip, -1)[:, :, None]
             of_cores = jnp.where(visited, of_cores, 0)
         return of_cores.sum(0)
@@ -765,16 +771,19 @@ class Launch:
         """Runs a kernel over operands, results and scratch; None stays None.
 
         Args:
-          operands, results: each with the method that makes its block's specification.
-          finished: those of them that are read or written of a unit that is complete.
-          kept: dtypes of what of a unit stays in VMEM, in scratch before the rest of
-            it.
+          operands, results: each with the method that makes its block spec.
+          finished: the operands and results that belong to a complete unit.
+          kept: dtypes of the arrays whose blocks stay in VMEM; their scratch comes
+            before the rest.
         """
         cut = self.cut
 
         def now(core: Any, turn: Any, *block: Any) -> tuple[Any, ...]:
-            """The unit, and the block, of a step; for a turn before a core's first
-            unit, or after its last one, the nearest block, which does not move."""
+            """Returns the unit and the block of a step.
+
+            For a turn before a core's first unit, or after its last one, this is the
+            nearest block, so that nothing is moved.
+            """
             first = core * cut.units_of_core
             if cut.is_even and not self.late:
                 return first + turn, *block
@@ -813,7 +822,7 @@ class Launch:
             cost_estimate=cost.estimate(array for array, _ in (*operands, *results)),
         )(*[memory.bits(array) for array, _ in operands])
 
-    # x, y, dy, dx; and what channels have.
+    # Conversions of x, y, dy and dx, and of values per channel.
 
     def _to_view(self, array: jax.Array) -> jax.Array:
         return lax.transpose(array, self.order).reshape(self.cut.view)
@@ -823,7 +832,7 @@ class Launch:
         return lax.transpose(array.reshape(shape), inverse(self.order))
 
     def _values(self, *count: int) -> Any:
-        """Scratch for what the channels of a unit have."""
+        """Returns scratch for values per channel of a unit."""
         return pltpu.VMEM((*count, self.cut.unit, *self.cut.values), jnp.float32)
 
     def _of_channels_like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -832,7 +841,7 @@ class Launch:
         return memory.result(x, shape, jnp.float32)
 
     def _of_groups(self, of_channels: jax.Array | None) -> jax.Array | None:
-        """In the statistics' shape: of each group its first channel's."""
+        """Picks one value per group from values per channel, in statistics' shape."""
         if of_channels is None:
             return None
         cut = self.cut
@@ -841,7 +850,7 @@ class Launch:
         return of_groups.reshape(self.call.norm.statistic_shape(self.call.x.shape))
 
     def _of_channels(self, of_groups: jax.Array | None) -> jax.Array | None:
-        """[examples * sets, unit, channels]."""
+        """Broadcasts statistics per group to [examples * sets, unit, channels]."""
         if of_groups is None:
             return None
         cut = self.cut
@@ -861,9 +870,9 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     """Chooses the cut and the variant for a call whose view has S > 1.
 
     Args:
-      call: what is asked.
-      view: x[N, S, G, K].
-      chip: for which.
+      call: the call.
+      view: its view x[N, S, G, K].
+      chip: the chip to plan for.
     """
     for name, param in (("scale", call.scale), ("bias", call.bias)):
         if param is not None and len(param.shape) > 1:
@@ -923,20 +932,20 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
 
 
 def _is_of_images(call: Call) -> bool:
-    """Whether x has several axes of pixels, as what a convolution makes of images."""
+    """Returns whether x has several axes of pixels, like a convolution's output."""
     return len(call.x.shape) - call.own_params > 3
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """An array as XLA has it in memory.
+    """The memory layout of an array.
 
     Attributes:
       order: its axes, from slowest to fastest.
-      examples, samples, slabs, rows: sizes, as of `Cut`.
-      down: whether channels lie down the sublanes, and rows across the lanes.
-      is_one: whether an example has one sample whatever its size: as in BatchNorm.
-      copied: whether it is not quite as XLA has it, which copies it.
+      examples, samples, slabs, rows: sizes, as in `Cut`.
+      down: whether channels lie down the sublanes, and rows along the lanes.
+      is_one: whether an example is one sample whatever its size, as in BatchNorm.
+      copied: whether the order differs from XLA's, so that XLA copies the array.
     """
 
     order: tuple[int, ...]
@@ -955,8 +964,8 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
     examples = math.prod(shape[:own])
     samples = view.n // examples
     reduced = [axis for axis in range(own, last) if axis in call.norm.reduction_axes]
-    # The first axis of pixels. A single sample's axis, of size 1, is in front of it as
-    # that of several is.
+    # The first axis of pixels. The samples' axis stays before it even if it has size 1,
+    # so that a single sample is cut like one of several.
     first = min(reduced, default=last)
     for axis in range(first, last):
         if shape[axis] > 1 and axis not in reduced:
@@ -967,7 +976,7 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
         and shape[-1] == view.features
         and math.prod(shape[own:first]) == samples
     )
-    if not simple:  # what the axes are is known of the view alone
+    if not simple:  # only the view tells the axes apart
         return _Shape(natural, examples, samples, 1, view.s, down=False, is_one=False)
     xla_order = order_of_axes(shape, call.x.dtype.itemsize, first)
     order = _with_full_sublanes(xla_order, shape, first)
@@ -975,7 +984,7 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
     axis = order[-1] if down else order[-2]
     rows = shape[axis] if axis >= first else 1
     slabs = view.s // rows
-    if not down and rows % SUBLANES == 0:  # joined they fill the same tiles
+    if not down and rows % SUBLANES == 0:  # joined slabs fill the same tiles
         slabs, rows = 1, view.s
     is_one = set(range(own, last)) <= set(call.norm.reduction_axes)
     copied = order != xla_order
@@ -985,12 +994,12 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
 def _with_full_sublanes(
     order: tuple[int, ...], shape: Sequence[int], first: int
 ) -> tuple[int, ...]:
-    """With 8 pixels or more along the sublanes, where an axis has so many.
+    """Returns an order with 8 or more pixels along the sublanes, if an axis has them.
 
-    Of 1500 x 512 float32, 1500 being no multiple of 8, XLA has one pixel to a tile. A
-    kernel that takes it so computes 20 to 35 times as long as it waits for memory (v5e,
-    7x: 1 x 1500 x 1280 in float32, 4 x 2 x 63 x 63 x 512 in bfloat16); this one has x
-    copied.
+    Because 1500 is no multiple of 8, XLA puts one pixel into each tile of 1500 x 512
+    float32. A kernel on that layout computes 20 to 35 times as long as it waits for
+    memory (v5e, 7x: 1 x 1500 x 1280 in float32, 4 x 2 x 63 x 63 x 512 in bfloat16). The
+    order returned here makes XLA copy x instead.
     """
     *_, sublane, lane = order
     if lane != len(shape) - 1 or shape[sublane] >= SUBLANES:
@@ -1003,9 +1012,9 @@ def _with_full_sublanes(
 
 
 def _strips(shape: _Shape, view: Geometry, cores: int) -> list[int]:
-    """Widths of strips, from all channels down: whole groups, and whole tiles.
+    """Returns widths of strips, from all channels down: whole groups and whole tiles.
 
-    Of a single sample so many strips that each core has one, if it has so many.
+    A single sample is split into at least one strip per core, if it has that many.
     """
     widths = [view.features]
     least = math.lcm(view.k, LANES)
@@ -1028,7 +1037,7 @@ def _cut(
     channels = round_up(strip, channels_tile)
     rows = round_up(shape.rows, rows_tile)
 
-    # Rows of a chunk: so many as divide the array's, if these are not too few.
+    # Rows of a chunk: a divisor of the array's rows, unless that is too small.
     chunk = REGISTERS[call.op] * SUBLANES * LANES
     chunk_channels = WIDE if min(streamed) == 2 and channels % WIDE == 0 else LANES
     if shape.down:
@@ -1050,7 +1059,7 @@ def _cut(
         slabs = 1
         rows = _even_part(rows, max(most // channels, chunk_rows))
 
-    # Where rows are few, several slabs to a chunk, or channels side by side.
+    # Where rows are few, a chunk has several slabs, or more channels side by side.
     fits = chunk // (chunk_rows * chunk_channels)
     chunk_slabs = _divisor(shape.slabs, 1, min(fits, slabs))
     if not shape.down:
@@ -1076,18 +1085,24 @@ def _cut(
 
 
 def _even_part(size: int, most: int) -> int:
-    """The largest of the fewest parts up to `most`, as equal as can be."""
+    """Returns the largest part when `size` is cut into parts of up to `most`.
+
+    The parts are as few as possible, and as equal as possible.
+    """
     return pl.cdiv(size, pl.cdiv(size, most))
 
 
 def _divisor(size: int, step: int, most: int) -> int:
-    """The largest multiple of `step` up to `most` that divides `size`, or `step`."""
+    """Returns the largest multiple of `step` up to `most` that divides `size`.
+
+    Without one it returns `step`.
+    """
     multiples = range(step, max(most, step) + 1, step)
     return max(n for n in multiples if size % n == 0)
 
 
 def _fit(call: Call, cut: AnyCut, vmem: int, *, whole: bool) -> AnyCut | None:
-    """With fewer samples to a unit if need be; None if one alone is too large."""
+    """Halves a unit's samples until it fits `vmem`; None if one sample does not."""
     while _vmem(call, cut, whole=whole) > vmem:
         if cut.unit == 1:
             return None
@@ -1096,12 +1111,12 @@ def _fit(call: Call, cut: AnyCut, vmem: int, *, whole: bool) -> AnyCut | None:
 
 
 def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
-    """Bytes of VMEM that a kernel needs."""
+    """Returns the bytes of VMEM that a kernel needs."""
     block = cut.unit * math.prod(cut.block)
     need = 2 * block * sum(dtype.itemsize for dtype in _streamed(call, whole=whole))
     if whole and cut.blocks > 1:
         need += cut.blocks * block * call.kept_bytes
-    # Scratch, and the values of `complete`, of which registers hold few.
+    # Scratch, and the values of `complete`: registers hold only a few of them.
     places = cut.unit * math.prod(cut.places) * 4
     values = cut.unit * math.prod(cut.values) * 4
     need += 3 * places + (5 + 4 * call.slopes + SPILLED) * values
@@ -1109,10 +1124,10 @@ def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
 
 
 def _read(call: Call, *, whole: bool = True) -> list[jnp.dtype]:
-    """Dtypes of the arrays of x's size that the kernel reads.
+    """Returns the dtypes of the arrays of x's size that the kernel reads.
 
     Args:
-      whole: whether it normalizes.
+      whole: whether the kernel normalizes.
     """
     arrays = [call.x, call.dy]
     if whole or call.op == "backward":
@@ -1121,7 +1136,7 @@ def _read(call: Call, *, whole: bool = True) -> list[jnp.dtype]:
 
 
 def _streamed(call: Call, *, whole: bool = True) -> list[jnp.dtype]:
-    """Those of all that it reads or writes."""
+    """Returns the dtypes of all arrays of x's size that the kernel reads or writes."""
     written = []
     if whole:
         written.append(call.norm.dtype if call.op == "forward" else call.x.dtype)
@@ -1131,10 +1146,10 @@ def _streamed(call: Call, *, whole: bool = True) -> list[jnp.dtype]:
 
 
 def _dz_dtype(call: Call, *, whole: bool) -> jnp.dtype | None:
-    """Dtype in which a backward writes dz; None if it does not.
+    """Returns the dtype in which a backward writes dz, or None if it does not.
 
-    In one read it is dshortcut. In two reads XLA has it in the place of dy, if that
-    loses nothing by rounding.
+    In one read, dz is dshortcut. In two reads, XLA reads dz in the place of dy, if dy's
+    dtype holds it without rounding.
     """
     if call.shortcut is None or not call.wanted[3]:
         return None
@@ -1145,7 +1160,7 @@ def _dz_dtype(call: Call, *, whole: bool) -> jnp.dtype | None:
 
 
 def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
-    """Bytes read from and written to HBM."""
+    """Returns the bytes read from and written to HBM."""
     wants_dx, wants_dscale, wants_dbias, wants_dshortcut = call.wanted
     x_size, size = call.x.dtype.itemsize, math.prod(call.x.shape)
     each = sum(dtype.itemsize for dtype in _read(call))
@@ -1173,7 +1188,7 @@ def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
             moved += size * (call.beside.dtype.itemsize + 2 * x_size * whole)
         moved += of_channels * (2 if wants_dx and not whole else 1)
         params = params if wants_dx or call.slopes else []
-        # Of several cores written, read and added up.
+        # Several cores write partial sums, which are read and reduced.
         sums = 1 if cut.cores == 1 else 2 * cut.cores + 1
         moved += 4 * (wants_dscale + wants_dbias) * sums * cut.examples * cut.channels
     return moved + sum(math.prod(p.shape) * p.dtype.itemsize for p in params)

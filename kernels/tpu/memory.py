@@ -1,4 +1,4 @@
-"""What the kernels of TPUs share: chips, operands, rows and columns, float16."""
+"""Helpers that the TPU kernels share: chips, operands, rows and columns, float16."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,20 +9,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128  # of a vector register
+LANES = 128  # lanes of a vector register
 SUBLANES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a TPU has for a kernel.
+    """The resources that a TPU gives a kernel.
 
     Attributes:
-      vmem: bytes that a kernel may have: of a core's VMEM three quarters.
-      blocks: bytes for blocks of all operands together, two of each: one in use, one in
-        flight. At the bandwidth of HBM they take 4 to 10 us, against about 0.35 us
-        that a step costs by itself, and against what waits for the first of them.
-      cores: that share the device's memory, and its kernels.
+      vmem: bytes of VMEM that a kernel may use: three quarters of a core's VMEM.
+      blocks: bytes for the blocks of all operands together, two per operand: one in
+        use, one in flight. At HBM bandwidth they take 4 to 10 us. That is long
+        next to the fixed cost of a step, about 0.35 us, yet short enough to limit the
+        wait for the first blocks.
+      cores: cores that share the device's memory and its kernels.
     """
 
     vmem: int
@@ -33,8 +34,8 @@ class Chip:
 MIB = 2**20
 _OLDER, _NEWER = Chip(12 * MIB, 4 * MIB), Chip(48 * MIB, 16 * MIB)
 
-# By jax's name of the device. VMEM of a core, and bandwidth: Google Cloud's TPU pages;
-# jax.experimental.pallas.tpu.get_tpu_info.
+# Keyed by jax's `device_kind`. Sources for VMEM per core and bandwidth: Google Cloud's
+# TPU pages; jax.experimental.pallas.tpu.get_tpu_info.
 CHIPS = {
     "TPU v5 lite": Chip(96 * MIB, 8 * MIB),
     "TPU v5e": Chip(96 * MIB, 8 * MIB),
@@ -47,13 +48,16 @@ CHIPS = {
 
 
 def chip(device: Any) -> Chip:
-    """Of a jax device; of one that is not known, or elsewhere, the least: a v4's."""
+    """Returns the resources of a jax device.
+
+    An unknown device, or None for one that is elsewhere, gets the smallest: a v4's.
+    """
     known = CHIPS.get(getattr(device, "device_kind", ""), _OLDER)
     return dataclasses.replace(known, cores=getattr(device, "num_cores", 1))
 
 
 def compiler_params(grid: Sequence[int], vmem: int) -> pltpu.CompilerParams:
-    """Of a kernel with one number of the first axis of its grid for each core."""
+    """Returns compiler parameters for a grid whose first axis counts the cores."""
     semantics: list[Any] = ["parallel", *["arbitrary"] * (len(grid) - 1)]
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)
 
@@ -63,25 +67,29 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def row(param: jax.Array | None) -> jax.Array | None:
-    """Scale or bias as [1, features]."""
-    # As [features], Pallas would ask which TPU it compiles for, and stop where there is
-    # none: `jax.export` on another machine.
+    """Returns a scale or bias as [1, features]."""
+    # For an operand [features] Pallas asks which TPU it compiles for. It fails where
+    # there is none, for example in `jax.export` on another machine.
     return None if param is None else param.reshape(1, -1)
 
 
 def result(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Of a kernel; varies over the mesh axes that x varies over, in a shard_map."""
+    """Describes a kernel's result.
+
+    In a `shard_map` the result varies over the mesh axes that x varies over.
+    """
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
     )
 
 
 # --- rows and columns -----------------------------------------------------------------
-# Numbers along the lanes, as HBM has them, and down the sublanes.
+# Conversions between values along the lanes, the layout in HBM, and values down the
+# sublanes.
 
 
 def as_column(row: jax.Array, sublanes: int) -> jax.Array:
-    """[1, lanes] -> [sublanes, LANES], each number in all lanes of its sublane."""
+    """Turns [1, lanes] into [sublanes, LANES], broadcast along the lanes."""
     columns = []
     for tile, diagonal in _diagonals(sublanes):
         spread = jnp.where(diagonal, row[:, tile.start : tile.start + LANES], 0)
@@ -91,7 +99,7 @@ def as_column(row: jax.Array, sublanes: int) -> jax.Array:
 
 
 def as_row(column: jax.Array) -> jax.Array:
-    """[sublanes, LANES or 1] -> [1, lanes]."""
+    """Turns [sublanes, LANES or 1] into [1, lanes], the inverse of `as_column`."""
     rows = [
         jnp.sum(jnp.where(diagonal, column[tile], 0), 0, keepdims=True)
         for tile, diagonal in _diagonals(column.shape[0])
@@ -100,7 +108,10 @@ def as_row(column: jax.Array) -> jax.Array:
 
 
 def _diagonals(sublanes: int) -> Iterator[tuple[slice, jax.Array]]:
-    """Sublanes, LANES at a time, and which lane each has in a row [1, LANES]."""
+    """Yields up to LANES sublanes at a time, and a mask of their diagonal.
+
+    The mask [sublanes, LANES] marks the lane that each sublane has in a row [1, LANES].
+    """
     for start in range(0, sublanes, LANES):
         stop = min(start + LANES, sublanes)
         shape = stop - start, LANES
@@ -112,72 +123,79 @@ def _diagonals(sublanes: int) -> Iterator[tuple[slice, jax.Array]]:
 
 
 # --- float16 --------------------------------------------------------------------------
-# Mosaic knows no float16 on any TPU: it refuses a float16 operand, and has no vectors
-# of it. So a float16 operand enters as its bits, and is converted here by integer
-# arithmetic. XLA folds the bitcast into what made the operand, or else passes over it.
+# Mosaic supports float16 on no TPU: it rejects float16 operands and has no float16
+# vectors. So an operand of this dtype enters the kernel as its bits, and integer
+# arithmetic converts it here. XLA fuses the bitcast into the operand's producer, or
+# else makes an extra pass over the operand.
 #
 #     float16: sign 1 bit, exponent 5 (bias 15), mantissa 10
 #     float32: sign 1 bit, exponent 8 (bias 127), mantissa 23
 
-_MANTISSA = 23 - 10  # by how many bits the mantissa grows
+_MANTISSA = 23 - 10  # extra mantissa bits of float32
 _REBIAS = (127 - 15) << 23
 _SIGN = -(2**31)
 
 
 def bits(operand: jax.Array | None) -> jax.Array | None:
-    """A float16 operand as int16."""
+    """Returns a float16 operand as int16, and any other operand unchanged."""
     if operand is None or operand.dtype != jnp.float16:
         return operand
     return lax.bitcast_convert_type(operand, jnp.int16)
 
 
 def kept_as(dtype: Any) -> Any:
-    """The dtype of what a kernel writes and reads again: of float16 its bits."""
+    """Returns the dtype of an array that a kernel writes and reads back.
+
+    For float16 this is int16, its bits.
+    """
     return jnp.int16 if dtype == jnp.float16 else dtype
 
 
 def load(ref: Any, here: Any = slice(None)) -> jax.Array:
-    """Rows of a ref, in float32."""
+    """Loads part of a ref as float32."""
     return widened(ref[here])
 
 
 def widened(value: jax.Array) -> jax.Array:
-    """In float32, of what a ref holds."""
+    """Converts what a ref holds to float32, from the bits of float16 if it is int16."""
     if value.dtype == jnp.int16:
         return _from_float16(value.astype(jnp.int32))
     return value.astype(jnp.float32)
 
 
 def store(ref: Any, here: Any, value: jax.Array) -> None:
-    """Stores float32 rows in the dtype of the ref, rounded to nearest even."""
+    """Stores float32 values in the ref's dtype, rounded to nearest even."""
     store_narrowed(ref, here, narrowed(value, ref.dtype))
 
 
 def narrowed(value: jax.Array, dtype: Any) -> jax.Array:
-    """What a ref of this dtype holds of float32, rounded to nearest even."""
+    """Converts float32, rounded to nearest even, to what a ref of this dtype holds."""
     if dtype in (jnp.int16, jnp.float16):
         return _to_float16(value).astype(jnp.int16)
     return value.astype(dtype)
 
 
 def store_narrowed(ref: Any, here: Any, value: jax.Array) -> None:
-    """Stores what `narrowed` returns for the dtype of the ref."""
-    if ref.dtype == jnp.float16:  # int16 is scratch, or what is read again
+    """Stores a value that `narrowed` returned for the ref's dtype."""
+    if ref.dtype == jnp.float16:  # int16 is scratch, or a result that is read back
         store_bits(ref, here, value)
     else:
         ref[here] = value
 
 
 def store_bits(ref: Any, here: Any, bits: jax.Array) -> None:
-    """Stores int16 into a float16 ref: the one store of it that Mosaic compiles, and
-    that its interpreter does not know (tests/on_tpu.py helps)."""
+    """Stores int16 bits into a float16 ref.
+
+    Mosaic compiles no other store to this ref. Its interpreter does not support this
+    one, so tests/on_tpu.py replaces it.
+    """
     ref.at[here].bitcast(jnp.int16)[...] = bits
 
 
 def _from_float16(bits: jax.Array) -> jax.Array:
-    """float32 of the float16 whose bits are given, as int32 with the sign extended."""
+    """Converts the bits of float16, in an int32 with the sign extended, to float32."""
     magnitude = bits & 0x7FFF
-    # Infinities and NaNs go from exponent 31 to 255.
+    # The exponent of infinities and NaNs goes from 31 to 255.
     rebias = jnp.where(magnitude >= 0x7C00, 2 * _REBIAS, _REBIAS)
     normal = lax.bitcast_convert_type((magnitude << _MANTISSA) + rebias, jnp.float32)
     subnormal = magnitude.astype(jnp.float32) * 2.0**-24
@@ -187,15 +205,16 @@ def _from_float16(bits: jax.Array) -> jax.Array:
 
 
 def _to_float16(value: jax.Array) -> jax.Array:
-    """Bits of the nearest float16, the even one of two, as int32 with the sign
-    extended."""
+    """Returns the bits of the nearest float16, ties to even, as sign-extended int32."""
     bits = lax.bitcast_convert_type(value, jnp.int32)
     magnitude = bits & 0x7FFFFFFF
-    # Half of the last place kept, less one where that place is even: carries if above.
+    # Half of the last place kept, less one where that place is even. Adding it carries
+    # into that place exactly where the value rounds up.
     half = (1 << (_MANTISSA - 1)) - 1 + ((magnitude >> _MANTISSA) & 1)
     normal = (magnitude + half - _REBIAS) >> _MANTISSA
-    normal = jnp.minimum(normal, 0x7C00)  # infinity, and all that rounds to it
-    # Below 2^-14 the last place is 2^-24, as it is of float32 numbers from 0.5 on.
+    normal = jnp.minimum(normal, 0x7C00)  # infinity, and whatever rounds to it
+    # Below 2^-14 float16's last place is 2^-24, as is float32's from 0.5 on. So this
+    # addition rounds to it.
     shifted = lax.bitcast_convert_type(magnitude, jnp.float32) + 0.5
     subnormal = lax.bitcast_convert_type(shifted, jnp.int32) - 0x3F000000
     result = jnp.where(magnitude < 0x38800000, subnormal, normal)

@@ -1,22 +1,24 @@
 """How a TPU's channelwise kernels cut an array into blocks, chunks and places.
 
-XLA lays the last two axes of an array in memory into tiles of 8 sublanes times 128
-lanes (`blocks.order_of_axes`). Channels are one of the two, and some of a sample's
-pixels the other one:
+XLA splits the last two axes of an array in memory into tiles of 8 sublanes times 128
+lanes (`blocks.order_of_axes`). The channels are one of the two axes, and some of a
+sample's pixels are the other:
 
-    AcrossLanes      x[examples, samples, slabs, rows, channels]    1280 channels
-    DownSublanes     x[examples, samples, slabs, channels, rows]    256 rows of 32
+    AcrossLanes     x[examples, samples, slabs, rows, channels]  1280 channels
+    DownSublanes    x[examples, samples, slabs, channels, rows]  256 rows of 32 channels
 
-A sample's pixels are slabs * rows. Each way of lying is a class with the same methods,
-by which the kernels in channelwise.py are written once.
+A sample has slabs * rows pixels. Each of the two layouts is a class. Both classes have
+the same methods, so that channelwise.py writes each kernel once.
 
-A *block* is what Pallas brings into VMEM for one step: some pixels of a *unit*, which
-is one strip of channels of one sample, or of several samples where they are small. A
-*chunk* is what registers hold of a block at a time: [slabs, tiles, *places], where
-places are the sublanes and lanes of a register, or of several side by side for several
-channels. Sums run over slabs and tiles, so they add whole registers, place by place;
-sublanes (or lanes) come together when a unit is complete, and then the channels of a
-group.
+* A *unit* is one strip of channels of one sample, or of several small samples.
+* A *block* is what Pallas brings into VMEM for one step: some pixels of a unit.
+* A *chunk* is the part of a block that registers hold at a time: [slabs, tiles,
+  *places]. The *places* are the sublanes and lanes of one register, or of several
+  adjacent registers for more channels.
+
+Sums run over slabs and tiles, so they add whole registers, place by place. When a unit
+is complete, each channel's places, its sublanes (or lanes), are reduced, and then the
+channels of each group.
 """
 
 import dataclasses
@@ -36,31 +38,32 @@ from jax.experimental.pallas import tpu as pltpu
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 
-# Chunks that a turn of a loop has, so that one is computed while another is waited for.
-# Cycles over those of HBM traffic, GroupNorm of 16384 pixels of 512 channels, bfloat16,
-# forward, with 1, 2, 4 and 8: compiled for a 7x 1.71, 1.53, 1.47, 1.46, for a v6e 0.97,
-# 0.91, 0.87, 0.82; for a v5e with 4 0.47, with 8 0.54, for then numbers spill.
+# Chunks per loop iteration: one is computed while another waits for its results.
+# Cycles relative to those of the HBM traffic, compiled, for GroupNorm of 16384 pixels
+# of 512 channels, bfloat16, forward, with 1, 2, 4 and 8 chunks: 7x 1.71, 1.53, 1.47,
+# 1.46; v6e 0.97, 0.91, 0.87, 0.82. A v5e takes 0.47 with 4 and 0.54 with 8 because
+# registers spill.
 AT_ONCE = 4
 
-Block = tuple[Any, Any]  # numbers: of the slabs, of the rows
+Block = tuple[Any, Any]  # indices of a block, along the slabs and along the rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """What both ways of lying share.
+    """Sizes of units, blocks and chunks, with the methods that both layouts share.
 
     Attributes:
-      cores: that share the units: each has some that follow each other.
+      cores: cores that share the units; each takes a run of consecutive units.
       examples: parts of the array with a dscale and dbias of their own.
-      samples: of an example.
-      slabs, rows: a sample's pixels.
-      channels: of a pixel.
-      group: channels of a group.
-      strip: channels of a unit: all, or as many whole groups as fill tiles.
-      unit: samples that make a unit together.
-      block_slabs, block_rows: pixels of each of them in VMEM at a time.
-      chunk_slabs, chunk_rows, chunk_channels: of one of them, in registers at a time;
-        of slabs a divisor, of the block's and of all.
+      samples: samples per example.
+      slabs, rows: a sample has slabs * rows pixels.
+      channels: channels per pixel.
+      group: channels per group.
+      strip: channels per unit: all, or whole groups that fill whole tiles.
+      unit: samples per unit.
+      block_slabs, block_rows: slabs and rows of each sample in VMEM at a time.
+      chunk_slabs, chunk_rows, chunk_channels: slabs, rows and channels of one sample in
+        registers at a time; chunk_slabs divides block_slabs and slabs.
     """
 
     cores: int
@@ -82,7 +85,7 @@ class Cut:
 
     @property
     def pixels(self) -> int:
-        """Of a sample."""
+        """Pixels of a sample."""
         return self.slabs * self.rows
 
     @property
@@ -99,19 +102,19 @@ class Cut:
         return self.examples * self.strips * self.sets
 
     def shared_by(self, cores: int) -> Self:
-        """By so many cores, if each of them gets a unit, or by one."""
+        """Returns the cut for `cores` cores, or itself if one would get no unit."""
         shared = dataclasses.replace(self, cores=cores)
         of_others = (cores - 1) * shared.units_of_core
         return shared if of_others < self.units else self
 
     @property
     def units_of_core(self) -> int:
-        """Of each; the last one may have fewer."""
+        """Units per core; the last core may have fewer."""
         return pl.cdiv(self.units, self.cores)
 
     @property
     def is_even(self) -> bool:
-        """Whether each core has as many."""
+        """Whether all cores have the same number of units."""
         return self.units % self.cores == 0
 
     def units_in(self, core: Any) -> Any:
@@ -122,7 +125,7 @@ class Cut:
 
     @property
     def visited(self) -> np.ndarray:
-        """bool [cores, examples, strips]: of which of them a core has units."""
+        """Which cores have units of which strips: bool [cores, examples, strips]."""
         unit = np.arange(self.units)
         found = np.zeros((self.cores, self.examples * self.strips), bool)
         found[unit // self.units_of_core, unit // self.sets] = True
@@ -130,44 +133,46 @@ class Cut:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks of a unit: of its slabs, of its rows."""
+        """Blocks of a unit, along its slabs and along its rows."""
         slab_blocks = pl.cdiv(self.slabs, self.block_slabs)
         return slab_blocks, pl.cdiv(self.rows, self.block_rows)
 
     @property
     def blocks(self) -> int:
-        """Of a unit."""
+        """Number of blocks of a unit."""
         return math.prod(self.grid)
 
     def number(self, block: Block) -> Any:
-        """Of a block in its unit."""
+        """Returns a block's index in its unit."""
         return block[0] * self.grid[1] + block[1]
 
     def place_of(self, unit: Any) -> tuple[Any, Any, Any]:
-        """A unit's example, strip and set: its samples are the last to change, so that
-        the units that share a dscale follow each other."""
+        """Returns a unit's example, strip and set.
+
+        The set varies fastest, so that units that share a dscale are consecutive.
+        """
         rest, of_strip = _divide(unit, self.sets)
         return *_divide(rest, self.strips), of_strip
 
     def samples_in(self, unit: Any) -> Any:
-        """Of the unit: the last one of a strip may have fewer."""
+        """Returns the samples of a unit; the last unit of a strip may have fewer."""
         if self.samples % self.unit == 0:
             return self.unit
         _, _, of_strip = self.place_of(unit)
         return jnp.minimum(self.samples - of_strip * self.unit, self.unit)
 
     def is_first(self, unit: Any) -> Any:
-        """Of those of a strip of an example that a core has."""
+        """Returns whether a unit is its core's first one of its example and strip."""
         _, _, of_strip = self.place_of(unit)
         if self.cores == 1:
             return of_strip == 0
         return (of_strip == 0) | (lax.rem(unit, self.units_of_core) == 0)
 
     def spec(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
-        """For arrays of the view.
+        """Returns the block spec of arrays of the view.
 
         Args:
-          where: a step of the grid -> the unit and the block that it works on.
+          where: maps a grid step to the unit and the block that it works on.
         """
 
         def index(*step: Any) -> tuple[Any, ...]:
@@ -178,7 +183,7 @@ class Cut:
         return pl.BlockSpec((None, self.unit, *self.block), index)
 
     def spec_of_params(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
-        """For scale and bias, [1, channels]."""
+        """Returns the block spec of scale and bias, [1, channels]."""
 
         def index(*step: Any) -> tuple[Any, ...]:
             return 0, self.place_of(where(*step)[0])[1]
@@ -186,7 +191,7 @@ class Cut:
         return pl.BlockSpec((1, self.lanes), index)
 
     def spec_of_gradients(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
-        """For dscale and dbias, [cores, examples, 1, channels]."""
+        """Returns the block spec of dscale, dbias: [cores, examples, 1, channels]."""
 
         def index(core: Any, *step: Any) -> tuple[Any, ...]:
             example, strip, _ = self.place_of(where(core, *step)[0])
@@ -195,8 +200,7 @@ class Cut:
         return pl.BlockSpec((None, None, 1, self.lanes), index)
 
     def spec_of_statistics(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
-        """For what each channel of each sample has, [examples * sets, unit,
-        channels]."""
+        """Returns the block spec of statistics, [examples * sets, unit, channels]."""
 
         def index(*step: Any) -> tuple[Any, ...]:
             example, strip, of_strip = self.place_of(where(*step)[0])
@@ -206,7 +210,7 @@ class Cut:
 
     @property
     def lanes(self) -> int:
-        """A strip's channels, and what fills their last tile: garbage."""
+        """A strip's channels, rounded up to whole LANES; the excess is garbage."""
         return round_up(self.strip, LANES)
 
     def __str__(self) -> str:
@@ -220,10 +224,10 @@ class Cut:
     def over_chunks(
         self, block: Block, step: Callable[[Sequence[Any], int, Any], Any], carry: Any
     ) -> Any:
-        """carry = step([(slab, row), ...], rows, carry) for the block's chunks, several
-        at a time.
+        """Runs carry = step([(slab, row), ...], rows, carry) over the block's chunks.
 
-        Of a chunk that is the array's last, the step is told that it has fewer rows.
+        Each call of `step` takes several chunks. `rows` is the number of rows of each,
+        which is smaller for the last chunk of the array's rows.
         """
         slabs: Any = self.block_slabs // self.chunk_slabs
         if self.slabs % self.block_slabs:
@@ -261,7 +265,7 @@ class Cut:
 
     @property
     def at_once(self) -> list[int]:
-        """How many chunks, in each direction: of rows, slabs, tiles, samples."""
+        """Chunks per loop iteration, along each of rows, slabs, tiles and samples."""
         left, found = AT_ONCE, []
         for count in (
             pl.cdiv(min(self.rows, self.block_rows), self.chunk_rows),
@@ -274,11 +278,10 @@ class Cut:
         return found
 
     def add_registers(self, chunk: jax.Array, rows: int) -> jax.Array:
-        """[slabs, tiles, *places] -> [*places]: sums of the pixels of a chunk, of which
-        so many rows are pixels.
+        """Sums the pixels of a chunk: [slabs, tiles, *places] -> [*places].
 
-        In pairs, pairs of pairs, and so on, for an addition waits for the one it
-        depends on.
+        Only the first `rows` rows of the chunk are pixels. The sum runs over pairs,
+        pairs of pairs, and so on, because an addition waits for the one it depends on.
         """
         size = chunk.shape[self.pixel_axis]
         whole, more = divmod(rows, size)
@@ -297,7 +300,7 @@ class Cut:
         return parts[0]
 
     def count(self, rows: int) -> jax.Array:
-        """[*places]: pixels of a chunk, of which so many rows are pixels."""
+        """Counts the pixels at each place of a chunk with `rows` rows: [*places]."""
         shape = self.chunk_shape
         whole, more = divmod(rows, shape[self.pixel_axis])
         count = jnp.full(shape[2:], self.chunk_slabs * whole, jnp.float32)
@@ -306,34 +309,33 @@ class Cut:
         return count
 
     def first_places(self, count: Any) -> jax.Array:
-        """bool, [*places]: those of the first pixels."""
+        """Returns a mask, bool [*places], of the places of the first `count` pixels."""
         axis = self.pixel_axis - 2
         return lax.broadcasted_iota(jnp.int32, self.chunk_shape[2:], axis) < count
 
     def sum_groups(self, value: jax.Array) -> jax.Array:
-        """Of channels: each gets the sum of its group."""
+        """Gives each channel the sum of its group."""
         return sum_groups(value, self.strip, self.group)
 
     def merge_groups(self, mean: jax.Array, m2: jax.Array) -> tuple[Any, Any]:
-        """Of channels: each gets the mean of its group, and the sum of squares about
-        it."""
+        """Gives each channel its group's mean, and sum of squares about that mean."""
         return merge_groups(mean, m2, self.pixels, self.strip, self.group)
 
     # --- in the order of a way of lying ---
 
     @property
     def view(self) -> tuple[int, ...]:
-        """Of x, y, dy and dx."""
+        """Shape of x, y, dy and dx."""
         of_sample = self.in_order(self.slabs, self.rows, self.channels)
         return self.examples, self.samples, *of_sample
 
     @property
     def block(self) -> tuple[int, int, int]:
-        """Of one sample in VMEM."""
+        """Shape of a block of one sample in VMEM."""
         return self.in_order(self.block_slabs, self.block_rows, self.padded)
 
     def at(self, sample: Any, chunk: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in a block a chunk is."""
+        """Returns the index of a chunk in a block."""
         slab, row = chunk
         return sample, *self.in_order(
             _slice(slab, self.chunk_slabs),
@@ -343,40 +345,40 @@ class Cut:
 
     @property
     def tiles(self) -> int:
-        """Chunks side by side that have a strip's channels."""
+        """Chunks side by side that cover a strip's channels."""
         return self.padded // self.chunk_channels
 
     # --- what a way of lying has of its own ---
 
-    pixel_axis = -1  # of a chunk, on which pixels lie
+    pixel_axis = -1  # the axis of a chunk, among its places, along which pixels lie
 
     def in_order(self, slabs: Any, rows: Any, channels: Any) -> tuple[Any, Any, Any]:
-        """As they lie, from slowest to fastest."""
+        """Puts the three into memory order, from slowest to fastest."""
         raise NotImplementedError
 
     @property
     def padded(self) -> int:
-        """A strip's channels, and what fills their last tile: garbage."""
+        """A strip's channels, rounded up to whole tiles; the excess is garbage."""
         raise NotImplementedError
 
     @property
     def chunk_shape(self) -> tuple[int, int, int, int]:
-        """[slabs, tiles, *places]."""
+        """Shape of a chunk: [slabs, tiles, *places]."""
         raise NotImplementedError
 
     @property
     def places(self) -> tuple[int, int]:
-        """Of all channels of a strip."""
+        """Shape of the places of all channels of a strip."""
         raise NotImplementedError
 
     @property
     def values(self) -> tuple[int, ...]:
-        """What all channels of a strip have: [unit, *values]."""
+        """Shape of one value per channel of a strip; scratch is [unit, *values]."""
         raise NotImplementedError
 
 
 def _divide(number: Any, by: int) -> tuple[Any, Any]:
-    """Quotient and rest."""
+    """Returns quotient and remainder."""
     if by == 1:
         return number, 0
     if isinstance(number, int):
@@ -387,9 +389,10 @@ def _divide(number: Any, by: int) -> tuple[Any, Any]:
 def loop(
     count: Any, at_once: int, step: Callable[[Sequence[Any], Any], Any], carry: Any
 ) -> Any:
-    """carry = step([i, i + 1, ...], carry): so many at once.
+    """Runs carry = step([i, i + 1, ...], carry) for `count` indices, some per step.
 
-    So is the rest; one by one where the program computes how many they are.
+    A step takes `at_once` of them. The rest share one more step, or take one step each
+    if `count` is traced.
     """
 
     def of_group(group: Any, carry: Any) -> Any:
@@ -412,7 +415,7 @@ def _for(count: Any, step: Callable[[Any, Any], Any], carry: Any) -> Any:
 
 
 class AcrossLanes(Cut):
-    """x[examples, samples, slabs, rows, channels]: pixels lie down the sublanes."""
+    """x[examples, samples, slabs, rows, channels], pixels down the sublanes."""
 
     pixel_axis = 2
 
@@ -433,47 +436,50 @@ class AcrossLanes(Cut):
         return SUBLANES, self.lanes
 
     def as_places(self, value: jax.Array) -> jax.Array:
-        """[slabs, rows, channels] -> a chunk; no register is touched."""
+        """Views [slabs, rows, channels] as a chunk; no register is touched."""
         return value.reshape(self.chunk_shape)
 
     def as_block(self, chunk: jax.Array) -> jax.Array:
-        """Back."""
+        """Undoes `as_places`."""
         return chunk.reshape(self.chunk_slabs, self.chunk_rows, self.chunk_channels)
 
     def places_at(self, sample: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in [unit, *places], or [unit, *values], a chunk's are."""
+        """Returns a chunk's index in [unit, *places] or [unit, *values]."""
         return sample, slice(None), _slice(tile, self.chunk_channels)
 
-    # What channels have, of each sample: [unit, lanes].
+    # Values per channel of each sample: [unit, lanes].
 
     @property
     def values(self) -> tuple[int, ...]:
         return 1, self.lanes
 
     def keep(self, values_ref: Any, value: jax.Array) -> None:
-        """[unit, *values] = of channels."""
+        """Stores values per channel in [unit, *values]."""
         values_ref[:, 0] = jnp.broadcast_to(value, (self.unit, self.lanes))
 
     def by_place(self, places_ref: Any) -> Iterator[jax.Array]:
-        """[unit, *places] -> of each place that a channel has, what channels have."""
+        """Yields, for each place of a channel, the values per channel at that place.
+
+        The ref is [unit, *places].
+        """
         return (places_ref[:, place] for place in range(SUBLANES))
 
     @property
     def counts(self) -> list[Any]:
-        """Pixels of a sample that come to each place."""
+        """Pixels of a sample at each place, in the order of `by_place`."""
         whole, more = divmod(self.rows, SUBLANES)
         return [self.slabs * (whole + (place < more)) for place in range(SUBLANES)]
 
     def meet(self, of_places: Iterable[jax.Array]) -> jax.Array:
-        """The sum over each channel's places."""
+        """Sums over each channel's places."""
         return _add(of_places)
 
     def from_row(self, row: jax.Array) -> jax.Array:
-        """[unit or 1, lanes] -> of channels."""
+        """Turns [unit or 1, lanes] into values per channel."""
         return row
 
     def to_row(self, value: jax.Array) -> jax.Array:
-        """Of channels -> [unit, lanes]."""
+        """Turns values per channel into [unit, lanes]."""
         return value
 
 
@@ -481,7 +487,7 @@ class AcrossLanes(Cut):
 
 
 class DownSublanes(Cut):
-    """x[examples, samples, slabs, channels, rows]: pixels lie along the lanes."""
+    """x[examples, samples, slabs, channels, rows], pixels along the lanes."""
 
     pixel_axis = 3
 
@@ -502,7 +508,7 @@ class DownSublanes(Cut):
         return self.padded, LANES
 
     def as_places(self, value: jax.Array) -> jax.Array:
-        """[slabs, channels, rows] -> a chunk; no register is touched."""
+        """Views [slabs, channels, rows] as a chunk; no register is touched."""
         tiles = [
             value[:, None, :, start : start + LANES]
             for start in range(0, self.chunk_rows, LANES)
@@ -510,14 +516,14 @@ class DownSublanes(Cut):
         return jnp.concatenate(tiles, 1)
 
     def as_block(self, chunk: jax.Array) -> jax.Array:
-        """Back."""
+        """Undoes `as_places`."""
         return jnp.concatenate([chunk[:, i] for i in range(chunk.shape[1])], -1)
 
     def places_at(self, sample: Any, tile: Any) -> tuple[Any, ...]:
-        """Where in [unit, *places], or [unit, *values], a chunk's are."""
+        """Returns a chunk's index in [unit, *places] or [unit, *values]."""
         return sample, _slice(tile, self.chunk_channels), slice(None)
 
-    # What channels have, of each sample: [unit, sublanes, LANES], each number in all
+    # Values per channel of each sample: [unit, sublanes, LANES], each value in all
     # lanes of its sublane.
 
     @property
@@ -525,34 +531,34 @@ class DownSublanes(Cut):
         return self.places
 
     def keep(self, values_ref: Any, value: jax.Array) -> None:
-        """[unit, *values] = of channels."""
+        """Stores values per channel in [unit, *values]."""
         values_ref[...] = jnp.broadcast_to(value, values_ref.shape)
 
     def by_place(self, places_ref: Any) -> Iterator[jax.Array]:
-        """[unit, *places] -> the same: places lie along the lanes."""
+        """Yields the ref [unit, *places] at once; the places stay along the lanes."""
         yield places_ref[...]
 
     @property
     def counts(self) -> list[Any]:
-        """Pixels of a sample that come to each place."""
+        """Pixels of a sample at each place, in the order of `by_place`."""
         whole, more = divmod(self.rows, LANES)
         place = lax.broadcasted_iota(jnp.int32, self.places, 1)
         return [(self.slabs * (whole + (place < more))).astype(jnp.float32)]
 
     def meet(self, of_places: Iterable[jax.Array]) -> jax.Array:
-        """The sum over each channel's places."""
+        """Sums over each channel's places."""
         [lanes] = of_places
         return jnp.broadcast_to(jnp.sum(lanes, 2, keepdims=True), lanes.shape)
 
     def from_row(self, row: jax.Array) -> jax.Array:
-        """[unit or 1, lanes] -> of channels."""
+        """Turns [unit or 1, lanes] into values per channel."""
         samples = range(row.shape[0])
         return jnp.stack(
             [memory.as_column(row[i : i + 1], self.padded) for i in samples]
         )
 
     def to_row(self, value: jax.Array) -> jax.Array:
-        """Of channels -> [unit, lanes]."""
+        """Turns values per channel into [unit, lanes]."""
         samples = range(value.shape[0])
         return jnp.concatenate([memory.as_row(value[i]) for i in samples], 0)
 
@@ -568,24 +574,24 @@ def _slice(number: Any, size: int) -> Any:
 
 # --- groups ---------------------------------------------------------------------------
 
-# Channels of a group from which on each group's sum is taken by itself. Sums of fewer
-# meet by rotations of lanes, which all groups share, but of which each takes about a
-# hundred cycles. Cycles by sums over those by rotations, compiled: forward of 8x8
-# pixels, 1024 channels, groups of 4, 8, 16, 20, 40: for a 7x 1.35, 1.01, 0.85, 0.83,
-# 0.69, for a v5e 3.15, 1.74, 1.04, 1.04, 0.79.
+# Groups of at least this many channels are summed one by one. Smaller groups are summed
+# by rotations of lanes. All groups share a rotation, but each takes about a hundred
+# cycles. Cycles with sums per group relative to those with rotations, compiled,
+# for a forward of 8x8 pixels, 1024 channels, groups of 4, 8, 16, 20, 40: 7x 1.35, 1.01,
+# 0.85, 0.83, 0.69; v5e 3.15, 1.74, 1.04, 1.04, 0.79.
 LEAST_SUMMED = 16
 
 
 def sum_groups(value: jax.Array, channels: int, group: int) -> jax.Array:
-    """Sums over each group of neighbouring channels, which all get the sum.
+    """Gives each channel the sum over its group of adjacent channels.
 
-    By masks, and not as a product with a matrix of zeros and ones, for a NaN or an
-    infinity times zero would reach all other groups.
+    It uses masks. In a product with a matrix of zeros and ones, a NaN or an infinity
+    times zero would reach all other groups.
 
     Args:
-      value: channels on axis 1, the last of which may be garbage.
-      channels: how many are none.
-      group: channels of a group.
+      value: values per channel on axis 1, the last of them possibly garbage.
+      channels: number of channels that are not garbage.
+      group: channels per group.
     """
     if group == 1:
         return value
@@ -599,20 +605,20 @@ def sum_groups(value: jax.Array, channels: int, group: int) -> jax.Array:
 def merge_groups(
     mean: jax.Array, m2: jax.Array, pixels: int, channels: int, group: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean, and sum of squares about it, of each group, which all its channels get.
+    """Gives each channel its group's mean, and sum of squares about that mean.
 
     Args:
-      mean: of each channel, on axis 1, the last of which may be garbage.
-      m2: likewise, sums of squares about it.
-      pixels: that each of them is of.
-      channels: how many are none.
-      group: channels of a group.
+      mean: means per channel on axis 1, the last of them possibly garbage.
+      m2: sums of squares about these means, in the same order.
+      pixels: pixels that each mean is taken over.
+      channels: number of channels that are not garbage.
+      group: channels per group.
     """
     if group == 1 or _is_summed(channels, group):
         total = sum_groups(mean, channels, group) * (1 / group)
         apart = mean - total
         return total, sum_groups(m2 + apart * apart * pixels, channels, group)
-    # Both at once: the squares would wait for the mean of the whole group.
+    # Merge both at once: otherwise the squares would wait for the whole group's mean.
     for width, count in _windows(group):
         means = _neighbours(mean, width, count, ahead=True)
         mean = _add(means) * (1 / count)
@@ -623,13 +629,13 @@ def merge_groups(
 
 
 def _is_summed(channels: int, group: int) -> bool:
-    """Whether each group's sum is taken by itself."""
+    """Returns whether each group is summed by itself."""
     return group == channels or group >= LEAST_SUMMED
 
 
 def _sums(value: jax.Array, channels: int, group: int) -> jax.Array:
-    """`sum_groups`, a sum across lanes (or down sublanes) for each group."""
-    size = LANES if value.ndim == 2 else SUBLANES  # channels of a register
+    """Does `sum_groups` by one sum across lanes (or down sublanes) per group."""
+    size = LANES if value.ndim == 2 else SUBLANES  # channels per register
     channel = lax.broadcasted_iota(jnp.int32, value[:, :size].shape, 1)
     sums = [jnp.zeros(channel.shape, value.dtype)] * (value.shape[1] // size)
     for begin in range(0, channels, group):
@@ -649,12 +655,12 @@ def _sums(value: jax.Array, channels: int, group: int) -> jax.Array:
 
 
 def _from_first(value: jax.Array, channels: int, group: int) -> jax.Array:
-    """To each channel what the first one of its group has."""
+    """Gives each channel the value of its group's first channel."""
     channel = lax.broadcasted_iota(jnp.int32, value.shape, 1)
     quotient = jnp.floor((channel.astype(jnp.float32) + 0.5) * (1 / group))
     is_first = quotient.astype(jnp.int32) * group == channel
     is_first &= channel < channels
-    # Looking back, a channel meets one such channel, and zeros.
+    # Looking back, each channel finds one first channel, and zeros.
     value = jnp.where(is_first, value, 0)
     for width, count in _windows(group):
         value = _add(_neighbours(value, width, count, ahead=False))
@@ -662,8 +668,11 @@ def _from_first(value: jax.Array, channels: int, group: int) -> jax.Array:
 
 
 def _windows(size: int) -> Iterator[tuple[int, int]]:
-    """(width, count): of how many channels a channel knows the sum, and how many of
-    these become one: so many rotations of lanes can go at once."""
+    """Yields (width, count) for each round of rotations that sums `size` channels.
+
+    Before the round each channel has a sum over `width` channels. The round adds
+    `count` of these sums. Its rotations of lanes are independent, so they overlap.
+    """
     width = 1
     for count in _factors(size):
         yield width, count
@@ -673,8 +682,10 @@ def _windows(size: int) -> Iterator[tuple[int, int]]:
 def _neighbours(
     value: jax.Array, width: int, count: int, *, ahead: bool
 ) -> list[jax.Array]:
-    """What so many channels have: the own one and those after it, or before it, that
-    are `width` apart."""
+    """Returns the values of `count` channels, `width` apart, for each channel.
+
+    They are its own value, and those after it (`ahead`) or before it.
+    """
     length = value.shape[1]
     sign = -1 if ahead else 1
     others = [pltpu.roll(value, sign * i * width % length, 1) for i in range(1, count)]
@@ -686,7 +697,7 @@ def _add(parts: Iterable[jax.Array]) -> jax.Array:
 
 
 def _factors(number: int) -> list[int]:
-    """Whose product it is: of up to 8 where it has such."""
+    """Splits a number into factors of up to 8 and a rest that has no more of them."""
     factors = []
     while number > 1:
         small = [n for n in range(2, 9) if number % n == 0]
