@@ -1,6 +1,6 @@
-"""python -m bench: times what is here; roofline and scaling are of what is not.
+"""python -m bench: times this machine; roofline and scaling predict other chips.
 
-models are whole ones; compare and report read the files of what was timed.
+`models` times whole models. `compare` and `report` read the files of earlier runs.
 """
 
 import sys
@@ -11,13 +11,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for.
 
     Args:
-      arguments: of the command line; None is sys.argv's.
+      arguments: command-line arguments; None takes those of sys.argv.
 
     Returns:
       The exit code.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    # Each lives in an environment of its own, without what the other imports.
+    # Import on demand: a command's environment may lack what another one imports.
     if given[:1] == ["roofline"]:
         from bench.aot.roofline import main as roofline
 

@@ -1,4 +1,4 @@
-"""What is timed: norms, and the blocks around them, of real models."""
+"""The cases that are timed: norms of real models, and the blocks around them."""
 
 import dataclasses
 import fnmatch
@@ -20,17 +20,18 @@ class Case:
     """One block of one model.
 
     Attributes:
-      name: the model, and where in it.
+      name: the model, and the place in it.
       norm: class of the norm layer, with flax's defaults: GroupNorm has 32 groups.
-      sample: shape of the norm's input without its first axis, which is as long as the
-        size wanted allows.
-      dtype: of x, y and the computation; parameters are float32.
-      conv: channels that a 1x1 convolution makes into x's, or None for no convolution.
+      sample: shape of the norm's input without its first axis. That axis is as long as
+        the wanted size allows.
+      dtype: dtype of x, y and the computation; parameters are float32.
+      conv: input channels of a 1x1 convolution that produces x, or None for no
+        convolution.
       residual: where a second input is added: before the norm, after it, or nowhere.
-      activation: what follows, if anything.
-      modulated: whether each sample has its own scale and bias, which are inputs, as in
-        a diffusion transformer (adaLN): norm(x) * (1 + scale) + bias.
-      samples: length of the first axis where it is not for the size wanted to say.
+      activation: activation at the end of the block, if any.
+      modulated: whether scale and bias are inputs, one of each per sample, as in a
+        diffusion transformer (adaLN): norm(x) * (1 + scale) + bias.
+      samples: fixed length of the first axis; None derives it from the wanted size.
     """
 
     name: str
@@ -44,23 +45,23 @@ class Case:
     samples: int | None = None
 
     def shape(self, tensor_bytes: float) -> tuple[int, ...]:
-        """The norm's input, where the block's largest tensor has about `tensor_bytes`.
+        """Returns the shape of the norm's input: at least one sample.
 
-        Of one sample at least.
+        The block's largest tensor has about `tensor_bytes` bytes.
         """
         fitting = max(1, round(tensor_bytes / self.sample_bytes))
         return (self.samples or fitting, *self.sample)
 
     @property
     def sample_bytes(self) -> int:
-        """Of one sample of the block's largest tensor."""
+        """Bytes per sample of the block's largest tensor."""
         *pixels, channels = self.sample
         widest = max(channels, self.conv or 0)
         return math.prod(pixels) * widest * jnp.dtype(self.dtype).itemsize
 
     @property
     def layer(self) -> str:
-        """The block in words: "GroupNorm + silu"."""
+        """Description of the block: "GroupNorm + silu"."""
         parts = [
             "conv" if self.conv is not None else "",
             "add" if self.residual == "before" else "",
@@ -83,11 +84,12 @@ class Case:
         | BatchNorm + add    | x, then x, r -> y    4 | x, dy, y -> dr,            7 |
         | + relu             |                        | then x, dr -> dx             |
 
-        What a statistic is taken from is read once where it can stay on the chip until
-        it is normalized: a row, a sample's group or channel. A batch cannot, and is
-        read twice. An activation costs nothing, forward or backward: it is computed
-        again from x. Scale, bias, statistics and their gradients are left out: below
-        4 % of what is counted. A convolution is bound by arithmetic: None.
+        A row, or one group or channel of a sample, can stay on the chip from its
+        statistics to its normalization, so it is read once. A batch cannot, and is read
+        twice. An activation costs nothing, forward or backward: it is recomputed from
+        x. Scale, bias, statistics and their gradients are not counted: they are below
+        4 % of the total. A block with a convolution is bound by arithmetic and has no
+        floor: None.
         """
         if self.conv is not None:
             return None
@@ -101,7 +103,7 @@ class Case:
 
 
 class Block(nnx.Module):
-    """Convolution, + residual, norm, + residual, activation: those the case has."""
+    """A case's layers: convolution, residual, norm, residual, activation."""
 
     def __init__(self, case: Case, rngs: nnx.Rngs):
         channels = case.sample[-1]
@@ -118,7 +120,8 @@ class Block(nnx.Module):
         self.norm = case.norm(
             channels, dtype=jnp.dtype(case.dtype), rngs=rngs, **params
         )
-        # As after some training: at ones and zeros a kernel that forgets them is right.
+        # Random parameters, as after some training. With ones and zeros, a kernel that
+        # ignores them would pass.
         if self.norm.scale is not None:
             self.norm.scale[...] = jax.random.uniform(rngs(), (channels,), minval=0.5)
         if getattr(self.norm, "bias", None) is not None:
@@ -126,15 +129,15 @@ class Block(nnx.Module):
         self.case = case
 
     def _norm_is_ours(self) -> bool:
-        """Whether it can do itself what stands beside it."""
+        """Says whether the norm can compute its neighbours itself."""
         return isinstance(self.norm, getattr(fusednorm, self.case.norm.__name__))
 
     def __call__(self, x: jax.Array, *others: jax.Array) -> dict[str, jax.Array]:
-        """y, and for a residual added before the norm also the sum, h.
+        """Returns y, and also the sum h if a residual is added before the norm.
 
         Args:
           x: the input.
-          others: the residual; or scale and bias.
+          others: the residual, or scale and bias, if the case has them.
         """
         if self.case.conv is not None:
             x = self.conv(x)
@@ -154,7 +157,7 @@ class Block(nnx.Module):
         return {"y": y}
 
     def _by_norm(self, x: jax.Array, *others: jax.Array) -> dict[str, jax.Array]:
-        """The same, with all behind the convolution in one call."""
+        """Computes everything after the convolution in one call of the norm."""
         options: dict[str, Any] = {}
         if self.case.activation is not None:
             options["activation"] = self.case.activation
@@ -172,11 +175,11 @@ class Block(nnx.Module):
 def draw(
     case: Case, tensor_bytes: float, seed: int = 0
 ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
-    """Inputs of the case's block and the cotangents of its outputs, all O(1).
+    """Draws inputs of the case's block and cotangents of its outputs, all O(1).
 
     Returns:
-      inputs: x, whose mean is not 0; and the residual, or scale and bias of each
-        sample, where the case has them.
+      inputs: x, whose mean is not 0; then the residual, or per-sample scale and bias,
+        if the case has them.
       cotangents: by the names of the block's outputs.
     """
     keys = iter(jax.random.split(jax.random.key(seed), 5))
@@ -198,7 +201,7 @@ def draw(
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Those that match any of the patterns."""
+    """Returns the names that match any of the patterns."""
     return [
         name
         for name in names
@@ -237,7 +240,7 @@ CASES = (
     Case("style_256", nnx.InstanceNorm, (256, 256, 32), "float32"),
     Case("style_64", nnx.InstanceNorm, (64, 64, 128), "float32"),
     Case("cyclegan_256", nnx.InstanceNorm, (256, 256, 64), "bfloat16"),
-    # Blocks: XLA fuses a norm's neighbours into it.
+    # Blocks: XLA fuses a norm with its neighbours.
     Case(
         "resnet50_conv_bn_relu",
         nnx.BatchNorm,
@@ -266,7 +269,7 @@ CASES = (
     Case("dit_xl_2_adaln", nnx.LayerNorm, (256, 1152), "bfloat16", modulated=True),
 )
 
-# Rows of every length, as the libraries that have kernels for them time theirs.
+# Rows of every length, as libraries with row kernels time them.
 SWEEP = tuple(
     Case(f"{name}_{features}_{short}", norm, (features,), dtype)
     for name, norm in (("rms", nnx.RMSNorm), ("layer", nnx.LayerNorm))
@@ -274,7 +277,7 @@ SWEEP = tuple(
     for dtype, short in (("bfloat16", "bf16"), ("float32", "f32"))
 )
 
-# So little that launching it is most of it: one token's decoding, few rows, one image.
+# Work so small that the launch dominates: one token's decoding, few rows, one image.
 FEW = (
     Case("decode_rms_4096", nnx.RMSNorm, (4096,), "bfloat16", samples=1),
     Case("decode_qk_norm", nnx.RMSNorm, (32, 128), "bfloat16", samples=1),

@@ -1,4 +1,4 @@
-"""python -m bench compare: what moved beyond noise from one run to another."""
+"""python -m bench compare: shows what moved beyond noise from one run to another."""
 
 import argparse
 import dataclasses
@@ -14,9 +14,9 @@ from rich.text import Text
 
 from bench import terminal
 
-# A ratio that changed by less has not moved, however quiet both runs were.
+# A ratio that changed by less than this has not moved, however quiet both runs were.
 LEAST = 0.02
-# Two runs whose copies differ by no more had the same memory, at the same clock.
+# Two runs whose copy rates differ by no more had the same memory, at the same clock.
 SAME_COPY = 0.02
 
 Record = dict[str, Any]
@@ -28,12 +28,12 @@ class NotARunError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What was timed.
+    """Identity of what was timed, the same in every run.
 
     Attributes:
-      name: of the case, or of the model and what was done to it.
+      name: the case, or the model and what was done to it.
       dtype, which: its dtype and pass.
-      size: shape of a case; of a model its size, its batch, its attention.
+      size: shape of a case; or size, batch and attention of a model.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """fusednorm's time beside flax's in one run: quantiles by name, in seconds.
+    """Times of fusednorm and flax in one run: quantiles by name, in seconds.
 
     Attributes:
-      flax, fusednorm: "p10", "p50" and "p90" of both.
-      copy_rate: bytes per second of the copy beside them, or None.
+      flax, fusednorm: "p10", "p50" and "p90" of each.
+      copy_rate: bytes per second of the copy timed beside them, or None.
     """
 
     flax: dict[str, float]
@@ -60,12 +60,12 @@ class Times:
 
     @property
     def ratio(self) -> float:
-        """fusednorm's time over flax's, of first deciles."""
+        """fusednorm's time over flax's, using first deciles."""
         return self.fusednorm["p10"] / self.flax["p10"]
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where the ratio may lie: each time may be its first decile or its median."""
+        """Range of the ratio if each time lies between its first decile and median."""
         return (
             self.fusednorm["p10"] / self.flax["p50"],
             self.fusednorm["p50"] / self.flax["p10"],
@@ -73,11 +73,11 @@ class Times:
 
 
 def moved(old: Times, new: Times) -> str:
-    """Whether fusednorm became faster or slower, against flax.nnx beside it.
+    """Says whether fusednorm became faster or slower, relative to flax.nnx beside it.
 
     The rule: the ratio of first deciles changed by more than `LEAST`, and the
-    intervals of both runs, from a first decile to a median, have nothing in common.
-    The last deciles say what else the machine did.
+    intervals of the two runs, from first decile to median, do not overlap. The last
+    deciles only show what else the machine did.
 
     Returns:
       "faster", "slower" or "".
@@ -95,10 +95,10 @@ def moved(old: Times, new: Times) -> str:
 
 
 def read(path: Path) -> Record:
-    """The record of a run.
+    """Reads the record of a run.
 
     Raises:
-      NotARunError: there is none in the file.
+      NotARunError: the file holds no record of a run.
     """
     try:
         record = json.loads(path.read_text())
@@ -118,7 +118,7 @@ def read(path: Path) -> Record:
 
 
 def times(record: Record) -> dict[Key, Times]:
-    """All that stood beside flax.nnx in a run."""
+    """Returns the times of everything that a run compared with flax.nnx."""
     found = {}
     for one in record.get("results", ()):
         size = "x".join(str(n) for n in one["shape"])
@@ -143,7 +143,7 @@ def _quantiles(found: Any) -> dict[str, float]:
 
 
 def differences(old: Record, new: Record) -> list[str]:
-    """What else differs between two runs, and may be why."""
+    """Lists what else differs between two runs, and may explain a change."""
     found = [f"commit: {old.get('commit')} -> {new.get('commit')}"]
     for part in ("device", "versions", "settings"):
         one, other = old.get(part, {}), new.get(part, {})
@@ -159,13 +159,13 @@ def differences(old: Record, new: Record) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compares two files.
+    """Compares the files of two runs.
 
     Args:
-      arguments: of the command line.
+      arguments: command-line arguments.
 
     Returns:
-      0; 1 where something became slower; 2 where the files cannot be compared.
+      0; 1 if something became slower; 2 if the files cannot be compared.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -226,7 +226,7 @@ def _table(
     for name in ("from", "to", "change", "flax ms", "fusednorm ms"):
         table.add_column(name, justify="right")
     styles = {"slower": "red", "faster": "green", "": ""}
-    # The slowest first.
+    # The largest slowdown comes first.
     for key in sorted(keys, key=lambda key: -after[key].ratio / before[key].ratio):
         old, new = before[key], after[key]
         change = moved(old, new)

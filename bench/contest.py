@@ -1,4 +1,4 @@
-"""flax.nnx, fusednorm and others on one case: compiled, checked, timed in turn."""
+"""Compiles, checks and times flax.nnx, fusednorm and others on one case, in turn."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ from bench import memory, truth
 from bench.cases import Block, Case, draw
 from fusednorm.kernels.dispatch import Fallback, Kernel
 
-if TYPE_CHECKING:  # what is compiled here is looked at without being timed, too
+if TYPE_CHECKING:  # not needed by callers that compile passes without timing them
     from pytest_benchmark.fixture import BenchmarkFixture
 
 PASSES = ("forward", "forward+backward")
-# The latter's two halves, apart as a model's other layers part them: a forward that
-# keeps what the backward needs, and a backward that finds it.
+# The two halves of "forward+backward", timed apart, as a model's other layers separate
+# them: a forward that keeps what the backward needs, and the backward.
 HALVES = ("forward with statistics", "backward")
 
-# Bytes. One pass of 34 MB takes 0.3 s on two cores, and all that is timed of it 30 s.
+# Bytes. One pass over 34 MB takes 0.3 s on two cores, and timing its case takes 30 s.
 LARGEST_ON_CPU = 24e6
 
 # Bytes: more than twice the L2 cache of an H100 (50 MB) or H200 (60 MB).
@@ -49,19 +49,20 @@ class Peer(Protocol):
         cotangents: Named,
         wanted: Iterable[str],
     ) -> dict[str, Callable[[], Any]]:
-        """As `passes`, of functions that take nothing; or raises, and says why not."""
+        """Builds the same passes as `passes`, or raises an error that says why not."""
 
     def read(self, found: Named) -> Named:
-        """What a pass returned, as arrays of JAX; outside of the time."""
+        """Converts the results of a pass to JAX arrays. This is not timed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A jitted function and its arguments: none is a constant in its code.
+    """A jitted function and its arguments, none of them a constant in its code.
 
     Attributes:
-      function, arguments: these.
-      options: of XLA's, for this compilation.
+      function: the jitted function.
+      arguments: its arguments.
+      options: XLA options for this compilation.
     """
 
     function: Any
@@ -79,20 +80,20 @@ class Pass:
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes beside its arguments: results and what is between."""
+        """Bytes that it needs beside its arguments: results and temporaries."""
         return memory.beside_arguments(self.compiled)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is run.
+    """Settings for how much is run.
 
     Attributes:
-      tensor_bytes: of a block's largest tensor, about.
-      largest: bytes of a sample; a case of larger ones is left out.
-      calls: of a pass, for one sample.
-      seconds: what one pass of one case is timed for, about, unless that makes fewer
-        than `min_rounds` or more than `max_rounds`.
+      tensor_bytes: approximate bytes of a block's largest tensor.
+      largest: limit of a sample's bytes; cases with larger samples are left out.
+      calls: calls of a pass per timing sample.
+      seconds: approximate time for which one pass of one case is timed, unless that
+        makes fewer rounds than `min_rounds` or more than `max_rounds`.
       steps: training steps of each model.
       traces: how often each model's step is traced.
     """
@@ -108,19 +109,19 @@ class Settings:
 
     @classmethod
     def usual(cls) -> "Settings":
-        """Those of the device at hand."""
+        """Returns the usual settings for the current device."""
         if jax.default_backend() == "cpu":
             return cls(tensor_bytes=12e6, largest=LARGEST_ON_CPU)
-        # More than an L2 cache holds (50 MB on H100, 126 MB on B200), or the figures
-        # are the cache's.
-        if jax.default_backend() == "gpu":  # by its own clock, which hardly wanders
+        # Tensors must exceed the L2 cache (50 MB on H100, 126 MB on B200); otherwise
+        # the figures would be the cache's.
+        if jax.default_backend() == "gpu":  # its own clock varies little
             return cls(tensor_bytes=160e6, calls=3, max_rounds=20)
-        # Calls are queued: the launch of one hides behind another.
+        # Calls are queued, so the launch of one is hidden behind another.
         return cls(tensor_bytes=160e6, calls=20)
 
     @classmethod
     def quick(cls) -> "Settings":
-        """Enough to see that all works."""
+        """Returns settings just large enough to show that everything works."""
         return cls(
             tensor_bytes=2e5,
             largest=LARGEST_ON_CPU,
@@ -133,7 +134,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Quantiles:
-    """Seconds of one call: first decile, median and last decile of the samples."""
+    """Seconds per call: first decile, median and last decile of the samples."""
 
     p10: float
     p50: float
@@ -146,26 +147,27 @@ class Quantiles:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One pass of one case, timed.
+    """Times of one pass of one case.
 
-    Rates and ratios are of first deciles: what else the machine does only adds time.
+    Rates and ratios use first deciles, because other load on the machine only adds
+    time.
 
     Attributes:
       case, layer, shape, dtype: as in `Case`.
       which: one of `PASSES` or `HALVES`.
-      backend, plan: what ran fusednorm, and the kernels or the reason for the
-        reference, as `fusednorm.explain` says.
+      backend, plan: the backend that ran fusednorm, and its kernels or the reason for
+        the reference, as `fusednorm.explain` reports them.
       floor_bytes: bytes that must cross device memory, or None; see `Case.floor`.
       copy_bytes: bytes that `copy` reads and writes.
-      clock: whose times these are: the "host"'s, or "device", the sum of a GPU's
-        kernels without what lies between them.
-      rounds: samples of each contestant.
-      flax, fusednorm, copy: their times.
-      kernels: by contestant, median seconds of a GPU's kernels by name.
-      errors: of both against float64, by result; of the peers too.
-      memory: by contestant of JAX, the bytes of `Pass.memory`.
-      peers: times of others, by name.
-      peers_without: those that have no figure here, by name: why.
+      clock: source of the times: "host", or "device", the sum of a GPU's kernels
+        without the gaps between them.
+      rounds: timed rounds; each gives every contestant at least one sample.
+      flax, fusednorm, copy: times of each.
+      kernels: median seconds of each GPU kernel, by contestant and kernel name.
+      errors: errors of flax, fusednorm and the peers against float64, by result.
+      memory: the bytes of `Pass.memory`, by contestant; JAX contestants only.
+      peers: times of other libraries, by name.
+      peers_without: reason why a peer has no figure here, by name.
     """
 
     case: str
@@ -190,17 +192,17 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """fusednorm's time over flax's: below 1 is faster."""
+        """fusednorm's time over flax's. Below 1 is faster."""
         return self.fusednorm.p10 / self.flax.p10
 
     @property
     def copy_rate(self) -> float:
-        """Bytes per second of the copy, read and written."""
+        """Bytes that the copy reads and writes per second."""
         return self.copy_bytes / self.copy.p10
 
     @property
     def rate(self) -> float | None:
-        """Bytes of the floor per second of fusednorm's time."""
+        """Bytes that must cross device memory per second of fusednorm's time."""
         return self.floor_bytes and self.floor_bytes / self.fusednorm.p10
 
     @property
@@ -223,13 +225,13 @@ def passes(
     cotangents: Named,
     wanted: Iterable[str] = PASSES,
 ) -> dict[str, Pass]:
-    """The block's forward, its forward and backward, and the halves of the latter.
+    """Builds the block's forward, its forward and backward, and the latter's halves.
 
     Returns:
-      Those wanted, by the names of `PASSES` and `HALVES`. Forwards return the block's
-      outputs by name, and BatchNorm's running averages as "statistics"; backwards the
-      gradients: dx, dscale and so on. "forward with statistics" returns the outputs and
-      what the backward needs.
+      The wanted passes, by the names of `PASSES` and `HALVES`. Forwards return the
+      block's outputs by name, and BatchNorm's running averages as "statistics".
+      Backwards return the gradients: dx, dscale and so on. "forward with statistics"
+      returns the outputs and what the backward needs.
     """
     graph, params, *rest = nnx.split(block, nnx.Param, ...)
 
@@ -246,7 +248,7 @@ def passes(
     def gradients(vjp: Any, cotangents: Named) -> Named:
         dparams, dinputs = vjp(cotangents)
         found = {f"d{path[-1]}": leaf[...] for path, leaf in nnx.to_flat_state(dparams)}
-        if block.case.residual == "after":  # added before, its gradient is dx itself
+        if block.case.residual == "after":  # before the norm, its gradient is dx
             found["dresidual"] = dinputs[1]
         if block.case.modulated:
             found |= {"dscale": dinputs[1], "dbias": dinputs[2]}
@@ -260,7 +262,8 @@ def passes(
     @jax.jit
     def forward_backward(params: Any, inputs: Any, rest: Any, cotangents: Named) -> Any:
         outputs, vjp, statistics = with_vjp(params, inputs, rest)
-        # As in a model, where other layers run in between: or XLA shares reads of x.
+        # Other layers run in between in a model. Without the barrier, XLA would share
+        # reads of x between forward and backward.
         outputs, cotangents = lax.optimization_barrier((outputs, cotangents))
         return {**outputs, **gradients(vjp, cotangents), "statistics": statistics}
 
@@ -283,35 +286,35 @@ def passes(
 
 
 def results_of(passes: dict[str, Any]) -> Iterable[tuple[str, Named]]:
-    """What each pass returns, by name."""
+    """Yields each pass's name and its results, by name."""
     for which, run in passes.items():
         found = run()
         yield which, found[0] if which == "forward with statistics" else found
 
 
 def copy_of(nbytes: int) -> Pass:
-    """A copy of `nbytes` bytes in device memory: the roof of all that moves data.
+    """Builds a copy of `nbytes` bytes in device memory: the roof of all data movement.
 
-    It adds a zero that XLA does not know, so that it is neither dropped nor aliased.
+    The copy adds a zero that XLA does not know, so XLA can neither drop nor alias it.
     """
     source, zero = jnp.zeros(nbytes // 4, jnp.float32), jnp.float32(0)
     return Pass(jax.jit(jnp.add), (source, zero))
 
 
 class Contest:
-    """One case, ready to be timed: all contestants compiled, and their results right.
+    """One case, ready to be timed: all contestants are compiled and checked.
 
     Attributes:
       case: the case.
-      shape: of the norm's input.
-      tensor_bytes: its bytes.
+      shape: shape of the norm's input.
+      tensor_bytes: bytes of y.
       backend, plan: as in `Result`.
-      flax, fused: the passes of both, by name.
-      peers: those of others, by their names.
-      copy: copies a tensor of that size.
-      flush: copies one that fills the caches, before each sample.
-      errors: of all against float64, by result.
-      failures: of the peers that have no figure here, by name: why.
+      flax, fused: passes of flax and of fusednorm, by name.
+      peers: passes of other libraries, by library.
+      copy: copies a tensor of `tensor_bytes`.
+      flush: copies a tensor that fills the caches, before each sample.
+      errors: errors of all contestants against float64, by result.
+      failures: reason why a peer has no figure here, by name.
     """
 
     def __init__(
@@ -321,7 +324,7 @@ class Contest:
         wanted: Sequence[str] = PASSES,
         peers: Iterable[Peer] = (),
     ):
-        """Builds and checks.
+        """Compiles and checks all contestants.
 
         Raises:
           GateError: fusednorm's results are wrong.
@@ -350,7 +353,7 @@ class Contest:
         self.backend = " and ".join(dict.fromkeys(c.backend for c in choices))
         self.plan = "; ".join(dict.fromkeys(in_words(c.plan) for c in choices))
 
-        # The very functions that are timed, every pass.
+        # Check every pass of the very functions that are timed.
         results = truth.backward(block, true, cotangents) | true.outputs
         flax_results = dict(results_of(self.flax))
         self.errors: Named = {}
@@ -372,7 +375,7 @@ class Contest:
                     )
                     for name, error in errors.items():
                         self.errors[f"{name}, {which}"] |= error
-            except Exception as error:  # another library's, of any kind
+            except Exception as error:  # another library may raise anything
                 self.failures[peer.name] = said(error)
             else:
                 self.peers[peer.name] = runs
@@ -380,9 +383,9 @@ class Contest:
     def time(
         self, which: str, benchmark: "BenchmarkFixture", settings: Settings
     ) -> Result:
-        """Times one of the passes wanted: all contestants in turn.
+        """Times one of the wanted passes, all contestants in turn.
 
-        A copy runs before each, so that all find the caches alike.
+        A copy runs before each one, so that all find the caches in the same state.
         """
         contestants = {"flax": self.flax[which], "fusednorm": self.fused[which]}
         contestants |= {name: runs[which] for name, runs in self.peers.items()}
@@ -435,13 +438,13 @@ class Contest:
 
 
 def said(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
+    """Returns an error's class and the first line of its message."""
     first, *_ = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {first}"
 
 
 def in_words(plan: Kernel | Fallback) -> str:
-    """The kernel's name, or the reason why there is none."""
+    """Returns the kernel's name, or the reason why there is none."""
     return plan.name if isinstance(plan, Kernel) else plan.reason
 
 
@@ -456,17 +459,17 @@ def interleave(
     calls: int = 1,
     before: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Times functions in turn, A B A B, so that what else the machine does hits all.
+    """Times functions in turn, A B A B, so that other load on the machine hits all.
 
     Args:
-      benchmark: pytest-benchmark's fixture; every sample is a round of it.
-      turns: names and functions, warm; a name may come twice.
+      benchmark: pytest-benchmark's fixture; every sample is one of its rounds.
+      turns: names and functions, already warm; a name may come twice.
       rounds: how often each turn comes.
-      calls: of the function, for one sample.
-      before: what is done before each sample, outside of the time.
+      calls: calls of the function per sample.
+      before: runs before each sample, untimed.
 
     Returns:
-      Seconds of one call, by name, in the order in which they were taken.
+      Seconds per call, by name, in the order in which they were taken.
     """
     order = itertools.cycle(function for _, function in turns)
 
@@ -485,25 +488,26 @@ def interleave(
 def on_device(
     turns: Sequence[tuple[str, Callable[[], Any]]], rounds: int, *, calls: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Times functions in turn by the clock of the GPU, kernel by kernel.
+    """Times functions in turn by the GPU's clock, kernel by kernel.
 
-    The host's clock would add what Python and the driver take for a call: 20
-    microseconds of 80 at these sizes, more where there are more arguments.
+    The host's clock would add the time that Python and the driver need per call: 20
+    microseconds of 80 at these sizes, and more with more arguments.
 
     Args:
       turns: names and functions; a name may come twice.
       rounds: how often each turn comes.
-      calls: of the function, of each of which there is a sample; one more warms up.
+      calls: calls of the function per turn, each of them a sample; one more call warms
+        up.
 
     Returns:
-      Seconds of a call's kernels together, by name of the turn, in the order in which
-      they were taken; and medians of each kernel, by name of the turn and of it.
+      Seconds of all kernels of a call together, by turn, in the order in which they
+      were taken; and the median of each kernel, by turn and kernel.
     """
     cupti = Cupti(finalize=False)  # type: ignore[call-arg]  # mypy sees no dataclass
     found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in turns}
     for _ in range(rounds):
         for name, turn in turns:
-            # The warm call before, whose results are dropped, is none of the samples.
+            # Cupti first makes a warm-up call and drops its results.
             measure = cupti.measure(turn, aggregate=False, iterations=calls)
             _, timings = measure()
             assert timings, f"{name} launches no kernel"
@@ -523,7 +527,7 @@ def on_device(
 
 
 def by_kernel(timings: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Seconds by name of a kernel, from CUPTI's milliseconds of each launch."""
+    """Sums CUPTI's milliseconds per launch into seconds per kernel name."""
     seconds: dict[str, float] = {}
     for name, milliseconds in timings:
         seconds[name] = seconds.get(name, 0.0) + milliseconds / 1e3
@@ -531,7 +535,7 @@ def by_kernel(timings: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def _suitable_rounds(functions: Iterable[Callable[[], Any]], settings: Settings) -> int:
-    """How often to time these functions; runs each, so that they are warm then."""
+    """Chooses how many rounds to time; running each function also warms it up."""
     seconds = 0.0
     for function in functions:
         _run(function, 1)

@@ -1,13 +1,13 @@
-"""What a compiled function takes of a device's memory, as its compiler says."""
+"""Device memory that a compiled function needs, as its compiler reports it."""
 
 from typing import Any
 
 
 def beside_arguments(compiled: Any) -> int:
-    """Bytes of results and of what is between, without what takes an argument's place.
+    """Returns bytes of results and temporaries, without those aliased to arguments.
 
     Args:
-      compiled: of `jax.stages.Lowered.compile`.
+      compiled: the result of `jax.stages.Lowered.compile`.
     """
     found = compiled.memory_analysis()
     taken = found.output_size_in_bytes + found.temp_size_in_bytes
@@ -15,6 +15,6 @@ def beside_arguments(compiled: Any) -> int:
 
 
 def with_arguments(compiled: Any) -> int:
-    """The same, and those of the arguments."""
+    """Returns bytes of arguments, results and temporaries; aliased ones count once."""
     arguments = compiled.memory_analysis().argument_size_in_bytes
     return int(arguments) + beside_arguments(compiled)

@@ -1,17 +1,19 @@
 """Other libraries on the same blocks and the same arrays, each where it is installed.
 
-    tokamax         LayerNorm and RMSNorm of JAX (its Triton kernel on a GPU)
-    cudnn           LayerNorm: flax's, which XLA turns into cuDNN's
+    tokamax         for JAX: LayerNorm and RMSNorm (its Triton kernel on a GPU)
+    cudnn           flax's LayerNorm, which XLA turns into cuDNN's
     torch           PyTorch's own operations, one after the other
-    torch.compile   the same, compiled as one
-    liger           Liger-Kernel: RMSNorm, LayerNorm, GroupNorm, sum and RMSNorm
-    quack           QuACK: RMSNorm, LayerNorm, sum and RMSNorm
+    torch.compile   the same operations, compiled as one
+    liger           Liger-Kernel: RMSNorm, LayerNorm, GroupNorm, add + RMSNorm
+    quack           QuACK: RMSNorm, LayerNorm, add + RMSNorm
 
-Dtypes: x, y and their gradients have the case's for all. Parameters are float32 for
-flax, fusednorm, tokamax, Liger and QuACK, and for BatchNorm in PyTorch; its other
-norms take none but x's dtype. Arrays lie as JAX has them, channels last, and PyTorch
-sees them through DLPack, uncopied. What an operation wants otherwise it copies itself,
-in its own time: Liger's GroupNorm wants channels first.
+Dtypes: x, y and their gradients have the case's dtype in every library. Parameters are
+float32 for flax, fusednorm, tokamax, Liger and QuACK, and for PyTorch's BatchNorm.
+PyTorch's other norms accept only parameters of x's dtype.
+
+Layout: arrays keep JAX's, channels last. PyTorch sees them through DLPack, without a
+copy. An operation that needs another layout makes its own copy, which its time
+includes: Liger's GroupNorm needs channels first.
 """
 
 import dataclasses
@@ -28,28 +30,28 @@ from bench import contest
 from bench.cases import Block, Case
 from bench.contest import Named, Peer, said
 
-Tensor = Any  # of torch
-# A norm of torch: of the layer, x, scale and bias.
+Tensor = Any  # a torch.Tensor
+# A norm in PyTorch. It takes the layer, x, scale and bias.
 TorchNorm = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class UnsupportedError(ValueError):
-    """A peer has no such block."""
+    """The peer does not have the block."""
 
 
 def present(names: Sequence[str]) -> tuple[list[Peer], dict[str, str]]:
-    """The peers of these names that can run here; and of the others, why not."""
+    """Returns the named peers that can run here, and why the others cannot."""
     found, absent = [], {}
     for name in names:
         try:
             found.append(PEERS[name]())
-        except Exception as error:  # an import runs another library's code
+        except Exception as error:  # importing runs another library's code
             absent[name] = said(error)
     return found, absent
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
+    """Returns the versions of the peers' libraries that are installed."""
     found = {}
     libraries = ("tokamax", "torch", "triton", "liger-kernel", "quack-kernels")
     for name in (*libraries, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
@@ -64,7 +66,7 @@ def versions() -> dict[str, str]:
 
 
 class _TokamaxNorm(nnx.Module):
-    """flax's layer with tokamax's function."""
+    """A flax layer's parameters with tokamax's function."""
 
     def __init__(self, layer: Any, function: Callable[..., jax.Array]):
         self.scale, self.bias = layer.scale, getattr(layer, "bias", None)
@@ -80,15 +82,15 @@ class _TokamaxNorm(nnx.Module):
 
 
 class _OfJax:
-    """What peers share that are JAX's functions."""
+    """Base of the peers that run in JAX."""
 
     def read(self, found: Named) -> Named:
-        """See `bench.contest.Peer`."""
+        """Implements `bench.contest.Peer`."""
         return found
 
 
 class Tokamax(_OfJax):
-    """tokamax.layer_norm in the place of flax's layer."""
+    """tokamax.layer_norm in place of flax's layer."""
 
     name = "tokamax"
 
@@ -107,7 +109,7 @@ class Tokamax(_OfJax):
         cotangents: Named,
         wanted: Iterable[str],
     ) -> dict[str, Callable[[], Any]]:
-        """See `bench.contest.Peer`."""
+        """Implements `bench.contest.Peer`."""
         if not isinstance(block.norm, nnx.LayerNorm | nnx.RMSNorm):
             raise UnsupportedError(f"no {type(block.norm).__name__}")
         if block.case.modulated:
@@ -118,7 +120,7 @@ class Tokamax(_OfJax):
 
 
 class Cudnn(_OfJax):
-    """flax's layer, of which XLA leaves the normalization to cuDNN."""
+    """flax's layer, with its normalization left to cuDNN by XLA."""
 
     name = "cudnn"
     options: ClassVar = {"xla_gpu_enable_cudnn_layer_norm": True}
@@ -134,7 +136,7 @@ class Cudnn(_OfJax):
         cotangents: Named,
         wanted: Iterable[str],
     ) -> dict[str, Callable[[], Any]]:
-        """See `bench.contest.Peer`."""
+        """Implements `bench.contest.Peer`."""
         if not isinstance(block.norm, nnx.LayerNorm):
             raise UnsupportedError(f"no {type(block.norm).__name__}")
         found: dict[str, Callable[[], Any]] = {}
@@ -147,7 +149,7 @@ class Cudnn(_OfJax):
 
     @staticmethod
     def prepared(block: Block) -> Block:
-        """With the variance as XLA looks for it: the mean of centred squares."""
+        """Sets the variance to the form XLA looks for: the mean of centred squares."""
         mine = nnx.clone(block)
         mine.norm.use_fast_variance = False
         return mine
@@ -161,10 +163,11 @@ class Torch:
     """A block in PyTorch, around one library's norms.
 
     Attributes:
-      name: the peer's.
-      norm: the library's norm of a layer; it raises `UnsupportedError`.
-      add_norm: its sum of two tensors and the RMSNorm of that, (y, h), or None.
-      compiles: whether torch.compile makes one of the block.
+      name: the peer's name.
+      norm: the library's norm for a layer; raises `UnsupportedError` if it has none.
+      add_norm: the library's fused add of two tensors and RMSNorm of the sum, which
+        returns (y, h); or None.
+      compiles: whether torch.compile compiles the block as one.
       wide_params: whether parameters stay float32.
     """
 
@@ -181,7 +184,7 @@ class Torch:
         cotangents: Named,
         wanted: Iterable[str],
     ) -> dict[str, Callable[[], Any]]:
-        """See `bench.contest.Peer`."""
+        """Implements `bench.contest.Peer`."""
         import torch
 
         case, layer = block.case, block.norm
@@ -196,7 +199,7 @@ class Torch:
         if self.compiles:
             import torch._functorch.config as functorch
 
-            functorch.donated_buffer = False  # "backward" runs again on what it keeps
+            functorch.donated_buffer = False  # "backward" reuses the kept tensors
             function = torch.compile(function, dynamic=False)
 
         def gradients(outputs: dict[str, Tensor], keep: bool = False) -> Named:
@@ -231,7 +234,7 @@ class Torch:
         return {which: _finished(runs[which]) for which in wanted}
 
     def read(self, found: Named) -> Named:
-        """See `bench.contest.Peer`."""
+        """Implements `bench.contest.Peer`."""
         tensors = {name: a.detach().contiguous() for name, a in found.items()}
         return {name: jnp.from_dlpack(a) for name, a in tensors.items()}
 
@@ -245,7 +248,7 @@ def _tensor(a: jax.Array) -> Tensor:
 def _leaves(
     case: Case, layer: Any, inputs: tuple[Any, ...], wide_params: bool
 ) -> dict[str, Tensor]:
-    """The block's tensors by name; those with a gradient of their own require it."""
+    """Returns the block's tensors by name; those with their own gradient require it."""
     x, *others = inputs
     found = {"x": x}
     if case.residual is not None:
@@ -258,7 +261,7 @@ def _leaves(
             wide = wide_params or isinstance(layer, nnx.BatchNorm)
             found[name] = param[...].astype(jnp.float32 if wide else case.dtype)
     tensors = {name: _tensor(a) for name, a in found.items()}
-    for name, tensor in tensors.items():  # of a sum, residual's gradient is x's
+    for name, tensor in tensors.items():  # before the norm, dresidual equals dx
         tensor.requires_grad_(name != "residual" or case.residual == "after")
     return tensors
 
@@ -270,7 +273,7 @@ def _block(
     add_norm: Callable[..., tuple[Tensor, Tensor]] | None,
     leaves: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """`bench.cases.Block`, of tensors."""
+    """Computes `bench.cases.Block` on PyTorch's tensors."""
     from torch.nn import functional
 
     x, scale, bias = leaves["x"], leaves.get("scale"), leaves.get("bias")
@@ -299,7 +302,7 @@ def _block(
 
 
 def _finished(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same, done when it returns."""
+    """Wraps a function so that its work is done when it returns."""
     import torch
 
     def finished() -> Any:
@@ -312,7 +315,7 @@ def _finished(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _native(layer: Any, x: Tensor, scale: Any, bias: Any) -> Tensor:
-    """torch.nn.functional's."""
+    """Computes a layer's norm with torch.nn.functional."""
     from torch.nn import functional
 
     features, epsilon = x.shape[-1:], layer.epsilon
@@ -389,7 +392,7 @@ def _quack() -> Torch:
 
     _require_gpu()
 
-    class LayerNorm(torch.autograd.Function):  # QuACK has both its halves
+    class LayerNorm(torch.autograd.Function):  # joins QuACK's forward and backward
         @staticmethod
         def forward(
             ctx: Any, x: Tensor, scale: Tensor, bias: Tensor, eps: float

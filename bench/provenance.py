@@ -1,4 +1,4 @@
-"""Where figures come from."""
+"""The origin of figures: date, commit and versions."""
 
 import dataclasses
 import datetime
@@ -12,11 +12,11 @@ COMPILERS = ("fusednorm", "jax", "jaxlib", "flax", "libtpu")
 
 
 def of_compiled(what: str, chips: Sequence[Any]) -> dict[str, Any]:
-    """The head of a record of figures from compiled code.
+    """Returns the head of a record of figures from compiled code.
 
     Args:
-      what: the figures are, in a sentence.
-      chips: compiled for: dataclasses.
+      what: a sentence that says what the figures are.
+      chips: the chips that the code was compiled for, as dataclasses.
     """
     return {
         "what": what,
@@ -28,7 +28,7 @@ def of_compiled(what: str, chips: Sequence[Any]) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with a + if files differ from it."""
+    """Returns the commit that is checked out, with a + if files differ from it."""
     found = output("git", "rev-parse", "HEAD")
     if found is None:
         return None
@@ -36,7 +36,7 @@ def commit() -> str | None:
 
 
 def output(*command: str) -> str | None:
-    """What a command prints, or None where it fails."""
+    """Returns what a command prints, or None if it fails."""
     try:
         done = subprocess.run(
             command,

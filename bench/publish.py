@@ -1,4 +1,4 @@
-"""python -m bench report: the README's figures, from the files of runs."""
+"""python -m bench report: writes the README's figures from the files of runs."""
 
 import argparse
 import dataclasses
@@ -20,11 +20,11 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 END = "<!-- end of figures -->"
 
-# Features: a wider row has a line of its own among the shares.
+# Features. Wider rows have a line of their own in the table of shares.
 WIDE = 8192
 
 _PASSES = {"forward+backward": "forward + backward", "forward": "forward alone"}
-# By name, the cases that are not of real models; and what to call them.
+# The group of each case that is not named after a real model, and the groups' titles.
 _GROUPS = {case.name: "sweep" for case in SWEEP} | {case.name: "few" for case in FEW}
 _IN_WORDS = {
     "models": "cases named after real models",
@@ -33,14 +33,14 @@ _IN_WORDS = {
 }
 
 _OURS = ("fusednorm", "fuse")
-_COLORS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of others
+_COLORS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of peers
 
-Entry = dict[str, Any]  # of a record's "results" or "models"
+Entry = dict[str, Any]  # an item of a record's "results" or "models"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A file, and the record in it."""
+    """A run's file and the record in it."""
 
     path: Path
     record: Record
@@ -58,29 +58,29 @@ class Run:
         return self.record.get("results", [])
 
     def group(self, name: str) -> list[Entry]:
-        """The results of one of `_IN_WORDS`."""
+        """Returns the results of one of the groups in `_IN_WORDS`."""
         return [
             one for one in self.results if _GROUPS.get(one["case"], "models") == name
         ]
 
     @property
     def norms(self) -> list[Entry]:
-        """What the tables of norms are of."""
+        """Results that the tables of norms show."""
         return [one for one in self.group("models") if one["which"] in PASSES]
 
     @property
     def kind(self) -> str:
-        """What it is a run of: "models", norms beside "peers", or "norms"."""
+        """Kind of the run: "models", "peers" (norms beside peers), or "norms"."""
         if self.record.get("models"):
             return "models"
         return "peers" if any(one.get("peers") for one in self.results) else "norms"
 
 
 def newest(runs: Iterable[Run]) -> dict[tuple[str, str], Run]:
-    """The last run of each device and kind.
+    """Returns the last run of each device and kind.
 
-    Norms beside peers are beside flax.nnx too: such a run is also the last of norms,
-    unless it has fewer of their cases.
+    A run beside peers times flax.nnx too. It therefore also replaces the last run of
+    norms, unless it has fewer of their cases.
     """
     found: dict[tuple[str, str], Run] = {}
     for run in sorted(runs, key=lambda run: run.record["date"]):
@@ -92,7 +92,7 @@ def newest(runs: Iterable[Run]) -> dict[tuple[str, str], Run]:
 
 
 def committed(folder: Path = HERE / "results") -> list[Run]:
-    """The runs in a folder; what is predicted for other chips has no device."""
+    """Reads the runs in a folder. Skips predictions, which have no device."""
     runs = []
     for path in sorted(folder.glob("*.json")):
         if not path.name.startswith(("roofline-", "scaling-")):
@@ -104,7 +104,7 @@ def committed(folder: Path = HERE / "results") -> list[Run]:
 
 
 def blocks(runs: Iterable[Run]) -> dict[str, str]:
-    """The Markdown of the README's blocks by name, "" where no run has any figure."""
+    """Returns the README's blocks as Markdown, by name; "" if no run has a figure."""
     last = newest(runs)
 
     def of(kind: str, write: Callable[[Run], str], where: Callable[[Run], bool]) -> str:
@@ -120,7 +120,7 @@ def blocks(runs: Iterable[Run]) -> dict[str, str]:
 
 
 def _heading(run: Run, what: str) -> str:
-    """Where the figures come from."""
+    """Writes the heading of a block: where its figures come from."""
     record = run.record
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in _named(run))
     cores = f", {record['device'].get('cpu_cores')} cores" if run.on_cpu else ""
@@ -131,12 +131,12 @@ def _heading(run: Run, what: str) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """In lines of the README's width."""
+    """Wraps text to the README's width."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _named(run: Run) -> list[str]:
-    """Of the packages whose versions matter, those that are recorded."""
+    """Names the packages whose versions matter and are recorded."""
     peers = {name for one in run.results for name in one.get("peers") or {}}
     wanted = ("jax", "flax", *sorted(peers))
     return [name for name in wanted if name in run.record["versions"]]
@@ -148,7 +148,7 @@ def _commit(record: Record) -> str:
 
 
 def _how(run: Run) -> str:
-    """How large the tensors are, and by which clock."""
+    """Describes the size of the tensors and the clock."""
     nbytes = run.record.get("settings", {}).get("tensor_bytes")
     size = f"tensors of {nbytes / 1e6:.0f} MB, " if nbytes else ""
     clocks = {one.get("clock", "host") for one in run.results}
@@ -157,7 +157,7 @@ def _how(run: Run) -> str:
 
 
 def _norms(run: Run) -> str:
-    """fusednorm against flax.nnx; on a GPU also against a copy."""
+    """Tabulates fusednorm against flax.nnx, and on a GPU also against a copy."""
     cases = len({one["case"] for one in run.norms})
     lines = [
         _heading(run, f"{cases} {_IN_WORDS['models']}, {_how(run)}"),
@@ -183,13 +183,16 @@ def _ratio(one: Entry) -> float:
 
 
 def _in_words(one: Entry) -> str:
-    """Without the first axis, whose length is ours: GroupNorm, 64x64x512, float32."""
+    """Describes a case as "GroupNorm, 64x64x512, float32".
+
+    The first axis is left out, because the benchmark chooses its length.
+    """
     shape = "x".join(map(str, one["shape"][1:]))
     return f"{one['layer']}, {shape}, {one['dtype']}"
 
 
 def _shares(run: Run) -> list[str]:
-    """By family of cases, how near to a copy."""
+    """Tabulates how close each family of cases comes to a copy's rate."""
     families: dict[str, list[Entry]] = {}
     for one in run.norms:
         if _share(one) is not None:
@@ -211,13 +214,13 @@ def _of(found: Iterable[Entry], which: str) -> list[Entry]:
 
 
 def _share(one: Entry, who: str = "fusednorm") -> float | None:
-    """Bytes that must move per second of a contestant's time, over the copy's rate."""
+    """Returns a contestant's rate of bytes that must move, over the copy's rate."""
     floor = one.get("floor_bytes")
     return floor and floor / one[who]["p10"] / one["copy_rate"]
 
 
 def _family(one: Entry) -> str:
-    """Cases that stand on one line."""
+    """Returns the family of a case, which has one line in the table of shares."""
     layer = one["layer"]
     if " + " in layer:
         return "norms together with their neighbours"
@@ -230,7 +233,7 @@ def _family(one: Entry) -> str:
 
 
 def _percent(shares: Iterable[float | None]) -> str:
-    """From the least to the largest: 46 to 87 %."""
+    """Formats the range from the least to the largest: "46 to 87 %"."""
     found = sorted(share for share in shares if share is not None)
     if not found:
         return "-"
@@ -239,7 +242,7 @@ def _percent(shares: Iterable[float | None]) -> str:
 
 
 def _steps(run: Run) -> list[str]:
-    """Of training steps: their time, and that of tracing and lowering them."""
+    """Reports how long training steps, and tracing and lowering them, take."""
     said = []
     for part, what in (
         ("training", "a training step"),
@@ -255,7 +258,7 @@ def _steps(run: Run) -> list[str]:
 
 
 def _peers(run: Run) -> str:
-    """fusednorm against each contestant, on the cases that the contestant has."""
+    """Tabulates fusednorm against each contestant, on that contestant's cases."""
     lines = [_heading(run, f"fusednorm beside others, {_how(run)}")]
     for group, words in _IN_WORDS.items():
         found = [_flat(one) for one in run.group(group)]
@@ -283,7 +286,7 @@ def _peers(run: Run) -> str:
 
 
 def _means(found: Sequence[Entry], who: str) -> str:
-    """Of fusednorm's times over another's: 0.81 (0.44 to 1.05)."""
+    """Formats fusednorm's times over another's: "0.81 (0.44 to 1.05)"."""
     over = sorted(one["fusednorm"]["p10"] / one[who]["p10"] for one in found)
     if not over:
         return "-"
@@ -296,12 +299,12 @@ def _contestants(run: Run) -> list[str]:
 
 
 def _flat(one: Entry) -> Entry:
-    """Peers beside flax and fusednorm."""
+    """Moves the peers' times to the level of flax's and fusednorm's."""
     return {**one, **{who: t for who, t in (one.get("peers") or {}).items() if t}}
 
 
 def _models(run: Run) -> str:
-    """Whole models, before and after `fuse` and `fuse_neighbours`."""
+    """Tabulates whole models, before and after `fuse` and `fuse_neighbours`."""
     lines = [
         _heading(run, "whole models, first deciles by the host's clock"),
         "",
@@ -358,7 +361,7 @@ def _over_flax(one: Entry, who: str) -> str:
 
 
 def marked(name: str, text: str) -> str:
-    """A block between its markers."""
+    """Returns a block between its markers."""
     return f"{_begin(name)}\n{text and f'\n{text}\n\n'}{END}"
 
 
@@ -367,10 +370,10 @@ def _begin(name: str) -> str:
 
 
 def replaced(page: str, found: dict[str, str]) -> str:
-    """The page with these blocks in the place of its own.
+    """Replaces the page's blocks with the given ones.
 
     Raises:
-      ValueError: the page has no place for one.
+      ValueError: the page has no place for one of them.
     """
     for name, text in found.items():
         head, begin, rest = page.partition(_begin(name))
@@ -385,10 +388,10 @@ def replaced(page: str, found: dict[str, str]) -> str:
 
 
 def charts(run: Run) -> list[Path]:
-    """Draws what a run's file holds into PNGs beside it.
+    """Draws a run's figures into PNGs beside its file.
 
     Returns:
-      The PNGs' paths.
+      The paths of the PNGs.
     """
     path = run.path.with_suffix(".png")
     if run.kind == "models":
@@ -401,7 +404,7 @@ def charts(run: Run) -> list[Path]:
 
 
 def _draw_peers(run: Run, path: Path) -> list[Path]:
-    """For each pass and case that a peer has, the speeds as shares of a copy's."""
+    """Draws speeds as shares of a copy's, for each pass and case that a peer has."""
     paths = []
     for group in _IN_WORDS:
         bars = [
@@ -420,7 +423,7 @@ def _draw_peers(run: Run, path: Path) -> list[Path]:
 
 
 def _draw_models(run: Run, path: Path) -> None:
-    """For each model and pass, the time over flax's."""
+    """Draws the time over flax's, for each model and pass."""
     bars = [
         (one["which"], _model(one), name, one[who]["p10"] / one["flax"]["p10"])
         for one in run.record["models"]
@@ -436,12 +439,13 @@ def _draw_bars(
     title: str,
     label: str,
 ) -> None:
-    """Draws a PNG.
+    """Draws a PNG of bars, with a line at 1.
 
     Args:
-      bars: pass, row, contestant, length.
-      path: of the PNG.
-      title, label: of the chart, and of what 1 is that a line marks.
+      bars: pass, row, contestant and length of each bar.
+      path: path of the PNG.
+      title: title of the chart.
+      label: what the lengths mean.
     """
     passes = list(dict.fromkeys(which for which, *_ in bars))
     rows = list(dict.fromkeys(row for _, row, *_ in bars))
@@ -478,7 +482,7 @@ def _draw_bars(
 
 
 def _color(name: str, i: int) -> str:
-    """As in `bench.report.draw`, and others for others."""
+    """Returns the color that `bench.report.draw` uses, or a peer's own."""
     if name in _OURS:
         return "#0072b2"
     return "#b8b8b8" if name == "flax" else _COLORS[i % len(_COLORS)]
@@ -491,21 +495,21 @@ def main(arguments: Sequence[str]) -> int:
     """Prints the blocks, and with --write puts them into the README.
 
     Args:
-      arguments: of the command line.
+      arguments: command-line arguments.
 
     Returns:
-      0, or 2 where a file holds no run, or the README no place for a block.
+      0, or 2 if a file holds no run or the README has no place for a block.
     """
     options = _parser().parse_args(arguments)
     try:
         runs = [Run(path, read(path)) for path in options.files] or committed()
         found = blocks(runs)
-        if options.files:  # which say nothing of the other blocks
+        if options.files:  # other blocks stay as they are
             found = {name: text for name, text in found.items() if text}
         print("\n\n".join(marked(name, text) for name, text in found.items()))
         if options.write:
             README.write_text(replaced(README.read_text(), found))
-            # One run may stand for two kinds.
+            # One run may be the newest of two kinds.
             last = {run.path: run for run in newest(runs).values()}
             drawn = [path for run in last.values() for path in charts(run)]
             for path in (README, *drawn):

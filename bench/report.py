@@ -1,4 +1,4 @@
-"""What a run found: tables, a JSON file, a chart."""
+"""Reports of a run: tables, a JSON file, a chart."""
 
 import dataclasses
 import datetime
@@ -38,14 +38,16 @@ _PASSES = {
 
 @dataclasses.dataclass
 class Report:
-    """All that a run found.
+    """Everything that a run found.
 
     Attributes:
       settings: how much was run.
-      trainings, tracings, results: of the models and the cases that ran, in order.
-      failures: why others have no figure, by name.
-      absent: peers that are not here, by name: why; None where none was asked for.
-      left: what there was no time for.
+      trainings, tracings: findings of the models that ran, in order.
+      results: findings of the cases that ran, in order.
+      failures: reason why a model or case has no figure, by name.
+      absent: reason why a peer cannot run here, by name; None if no peers were asked
+        for.
+      left: models and cases for which no time was left.
     """
 
     settings: Settings
@@ -58,11 +60,11 @@ class Report:
 
     @property
     def peers(self) -> list[str]:
-        """Those that have a figure."""
+        """Names of the peers that have a figure."""
         return list(dict.fromkeys(name for r in self.results for name in r.peers))
 
     def add(self, found: object) -> None:
-        """Takes in what one item of the suite found."""
+        """Adds what one item of the suite found."""
         match found:
             case Training():
                 self.trainings.append(found)
@@ -73,13 +75,13 @@ class Report:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """exp(mean(log(values)))."""
+    """Returns exp(mean(log(values)))."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
 
 def summary(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """By pass: how many cases, and the geometric mean and the worst of their ratios."""
+    """Returns the number of cases, geometric mean and worst ratio, by pass."""
     found = {}
     for which in _PASSES:
         mine = [result for result in results if result.which == which]
@@ -89,7 +91,7 @@ def summary(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def against_peers(results: Sequence[Result]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By peer and pass, the same of fusednorm's time over the peer's."""
+    """Summarizes fusednorm's time over each peer's by peer and pass, like `summary`."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in dict.fromkeys(name for result in results for name in result.peers):
         for which in _PASSES:
@@ -128,7 +130,7 @@ def show(report: Report, console: Console) -> None:
         _show_peers(report, console)
     if report.left:
         console.print(f"no time was left for {', '.join(report.left)}: run it again")
-    for text in dict.fromkeys(report.failures.values()):  # a case fails in both passes
+    for text in dict.fromkeys(report.failures.values()):  # a case fails in every pass
         console.print(Text(f"FAILED, no figure: {text}", style="bold red"))
 
 
@@ -221,7 +223,7 @@ def _show_results(results: Sequence[Result], console: Console) -> None:
 
 
 def _show_peers(report: Report, console: Console) -> None:
-    """fusednorm's time over each peer's."""
+    """Prints fusednorm's time over each peer's."""
     table = Table(
         title="\nfusednorm against others",
         caption="fusednorm's time over the other's, first deciles: below 1 is faster.",
@@ -265,7 +267,7 @@ def _show_peers(report: Report, console: Console) -> None:
 
 
 def milliseconds(time: Quantiles) -> str:
-    """Median, and first and last decile, of three digits."""
+    """Formats the median, and the first and last decile, to three digits."""
     low, middle, high = (_three_digits(1e3 * s) for s in (time.p10, time.p50, time.p90))
     return f"{middle} ({low}-{high})"
 
@@ -275,7 +277,7 @@ def _three_digits(value: float) -> str:
 
 
 def colored(ratio: float) -> Text:
-    """Green where it is faster by 5 %, red where it is slower by that."""
+    """Formats a ratio: green if faster by more than 5 %, red if slower by as much."""
     style = "green" if ratio < 0.95 else "red" if ratio > 1.05 else ""
     return Text(f"{ratio:.2f}", style=style)
 
@@ -286,8 +288,10 @@ def colored(ratio: float) -> Text:
 def write(report: Report, folder: Path) -> list[Path]:
     """Writes <device>-<date>.json, and a chart beside it if there are results.
 
+    A run beside peers is written to <device>-peers-<date>.json, without a chart.
+
     Returns:
-      The files' paths.
+      The paths of the files.
     """
     record = as_record(report)
     path = save(record, folder, "" if report.absent is None else "peers")
@@ -307,7 +311,7 @@ def save(record: dict[str, Any], folder: Path, kind: str = "") -> Path:
 
 
 def head() -> dict[str, Any]:
-    """What a record starts with: when, of which commit, on what, and with what."""
+    """Returns the head of a record: date, commit, device and versions."""
     now = datetime.datetime.now(datetime.UTC)
     return {
         "date": now.isoformat(timespec="seconds"),
@@ -330,7 +334,7 @@ def head() -> dict[str, Any]:
 
 
 def as_record(report: Report) -> dict[str, Any]:
-    """The report as JSON: times in seconds, rates in bytes per second."""
+    """Returns the report as JSON: times in seconds, rates in bytes per second."""
     derived = ("ratio", "rate", "share", "copy_rate")
     return {
         **head(),
@@ -355,7 +359,7 @@ def _of_peers(report: Report) -> dict[str, Any]:
 
 
 def as_result(one: dict[str, Any]) -> Result:
-    """One of a record's results; what old files lack is empty."""
+    """Rebuilds one of a record's results. Fields that old files lack are empty."""
     given = {"clock": "host", "kernels": {}} | one
     names = [field.name for field in dataclasses.fields(Result)]
     fields = {name: given[name] for name in names if name in given}
@@ -365,10 +369,10 @@ def as_result(one: dict[str, Any]) -> Result:
 
 
 def earlier(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The newest record of this kind, commit and device in a folder, or None.
+    """Returns a folder's newest record of this kind, commit and device, or None.
 
-    A commit with a + is one with files that differ from it, whichever these are: its
-    figures are taken to be of the same files.
+    A + after a commit says that files differed from it, but not which. Two equal
+    commits with a + are taken to have the same files.
     """
     now = commit()
     for path in sorted(folder.glob(f"{device_in_files()}-{kind}-*.json"), reverse=True):
@@ -379,14 +383,14 @@ def earlier(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def as_dict(found: Any, *properties: str) -> dict[str, Any]:
-    """A dataclass's fields, and some of its properties."""
+    """Returns a dataclass's fields and the given properties."""
     return dataclasses.asdict(found) | {
         name: getattr(found, name) for name in properties
     }
 
 
 def device_name() -> str:
-    """The accelerator as jax calls it, or the processor's model."""
+    """Returns jax's name for the accelerator, or the processor's model."""
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
         return kind
@@ -399,7 +403,7 @@ def device_name() -> str:
 
 
 def device_in_files() -> str:
-    """Its name as files have it: "nvidia-h200"."""
+    """Returns the device's name as it appears in file names: "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
@@ -411,7 +415,7 @@ def _driver() -> str | None:
 
 
 def title(record: dict[str, Any]) -> str:
-    """What was timed, on what and when: of a chart."""
+    """Returns the title of a chart: what was timed, on what and when."""
     versions = record["versions"]
     return (
         f"fusednorm {versions['fusednorm']} and flax.nnx {versions['flax']} on "

@@ -1,4 +1,4 @@
-"""Picks models and cases, runs them, reports: what `python -m bench` does."""
+"""Implements `python -m bench`: picks models and cases, runs them, reports."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Run:
-    """The pytest plugin that feeds suite.py, and gathers what its items find.
+    """The pytest plugin that parametrizes suite.py and gathers what its items find.
 
     Attributes:
       report: what was found so far.
@@ -47,14 +47,14 @@ class Run:
         until: float,
         out: Path | None,
     ):
-        """Makes ready.
+        """Prepares the run.
 
         Args:
-          report: where what is found goes.
-          models, cases, passes, peers: what runs.
-          progress: shows how far it is.
-          until: after this time, of `time.monotonic`, no case is begun.
-          out: where the report is written after each item, or None.
+          report: receives what the items find.
+          models, cases, passes, peers: what to run.
+          progress: shows the progress of the run.
+          until: time of `time.monotonic` after which no case is begun.
+          out: folder to which the report is written after each item, or None.
         """
         self.report = report
         self._models = models
@@ -68,21 +68,21 @@ class Run:
 
     @pytest.fixture(scope="session")
     def settings(self) -> Settings:
-        """How much is run."""
+        """Returns how much is run."""
         return self.report.settings
 
     @pytest.fixture(scope="session")
     def passes(self) -> Sequence[str]:
-        """What of a case is timed."""
+        """Returns the passes of a case that are timed."""
         return self._passes
 
     @pytest.fixture(scope="session")
     def peers(self) -> Sequence[Peer]:
-        """The contestants beside flax and fusednorm."""
+        """Returns the contestants beside flax and fusednorm."""
         return self._peers
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Says which models and cases."""
+        """Parametrizes the items with models, cases and passes."""
         if "model" in metafunc.fixturenames:
             metafunc.parametrize("model", self._models, scope="module")
         if "case" in metafunc.fixturenames:
@@ -92,20 +92,20 @@ class Run:
             metafunc.parametrize("which", self._passes)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Gives the progress bar its length."""
+        """Sets the length of the progress bar."""
         self._progress.update(self._task, total=len(session.items))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Names what runs now."""
+        """Shows the name of the item that runs now."""
         self._progress.update(self._task, description=_name(nodeid), refresh=True)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Begins nothing when the time is used up."""
+        """Skips the item if the time is used up."""
         if time.monotonic() > self._until:
             pytest.skip("no time left")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keeps what an item found, or why it failed."""
+        """Records what an item found, or why it failed."""
         if report.failed:
             self.report.failures[_name(report.nodeid)] = report.longreprtext
         if report.skipped:
@@ -119,17 +119,17 @@ class Run:
                 write(self.report, self._out)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """An error while suite.py was imported."""
+        """Records an error in the import of suite.py."""
         if report.failed:
             self.report.failures[report.nodeid] = report.longreprtext
 
     def pytest_internalerror(self, excrepr: Any) -> None:
-        """An error of pytest or of this class."""
+        """Records an error of pytest or of this class."""
         self.report.failures["internal error"] = str(excrepr)
 
 
 def _name(nodeid: str) -> str:
-    """The model, or the case and its pass: what is between the brackets."""
+    """Returns what a node id has in brackets: the model, or the case and its pass."""
     return nodeid.rpartition("[")[2].rstrip("]")
 
 
@@ -137,15 +137,16 @@ def main(arguments: Sequence[str], with_peers: bool = False) -> int:
     """Runs the benchmarks.
 
     Args:
-      arguments: of the command line.
-      with_peers: whether other libraries are timed beside flax and fusednorm, and no
-        models.
+      arguments: command-line arguments.
+      with_peers: whether other libraries are timed beside flax and fusednorm. Models
+        are then left out.
 
     Returns:
-      0, or 1 where a result was wrong: it then has no figure.
+      0; 1 if a result was wrong, which then has no figure; 2 if there is nothing to
+      run.
     """
     options = _parser(with_peers).parse_args(arguments)
-    # Without a pattern the cases that are named after models; all beside peers.
+    # Without a pattern, only cases named after models run. Beside peers, all cases run.
     known = (*CASES, *SWEEP, *FEW) if with_peers or options.cases else CASES
     patterns = options.cases or ["*"]
     models = [] if with_peers else chosen(MODELS, patterns)
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str], with_peers: bool = False) -> int:
         print(f"no case is named {' or '.join(patterns)}; see --list")
         return 2
 
-    if with_peers:  # PyTorch takes memory of its own; jax asks when it first runs
+    if with_peers:  # leave memory to PyTorch; jax reads this when it first runs
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     settings = Settings.quick() if options.quick else Settings.usual()
     console = terminal.console()
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str], with_peers: bool = False) -> int:
 
 
 def _timed_already(options: argparse.Namespace, settings: Settings) -> list[Result]:
-    """What an earlier run of this commit found, with as much run."""
+    """Returns what an earlier run of this commit found with the same settings."""
     record = earlier(options.out, "peers")
     if record is None or record["settings"] != dataclasses.asdict(settings):
         return []
@@ -220,7 +221,7 @@ def _timed_already(options: argparse.Namespace, settings: Settings) -> list[Resu
 def _is_done(
     case: Case, passes: Sequence[str], peers: Sequence[str], results: Sequence[Result]
 ) -> bool:
-    """Whether each of its passes was timed, beside all of these peers."""
+    """Says whether all passes of the case were timed beside all of these peers."""
     done = [
         result.which
         for result in results
@@ -304,7 +305,7 @@ def _parser(with_peers: bool) -> argparse.ArgumentParser:
 
 
 def _progress(console: Console) -> Progress:
-    """A bar on a terminal, drawn between items only: it takes no time from them."""
+    """Makes a bar for terminals, drawn only between items: it costs them no time."""
     return Progress(
         TextColumn("{task.description:<40}"),
         BarColumn(),

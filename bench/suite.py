@@ -1,7 +1,7 @@
-"""The pytest-benchmark items; `python -m bench` says for which models and cases.
+"""The pytest-benchmark items; `python -m bench` chooses their models and cases.
 
-An item times one thing. What it found goes to `record_property`, by which pytest hands
-it to the run in `run.py`. A red gate fails the item, and it finds nothing.
+Each item times one thing. It gives its result to `record_property`, and pytest hands
+that to the run in `run.py`. If the gate is red, the item fails and records nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ Record = Callable[[str, Any], None]
 
 @contextmanager
 def gate(name: str) -> Iterator[None]:
-    """Turns a red gate into a failure that says no more than what was wrong."""
+    """Turns a red gate into a failure that says only what was wrong."""
     try:
         yield
     except GateError as error:
@@ -30,14 +30,14 @@ def gate(name: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pair(model: str) -> Pair:
-    """One model, with flax's layers and with ours."""
+    """Builds one model with flax's layers and with ours."""
     return Pair(model)
 
 
 def bench_training(
     pair: Pair, settings: Settings, benchmark: BenchmarkFixture, record_property: Record
 ) -> None:
-    """Some steps of training."""
+    """Times some training steps of a model."""
     with gate(pair.name):
         record_property("result", train(pair, benchmark, settings.steps))
 
@@ -45,7 +45,7 @@ def bench_training(
 def bench_tracing(
     pair: Pair, settings: Settings, benchmark: BenchmarkFixture, record_property: Record
 ) -> None:
-    """Tracing and lowering of one training step."""
+    """Times tracing and lowering of one training step."""
     record_property("result", trace(pair, benchmark, settings.traces))
 
 
@@ -53,7 +53,7 @@ def bench_tracing(
 def contest(
     case: Case, settings: Settings, passes: Sequence[str], peers: Sequence[Peer]
 ) -> Contest:
-    """One case, compiled and checked once for all passes."""
+    """Compiles and checks one case, once for all passes."""
     with gate(case.name):
         return Contest(case, settings.tensor_bytes, passes, peers)
 
@@ -65,5 +65,5 @@ def bench_case(
     benchmark: BenchmarkFixture,
     record_property: Record,
 ) -> None:
-    """One pass of one case."""
+    """Times one pass of one case."""
     record_property("result", contest.time(which, benchmark, settings))

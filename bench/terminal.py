@@ -1,11 +1,11 @@
-"""How the commands print."""
+"""Style of the commands' output."""
 
 from typing import Any
 
 from rich import box
 from rich.console import Console
 
-# Of all tables.
+# The style of all tables.
 STYLE: dict[str, Any] = {
     "box": box.SIMPLE_HEAD,
     "pad_edge": False,
@@ -16,6 +16,6 @@ STYLE: dict[str, Any] = {
 
 
 def console() -> Console:
-    """The terminal; into a file, lines of 120 columns."""
+    """Returns a console of the terminal's width, or of 120 columns into a file."""
     found = Console()
     return found if found.is_terminal else Console(width=120)

@@ -1,4 +1,4 @@
-"""Training a model, and the same model after `fusednorm.fuse`, on the same batches."""
+"""Trains a model, and the same model after `fusednorm.fuse`, on the same batches."""
 
 import dataclasses
 import itertools
@@ -19,8 +19,9 @@ from bench.truth import GateError
 
 BATCH = 128
 
-# Both differences are a few float32 roundings, 1e-7 each: at most 8e-7 in 30 steps
-# (measured, CPU). A norm whose gain is wrong by 2 % makes 1e-3 in the first loss.
+# Limit of both differences. They are a few float32 roundings of 1e-7 each: at most 8e-7
+# in 30 steps (measured, CPU). A norm whose gain is wrong by 2 % makes a difference of
+# 1e-3 in the first loss.
 LIMIT = 1e-5
 
 Tree = Any
@@ -31,14 +32,15 @@ class Training:
     """A model's training with flax's layers, and after `fusednorm.fuse`.
 
     Attributes:
-      model: its name.
-      fused: what `fuse` replaced: layers by class.
-      left: how many norm layers it left.
-      ran: what the training step runs, as `fusednorm.explain` says: how often each.
-      flax_losses, fused_losses: of each step.
-      loss_difference: the largest between the two, relative to flax's.
-      gradient_difference: that of the gradients on the first batch, as
-        `gradient_difference` measures it.
+      model: name of the model.
+      fused: number of layers that `fuse` replaced, by class.
+      left: number of norm layers that `fuse` left unchanged.
+      ran: kernels, or reasons for the reference, that `fusednorm.explain` reports for a
+        training step, and how often each occurs.
+      flax_losses, fused_losses: loss of each step.
+      loss_difference: largest difference between the two, relative to flax's loss.
+      gradient_difference: difference of the gradients on the first batch, as the
+        function `gradient_difference` measures it.
       flax, fusednorm: times of a step.
     """
 
@@ -55,17 +57,17 @@ class Training:
 
     @property
     def ratio(self) -> float:
-        """fusednorm's step over flax's, first deciles."""
+        """fusednorm's time per step over flax's, using first deciles."""
         return self.fusednorm.p10 / self.flax.p10
 
 
 @dataclasses.dataclass(frozen=True)
 class Tracing:
-    """How long a training step takes to be traced and lowered, before any compiling.
+    """Times to trace and lower a training step, before any compiling.
 
     Attributes:
-      model: its name.
-      flax, fusednorm: times.
+      model: name of the model.
+      flax, fusednorm: times with flax's layers and with ours.
     """
 
     model: str
@@ -74,7 +76,7 @@ class Tracing:
 
     @property
     def ratio(self) -> float:
-        """fusednorm's time over flax's, first deciles."""
+        """fusednorm's time over flax's, using first deciles."""
         return self.fusednorm.p10 / self.flax.p10
 
 
@@ -90,10 +92,10 @@ class Trainee:
     def step(
         self, state: Tree, images: jax.Array, labels: jax.Array
     ) -> tuple[Tree, jax.Array, Tree]:
-        """One step of gradient descent.
+        """Computes one step of gradient descent.
 
         Returns:
-          The state after it; the loss before it, and its gradients.
+          The state after the step; the loss before it, and its gradients.
         """
         model, optimizer = nnx.merge(self.graph, state)
         loss, grads = nnx.value_and_grad(_loss)(model, images, labels)
@@ -116,9 +118,9 @@ class Pair:
     """A model, and a clone of it after `fusednorm.fuse`.
 
     Attributes:
-      name: the model's, in `MODELS`.
-      flax, fused: the two.
-      report: what `fuse` said.
+      name: name of the model in `MODELS`.
+      flax, fused: the model and the clone.
+      report: what `fuse` returned.
     """
 
     def __init__(self, name: str):
@@ -130,9 +132,10 @@ class Pair:
 
 
 def gradient_difference(grads: Tree, others: Tree) -> float:
-    """The worst parameter's rms(grad - other) / (rms(grad) + rms(all grads) / 1000).
+    """Returns the relative difference of the gradients of the worst parameter.
 
-    The second term is for parameters whose gradient is 0 by symmetry, and noise.
+    It is rms(grad - other) / (rms(grad) + rms(all grads) / 1000). The second term is
+    for parameters whose gradient is 0 by symmetry, so that only noise remains.
     """
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(grads)]
     other_leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(others)]
@@ -147,15 +150,15 @@ def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-# Float32 products everywhere, so that what differs is the norms.
+# All matrix products are in float32, so that only the norms differ.
 @jax.default_matmul_precision("float32")
 def train(pair: Pair, benchmark: BenchmarkFixture, steps: int) -> Training:
-    """Trains both, step by step in turn.
+    """Trains both models, step by step in turn.
 
     Args:
-      pair: with flax's layers and with ours.
-      benchmark: pytest-benchmark's fixture; every step is a round of it.
-      steps: how many each takes.
+      pair: the model with flax's layers and with ours.
+      benchmark: pytest-benchmark's fixture; every step is one of its rounds.
+      steps: number of steps that each model takes.
 
     Raises:
       GateError: losses or gradients do not agree.
@@ -181,7 +184,7 @@ def train(pair: Pair, benchmark: BenchmarkFixture, steps: int) -> Training:
         abs(ours - flaxs) / abs(flaxs)
         for flaxs, ours in zip(flax_losses, fused_losses, strict=True)
     )
-    # Written so that NaN fails.
+    # `not ... <=` rather than `>`, so that NaN fails too.
     if not (losses <= LIMIT and gradients <= LIMIT):
         raise GateError(
             f"training differs from flax's by {losses:.1e} in the loss and "
@@ -206,12 +209,12 @@ def train(pair: Pair, benchmark: BenchmarkFixture, steps: int) -> Training:
 def trace(pair: Pair, benchmark: BenchmarkFixture, rounds: int) -> Tracing:
     """Times tracing and lowering of a training step.
 
-    As in a fresh process: JAX's caches are cleared before each.
+    JAX's caches are cleared before each sample, as in a fresh process.
 
     Args:
-      pair: with flax's layers and with ours.
-      benchmark: pytest-benchmark's fixture; every sample is a round of it.
-      rounds: how often each.
+      pair: the model with flax's layers and with ours.
+      benchmark: pytest-benchmark's fixture; every sample is one of its rounds.
+      rounds: number of samples of each model.
     """
     batch = next(digits(BATCH))
 

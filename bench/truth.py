@@ -1,7 +1,8 @@
-"""A block in float64, forward and backward, and the gate that it makes.
+"""A block in float64, forward and backward, and the gate for results.
 
-The formulas are those of `reference/norm.py`, written once more without it. They run in
-NumPy; on a GPU, where NumPy would take ten seconds for tensors of 160 MB, on the GPU.
+The formulas are those of `reference/norm.py`, written again without using it. They run
+in NumPy. On a GPU they run in jax, because NumPy would take ten seconds for tensors of
+160 MB.
 """
 
 import functools
@@ -16,37 +17,39 @@ from jax import lax
 
 from bench.cases import Block, Case
 
-Array = Any  # float64, NumPy's or jax's
+Array = Any  # a float64 array of NumPy or jax
 Named = dict[str, Any]
 
 # Where a relu's input is this close to 0, rounding decides whether its gradient is 0 or
-# dy, and both are right: dy is set to 0 there. Inputs are O(1) and bfloat16 at worst.
+# dy, and both are right. Cotangents are set to 0 there. Inputs are O(1), and bfloat16
+# at worst.
 KINK = 0.05
 
-# fusednorm's error may be twice flax's, for the order of a sum, plus a rounding: in the
-# maximum one of the result's dtype, in the root mean square one of float32 arithmetic.
-# There a rounding to bfloat16 is in flax's error already: 1e-3, where a gain that is
-# wrong by 2 % makes 9e-3.
+# fusednorm's error may be twice flax's, because the order of sums differs, plus a
+# rounding: one of the result's dtype for the maximum, one of float32 arithmetic for the
+# root mean square. In the latter, flax's error already contains a rounding to bfloat16:
+# 1e-3, where a gain that is wrong by 2 % makes 9e-3.
 FACTOR = 2.0
 
 
 class GateError(AssertionError):
-    """A result is further from float64 than flax's."""
+    """A result is too far from float64, or from flax's."""
 
 
 def on_device() -> bool:
-    """Whether jax computes it: GPUs have float64, TPUs do not."""
+    """Says whether jax computes the formulas: GPUs have float64, TPUs do not."""
     return jax.default_backend() == "gpu"
 
 
 def _in_float64[**P, R](
     *static: str,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """With jax told of float64, and the function compiled as a whole: op by op that
-    takes longer than all else of a case.
+    """Lets a function use float64 in jax, and compiles it as a whole.
+
+    Op by op it would take longer than everything else in a case.
 
     Args:
-      static: names of its arguments that are no arrays.
+      static: names of the arguments that are not arrays.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -69,22 +72,22 @@ def _float64(a: Any) -> Array:
 
 
 def _rounded(a: Array, dtype: str) -> Array:
-    """As an array of a half precision keeps it; float32 is as exact as what follows."""
+    """Rounds to a half-precision dtype. Skips float32, as exact as what follows."""
     to = jnp.finfo(dtype)
     if to.bits >= 32:
         return a
-    if on_device():  # where XLA could leave out a conversion there and back
+    if on_device():  # XLA could drop a conversion to the dtype and back
         return lax.reduce_precision(a, to.nexp, to.nmant)
     return a.astype(to.dtype).astype(np.float64)
 
 
 def _xp(a: Array) -> Any:
-    """numpy or jax.numpy, whose array it is."""
+    """Returns the array's module: numpy or jax.numpy."""
     return a.__array_namespace__()
 
 
 class Forward(NamedTuple):
-    """The forward of a block in float64, and what its backward needs of it."""
+    """The forward of a block in float64, and what its backward needs."""
 
     kernel: Array | None  # (channels in, channels)
     scale: Array  # (G, K), or (N, S, G, K)
@@ -97,11 +100,11 @@ class Forward(NamedTuple):
 
 @_in_float64("block")
 def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
-    """The block's outputs in float64.
+    """Computes the block's outputs in float64.
 
     Args:
-      block: parameters are taken from it, nothing else.
-      inputs: x, and perhaps a residual, or scale and bias, in any float dtype.
+      block: the block; it is only read, never called.
+      inputs: x, and possibly a residual, or scale and bias, in any float dtype.
     """
     case = block.case
     x, *others = (_float64(a) for a in inputs)
@@ -113,7 +116,7 @@ def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
     if case.residual == "before":
         h = h + others[0]
     outputs = {"h": h} if case.residual == "before" else {}
-    if outputs:  # an array of its own, of which the norm is taken
+    if outputs:  # h is stored, and the norm reads the stored array
         h = _rounded(h, case.dtype)
 
     n, s, g, k = _view(block.norm, h.shape)
@@ -141,7 +144,7 @@ def forward(block: Block, inputs: tuple[Any, ...]) -> Forward:
 
 @_in_float64("case")
 def away_from_kinks(case: Case, done: Forward, cotangents: Named) -> Named:
-    """The cotangents, with zeros where the gradient jumps."""
+    """Returns the cotangents, with zeros where the gradient jumps."""
     if case.activation != "relu":
         return cotangents
     return {"y": cotangents["y"] * (abs(done.z) > KINK).astype(case.dtype)}
@@ -149,12 +152,12 @@ def away_from_kinks(case: Case, done: Forward, cotangents: Named) -> Named:
 
 @_in_float64("block")
 def backward(block: Block, done: Forward, cotangents: Named) -> dict[str, Array]:
-    """Gradients in float64, by the names of `bench.contest`.
+    """Computes the gradients in float64, by the names of `bench.contest`.
 
     Args:
-      block: as for `forward`.
+      block: the same block as for `forward`.
       done: what `forward` returned.
-      cotangents: of the block's outputs, in any float dtype.
+      cotangents: cotangents of the block's outputs, in any float dtype.
     """
     case = block.case
     grads = {}
@@ -190,7 +193,7 @@ def backward(block: Block, done: Forward, cotangents: Named) -> dict[str, Array]
 
 
 def _view(norm: Any, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Sizes N, S, G, K: statistics over (S, K), scale and bias of shape (G, K)."""
+    """Returns N, S, G, K: statistics are over (S, K), scale and bias are (G, K)."""
     *leading, channels = shape
     pixels, batch = int(np.prod(leading[1:])), leading[0]
     match norm:
@@ -229,7 +232,7 @@ def _activation_gradient(case: Case, z: Array) -> Any:
 
 
 def errors(result: Any, true: Array) -> tuple[float, float]:
-    """Root mean square and maximum of |result - true| / (|true| + rms(true))."""
+    """Returns rms and maximum of |result - true| / (|true| + rms(true))."""
     rms, largest = _errors(result, true)
     return float(rms), float(largest)
 
@@ -246,17 +249,17 @@ def _errors(result: Any, true: Array) -> tuple[Array, Array]:
 def check(
     name: str, flax: Named, found: Named, true: dict[str, Array], lenient: bool = False
 ) -> dict[str, Named]:
-    """Lets a contestant's results through, or raises.
+    """Checks a contestant's results against float64.
 
     Args:
-      name: the contestant's.
+      name: name of the contestant.
       flax, found: results of flax and of the contestant, by name.
-      true: the same in float64; those that flax has are checked.
-      lenient: for other libraries, which are timed here, not judged: they may round
+      true: float64 results, by name; those that flax has are checked.
+      lenient: for other libraries, which are timed here, not judged. They may round
         parameters and sums to x's dtype, and have ten times flax's error.
 
     Returns:
-      The errors of both, by name of the result, for the record.
+      The errors of flax and of the contestant, by result, for the record.
 
     Raises:
       GateError: a result is not finite, or its error is above `FACTOR` times flax's
@@ -277,7 +280,7 @@ def check(
         if lenient:
             rms_limit = 10 * flax_rms + 4 * coarsest
             max_limit = 10 * flax_max + 4 * coarsest
-        # Written so that NaN fails.
+        # `not ... <=` rather than `>`, so that NaN fails too.
         if not (rms <= rms_limit and largest <= max_limit):
             raise GateError(
                 f"{key} is wrong: error {rms:.1e} rms, {largest:.1e} max against "

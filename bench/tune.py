@@ -1,10 +1,11 @@
-"""python -m bench tune: other ways to cut the work, timed beside the one at hand.
+"""python -m bench tune: times other ways to cut a kernel's work beside the current one.
 
-How a GPU kernel cuts its work is a short function of geometry and dtypes in
-kernels/gpu/, with what was measured written beside it. For each case this takes what
-that function says, and values next to it, one at a time; then those next to the fastest
-of them, until none is faster. Each is compiled, checked against float64, and timed in
-turn with the one at hand. Nothing is changed: it prints what it would change, and why.
+A short function of geometry and dtypes in kernels/gpu/ decides how a GPU kernel cuts
+its work. The measurements behind it are written next to it. For each case, this command
+starts from what that function returns, and changes one number at a time to the next
+value. It goes on from the fastest setting until no neighbour is faster. Each setting is
+compiled, checked against float64, and timed in turn with the current one. Nothing is
+changed: the command prints what it would change, and why.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from fusednorm.kernels.gpu import strips, tiles
 
 HERE = Path(__file__).resolve().parent
 PASSES = ("forward", "backward")
-WORTH = 0.98  # of the present time: what is less faster is noise
+WORTH = 0.98  # of the current time; a smaller gain is noise
 
 Setting = dict[str, int]
 Turns = Sequence[tuple[str, Callable[[], Any]]]
@@ -49,7 +50,7 @@ Clock = Callable[[Turns], dict[str, list[float]]]
 
 
 class UnfitError(ValueError):
-    """A setting that no kernel can have."""
+    """The setting is impossible for any kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +67,13 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """A function that cuts the work, as named numbers.
+    """A function that cuts the work, described by named numbers.
 
     Attributes:
-      module, function: where it is.
-      read: the numbers of its answer; {} where it has none.
-      values: those that each number may have, in order.
-      make: the answer for other numbers. It raises `UnfitError`.
+      module, function: the module and name of the function.
+      read: returns the numbers of the function's answer; {} if it has none.
+      values: returns the values that each number may have, in order.
+      make: makes the answer for other numbers, or raises `UnfitError`.
       optional: whether {} is a setting too.
     """
 
@@ -88,7 +89,7 @@ class Knob:
         return f"{self.module.__name__.rpartition('.')[2]}.{self.function}"
 
     def near(self, asked: Asked, setting: Setting) -> Iterator[Setting]:
-        """The settings one step away: one number, up or down, or none at all."""
+        """Yields the settings one step away: one number up or down, or {}."""
         if setting and self.optional:
             yield {}
         for name, values in self.values(asked).items():
@@ -101,7 +102,7 @@ class Knob:
 
 
 def _remade(asked: Asked, setting: Setting) -> Any:
-    """Rows of a forward, cut for other numbers."""
+    """Cuts the rows of a forward by other numbers."""
     return tiles.configure(*asked.args, **asked.kwargs | setting)
 
 
@@ -111,7 +112,7 @@ def _of_strip(config: strips.Config) -> Setting:
 
 
 def _resident(asked: Asked, setting: Setting) -> Any:
-    """Strips that stay on the chip; two reads for {}."""
+    """Cuts strips that stay on the chip. Returns None for {}: two reads."""
     if not setting:
         return None
     _, _, kept, _ = asked.args
@@ -119,14 +120,14 @@ def _resident(asked: Asked, setting: Setting) -> Any:
 
 
 def _in_two_reads(asked: Asked, setting: Setting) -> Any:
-    """The first read's strips, and what adds up what its blocks found."""
+    """Cuts the strips of the first read, and the reduction of its blocks' partials."""
     _, last = asked.answer
     config = _cut(asked, setting, resident=False, kept=0)
     return config, dataclasses.replace(last, pixels=config.blocks)
 
 
 def _cut(asked: Asked, setting: Setting, *, resident: bool, kept: int) -> strips.Config:
-    """The strips of a setting, with loads as wide as were asked for."""
+    """Cuts the strips of a setting, with loads of the width that was asked for."""
     view, itemsize, *_, shared = asked.args
     load = asked.kwargs["load"]
     config = strips._config(
@@ -189,13 +190,13 @@ KNOBS = (
 
 
 def _widths(view: Any, of: int) -> Sequence[int]:
-    """Of strips: multiples of so many channels that divide all of them."""
+    """Returns widths of strips: multiples of `of` that divide the channels."""
     return [*strips._multiples(of, view.features // of)]
 
 
 @contextlib.contextmanager
 def turned(knob: Knob, setting: Setting | None) -> Iterator[list[Asked]]:
-    """Has the knob's function answer with a setting, or as ever; notes its calls."""
+    """Makes the knob's function answer with a setting, if any; records its calls."""
     asked: list[Asked] = []
     original = getattr(knob.module, knob.function)
 
@@ -215,12 +216,12 @@ def turned(knob: Knob, setting: Setting | None) -> Iterator[list[Asked]]:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One setting, timed in turn with the present one; or why not.
+    """One setting, timed in turn with the current one, or why it could not be timed.
 
     Attributes:
-      setting: its numbers.
-      cut: the kernel's own words.
-      time, present: seconds of a call.
+      setting: the numbers of the setting.
+      cut: the kernel's own description of how it cuts its work.
+      time, present: seconds per call with this setting and with the current one.
       failure: why it has no time.
     """
 
@@ -232,7 +233,7 @@ class Trial:
 
     @property
     def ratio(self) -> float:
-        """Its time over the present one's, medians; infinite where it has none."""
+        """Its time over the current one's, using medians; infinite without a time."""
         if self.time is None or self.present is None:
             return float("inf")
         return self.time.p50 / self.present.p50
@@ -240,13 +241,13 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A case's pass, and what was tried of it.
+    """One pass of a case, and the settings that were tried for it.
 
     Attributes:
       case, dtype, shape, which: as in `bench.contest.Result`.
-      function: that cuts the work.
-      setting, cut: the present one.
-      trials: in the order in which they were made.
+      function: the function that cuts the work.
+      setting, cut: the current setting, and the kernel's description of it.
+      trials: the trials, in the order in which they were made.
     """
 
     case: str
@@ -260,16 +261,16 @@ class Tuned:
 
     @property
     def best(self) -> Trial | None:
-        """The fastest, if it is worth a change."""
+        """The fastest trial, if it is worth a change."""
         best = min(self.trials, key=lambda trial: trial.ratio, default=None)
         return best if best and best.ratio < WORTH else None
 
 
 class Bench:
-    """A case's pass, compiled again for each setting, and checked.
+    """One pass of a case, which is compiled and checked again for each setting.
 
     Attributes:
-      present: as the functions at hand cut it.
+      present: the pass with the current setting.
     """
 
     def __init__(self, case: Case, which: str, tensor_bytes: float):
@@ -285,11 +286,11 @@ class Bench:
         self.check(self.present)
 
     def check(self, run: Pass) -> None:
-        """Raises `GateError` where its results are wrong."""
+        """Raises `GateError` if the results of a run are wrong."""
         truth.check("fusednorm", self._flax, run(), self._true)
 
     def again(self) -> tuple[Pass, str]:
-        """The pass, compiled anew, and the kernels' words for how they cut it."""
+        """Recompiles the pass. Also returns how its kernels say that they cut it."""
         jax.clear_caches()
         function = jax.jit(self.present.function.__wrapped__)
         run = Pass(function, self.present.arguments)
@@ -309,17 +310,17 @@ def tune(
     """Searches for a faster setting of one pass.
 
     Args:
-      case: of the cases.
+      case: one of the cases.
       which: one of `PASSES`.
-      tensor_bytes: of a tensor, about.
-      clock: times functions in turn: seconds of each call, by name.
-      knobs: what may be set; the first whose function is asked is.
+      tensor_bytes: approximate bytes of a tensor.
+      clock: times functions in turn, and returns seconds of each call, by name.
+      knobs: what may be set. The first knob whose function is called is tuned.
 
     Returns:
-      None where no kernel of ours runs.
+      What was tried, or None if no kernel of ours runs.
 
     Raises:
-      GateError: what runs at present is wrong.
+      GateError: the results with the current setting are wrong.
     """
     bench = Bench(case, which, tensor_bytes)
     for knob in knobs:
@@ -360,7 +361,7 @@ def _try(bench: Bench, knob: Knob, setting: Setting, clock: Clock) -> Trial:
             run, cut = bench.again()
             bench.check(run)
             samples = clock([("present", bench.present), ("candidate", run)])
-    except Exception as error:  # of a compiler: too many registers, too much memory
+    except Exception as error:  # a compiler's: too many registers, too much memory
         return Trial(setting, failure=said(error))
     times = {name: Quantiles.of(seconds) for name, seconds in samples.items()}
     return Trial(setting, cut, times["candidate"], times["present"])
@@ -370,10 +371,10 @@ def _try(bench: Bench, knob: Knob, setting: Setting, clock: Clock) -> Trial:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Tunes what the command line names.
+    """Tunes the cases that the command line names.
 
     Returns:
-      0; 2 where there is nothing to tune.
+      0, or 2 if there is nothing to tune.
     """
     options = _parser().parse_args(arguments)
     names = chosen([case.name for case in (*CASES, *SWEEP, *FEW)], options.cases)
@@ -408,7 +409,7 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             try:
                 found = tune(case, which, settings.tensor_bytes, clock)
-            except Exception as error:  # the others still have theirs
+            except Exception as error:  # the other cases still run
                 record["failures"][name] = said(error)
                 console.print(f"FAILED: {name}: {said(error)}", style="bold red")
                 continue
@@ -425,7 +426,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def keep(record: dict[str, Any], found: Tuned) -> None:
-    """Puts it into the record, in the place of an earlier one."""
+    """Puts it into the record, in place of an earlier one of the same case and pass."""
     record["tuned"] = [
         one
         for one in record["tuned"]

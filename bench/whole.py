@@ -1,4 +1,4 @@
-"""Whole models with flax's layers, after `fuse`, and after `fuse_neighbours` too."""
+"""Times whole models: flax's layers, after `fuse`, and with `fuse_neighbours` too."""
 
 import dataclasses
 import functools
@@ -23,15 +23,15 @@ from bench.truth import GateError
 
 CONTESTANTS = ("flax", "fusednorm", "neighbours")
 
-# Float32, of losses and outputs, relative. Tiny models differ by 3e-7 in four steps
-# (measured, CPU); by 2e-5 where rounding moves an input of a relu to the other side of
-# 0. A gain of norms that is wrong by 2 % makes 2e-3.
+# Limit of the relative difference of losses and outputs in float32. Tiny models differ
+# by 3e-7 in four steps (measured, CPU), and by 2e-5 where rounding moves a relu's input
+# to the other side of 0. A norm gain that is wrong by 2 % makes 2e-3.
 LIMIT = 1e-4
 
-# In bfloat16 one rounding more or less moves a loss. How far is measured: by flax's own
-# step, whose parameters are moved by half a spacing of bfloat16 each. The contestants
-# were off by 0.2 to 0.8 of the largest of three such (tiny models, CPU). A gain that is
-# wrong by 2 % passes in some models: the float32 of `--quick` is there to see it.
+# In bfloat16 one rounding more or less moves a loss. How far is measured with flax's
+# own step, after each parameter is moved by half a spacing of bfloat16. The contestants
+# differed by 0.2 to 0.8 of the largest of three such moves (tiny models, CPU). A gain
+# that is wrong by 2 % passes in some models; the float32 run of `--quick` catches it.
 FACTOR = 2.0
 HALF_SPACING = 2.0**-9
 NUDGES = 3
@@ -41,15 +41,15 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How much is run.
+    """Settings for how much is run.
 
     Attributes:
-      steps: of training, in which losses must agree.
-      seconds: what the contestants of one model are timed for, about, unless that
-        makes fewer than `min_rounds` or more than `max_rounds`.
-      sample: seconds of one sample, at least, of up to `max_calls` calls.
-      layers: of the stack whose compilation is timed.
-      compilations: of each, rounds.
+      steps: training steps in which losses must agree.
+      seconds: approximate time for which the contestants of one model are timed, unless
+        that makes fewer rounds than `min_rounds` or more than `max_rounds`.
+      sample: least seconds of one sample, which takes up to `max_calls` calls.
+      layers: layers of the stack whose compilation is timed.
+      compilations: rounds in which each contestant is compiled.
     """
 
     steps: int = 4
@@ -63,7 +63,7 @@ class Effort:
 
     @classmethod
     def quick(cls) -> "Effort":
-        """Enough to see that all works."""
+        """Returns settings just large enough to show that everything works."""
         return cls(
             steps=2,
             seconds=0,
@@ -80,20 +80,21 @@ class Measured:
     """One workload, run by all contestants.
 
     Attributes:
-      model, which: of the `Workload`.
-      size, batch, dtype: of what was run.
+      model, which: name and kind of the `Workload`.
+      size, batch, dtype: what was run.
       attention: "xla" or "cudnn".
       flax: times of a step with flax's layers.
-      fusednorm: those after `fusednorm.fuse`.
-      neighbours: those with `fusednorm.fuse_neighbours` around the loss, or the forward
-        function, too.
-      memory: bytes that each needs on the device, as its compiler says.
-      loss_difference: the largest from flax's losses or outputs, relative.
-      limit: of that.
-      fused: what `fuse` replaced: layers by class.
-      left: how many norm layers it left.
-      ran: by contestant, what a step runs, as `fusednorm.explain` says: how often each.
-      joined: what neighbours gave their norms: how many calls have each.
+      fusednorm: times of a step after `fusednorm.fuse`.
+      neighbours: times of a step with `fusednorm.fuse_neighbours` too, around the loss
+        or the forward function.
+      memory: bytes on the device that each contestant needs, as its compiler says.
+      loss_difference: largest relative difference from flax's losses or outputs.
+      limit: limit of `loss_difference`.
+      fused: number of layers that `fuse` replaced, by class.
+      left: number of norm layers that `fuse` left unchanged.
+      ran: kernels, or reasons for the reference, that `fusednorm.explain` reports for a
+        step, and how often each occurs; by contestant.
+      joined: number of norm calls that were given each kind of neighbour.
     """
 
     model: str
@@ -115,12 +116,12 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """fusednorm's time over flax's, first deciles."""
+        """fusednorm's time over flax's, using first deciles."""
         return self.fusednorm.p10 / self.flax.p10
 
     @property
     def ratio_neighbours(self) -> float:
-        """The same with neighbours."""
+        """fusednorm's time with neighbours over flax's, using first deciles."""
         return self.neighbours.p10 / self.flax.p10
 
 
@@ -135,13 +136,13 @@ class Stages:
 
 @dataclasses.dataclass(frozen=True)
 class Compiling:
-    """What a training step takes before it runs, from cleared caches.
+    """Time that a training step takes before it runs, from cleared caches.
 
     Attributes:
-      model: its name.
-      layers: written one after the other, as Python's loop does.
-      size: of a layer.
-      flax, fusednorm: medians.
+      model: name of the model.
+      layers: number of layers, unrolled by a Python loop.
+      size: size of a layer.
+      flax, fusednorm: medians with flax's layers and with ours.
     """
 
     model: str
@@ -163,11 +164,11 @@ class Compiling:
 
 
 class State(NamedTuple):
-    """What a step needs.
+    """Arrays that a step needs.
 
     Attributes:
-      moving: what it returns anew, and is donated.
-      held: what it only reads.
+      moving: arrays that the step updates and returns; they are donated.
+      held: arrays that the step only reads.
     """
 
     moving: list[Any]
@@ -177,7 +178,7 @@ class State(NamedTuple):
 class Step:
     """A workload's step by one contestant, as a pure function of lists of arrays.
 
-    Lists: jax flattens them in no time, and a model's state in milliseconds.
+    jax flattens lists in no time. A model's state would take milliseconds.
     """
 
     def __init__(
@@ -188,13 +189,13 @@ class Step:
         *,
         neighbours: bool = False,
     ):
-        """Names the function; nothing is traced.
+        """Builds the function, without tracing it.
 
         Args:
           workload: what is run.
-          graph: of the model, with flax's layers or with ours.
+          graph: graph of the model, with flax's layers or with ours.
           templates: trees like those that `arrange` returns.
-          neighbours: whether `fuse_neighbours` is around what is run.
+          neighbours: whether `fuse_neighbours` wraps `workload.run`.
         """
         run = fusednorm.fuse_neighbours(workload.run) if neighbours else workload.run
         step = {
@@ -213,17 +214,17 @@ class Step:
         self.jitted = jax.jit(flat, donate_argnums=0)
 
     def compile(self, state: State) -> None:
-        """Compiles it."""
+        """Compiles the step."""
         self.compiled = self.jitted.trace(state.moving, state.held).lower().compile()
 
     def __call__(self, state: State) -> tuple[State, jax.Array]:
-        """The state after the step; the loss before it, or the outputs."""
+        """Returns the state after the step; and the loss before it, or the outputs."""
         moving, output = self.compiled(state.moving, state.held)
         return State(moving, state.held), output
 
     @property
     def memory(self) -> int:
-        """Bytes of arguments, results and what lies between, those aliased once."""
+        """Bytes of arguments, results and temporaries; aliased ones count once."""
         return memory.with_arguments(self.compiled)
 
 
@@ -233,12 +234,12 @@ OPTIMIZER = optax.adamw(1e-4)
 def arrange(
     workload: Workload, params: Tree, rest: Tree, examples: tuple[Any, ...]
 ) -> tuple[Tree, Tree]:
-    """What a step of this workload moves, and what it holds.
+    """Returns what a step of the workload updates, and what it only reads.
 
     Args:
       workload: what is run.
       params, rest: the model's `nnx.Param`s and its other state.
-      examples: inputs.
+      examples: the inputs.
     """
     match workload.which:
         case "training step":
@@ -275,12 +276,12 @@ def _decode(graph: Any, run: Any, cache: Any, held: Any) -> Any:
 
 
 class Contest:
-    """A workload with all contestants, on one state, which has all they need.
+    """A workload with all contestants, which share one state.
 
     Attributes:
       workload, size, dtype: what is run.
-      report: what `fuse` said.
-      steps: by contestant, compiled.
+      report: what `fuse` returned.
+      steps: compiled steps, by contestant.
     """
 
     def __init__(
@@ -290,12 +291,12 @@ class Contest:
         dtype: str | None = None,
         others: Sequence[str] = CONTESTANTS[1:],
     ):
-        """Builds and compiles.
+        """Builds and compiles the contestants' steps.
 
         Args:
           workload: what is run.
-          size: of it.
-          dtype: of its activations; None is the usual one of the size.
+          size: size of the workload.
+          dtype: dtype of its activations; None takes the usual one of the size.
           others: contestants beside flax.
         """
         self.workload, self.size = workload, size
@@ -321,19 +322,20 @@ class Contest:
         return arrange(self.workload, params, self._rest, self._examples)
 
     def _state(self, seed: int | None = None) -> State:
-        """The first, or one of parameters that are nudged."""
+        """Returns the first state, or one with nudged parameters."""
         moving, held = map(jax.tree.leaves, self._arranged(seed))
         return State([jnp.copy(leaf) for leaf in moving], held)
 
     def results(
         self, contestant: str, count: int, seed: int | None = None
     ) -> list[np.ndarray]:
-        """Losses of the first steps, or the outputs, in float64.
+        """Returns the losses of the first steps, or the outputs, in float64.
 
         Args:
-          contestant: whose.
-          count: steps of training; the others are run once, for all are alike.
-          seed: of nudged parameters; None is without.
+          contestant: name of the contestant.
+          count: training steps. Other workloads run once, because every run gives the
+            same.
+          seed: seed of nudged parameters; None does not nudge them.
         """
         state, found = self._state(seed), []
         for _ in range(count if self.workload.which == "training step" else 1):
@@ -345,13 +347,13 @@ class Contest:
         """Compares the contestants with flax.
 
         Args:
-          count: steps of training.
+          count: training steps.
 
         Returns:
           The largest difference, and the limit.
 
         Raises:
-          GateError: a difference is beyond the limit, or NaN.
+          GateError: a difference exceeds the limit, or is NaN.
         """
         expected = self.results("flax", count)
         limit = LIMIT
@@ -367,7 +369,7 @@ class Contest:
             if name != "flax"
         }
         for name, value in found.items():
-            if not value <= limit:  # written so that NaN fails
+            if not value <= limit:  # not `>`, so that NaN fails too
                 what = "loss" if self.workload.which == "training step" else "output"
                 raise GateError(
                     f"{name}: the {what} differs from flax's by {value:.1e}; "
@@ -376,7 +378,7 @@ class Contest:
         return max(found.values()), limit
 
     def time(self, effort: Effort) -> dict[str, Quantiles]:
-        """Times the contestants in turn, A B C A B C; the state goes through all."""
+        """Times the contestants in turn, A B C A B C. They pass one state along."""
         state = self._state()
         seconds = dict.fromkeys(self.steps, 0.0)
         for _ in range(2):  # the first warms up
@@ -393,7 +395,7 @@ class Contest:
         return {name: Quantiles.of(found) for name, found in samples.items()}
 
     def _sample(self, name: str, state: State, calls: int) -> tuple[State, float]:
-        """The state after some calls, and seconds of one by the host's clock."""
+        """Returns the state after some calls, and the host's seconds per call."""
         step = self.steps[name]
         start = time.perf_counter()
         for _ in range(calls):
@@ -402,13 +404,13 @@ class Contest:
         return state, (time.perf_counter() - start) / calls
 
     def choices(self, contestant: str) -> tuple[Any, ...]:
-        """What `fusednorm.explain` says of each norm in a step."""
+        """Returns what `fusednorm.explain` says about each norm in a step."""
         state = jax.eval_shape(self._state)
         return fusednorm.explain(self.steps[contestant].jitted, *state).choices
 
 
 def nudged(params: Tree, seed: int) -> Tree:
-    """Each parameter larger or smaller by half a spacing of bfloat16, at random."""
+    """Moves each parameter up or down by half a spacing of bfloat16, at random."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
@@ -421,7 +423,10 @@ def nudged(params: Tree, seed: int) -> Tree:
 
 
 def difference(results: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """The largest rms(result - expected) / rms(expected); of a scalar, relative."""
+    """Returns the largest rms(result - expected) / rms(expected) of all results.
+
+    For a scalar, that is the relative difference.
+    """
     return max(
         float(np.sqrt(np.mean(np.square(a - b)) / np.mean(np.square(b))))
         for a, b in zip(results, expected, strict=True)
@@ -431,18 +436,18 @@ def difference(results: list[np.ndarray], expected: list[np.ndarray]) -> float:
 def measure(
     workload: Workload, size: Size, effort: Effort, attention: str = "xla"
 ) -> Measured:
-    """Runs one workload.
+    """Checks and times one workload.
 
     Args:
       workload: what is run.
-      size: of it.
-      effort: how much.
-      attention: the implementation that is in use, for the record.
+      size: size of the workload.
+      effort: how much is run.
+      attention: the attention implementation in use, for the record.
 
     Raises:
       GateError: losses or outputs do not agree.
     """
-    # Float32 products in float32, so that what differs is the norms.
+    # Float32 matrix products stay in float32, so that only the norms differ.
     with jax.default_matmul_precision("float32" if size == "tiny" else None):
         contest = Contest(workload, size)
     off, limit = contest.check(effort.steps)
@@ -478,12 +483,12 @@ def measure(
 def compiling(workload: Workload, size: Size, effort: Effort) -> Compiling:
     """Times tracing, lowering and compiling of a deep model's training step.
 
-    As in a fresh process: JAX's caches are cleared before each.
+    JAX's caches are cleared before each round, as in a fresh process.
 
     Args:
       workload: a training step of a model whose configuration has a `depth`.
-      size: of a layer.
-      effort: how many layers, and how often.
+      size: size of a layer.
+      effort: number of layers and of rounds.
     """
     config = dataclasses.replace(workload.sizes[size], depth=effort.layers)
     deep = dataclasses.replace(workload, sizes={size: config})

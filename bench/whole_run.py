@@ -1,4 +1,4 @@
-"""Picks whole models, runs them, reports: what `python -m bench models` does."""
+"""Implements `python -m bench models`: picks whole models, runs them, reports."""
 
 import argparse
 import gc
@@ -34,7 +34,7 @@ from bench.truth import GateError
 from bench.whole import CONTESTANTS, Compiling, Effort, Measured
 
 HERE = Path(__file__).resolve().parent
-COMPILING = "compiling"  # this name stands for the time that compiling takes
+COMPILING = "compiling"  # name of the job that times compiling
 
 Record = dict[str, Any]
 Job = Workload | str
@@ -44,10 +44,11 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the models.
 
     Args:
-      arguments: of the command line.
+      arguments: command-line arguments.
 
     Returns:
-      0, or 1 where one failed, or was wrong: it then has no figure.
+      0; 1 if a model failed or was wrong, which then has no figure; 2 if no model has
+      a name that was asked for.
     """
     options = _parser().parse_args(arguments)
     jobs = [
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(job: Job, size: Size, effort: Effort, attention: str, record: Record) -> None:
-    """Adds what one job finds to the record."""
+    """Runs one job and adds what it finds to the record."""
     found: Measured | Compiling
     try:
         if isinstance(job, Workload):
@@ -105,9 +106,9 @@ def _run(job: Job, size: Size, effort: Effort, attention: str, record: Record) -
             record["compiling"].append(as_dict(found, "ratio"))
     except GateError as error:
         record["failures"][str(job)] = str(error)
-    except Exception as error:  # of memory, say: the next model may well run
+    except Exception as error:  # out of memory, say: the next model may still run
         record["failures"][str(job)] = said(error)[:400]
-    jax.clear_caches()  # executables, and the constants in them
+    jax.clear_caches()  # frees executables and their constants
     gc.collect()
 
 
@@ -134,7 +135,7 @@ def _is_done(job: Job, size: Size, attention: str, record: Record) -> bool:
 
 
 def summary(models: Sequence[Record]) -> dict[str, Record]:
-    """Of the ratios after `fuse`, and with neighbours: geometric mean and worst."""
+    """Summarizes ratios after `fuse` and with neighbours: geometric mean and worst."""
     found = {}
     for name, key in (("fusednorm", "ratio"), ("neighbours", "ratio_neighbours")):
         if models:

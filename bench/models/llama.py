@@ -1,7 +1,7 @@
 """Llama-3.2-1B: Grattafiori et al. 2024 (arXiv:2407.21783), sizes of Meta's model card.
 
-With an RMSNorm of each head's queries and keys, as in Qwen3 (arXiv:2505.09388), and
-without Llama 3's rescaling of low frequencies for contexts beyond 8192 tokens.
+Each head's queries and keys pass through an RMSNorm, as in Qwen3 (arXiv:2505.09388).
+Llama 3's rescaling of low frequencies, for contexts beyond 8192 tokens, is left out.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ from jax import lax
 
 from bench.models.parts import attend, cross_entropy, split_heads
 
-# Of one layer: keys and values, each (batch, tokens, kv_heads, width).
+# The keys and values of one layer, each (batch, tokens, kv_heads, width).
 Cache = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes.
+    """Sizes of the model and its inputs.
 
     Attributes:
-      depth: layers.
-      features: of a token.
-      heads, kv_heads: of queries, and of keys and values.
+      depth: number of layers.
+      features: features per token.
+      heads, kv_heads: heads of the queries, and of the keys and values.
       hidden: features inside the MLP.
-      vocabulary: tokens that there are.
-      tokens: of a sequence, or of a cache.
+      vocabulary: number of distinct tokens.
+      tokens: tokens per sequence, or per cache.
       theta: base of the rotary frequencies.
     """
 
@@ -43,7 +43,7 @@ class Config:
 
     @property
     def width(self) -> int:
-        """Features of a head."""
+        """Features per head."""
         return self.features // self.heads
 
 
@@ -54,7 +54,7 @@ TINY = Config(
 
 
 class Attention(nnx.Module):
-    """Grouped queries, with normalized and rotated queries and keys."""
+    """Grouped-query attention with normalized and rotated queries and keys."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -68,14 +68,14 @@ class Attention(nnx.Module):
         self.key_norm = nnx.RMSNorm(config.width, **kind)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Each token attends to those before it: x is (batch, tokens, features)."""
+        """Applies causal attention to x, (batch, tokens, features)."""
         y = attend(*self._heads(x, jnp.arange(x.shape[1])), is_causal=True)
         return self.out(y.reshape(x.shape))
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """One token, x: (batch, 1, features), which is added to the cache."""
+        """Decodes one token, x: (batch, 1, features), and adds it to the cache."""
         q, k, v = self._heads(x, position[None])
         keys, values = (
             lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
@@ -94,7 +94,9 @@ class Attention(nnx.Module):
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding: Su et al. 2021 (arXiv:2104.09864), halves as Llama pairs them.
+    """Applies the rotary embedding of Su et al. 2021 (arXiv:2104.09864).
+
+    Halves are paired as in Llama.
 
     Args:
       x: (batch, tokens, heads, width).
@@ -111,7 +113,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Attention and SwiGLU, each behind an RMSNorm."""
+    """Attention and SwiGLU, each after an RMSNorm."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -124,13 +126,13 @@ class Block(nnx.Module):
         self.down = nnx.Linear(hidden, features, use_bias=False, **kind)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, features)."""
+        """Applies the block to x, (batch, tokens, features)."""
         return self._mlp(x + self.attention(self.attention_norm(x)))
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """As `Attention.decode`."""
+        """Decodes one token, like `Attention.decode`."""
         y, cache = self.attention.decode(self.attention_norm(x), position, cache)
         return self._mlp(x + y), cache
 
@@ -142,8 +144,8 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Blocks between an embedding and its transpose.
 
-    In training a block keeps what it was given and computes the rest once more: with
-    16 blocks on 8192 tokens XLA's attention would keep 3 GB of each block.
+    In training, a block keeps only its input and recomputes the rest. With 16 blocks on
+    8192 tokens, XLA's attention would otherwise keep 3 GB per block.
     """
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
@@ -153,7 +155,7 @@ class Llama(nnx.Module):
         self.norm = nnx.RMSNorm(config.features, epsilon=1e-5, **kind)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """tokens: (batch, tokens). Returns logits, (batch, tokens, vocabulary)."""
+        """Returns logits, (batch, tokens, vocabulary), of tokens, (batch, tokens)."""
         x = self.embed(tokens)
         for block in self.blocks:
             x = nnx.remat(Block.__call__)(block, x)
@@ -162,7 +164,11 @@ class Llama(nnx.Module):
     def decode(
         self, token: jax.Array, position: jax.Array, caches: list[Cache]
     ) -> tuple[jax.Array, list[Cache]]:
-        """token: (batch, 1). Returns logits, (batch, 1, vocabulary), and the caches."""
+        """Decodes a token, (batch, 1).
+
+        Returns:
+          Logits, (batch, 1, vocabulary), and the caches.
+        """
         x, now = self.embed(token), []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, cache = block.decode(x, position, cache)
@@ -173,21 +179,21 @@ class Llama(nnx.Module):
 def inputs(
     config: Config, batch: int, dtype: Any, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens and those that follow them, both (batch, tokens), whatever the dtype."""
+    """Draws tokens and those that follow them, both (batch, tokens), for any dtype."""
     shape = (batch, config.tokens + 1)
     drawn = jax.random.randint(rngs(), shape, 0, config.vocabulary)
     return drawn[:, :-1], drawn[:, 1:]
 
 
 def loss(model: Llama, tokens: jax.Array, following: jax.Array) -> jax.Array:
-    """Cross-entropy of the next tokens."""
+    """Returns the cross-entropy of the following tokens."""
     return cross_entropy(model(tokens), following)
 
 
 def decode_inputs(
     config: Config, batch: int, dtype: Any, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array, list[Cache]]:
-    """A token, (batch, 1), the last position, and caches that are full up to there."""
+    """Draws a token, (batch, 1), for the last position, and caches filled up to it."""
     token = jax.random.randint(rngs(), (batch, 1), 0, config.vocabulary)
     shape = (batch, config.tokens, config.kv_heads, config.width)
     caches = [
@@ -203,5 +209,5 @@ def decode_inputs(
 def decode(
     model: Llama, token: jax.Array, position: jax.Array, caches: list[Cache]
 ) -> tuple[jax.Array, list[Cache]]:
-    """Logits of one more token, and the caches with it."""
+    """Returns the logits of one more token, and the caches that include it."""
     return model.decode(token, position, caches)

@@ -1,7 +1,7 @@
 """The pair stack of AlphaFold 2: Jumper et al. 2021, supplement, algorithms 11 to 15.
 
-doi.org/10.1038/s41586-021-03819-2. Some of the 48 Evoformer blocks, their pair half:
-no MSA, no dropout; and the distogram head (supplement, 1.9.8).
+doi.org/10.1038/s41586-021-03819-2. The model has the pair half of some of the 48
+Evoformer blocks, without MSA and dropout, and the distogram head (supplement, 1.9.8).
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from bench.models.parts import attend, cross_entropy, split_heads
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes.
+    """Sizes of the model and its inputs.
 
     Attributes:
-      depth: blocks.
-      channels: of a pair.
-      heads: of triangle attention.
+      depth: number of blocks.
+      channels: channels per pair.
+      heads: heads of the triangle attention.
       hidden: channels inside the attention.
-      expansion: of the transition.
-      residues: of a crop.
-      bins: of the distogram.
+      expansion: factor of the channels inside the transition.
+      residues: residues of a crop.
+      bins: bins of the distogram.
     """
 
     depth: int = 4
@@ -42,7 +42,7 @@ TINY = Config(depth=2, channels=32, heads=2, hidden=32, residues=12, bins=8)
 
 
 class TriangleProduct(nnx.Module):
-    """Algorithms 11 (outgoing edges) and 12 (incoming edges)."""
+    """The triangle product: algorithms 11 (outgoing edges) and 12 (incoming edges)."""
 
     def __init__(self, config: Config, outgoing: bool, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -55,7 +55,7 @@ class TriangleProduct(nnx.Module):
         self.out, self.gate = (nnx.Linear(c, c, **kind) for _ in range(2))
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """z: (residues, residues, channels)."""
+        """Returns an update of the pairs z, (residues, residues, channels)."""
         z = self.norm_in(z)
         left = nnx.sigmoid(self.left_gate(z)) * self.left(z)
         right = nnx.sigmoid(self.right_gate(z)) * self.right(z)
@@ -64,7 +64,7 @@ class TriangleProduct(nnx.Module):
 
 
 class TriangleAttention(nnx.Module):
-    """Algorithms 13 (around the starting node) and 14 (around the ending node)."""
+    """Triangle attention: algorithms 13 (starting node) and 14 (ending node)."""
 
     def __init__(self, config: Config, starting: bool, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -79,7 +79,7 @@ class TriangleAttention(nnx.Module):
         self.out = nnx.Linear(hidden, c, **kind)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """z: (residues, residues, channels)."""
+        """Returns an update of the pairs z, (residues, residues, channels)."""
         z = z if self.starting else z.swapaxes(0, 1)
         z = self.norm(z)
         parts = (self.query(z), self.key(z), self.value(z))
@@ -91,7 +91,7 @@ class TriangleAttention(nnx.Module):
 
 
 class Transition(nnx.Module):
-    """Algorithm 15."""
+    """The pair transition: algorithm 15."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -101,12 +101,12 @@ class Transition(nnx.Module):
         self.down = nnx.Linear(hidden, c, **kind)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """z: (residues, residues, channels)."""
+        """Returns an update of the pairs z, (residues, residues, channels)."""
         return self.down(nnx.relu(self.up(self.norm(z))))
 
 
 class Block(nnx.Module):
-    """Algorithm 6, lines 6 to 10."""
+    """The pair half of an Evoformer block: algorithm 6, lines 6 to 10."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -121,14 +121,14 @@ class Block(nnx.Module):
         )
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """z: (residues, residues, channels)."""
+        """Returns the updated pairs, (residues, residues, channels)."""
         for update in self.updates:
             z = z + update(z)
         return z
 
 
 class PairStack(nnx.Module):
-    """Blocks, and the distogram of what they return."""
+    """Blocks, and the distogram of their result."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -136,7 +136,7 @@ class PairStack(nnx.Module):
         self.head = nnx.Linear(config.channels, config.bins, **kind)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """z: (residues, residues, channels). Returns logits, (..., bins)."""
+        """Returns logits, (..., bins), of pairs z, (residues, residues, channels)."""
         for block in self.blocks:
             z = block(z)
         logits = self.head(z)
@@ -146,9 +146,9 @@ class PairStack(nnx.Module):
 def inputs(
     config: Config, batch: int, dtype: Any, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array]:
-    """Pairs, (residues, residues, channels), and the bins of their distances.
+    """Draws pairs, (residues, residues, channels), and the bins of their distances.
 
-    There is no axis of a batch: of one protein at a time.
+    There is no batch axis: the stack takes one protein at a time.
     """
     if batch != 1:
         raise ValueError(f"the pair stack takes one protein at a time: {batch=}")
@@ -158,5 +158,5 @@ def inputs(
 
 
 def loss(model: PairStack, pairs: jax.Array, bins: jax.Array) -> jax.Array:
-    """Cross-entropy of the distogram."""
+    """Returns the cross-entropy of the distogram."""
     return cross_entropy(model(pairs), bins)

@@ -1,4 +1,4 @@
-"""What several models are built of."""
+"""Parts that several models share."""
 
 import contextlib
 import contextvars
@@ -18,7 +18,7 @@ _implementation: contextvars.ContextVar[Implementation] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def use_attention(implementation: Implementation) -> Iterator[None]:
-    """A context in which attention is traced for XLA, or for cuDNN's own kernels."""
+    """Traces attention for XLA, or for cuDNN's own kernels, inside a context."""
     token = _implementation.set(implementation)
     try:
         yield
@@ -27,15 +27,15 @@ def use_attention(implementation: Implementation) -> Iterator[None]:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    """`jax.nn.dot_product_attention` with the implementation in use.
+    """Calls `jax.nn.dot_product_attention` with the implementation in use.
 
     Args:
       q: (batch, tokens, heads, width).
       k, v: (batch, others, heads or fewer, width).
-      options: of `jax.nn.dot_product_attention`.
+      options: further arguments of `jax.nn.dot_product_attention`.
 
     Returns:
-      As q.
+      An array of q's shape.
     """
     return jax.nn.dot_product_attention(
         q, k, v, implementation=_implementation.get(), **options
@@ -43,7 +43,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Arra
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of tokens to themselves, or to a context."""
+    """Multi-head attention of tokens to each other, or to a context."""
 
     def __init__(
         self,
@@ -55,14 +55,14 @@ class Attention(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        """Makes the four products.
+        """Makes the four linear layers.
 
         Args:
-          features: of x and of the result.
-          heads: which share the features.
-          context: features of the context; None is those of x.
-          use_bias: of queries, keys and values.
-          dtype: of the result.
+          features: features of x and of the result.
+          heads: number of heads, which share the features.
+          context: features of the context; None takes those of x.
+          use_bias: whether queries, keys and values have a bias.
+          dtype: dtype of the result.
           rngs: draw the weights.
         """
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -74,7 +74,12 @@ class Attention(nnx.Module):
         self.out = nnx.Linear(features, features, **kind)
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """x: (batch, tokens, features); context: (batch, others, its features)."""
+        """Lets x attend to a context.
+
+        Args:
+          x: (batch, tokens, features).
+          context: (batch, others, its features); None is x.
+        """
         context = x if context is None else context
         q, k, v = self.query(x), self.key(context), self.value(context)
         y = attend(*(split_heads(a, self.heads) for a in (q, k, v)))
@@ -82,12 +87,12 @@ class Attention(nnx.Module):
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """(..., features) -> (..., heads, width)."""
+    """Reshapes (..., features) to (..., heads, width)."""
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean over all labels, in float32.
+    """Returns the mean cross-entropy over all labels, in float32.
 
     Args:
       logits: (..., classes).
@@ -103,12 +108,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def labelled_images(
     config: Any, batch: int, dtype: Any, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array]:
-    """Images, (batch, image, image, 3), and labels, (batch,).
+    """Draws images, (batch, image, image, 3), and labels, (batch,).
 
     Args:
-      config: has `image`, pixels of a side, and `classes`.
-      batch: how many.
-      dtype: of the images.
+      config: has `image`, the pixels of a side, and `classes`.
+      batch: number of images.
+      dtype: dtype of the images.
       rngs: draw both.
     """
     shape = (batch, config.image, config.image, 3)
@@ -117,5 +122,5 @@ def labelled_images(
 
 
 def classification_loss(model: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of the model's logits."""
+    """Returns the cross-entropy of the model's logits."""
     return cross_entropy(model(images), labels)

@@ -1,4 +1,4 @@
-"""The models of published size, and what is run of each."""
+"""The models of published size, and what each of them runs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,24 +11,24 @@ from bench.models import llama, pair, parts, resnet50, unet, vit
 Size = Literal["real", "tiny"]
 Which = Literal["training step", "forward", "decode"]
 
-# Activations; parameters are float32. Tiny ones are there to be compared.
+# Dtypes of activations; parameters are float32. Tiny models serve for comparisons.
 DTYPES: dict[Size, str] = {"real": "bfloat16", "tiny": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model, and one of the things it is used for.
+    """A model, and one of its uses.
 
     Attributes:
-      name: the model's.
-      which: what is run: `run` and a step of gradient descent on its result, or `run`
+      name: name of the model.
+      which: what is run: `run` with a step of gradient descent on its result, or `run`
         alone.
-      build: makes the model, of a configuration, a dtype and `nnx.Rngs`.
-      inputs: makes examples, of a configuration, a batch, a dtype and `nnx.Rngs`.
-      run: of the model and the inputs: the loss, or the outputs. In "decode" the last
-        input is a cache, and the result is the outputs and the next cache.
-      sizes: configurations.
-      batch: by size.
+      build: makes the model from a configuration, a dtype and `nnx.Rngs`.
+      inputs: makes examples from a configuration, a batch, a dtype and `nnx.Rngs`.
+      run: computes the loss or the outputs from the model and the inputs. In "decode",
+        the last input is a cache, and the result is the outputs and the next cache.
+      sizes: configuration of each size.
+      batch: batch of each size.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Workload:
         return f"{self.name}, {self.which}"
 
     def model(self, size: Size, dtype: str) -> nnx.Module:
-        """Of random weights, the same each time."""
+        """Builds the model with random weights, the same each time."""
         return self.build(self.sizes[size], dtype, nnx.Rngs(0))
 
     def examples(self, size: Size, dtype: str) -> tuple[Any, ...]:
-        """Random inputs, the same each time."""
+        """Draws random inputs, the same each time."""
         return self.inputs(self.sizes[size], self.batch[size], dtype, nnx.Rngs(1))
 
 

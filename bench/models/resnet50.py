@@ -1,7 +1,7 @@
 """ResNet-50: He et al. 2015, "Deep Residual Learning" (arXiv:1512.03385), table 1.
 
-The v1.5 of torchvision and NVIDIA: the 3x3 convolution of a block has the stride, not
-the 1x1 before it.
+This is the v1.5 of torchvision and NVIDIA: in a block, the 3x3 convolution has the
+stride, not the 1x1 convolution before it.
 """
 
 import dataclasses
@@ -13,13 +13,14 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes.
+    """Sizes of the model and its inputs.
 
     Attributes:
-      depths: blocks of each stage.
-      width: channels of the stem; a block's inner ones double from stage to stage.
+      depths: number of blocks of each stage.
+      width: channels of the stem and inside the first stage's blocks; the latter double
+        from stage to stage.
       image: pixels of an image's side.
-      classes: of the labels.
+      classes: number of labels.
     """
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -33,7 +34,7 @@ TINY = Config(depths=(1, 1), width=16, image=32, classes=10)
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3 and 1x1 convolutions, each with its norm, and a way past them."""
+    """1x1, 3x3 and 1x1 convolutions, each with its norm, and a skip connection."""
 
     def __init__(
         self, channels_in: int, width: int, stride: int, dtype: Any, rngs: nnx.Rngs
@@ -53,7 +54,7 @@ class Bottleneck(nnx.Module):
             )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, height, width, channels_in)."""
+        """Applies the block to x, (batch, height, width, channels_in)."""
         y = nnx.relu(self.norm1(self.conv1(x)))
         y = nnx.relu(self.norm2(self.conv2(y)))
         y = self.norm3(self.conv3(y))
@@ -79,7 +80,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(channels, config.classes, **kind)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images: (batch, height, width, 3). Returns logits, (batch, classes)."""
+        """Returns logits, (batch, classes), of images, (batch, height, width, 3)."""
         x = nnx.relu(self.norm(self.stem(images)))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for block in self.blocks:

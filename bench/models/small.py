@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 
 class TransformerBlock(nnx.Module):
-    """Attention behind a LayerNorm, with normalized queries and keys; MLP, RMSNorm."""
+    """LayerNorm and attention, with normalized queries and keys; RMSNorm and MLP."""
 
     def __init__(self, features: int, heads: int, rngs: nnx.Rngs):
         self.attention_norm = nnx.LayerNorm(features, rngs=rngs)
@@ -22,13 +22,13 @@ class TransformerBlock(nnx.Module):
         self.down = nnx.Linear(2 * features, features, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, features)."""
+        """Applies the block to x, (batch, tokens, features)."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
 
 class Transformer(nnx.Module):
-    """Reads an image of 8x8 pixels as 16 tokens of 2x2."""
+    """A transformer that reads an image of 8x8 pixels as 16 tokens of 2x2."""
 
     def __init__(self, rngs: nnx.Rngs, features: int = 64, depth: int = 3):
         self.embed = nnx.Linear(4, features, rngs=rngs)
@@ -40,7 +40,7 @@ class Transformer(nnx.Module):
         self.head = nnx.Linear(features, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images: (batch, 8, 8, 1). Returns logits, (batch, 10)."""
+        """Returns logits, (batch, 10), of images, (batch, 8, 8, 1)."""
         batch = images.shape[0]
         patches = images.reshape(batch, 4, 2, 4, 2).swapaxes(2, 3)
         x = self.embed(patches.reshape(batch, 16, 4)) + self.positions[...]
@@ -50,7 +50,7 @@ class Transformer(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Two 3x3 convolutions, each with its norm, and a 1x1 one beside them."""
+    """Two 3x3 convolutions, each with its norm, and a 1x1 convolution as their skip."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class ResidualBlock(nnx.Module):
         self.skip = _conv(channels_in, channels, 1, stride, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, height, width, channels_in)."""
+        """Applies the block to x, (batch, height, width, channels_in)."""
         y = nnx.silu(self.norm1(self.conv1(x)))
         return nnx.silu(self.norm2(self.conv2(y)) + self.skip(x))
 
@@ -89,7 +89,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(2 * channels, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images: (batch, 8, 8, 1). Returns logits, (batch, 10)."""
+        """Returns logits, (batch, 10), of images, (batch, 8, 8, 1)."""
         x = nnx.silu(self.norm(self.stem(images)))
         for block in self.blocks:
             x = block(x)
@@ -124,10 +124,10 @@ MODELS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
 
 
 def digits(batch: int, seed: int = 0) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Endless batches of scikit-learn's digits, drawn at random.
+    """Draws endless batches of scikit-learn's digits at random.
 
     Yields:
-      images: (batch, 8, 8, 1) float32, of mean 0 and deviation 1 over the set.
+      images: (batch, 8, 8, 1) float32, with mean 0 and deviation 1 over the set.
       labels: (batch,) int32, 0 to 9.
     """
     images, labels = load_digits(return_X_y=True)

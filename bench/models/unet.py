@@ -1,7 +1,7 @@
 """The UNet of Stable Diffusion 1.5: Rombach et al. 2021 (arXiv:2112.10752).
 
-Sizes of CompVis' v1-inference.yaml; without dropout. A spatial transformer is that of
-the paper's appendix E.2.1, with GEGLU (arXiv:2002.05202).
+Sizes are those of CompVis' v1-inference.yaml, without dropout. The spatial transformer
+follows the paper's appendix E.2.1, with GEGLU (arXiv:2002.05202).
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from bench.models.parts import Attention
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes.
+    """Sizes of the model and its inputs.
 
     Attributes:
-      channels: of each level; all but the last have transformers.
-      depth: residual blocks of a level on the way down; one more on the way up.
-      groups: of a GroupNorm.
-      heads: of attention.
-      latent: pixels of a side.
-      latent_channels: of the input and the output.
-      words, context: tokens of the text, and their features.
+      channels: channels of each level; all levels but the last have transformers.
+      depth: residual blocks per level on the way down; one more on the way up.
+      groups: groups of each GroupNorm.
+      heads: heads of the attention.
+      latent: pixels of a latent's side.
+      latent_channels: channels of the input and the output.
+      words, context: tokens of the text, and features per token.
     """
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -46,7 +46,7 @@ TINY = Config(
 
 
 class ResidualBlock(nnx.Module):
-    """Two GroupNorms, SiLUs and 3x3 convolutions; the time is added between them."""
+    """Two times GroupNorm, SiLU and 3x3 convolution, with the time added in between."""
 
     def __init__(
         self,
@@ -67,7 +67,12 @@ class ResidualBlock(nnx.Module):
             self.skip = nnx.Conv(channels_in, channels, (1, 1), **kind)
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-        """x: (batch, height, width, channels_in); time: (batch, its features)."""
+        """Applies the block.
+
+        Args:
+          x: (batch, height, width, channels_in).
+          time: (batch, its features).
+        """
         y = self.conv1(nnx.silu(self.norm1(x)))
         y = y + self.time(nnx.silu(time))[:, None, None]
         y = self.conv2(nnx.silu(self.norm2(y)))
@@ -75,7 +80,7 @@ class ResidualBlock(nnx.Module):
 
 
 class SpatialTransformer(nnx.Module):
-    """Pixels attend to each other, then to the text; then GEGLU."""
+    """Attention of pixels to each other, then to the text; then GEGLU."""
 
     def __init__(self, config: Config, channels: int, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -93,7 +98,12 @@ class SpatialTransformer(nnx.Module):
         self.leave = nnx.Conv(channels, channels, (1, 1), **kind)
 
     def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
-        """x: (batch, height, width, channels); text: (batch, words, context)."""
+        """Applies the transformer.
+
+        Args:
+          x: (batch, height, width, channels).
+          text: (batch, words, context).
+        """
         pixels = self.enter(self.norm(x))
         y = pixels.reshape(x.shape[0], -1, x.shape[-1])
         y = y + self.attention1(self.norm1(y))
@@ -122,13 +132,13 @@ class Stage(nnx.Module):
             self.transformer = SpatialTransformer(config, channels, **kind)
 
     def __call__(self, x: jax.Array, time: jax.Array, text: jax.Array) -> jax.Array:
-        """x: (batch, height, width, channels_in)."""
+        """Applies the stage to x, (batch, height, width, channels_in)."""
         x = self.residual(x, time)
         return x if self.transformer is None else self.transformer(x, text)
 
 
 class UNet(nnx.Module):
-    """Down through the levels and up again; each step up reads one of the way down."""
+    """Stages down the levels and up again; each one up also reads an earlier result."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -169,7 +179,7 @@ class UNet(nnx.Module):
         self.leave = nnx.Conv(first, config.latent_channels, (3, 3), **kind)
 
     def __call__(self, x: jax.Array, times: jax.Array, text: jax.Array) -> jax.Array:
-        """The noise in x.
+        """Predicts the noise in x.
 
         Args:
           x: (batch, height, width, latent channels).
@@ -194,7 +204,7 @@ class UNet(nnx.Module):
 
 
 def sinusoids(times: jax.Array, features: int) -> jax.Array:
-    """(batch,) -> (batch, features), float32."""
+    """Embeds times, (batch,), as (batch, features) in float32."""
     half = features // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / half)
     angles = times[:, None] * frequencies
@@ -204,7 +214,7 @@ def sinusoids(times: jax.Array, features: int) -> jax.Array:
 def inputs(
     config: Config, batch: int, dtype: Any, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The arguments of `UNet.__call__`."""
+    """Draws the arguments of `UNet.__call__`."""
     shape = (batch, config.latent, config.latent, config.latent_channels)
     words = (batch, config.words, config.context)
     latents = jax.random.normal(rngs(), shape, jnp.dtype(dtype))
@@ -215,19 +225,19 @@ def inputs(
 def training_inputs(
     config: Config, batch: int, dtype: Any, rngs: nnx.Rngs
 ) -> tuple[jax.Array, ...]:
-    """These, and the noise: as x."""
+    """Draws the same as `inputs`, and the noise, which has x's shape."""
     x, *others = inputs(config, batch, dtype, rngs)
     return x, *others, jax.random.normal(rngs(), x.shape, x.dtype)
 
 
 def forward(model: UNet, x: jax.Array, times: jax.Array, text: jax.Array) -> jax.Array:
-    """The noise in x."""
+    """Predicts the noise in x."""
     return model(x, times, text)
 
 
 def loss(
     model: UNet, x: jax.Array, times: jax.Array, text: jax.Array, noise: jax.Array
 ) -> jax.Array:
-    """Mean squared error of the noise, in float32."""
+    """Returns the mean squared error of the noise, in float32."""
     off = model(x, times, text).astype(jnp.float32) - noise.astype(jnp.float32)
     return jnp.mean(off**2)

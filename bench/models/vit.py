@@ -1,6 +1,6 @@
 """ViT-B/16: Dosovitskiy et al. 2020 (arXiv:2010.11929).
 
-Table 1 and equations 1 to 4; without dropout.
+The model follows table 1 and equations 1 to 4, without dropout.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ from bench.models.parts import Attention
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes.
+    """Sizes of the model and its inputs.
 
     Attributes:
-      depth: layers.
-      features: of a token.
-      heads: of attention.
+      depth: number of layers.
+      features: features per token.
+      heads: heads of the attention.
       hidden: features inside the MLP.
-      patch, image: pixels of the sides.
-      classes: of the labels.
+      patch, image: pixels of a patch's and an image's side.
+      classes: number of labels.
     """
 
     depth: int = 12
@@ -40,7 +40,7 @@ TINY = Config(depth=2, features=64, heads=4, hidden=128, patch=8, image=32, clas
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each behind a LayerNorm."""
+    """Attention and MLP, each after a LayerNorm."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -51,13 +51,13 @@ class Layer(nnx.Module):
         self.down = nnx.Linear(config.hidden, config.features, **kind)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, features)."""
+        """Applies the layer to x, (batch, tokens, features)."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x)), approximate=False))
 
 
 class ViT(nnx.Module):
-    """Patches and a class token through layers; the class token is classified."""
+    """Layers on patches and a class token, which a linear layer then classifies."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -73,7 +73,7 @@ class ViT(nnx.Module):
         self.head = nnx.Linear(features, config.classes, **kind)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images: (batch, height, width, 3). Returns logits, (batch, classes)."""
+        """Returns logits, (batch, classes), of images, (batch, height, width, 3)."""
         x = self.embed(images)
         batch, *_, features = x.shape
         token = jnp.broadcast_to(self.token[...], (batch, 1, features)).astype(x.dtype)
