@@ -1,4 +1,4 @@
-"""fuse() and unfuse(): models of flax.nnx whose norm layers change in place."""
+"""fuse() and unfuse() change the norm layers of flax.nnx models in place."""
 
 import copy
 import dataclasses
@@ -33,12 +33,12 @@ from tests.layer_helpers import (
     randomize,
 )
 
-# A few norms in a row, each with the roundings of those before it.
+# Rounding errors allowed after a few consecutive norms, which accumulate them.
 DEEP = 256
 
 
 class Scaled(nnx.LayerNorm):
-    """A user's layer: other defaults, no other computation."""
+    """A user's layer with other defaults and flax's computation."""
 
     def __init__(self, num_features: int, *, rngs: nnx.Rngs) -> None:
         super().__init__(num_features, epsilon=0.25, rngs=rngs)
@@ -79,7 +79,7 @@ def squash(x: Any) -> jax.Array:
 
 
 class Model(nnx.Module):
-    """Every layer, in every container, one of them shared."""
+    """A model with every kind of layer, in every container. One layer is shared."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         group = functools.partial(nnx.GroupNorm, num_groups=4)
@@ -112,7 +112,7 @@ def make_model(seed: int = 0) -> Model:
 
 
 def make_pair(make: Callable[[], Any] = make_model) -> tuple[Any, Any]:
-    """A model as flax runs it, and the same one fused."""
+    """Returns a model as flax runs it, and the same model fused."""
     theirs, ours = make(), make()
     fusednorm.fuse(ours)
     return theirs, ours
@@ -122,7 +122,7 @@ X_SHAPE = (4, 5, FEATURES)
 
 
 def norms_called(function: Callable, *args: Any) -> int:
-    """How many fusednorm calls a function makes."""
+    """Returns the number of fusednorm calls that a function makes."""
     return len(fusednorm.explain(function, *args).choices)
 
 
@@ -151,7 +151,7 @@ def test_a_layer_changes_its_class_and_nothing_else() -> None:
 
 
 def test_a_fused_model_computes_what_the_model_did() -> None:
-    """And it does so with the fused layers."""
+    """The fused layers do run, and unfuse() brings back flax's exact results."""
     theirs, ours = make_pair()
     x = data(X_SHAPE)
     assert norms_called(theirs, x) == 0
@@ -287,7 +287,7 @@ def test_a_subclass_with_a_call_of_its_own_is_left() -> None:
 
 
 class Tagged(nnx.LayerNorm):
-    """A user's layer whose subclasses must say something."""
+    """A user's layer whose subclasses must give a tag."""
 
     def __init_subclass__(cls, *, tag: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -295,11 +295,11 @@ class Tagged(nnx.LayerNorm):
 
 
 class Tag(Tagged, tag="mine"):
-    """One that says it."""
+    """A subclass that gives its tag."""
 
 
 class NoTree(nnx.LayerNorm, pytree=False):
-    """A user's layer that jax is not to look into."""
+    """A user's layer that is no pytree, so jax does not look into it."""
 
 
 def test_a_subclass_that_cannot_be_made_is_left() -> None:
@@ -335,7 +335,7 @@ def test_what_is_no_model_is_refused(what: str) -> None:
 
 
 def test_what_holds_no_module_is_refused() -> None:
-    """What `nnx.split` made of a model, among others: nothing would be replaced."""
+    """The results of `nnx.split`, for example, hold no module to replace."""
     layer = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     for wrong in (graph, state, (graph, state), nnx.to_pure_dict(state), None, data()):
@@ -352,7 +352,7 @@ def test_what_holds_no_module_is_refused() -> None:
 def test_a_model_that_a_transform_has_in_hand_is_refused(
     transform: Callable[..., Any], convert: Callable[[Any], Any]
 ) -> None:
-    """NNX would raise when it carries it back, and leave it empty."""
+    """NNX would raise as it carries the model back, and would leave it empty."""
     model = nnx.Sequential(nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0)))
     if convert is fusednorm.unfuse:
         fusednorm.fuse(model)
@@ -382,7 +382,7 @@ def test_a_model_that_is_made_inside_of_a_transform_is_fused() -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Head:
-    """A tree that can be called."""
+    """A callable tree that holds a norm."""
 
     norm: nnx.LayerNorm
 
@@ -409,7 +409,7 @@ def test_a_subclass_of_a_fused_layer_is_its_users() -> None:
 
 @pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
 def test_norms_of_weights_are_left(wrapper: type) -> None:
-    """They normalize weights; an activation norm that they wrap is fused."""
+    """fuse() leaves the wrapper, but fuses an activation norm inside it."""
     rngs = nnx.Rngs(0)
     model = wrapper(nnx.Linear(3, 4, rngs=rngs), rngs=rngs)
     report = fusednorm.fuse(model)
@@ -431,7 +431,7 @@ def pickled(model: Any) -> Any:
 
 
 class OwnNorm(nnx.Module):
-    """RMS normalization as many a language model has it, on its own code."""
+    """RMS normalization with its own code, as in many language models."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
         self.scale = nnx.Param(1 + jax.random.uniform(rngs.params(), (features,)))
@@ -443,11 +443,11 @@ class OwnNorm(nnx.Module):
 
 
 class Inheriting(OwnNorm):
-    """With another constructor, maybe, and the same computation."""
+    """A subclass that may have another constructor, with the same computation."""
 
 
 class Overriding(OwnNorm):
-    """With a computation of its own."""
+    """A subclass with its own computation."""
 
     def __call__(self, x: Any, *, gate: Any = None) -> jax.Array:
         return 2 * super().__call__(x, gate=gate)
@@ -514,7 +514,7 @@ def test_copies_of_a_norm_with_a_call_that_is_given(duplicate: Callable) -> None
 
 
 def test_a_call_may_be_given_for_a_layer_of_flax() -> None:
-    """It comes before ours, for subclasses too that have fuse's otherwise."""
+    """A given call takes precedence over ours. Other layers are fused as usual."""
 
     def ten(layer: Any, x: Any) -> Any:
         return 10 + x
@@ -535,7 +535,7 @@ def test_a_call_may_be_given_for_a_layer_of_flax() -> None:
 
 
 class Wrapper(nnx.Module):
-    """Named for the norm that it holds."""
+    """A module that the tests name after the norm that it holds."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -565,7 +565,7 @@ def test_the_report_names_norms_that_fuse_does_not_know(
     expected = (("(the model)", name, why),) if is_norm else ()
     assert fusednorm.fuse(cls(linear)).left == expected
     norm = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
-    assert fusednorm.fuse(cls(norm)).left == ()  # which is what it is named for
+    assert fusednorm.fuse(cls(norm)).left == ()  # its name is that of the norm inside
     assert type(norm) is fusednorm.LayerNorm
 
 
@@ -661,7 +661,7 @@ def through_layers(x: jax.Array, block: Block) -> jax.Array:
 
 @pytest.mark.parametrize("make", [by_vmap, by_vmap_with_averages, by_scan])
 def test_stacked_layers(make: Callable) -> None:
-    """One more axis on each parameter, from vmap or scan over a constructor."""
+    """Each parameter has one more axis, from vmap or scan over a constructor."""
     theirs, ours = make_pair(make)
     assert ours.norm.scale.shape == (3, FEATURES)
     assert_same_state(ours, theirs)
@@ -681,7 +681,7 @@ def test_stacked_layers(make: Callable) -> None:
 
 
 def test_abstract_models() -> None:
-    """fuse() of an nnx.eval_shape model, which is given its values afterwards."""
+    """fuse() works on an nnx.eval_shape model, which gets its values afterwards."""
     model = nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))
     expected = nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))
     assert len(fusednorm.fuse(model).replaced) == NORMS
@@ -753,7 +753,7 @@ def train(fuse_when: str | None) -> dict[str, Any]:
 
 
 def test_training_with_an_optimizer() -> None:
-    """Losses, parameters, running averages and the optimizer's state, as flax's."""
+    """Losses, parameters, running averages and the optimizer's state match flax's."""
     expected = train(None)
     start = arrays(nnx.state(make_model()))
     for path, value in expected["model"].items():
@@ -839,7 +839,7 @@ def with_remat(model: Any, x: Any, dy: Any) -> Any:
 
 
 def with_scan(model: Any, x: Any, dy: Any) -> Any:
-    """The same model at each step, its running averages carried."""
+    """Runs the same model at each step, and carries its running averages."""
     step = nnx.scan(
         lambda model, x, dy: (model, loss_of(model, x, dy)),
         in_axes=(nnx.Carry, 0, 0),
@@ -850,14 +850,14 @@ def with_scan(model: Any, x: Any, dy: Any) -> Any:
 
 
 def with_vmap(model: Any, x: Any, dy: Any) -> Any:
-    """Over x, of a model in eval mode."""
+    """Maps a model in eval mode over x."""
     model = nnx.view(model, use_running_average=True)
     call = nnx.vmap(lambda model, x: model(x[None])[0], in_axes=(None, 0))
     return call(model, x)
 
 
 def with_vmap_of_grad(model: Any, x: Any, dy: Any) -> Any:
-    """Gradients example by example."""
+    """Returns per-example gradients."""
     model = nnx.view(model, use_running_average=True)
 
     def gradients(model: Any, x: Any, dy: Any) -> Any:
@@ -892,7 +892,7 @@ def test_transforms_of_a_fused_model(transform: Callable) -> None:
 
 
 def test_checkpoints_go_from_flax_to_fused_and_back(tmp_path: Path) -> None:
-    """Written with orbax from one, read into an abstract other."""
+    """orbax stores one model's state, and loads it into an abstract other one."""
 
     def store(model: Any, path: Path) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -912,7 +912,7 @@ def test_checkpoints_go_from_flax_to_fused_and_back(tmp_path: Path) -> None:
     assert type(ours.first) is fusednorm.LayerNorm
     assert_same_state(ours, theirs)
     assert_agrees(ours(x), theirs(x), DEEP)
-    store(ours, tmp_path / "fused")  # with other running averages than it came with
+    store(ours, tmp_path / "fused")  # the call above moved its averages
     back = load(tmp_path / "fused", fuse=False)
     assert type(back.first) is nnx.LayerNorm
     assert_same_state(back, ours)

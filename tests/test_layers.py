@@ -1,7 +1,7 @@
-"""The five layers in the place of flax.nnx's, with the installed flax as the judge.
+"""The five layers as replacements for flax.nnx's, with the installed flax as the judge.
 
-Values and gradients are also held against float64 (tests/helpers.py), where flax is not
-the better of the two.
+Where flax is not the more accurate of the two, values and gradients are also compared
+with float64 (tests/helpers.py).
 """
 
 import doctest
@@ -53,7 +53,7 @@ normal = nnx.initializers.normal(0.3)
 
 
 def constructions() -> Iterator[Any]:
-    """Each constructor argument of each layer, as (layer, arguments)."""
+    """Yields each constructor argument of each layer, as (layer, arguments)."""
     for name in NAMES:
         for kwargs in (
             {},
@@ -139,7 +139,7 @@ def test_signatures_are_those_of_flax(name: str, method: str) -> None:
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
     ours = parameters(fusednorm)
-    if method == "__call__":  # some more, which flax's callers do not give
+    if method == "__call__":  # our extra options, which flax's callers never give
         more = [("activation", None), ("scale_offset", 0.0), ("residual", None)]
         if name in ("LayerNorm", "RMSNorm"):
             more += [("scale", None), ("bias", None)]
@@ -166,11 +166,11 @@ def test_state_and_attributes_are_those_of_flax(name: str, kwargs: dict) -> None
         for layer in (ours, theirs)
     )
     assert settings == expected
-    # The same keys are drawn, so that what is built next is built alike.
+    # Both drew the same random keys, so the modules built next are also the same.
     assert_same_state(*rngs)
 
 
-# Arguments that change the numbers of these layers, whatever else is given.
+# Arguments that change a layer's results, whatever the other arguments are.
 EFFECTIVE = {
     *("epsilon", "use_scale", "use_bias", "num_groups", "group_size", "momentum"),
     "use_running_average",
@@ -192,7 +192,7 @@ def flax_default(name: str) -> dict[str, Any]:
     ids=named,
 )
 def test_arguments_mean_what_they_mean_to_flax(name: str, kwargs: dict) -> None:
-    """y, all gradients and the state after a call, for each constructor argument."""
+    """y, all gradients and the state after a call agree for each argument."""
     theirs, ours = pair(name, **kwargs)
     x = data()
     if "use_fast_variance" not in kwargs:
@@ -213,7 +213,7 @@ def test_arguments_mean_what_they_mean_to_flax(name: str, kwargs: dict) -> None:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# flax gives its running statistics, which are float32, values of other dtypes.
+# flax assigns values of other dtypes to its running statistics, which are float32.
 flax_warns = pytest.mark.filterwarnings(
     "ignore:scatter inputs have incompatible types:FutureWarning",
     "ignore:Casting complex values to real:numpy.exceptions.ComplexWarning",
@@ -229,7 +229,7 @@ flax_warns = pytest.mark.filterwarnings(
     ids=named,
 )
 def test_output_dtype_is_that_of_flax(name: str, options: dict, x64: bool) -> None:
-    """Every combination of the dtypes of x, of the parameters and of `dtype`."""
+    """Covers every combination of the dtypes of x, the parameters and `dtype`."""
     dtypes: tuple[tuple, ...] = (  # of x, of the parameters, of the output
         (*DTYPES, "complex64", "int32", "bool"),
         DTYPES,
@@ -265,7 +265,7 @@ def test_output_dtype_is_that_of_flax(name: str, options: dict, x64: bool) -> No
                 theirs, ours = (avals(layer, x, dtype) for layer in layers)
                 assert ours == theirs, (x_dtype, param_dtype, dtype)
                 seen.add(theirs[0][1].name)
-    # BatchNorm's running averages are float32, and make half precision rare.
+    # BatchNorm's running averages are float32, so half-precision outputs are rare.
     assert seen >= {"float32", "bfloat16", "complex64"}
 
 
@@ -310,7 +310,7 @@ def test_integers_are_taken_as_floats(name: str) -> None:
 @by_name
 @pytest.mark.parametrize("param_dtype", ["float32", "complex64"])
 def test_complex_numbers(name: str, param_dtype: str) -> None:
-    """Values, running statistics and gradients, holomorphic or not."""
+    """Values, running statistics and gradients agree, holomorphic or not."""
     theirs, ours = pair(name, param_dtype=param_dtype)
     x = data(dtype="complex64")
     expected = outputs_and_gradients(theirs, x)
@@ -330,7 +330,8 @@ def test_float64_is_computed_in_float64(name: str) -> None:
             x = data(dtype=x_dtype)
             expected = outputs_and_gradients(theirs, x)
             assert expected["y"].dtype == jnp.float64
-            # float64's roundings, even where gradients of float32 parameters round.
+            # float64 results agree to float64's rounding errors. Only the gradients of
+            # float32 parameters are rounded to float32.
             assert_trees_agree(outputs_and_gradients(ours, x), expected)
         theirs, ours = pair(name, dtype="float32")
         assert_agrees(ours(x.astype("float64")), theirs(x.astype("float64")))
@@ -355,7 +356,7 @@ def mask_of(*shape: int, dtype: Any = bool) -> Callable:
 
 
 def misuses() -> Iterator[Any]:
-    """What flax refuses: (layer, arguments, call)."""
+    """Yields what flax refuses, as (layer, arguments, call)."""
 
     def call(layer: Any) -> Any:
         return layer(data())
@@ -373,7 +374,7 @@ def misuses() -> Iterator[Any]:
         yield name, {"rngs": None}, call
         yield name, {}, lambda layer: layer(data(), no_such_argument=1)
         yield name, {}, lambda layer: layer()
-        if name != "RMSNorm":  # a mask by position is RMSNorm's alone
+        if name != "RMSNorm":  # only RMSNorm takes a mask by position
             yield name, {}, lambda layer: layer(data(), jnp.ones(SHAPE, bool))
     for name in NAMES:
         if name != "GroupNorm":
@@ -424,7 +425,7 @@ def test_misuse_raises_the_error_that_flax_raises(
         ("RMSNorm", {}, (), ValueError, "reduction_axes=-1 is out of range"),
         ("InstanceNorm", {"feature_axes": 0}, SHAPE, ValueError, "leading dimension"),
         ("BatchNorm", {"use_running_average": None}, SHAPE, ValueError, "`nnx.view`"),
-        # What flax takes in silence, and computes something else for:
+        # flax accepts these silently, and computes something else:
         ("LayerNorm", {"reduction_axes": -5}, SHAPE, ValueError, "with 4 axes"),
         ("BatchNorm", {"axis": -5}, SHAPE, ValueError, "with 4 axes"),
         ("GroupNorm", {"reduction_axes": (1, 4)}, SHAPE, ValueError, "with 4 axes"),
@@ -441,7 +442,7 @@ def test_errors_say_what_is_wrong(
 
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm"])
 def test_one_feature_is_not_spread_over_x(name: str) -> None:
-    """A scale or bias that a call gives is, a layer's own is as long as x."""
+    """A layer's own scale and bias must have x's features. A call's may broadcast."""
     x = data((FEATURES,))
     for library in (nnx, fusednorm):
         layer = build(library, name, num_features=1)
@@ -466,7 +467,7 @@ def test_running_averages_keep_their_shape() -> None:
 
 @by_name
 def test_integers_of_64_bits(name: str) -> None:
-    """Beyond what jax's 32 bits hold."""
+    """Covers integers too large for jax's 32 bits."""
     theirs, ours = pair(name)
     x = np.random.default_rng(0).integers(-(10**12), 10**12, SHAPE)
     assert x.dtype == np.int64
@@ -477,7 +478,7 @@ def test_integers_of_64_bits(name: str) -> None:
 
 @by_name
 def test_float_is_float32(name: str) -> None:
-    """Without x64, with no warning, and a kernel takes it."""
+    """Without x64, `dtype=float` causes no warning, and a kernel accepts it."""
     layer = pair(name, dtype=float)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -500,7 +501,7 @@ def test_an_output_in_float8() -> None:
 
 
 def test_a_mask_that_does_not_broadcast_is_refused_by_group_norm_too() -> None:
-    """flax reshapes the mask before it looks, and raises a TypeError of reshape."""
+    """flax reshapes the mask before it checks it, and raises reshape's TypeError."""
     for shape in ((5,), (2, *SHAPE[1:]), SHAPE[::-1]):
         caught = raised(fusednorm, "GroupNorm", {}, mask_of(*shape))
         assert isinstance(caught, ValueError)
@@ -509,14 +510,14 @@ def test_a_mask_that_does_not_broadcast_is_refused_by_group_norm_too() -> None:
 
 @by_name
 def test_a_mask_larger_than_x_is_refused(name: str) -> None:
-    """One whose sizes are above 1 where x's are 1."""
+    """The mask has sizes above 1 where x has size 1 or no axis."""
     for shape in ((1, *SHAPE[1:]), SHAPE[1:]):
         with pytest.raises(ValueError, match="does not broadcast to x"):
             build(fusednorm, name)(data(shape), mask=jnp.ones(SHAPE, bool))
 
 
 def test_a_vector_is_one_sample_to_group_norm() -> None:
-    """flax fails, for it repeats its statistics along an axis 1 that is not there."""
+    """flax fails because it repeats its statistics along axis 1, which x lacks."""
     theirs, ours = pair("GroupNorm")
     x = data()[0, 0]
     y = ours(x[:1])
@@ -554,7 +555,10 @@ def test_groups_are_a_whole_number() -> None:
 
 @pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "BatchNorm", "eval"])
 def test_an_epsilon_that_the_program_computes(name: str) -> None:
-    """It is no key of a cache: the reference, with a derivative for epsilon too."""
+    """A traced epsilon cannot be a cache key, so the reference runs.
+
+    The reference also has a derivative with respect to epsilon.
+    """
     options = {"use_running_average": True} if name == "eval" else {}
     layers = pair("BatchNorm" if name == "eval" else name, **options)
     x, dy = data(), data()[::-1]
@@ -584,7 +588,7 @@ def test_an_epsilon_that_the_program_computes(name: str) -> None:
 
 
 def assert_roundings(actual: Any, expected: np.ndarray, count: float = 32) -> None:
-    """Asserts a float32 array against float64, to so many roundings."""
+    """Asserts that a float32 array is within `count` rounding errors of float64."""
     assert actual.dtype == jnp.float32
     assert_close(actual, expected, roundings_of(expected, count, jnp.float32))
 
@@ -592,7 +596,7 @@ def assert_roundings(actual: Any, expected: np.ndarray, count: float = 32) -> No
 @pytest.mark.parametrize("momentum", [0.99, 0.7, 0.0])
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_running_averages_after_several_steps(momentum: float, axis: int) -> None:
-    """average = momentum * average + (1 - momentum) * batch, the variance biased."""
+    """average = momentum * average + (1 - momentum) * batch, with biased variance."""
     theirs, ours = pair("BatchNorm", SHAPE[axis], axis=axis, momentum=momentum)
     mean, var = (np.asarray(v[...], np.float64) for v in (ours.mean, ours.var))
     others = tuple(a for a in range(4) if a != axis % 4)
@@ -609,7 +613,10 @@ def test_running_averages_after_several_steps(momentum: float, axis: int) -> Non
 
 
 def batch_mode(layer: Any, *args: Any, **kwargs: Any) -> str:
-    """Which statistics a call uses, and whether it moves the running ones."""
+    """Returns "train" or "eval", for the statistics that a call uses.
+
+    Asserts that a call moves the running statistics in "train" alone.
+    """
     layer = nnx.clone(layer)
     x, before = data(), arrays(nnx.state(layer, nnx.BatchStat))
     y = layer(x, *args, **kwargs)
@@ -626,7 +633,7 @@ def batch_mode(layer: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def test_use_running_average_and_its_precedence() -> None:
-    """The call goes before the constructor, train(), eval() and nnx.view."""
+    """The call's argument overrides the constructor, train(), eval() and nnx.view."""
     for library in (nnx, fusednorm):
         make = functools.partial(build, library, "BatchNorm")
         layer = randomize(make())
@@ -655,7 +662,7 @@ def test_use_running_average_and_its_precedence() -> None:
 
 
 def test_eval_mode_in_float64() -> None:
-    """Running statistics of any size, used at their own precision."""
+    """Running statistics of any magnitude are used at their own precision."""
     case = Case("batch_norm", (40, FEATURES))
     x, scale, bias, _ = case.data(0, "float32", "float32")
     layer = layer_of(fusednorm, case, scale, bias, use_running_average=True)
@@ -666,13 +673,13 @@ def test_eval_mode_in_float64() -> None:
     expected = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
     y = layer(jnp.asarray(x))
     assert_close(y, expected, 16 * EPS32 * (np.abs(expected) + np.abs(bias)))
-    # A mask has no say, whatever its shape, as in flax.
+    # The mask is ignored, whatever its shape, as in flax.
     np.testing.assert_array_equal(layer(jnp.asarray(x), mask=jnp.zeros(7, bool)), y)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "complex64", "bfloat16"])
 def test_running_averages_keep_their_dtype(dtype: str) -> None:
-    """And nothing warns, as it does in flax, of values of another dtype."""
+    """Values of another dtype cause no warning, unlike in flax."""
     with jax.enable_x64(True):
         _, ours = pair("BatchNorm", momentum=0.0)
         x = data(dtype=dtype)
@@ -683,7 +690,7 @@ def test_running_averages_keep_their_dtype(dtype: str) -> None:
 
 
 def test_no_gradient_flows_through_the_running_averages() -> None:
-    """A loss of a training step and then one in eval mode: as in flax."""
+    """The loss sums a call in training and one in eval mode; gradients match flax's."""
     x, dy = data(), data(seed=3)
 
     def loss(layer: Any, x: Any) -> jax.Array:
@@ -731,7 +738,7 @@ def test_masks_of_every_shape_that_broadcasts(name: str, shape: tuple) -> None:
     )
     truth = case.truth(x, scale, bias, dy, np.asarray(mask))
     results = assert_true(ours, truth, x, dy, call)
-    # Statistics of nothing are ours to define, and NaN in flax.
+    # If nothing is counted, flax's statistics are NaN, and we define our own.
     counts = np.broadcast_to(mask, SHAPE).sum(case.reduction_axes)
     if shape in (SHAPE, (FEATURES,)) and name != "GroupNorm" and counts.all():
         expected = outputs_and_gradients(theirs, x, call, dy)
@@ -754,7 +761,7 @@ def test_rms_norm_takes_its_mask_by_position() -> None:
 
 @by_name
 def test_what_is_masked_out_has_no_say(name: str) -> None:
-    """Huge values, infinities and NaN outside the mask leave the rest as it was."""
+    """Huge values, infinities and NaN outside the mask do not change the rest."""
     _, ours = pair(name)
     mask = np.ones(SHAPE, bool)
     mask[1, 2], mask[:, :, 1, ::2] = False, False
@@ -762,14 +769,14 @@ def test_what_is_masked_out_has_no_say(name: str) -> None:
 
     def call(layer: Any, x: Any) -> jax.Array:
         y = layer(x, mask=jnp.asarray(mask))
-        return jnp.where(mask, y, 0)  # so that no dy comes from outside
+        return jnp.where(mask, y, 0)  # so that dy is 0 outside the mask
 
     clean = outputs_and_gradients(ours, x, call)
     results = outputs_and_gradients(ours, jnp.where(mask, x, 1e30), call)
     for each in (clean, results):
         each["dx"] = np.where(mask, each["dx"], 0)
     jax.tree.map(np.testing.assert_array_equal, results, clean)
-    # 0 * inf is NaN in every gradient, flax's too, and in no statistic.
+    # 0 * inf makes every gradient NaN, in flax too, but no statistic.
     for garbage in (np.inf, np.nan):
         layers = nnx.clone(ours), nnx.clone(ours)
         dirty = call(layers[0], jnp.where(mask, x, garbage))
@@ -779,9 +786,9 @@ def test_what_is_masked_out_has_no_say(name: str) -> None:
 
 @by_name
 def test_a_mask_that_lets_nothing_in(name: str) -> None:
-    """Mean 0, variance 1, no gradient through them, running averages untouched.
+    """Mean 0 and variance 1 carry no gradient, and running averages are untouched.
 
-    flax gives NaN, and its running averages are lost.
+    flax returns NaN, and its running averages are lost.
     """
     theirs, ours = pair(name, epsilon=0.5)
     x, mask = data(), jnp.zeros((*SHAPE[:-1], FEATURES), bool)
@@ -828,7 +835,7 @@ def test_channels_that_are_not_last_keep_theirs_too() -> None:
 @by_name
 @pytest.mark.parametrize("shape", [(0, 4, FEATURES), (3, 0, FEATURES)], ids=str)
 def test_an_empty_batch(name: str, shape: tuple) -> None:
-    """Nothing comes out, gradients are zero, running averages stay."""
+    """y is empty, gradients are zero, and running averages stay."""
     _, ours = pair(name)
     before = nnx.clone(ours)
     results = outputs_and_gradients(ours, data(shape))
@@ -867,7 +874,7 @@ def test_promote_dtype_is_called_as_flax_calls_it() -> None:
 
 
 def to_bfloat16(args: tuple, *, dtype: Any = None) -> tuple:
-    """All but BatchNorm's running statistics."""
+    """Casts everything but BatchNorm's running statistics."""
     kept = args[1:3] if len(args) == 5 else ()
     return tuple(
         a if a is None or any(a is k for k in kept) else a.astype(jnp.bfloat16)
@@ -881,7 +888,7 @@ def to_float16_x(args: tuple, *, dtype: Any = None) -> tuple:
 
 
 def something_else(args: tuple, *, dtype: Any = None) -> tuple:
-    """Tripled input, no bias: what comes back is what counts."""
+    """Triples x and drops the bias: the layer must use the arrays returned here."""
     x, *others = args
     if len(others) > 1:
         others[-1] = None
@@ -899,7 +906,7 @@ def statistics_moved(args: tuple, *, dtype: Any = None) -> tuple:
 def test_promote_dtype_that_casts(
     name: str, promote: Callable, dtype: str | None
 ) -> None:
-    """The arrays are used as they come back; the output has the dtype of flax's."""
+    """The layer uses the arrays that come back, and its output has flax's dtype."""
     case = case_of(name)
     x, scale, bias, dy = case.data(8, "float32", "float32")
     theirs, ours = (
@@ -940,7 +947,10 @@ def test_promote_dtype_has_a_say_in_running_statistics() -> None:
 @by_name
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_activation_is_jax_nn_s(name: str, activation: str) -> None:
-    """Of the layer's own result; with running statistics too, which do not see it."""
+    """The activation applies to the layer's result, in both modes of BatchNorm.
+
+    The running statistics do not see it.
+    """
     x = data()
     for mode in ["train", "eval"] if name == "BatchNorm" else ["train"]:
         plain, layer = (pair(name)[1] for _ in range(2))
@@ -975,7 +985,7 @@ def test_activation_errors(name: str) -> None:
 
 
 # --- what flax gets wrong -------------------------------------------------------------
-# Each test shows flax's own figure, so that it will tell when flax mends it.
+# Each test also asserts flax's wrong result, so that it fails once flax is fixed.
 
 
 def worst_error(actual: Any, expected: np.ndarray) -> float:
@@ -984,7 +994,7 @@ def worst_error(actual: Any, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("ratio", "fault"), [(1000, 0.05), (5000, 100)])
 def test_rows_far_from_zero(ratio: int, fault: float) -> None:
-    """E[x^2] - E[x]^2 has no digit left where the mean is thousands of deviations."""
+    """E[x^2] - E[x]^2 loses every digit if the mean is thousands of deviations."""
     case = Case("layer_norm", (64, 768))
     _, scale, bias, dy = case.data(0, "float32", "float32")
     rng = np.random.default_rng(2)
@@ -1000,7 +1010,7 @@ def test_rows_far_from_zero(ratio: int, fault: float) -> None:
 
 @pytest.mark.parametrize("axes", [(2, 3), (3,), -1, (0, 3)], ids=str)
 def test_group_norm_over_other_axes(axes: Any) -> None:
-    """flax repeats a group's statistics along axis 1, whatever the axes."""
+    """flax repeats a group's statistics along axis 1, whatever the reduction axes."""
     case = case_of("GroupNorm", (2, 3, 4, 12), reduction_axes=axes)
     x, scale, bias, dy = case.data(0, "float32", "float32")
     truth = case.truth(x, scale, bias, dy)
@@ -1017,7 +1027,7 @@ def test_group_norm_over_other_axes(axes: Any) -> None:
 
 
 def test_group_norm_with_a_mask_of_one_channel() -> None:
-    """flax documents masks that broadcast, and splits the one channel into groups."""
+    """flax documents that masks broadcast, but splits the one channel into groups."""
     theirs, ours = pair("GroupNorm")
     mask = draw_mask((*SHAPE[:-1], 1))
     with pytest.raises(TypeError, match="cannot reshape"):
@@ -1027,7 +1037,10 @@ def test_group_norm_with_a_mask_of_one_channel() -> None:
 
 
 def test_mask_and_axis_name() -> None:
-    """Devices that count 0, 1, 2, 3 and 4 alone: the mean is 2, and flax has 2.75."""
+    """One device counts 0, 1, 2, 3 and the other one 4 alone.
+
+    The mean is 2. flax averages the means of the devices, and gets 2.75.
+    """
     x = jnp.arange(8.0).reshape(2, 4, 1)
     mask = jnp.arange(8).reshape(2, 4, 1) < 5
     means = []
@@ -1048,7 +1061,7 @@ def test_mask_and_axis_name() -> None:
 
 
 def test_batch_norm_in_bfloat16_far_from_zero() -> None:
-    """flax rounds the running mean, some hundred deviations, to bfloat16 first."""
+    """flax first rounds the running mean, some hundred deviations, to bfloat16."""
     mean = np.random.default_rng(0).uniform(90, 130, FEATURES).astype("float32")
     x = np.random.default_rng(1).normal(size=(64, FEATURES)) + mean
     x = x.astype(jnp.bfloat16)
@@ -1070,7 +1083,7 @@ def test_batch_norm_in_bfloat16_far_from_zero() -> None:
 def over_devices(
     how: str, layer: Any, x: jax.Array, *, mask: Any = None
 ) -> dict[str, Any]:
-    """A layer on 4 devices, or 4 mapped parts, each with a slice of x's first axis."""
+    """Runs a layer on 4 devices, or 4 mapped parts, that split x's first axis."""
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
 
     def part(params: Any, rest: Any, x: Any, mask: Any) -> tuple[jax.Array, Any]:
@@ -1117,7 +1130,7 @@ MAPS = ("vmap", "shard_map", "shard_map checked")
     ],
 )
 def test_axis_name_combines_statistics_as_flax_does(name: str, how: str) -> None:
-    """Without a mask: values, running averages, gradients through the combination."""
+    """Without a mask, values, averages and gradients through the combination agree."""
     theirs, ours = pair(name, axis_name="i")
     x = data((8, 5, FEATURES))
     expected = over_devices(how, theirs, x)
@@ -1130,14 +1143,14 @@ def test_axis_name_combines_statistics_as_flax_does(name: str, how: str) -> None
 
 @pytest.mark.parametrize("how", MAPS)
 def test_axis_name_and_mask_are_the_whole_batch(how: str) -> None:
-    """BatchNorm over four devices that count unequally is BatchNorm on one device."""
+    """BatchNorm over four devices with unequal counts is BatchNorm on one device."""
     case = Case("batch_norm", (8, 5, FEATURES))
     x, scale, bias, _ = case.data(0, "float32", "float32")
     dy = np.asarray(data(case.shape, seed=3) / 3)
     rng = np.random.default_rng(1)
     mask = rng.random(case.shape) < np.linspace(0.1, 0.9, 8)[:, None, None]
-    mask[:2, :, 3] = False  # a device that counts nothing of a channel
-    mask[:, :, 4] = False  # and a channel of which nothing is counted
+    mask[:2, :, 3] = False  # one device counts nothing in this channel
+    mask[:, :, 4] = False  # no device counts anything in this one
     layer = layer_of(fusednorm, case, scale, bias, axis_name="i", momentum=0.75)
     truth = case.truth(x, scale, bias, dy, mask)
     results = over_devices(how, layer, jnp.asarray(x), mask=jnp.asarray(mask))
@@ -1168,13 +1181,13 @@ def test_axis_index_groups_of_numpy() -> None:
 
 @pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm"])
 def test_axis_index_groups(name: str) -> None:
-    """Where jax knows them: under shard_map without check_vma."""
+    """jax supports axis_index_groups only under shard_map without check_vma."""
     theirs, ours = pair(name, axis_name="i", axis_index_groups=[[0, 1], [2, 3]])
     x = data((8, 5, FEATURES))
     expected = over_devices("shard_map", theirs, x)
     results = over_devices("shard_map", ours, x)
     assert_trees_agree(results, expected)
-    # The first two devices are alone with each other.
+    # The first two devices combine statistics only with each other.
     whole = over_devices("shard_map", ours, x.at[4:].add(1))
     np.testing.assert_array_equal(whole["y"][:4], results["y"][:4])
     assert (whole["y"][4:] != results["y"][4:]).any()
@@ -1184,7 +1197,7 @@ def test_a_group_of_devices_that_counts_nothing_keeps_its_running_averages() -> 
     layer = pair("BatchNorm", axis_name="i", axis_index_groups=[[2, 3], [0, 1]])[1]
     before = arrays(nnx.clone(nnx.state(layer, nnx.BatchStat)))
     x, mask = data((8, 5, FEATURES)), jnp.ones((8, 5, FEATURES), bool)
-    for counted in (slice(None, 4), slice(4, None)):  # the first device is the one seen
+    for counted in (slice(None, 4), slice(4, None)):  # the state is the first device's
         here = over_devices(
             "shard_map", layer, x, mask=jnp.zeros_like(mask).at[counted].set(True)
         )["state"]
@@ -1198,7 +1211,7 @@ def test_a_group_of_devices_that_counts_nothing_keeps_its_running_averages() -> 
 
 @by_name
 def test_strict_dtype_promotion(name: str) -> None:
-    """What flax takes under it, ours does: mixed precision with `dtype` included."""
+    """Whatever flax accepts, ours does, including mixed precision with `dtype`."""
     mask = jnp.ones((FEATURES,), bool)
 
     def call(layer: Any, x: Any) -> jax.Array:
@@ -1252,7 +1265,7 @@ def test_rank_promotion_is_never_needed(name: str) -> None:
 
 @by_name
 def test_nothing_is_nan_on_the_way(name: str) -> None:
-    """jax_debug_nans finds none in constant rows, empty batches and empty masks."""
+    """jax_debug_nans finds no NaN for constant rows, empty batches and empty masks."""
     _, ours = pair(name)
     with jax.debug_nans(True):
         for x in (jnp.full(SHAPE, 7.0), data((0, 3, FEATURES))):
@@ -1271,7 +1284,7 @@ def test_nothing_is_nan_on_the_way(name: str) -> None:
 
 
 def test_layers_of_an_abstract_model() -> None:
-    """nnx.eval_shape builds them, and a state fills them, as flax's."""
+    """nnx.eval_shape builds our layers, and a state fills them, as it does flax's."""
     for name in NAMES:
         theirs, ours = (
             nnx.eval_shape(functools.partial(build, library, name))
@@ -1289,7 +1302,7 @@ def test_layers_of_an_abstract_model() -> None:
 
 @pytest.mark.parametrize("module", ["normalization", "fuse", "explain"])
 def test_examples_of_the_docstrings(module: str) -> None:
-    """The examples of flax's specification, among others."""
+    """Runs the doctests, among them the examples of flax's specification."""
     runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
     found = doctest.DocTestFinder().find(
         importlib.import_module(f"fusednorm.layers.{module}")

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Adam's ten operations for each parameter, which take long to compile."""
+    """Uses SGD, because Adam's ten operations per parameter take long to compile."""
     monkeypatch.setattr(whole, "OPTIMIZER", optax.sgd(2e-3))
 
 
@@ -44,12 +44,12 @@ def _embedding_and(layers: int, layer: int) -> int:
     return 128256 * 2048 + layers * layer + 2048
 
 
-# Published parameters, or counted from the sizes that are: of an Evoformer block's pair
-# half nobody gives the sum.
+# Parameter counts as published, or computed from published sizes: nobody states the sum
+# for the pair half of an Evoformer block.
 PARAMETERS = {
     "resnet50": 25_557_032,  # torchvision
     "vit": 86_567_656,  # torchvision
-    # 2 norms, queries and outputs, keys and values, 3 of the MLP; norms of 64 features.
+    # 2 norms, queries and outputs, keys and values, 3 MLP layers; norms of 64 features.
     "llama": _embedding_and(
         16,
         2 * 2048 + 2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 64,
@@ -94,7 +94,7 @@ def test_llama_is_published_but_for_its_norms_of_heads() -> None:
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def test_what_it_computes(workload: Workload) -> None:
-    """Of real size: a float32 loss, or outputs in bfloat16."""
+    """At real size, a workload returns a float32 loss or bfloat16 outputs."""
     model = nnx.eval_shape(lambda: workload.model("real", "bfloat16"))
     examples = jax.eval_shape(lambda: workload.examples("real", "bfloat16"))
     graph, state = nnx.split(model)
@@ -118,7 +118,7 @@ def test_what_it_computes(workload: Workload) -> None:
 
 
 def test_decoding_is_what_training_sees() -> None:
-    """Tokens one by one, with a cache, have the logits of the sequence."""
+    """Decoding token by token with a cache gives the logits of the whole sequence."""
     model = llama.Llama(llama.TINY, "float32", nnx.Rngs(0))
     tokens, _ = llama.inputs(llama.TINY, 2, "float32", nnx.Rngs(1))
     tokens = tokens[:, :5]
@@ -148,7 +148,7 @@ def test_attention_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- the gate -------------------------------------------------------------------------
 
-JOINED = {  # what neighbours give the norms of each tiny model
+JOINED = {  # what fuse_neighbours moves into the norms of each tiny model
     "resnet50, training step": ("activation", "shortcut"),
     "llama, training step": ("residual",),
     "llama, decode": (),
@@ -158,8 +158,8 @@ JOINED = {  # what neighbours give the norms of each tiny model
 }
 
 
-# Of these, ViT runs from the command line below; and the UNet takes 20 to 40 seconds
-# to compile.
+# ViT is left out because it runs from the command line below. The UNet is marked slow
+# because it takes 20 to 40 seconds to compile.
 AGREE = [
     pytest.param(workload, marks=[pytest.mark.slow] * (workload.name == "unet"))
     for workload in WORKLOADS
@@ -169,7 +169,7 @@ AGREE = [
 
 @pytest.mark.parametrize("workload", AGREE, ids=str)
 def test_contestants_agree(workload: Workload) -> None:
-    """Three steps of training, whose losses fall, or the outputs."""
+    """Contestants agree on three training losses, which fall, or on the outputs."""
     with jax.default_matmul_precision("float32"):
         contest = whole.Contest(workload, "tiny", others=["neighbours"])
     off, limit = contest.check(3)
@@ -195,13 +195,13 @@ def test_contestants_agree(workload: Workload) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-    """How many norms."""
+    """The config of `Tiny`: its number of norms."""
 
     depth: int = 1
 
 
 class Tiny(nnx.Module):
-    """The least that has norms."""
+    """The smallest model that has norms."""
 
     def __init__(self, config: Depth, dtype: Any, rngs: nnx.Rngs):
         self.embed = nnx.Linear(16, 32, dtype=dtype, rngs=rngs)
@@ -243,7 +243,7 @@ FORWARD = dataclasses.replace(
 def spoil(
     monkeypatch: pytest.MonkeyPatch, wrong: Callable[[jax.Array], jax.Array]
 ) -> None:
-    """Makes our LayerNorm return something else."""
+    """Applies `wrong` to the result of our LayerNorm."""
     right = fusednorm.LayerNorm.__call__
     monkeypatch.setattr(
         fusednorm.LayerNorm, "__call__", lambda self, x: wrong(right(self, x))
@@ -285,7 +285,7 @@ def test_gate_is_red_on_a_wrong_norm(
 
 
 def test_gate_is_red_on_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first loss is right; those after a step of training are not."""
+    """The first loss is right, but the losses after a training step are not."""
     spoil(monkeypatch, lambda y: 2 * y - jax.lax.stop_gradient(y))
     contest = whole.Contest(TINY, "tiny", others=["fusednorm"])
     assert contest.check(1)[0] <= 1e-4
@@ -304,7 +304,7 @@ def run(out: pathlib.Path, *arguments: str) -> int:
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    """Says which commit is checked out."""
+    """Returns a function that sets which commit seems to be checked out."""
 
     def put(name: str | None) -> None:
         monkeypatch.setattr(report, "commit", lambda: name)
@@ -383,7 +383,7 @@ def test_a_real_model_from_the_command_line(
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is measured, of two workloads, as if it had been; and none is compiled."""
+    """Fakes measuring two workloads, and compiling. Returns the names of what ran."""
     done: list[str] = []
     quantiles = whole.Quantiles(1, 2, 3)
 
@@ -438,7 +438,7 @@ def test_goes_on_where_it_stopped(
     assert len(record["compiling"]) == 1
     assert run(tmp_path) == 0
     assert counted == ALL
-    assert run(tmp_path, "--attention", "cudnn") == 0  # other figures
+    assert run(tmp_path, "--attention", "cudnn") == 0  # needs figures of its own
     assert counted == ALL + ALL[:2]
 
 
@@ -467,7 +467,7 @@ def test_figures_of_another_device_are_no_figures(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("Chip 9", "CHIP-9"):  # the same in a file's name
+    for name in ("Chip 9", "CHIP-9"):  # the same file name
         monkeypatch.setattr(report, "device_name", lambda name=name: name)
         assert run(tmp_path) == 0
     assert counted == ALL + ALL
@@ -490,7 +490,7 @@ def test_stops_when_the_time_is_over(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The clock jumps by ten seconds each time that it is read."""
+    """The clock advances ten seconds each time it is read."""
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert run(tmp_path, "--seconds", "25") == 0
@@ -520,7 +520,7 @@ def test_a_failure_is_none_of_the_others(
     assert [one["which"] for one in record["models"]] == ["forward"]
     assert record["failures"] == {"tiny, training step": "RuntimeError: no memory"}
     monkeypatch.setattr(whole, "measure", measure)
-    assert run(tmp_path) == 0  # only what failed
+    assert run(tmp_path) == 0  # runs only what failed
     assert counted == [*ALL[1:], ALL[0]]
     assert load(tmp_path)["failures"] == {}
 

@@ -1,4 +1,4 @@
-"""fuse_neighbours: what around a norm goes into it, and that nothing else does."""
+"""fuse_neighbours moves the operations around a norm into it, and nothing else."""
 
 import functools
 import gc
@@ -38,7 +38,7 @@ def norm(x: Any, scale: Any = SCALE, bias: Any = BIAS) -> jax.Array:
 
 
 def activations(fn: Callable[..., Any], *args: Any) -> list[str]:
-    """That of each forward in the traced call, as `explain` reads it; "" for none."""
+    """Returns the activation of each forward that `explain` finds; "" for none."""
     choices = fusednorm.explain(fn, *args).choices
     return [choice.activation for choice in choices if choice.op == "forward"]
 
@@ -48,7 +48,7 @@ def found(fn: Callable[..., Any], *args: Any) -> list[str]:
 
 
 def behind(fn: Callable[..., Any], *args: Any) -> list[str]:
-    """What each forward adds and applies behind the norm: "+ relu", "+", "relu", ""."""
+    """Returns what each forward does after the norm: "+ relu", "+", "relu" or ""."""
     choices = fusednorm.explain(fn, *args).choices
     return [
         " ".join(
@@ -85,7 +85,7 @@ def test_takes_an_activation_along(written: str, dtype: str) -> None:
     joined = fusednorm.fuse_neighbours(apart)
     assert activations(apart, x) == [""]
     assert activations(joined, x) == [name]
-    # One call is all that is left of it.
+    # Only one call remains.
     assert [str(e.primitive) for e in jax.make_jaxpr(joined)(x).eqns] == ["jit"]
 
     dy = data(SHAPE, dtype, seed=5)
@@ -119,13 +119,13 @@ def test_a_model_is_the_same_but_for_rounding(model: str) -> None:
         return model(x)
 
     joined = fusednorm.fuse_neighbours(forward)
-    if model == "resnet":  # the second norm of each block is added to its shortcut
+    if model == "resnet":  # the second norm of each block adds the shortcut
         expected = ["silu", *["silu", "+ silu"] * 4]
     else:
         expected = [""] * len(activations(forward, fused, images))
     assert behind(joined, fused, images) == expected
 
-    if model == "transformer":  # the stream, two norms a block
+    if model == "transformer":  # the stream, with two norms per block
 
         def loss(model: Any, x: Any) -> Any:
             return jnp.sum(joined(model, x) ** 2)
@@ -188,7 +188,7 @@ INSIDE = {
 def test_looks_inside(where: str) -> None:
     x = data(SHAPE)
     joined = fusednorm.fuse_neighbours(INSIDE[where])
-    if where == "vmap":  # y[0] lies between the two
+    if where == "vmap":  # y[0] lies between norm and silu
         assert activations(joined, x) == [""]
     else:
         assert activations(joined, x) == ["silu"]
@@ -298,7 +298,7 @@ def test_adds_dx_to_what_comes_to_x_elsewhere(what: str) -> None:
 
 
 def _product(x: Any) -> jax.Array:
-    """What a device has of a product whose factors are split over devices."""
+    """Returns a device's part of a product whose factors are split over devices."""
     w = jnp.sin(jnp.arange(24.0 * 24)).reshape(24, 24)
     return jnp.tanh(x @ w)
 
@@ -308,7 +308,7 @@ def _all(x: Any) -> jax.Array:
 
 
 def _parallel(x: Any) -> Any:
-    """Two layers: the first sum goes on to the second one."""
+    """Runs two layers: the first sum is carried on to the second one."""
     h = x + _all(x)
     y = rows_norm(h, jnp.linspace(0.5, 1.5, 24))
     h = _all(y) + h
@@ -320,7 +320,8 @@ def _early(x: Any) -> Any:
     return jnp.tanh(h), rows_norm(h)
 
 
-# Forwards with a residual, of all; and why not.
+# Functions, and whether each of their forwards takes a residual. A name with False
+# says why the norm takes none.
 SUMS: dict[str, tuple[Callable[[Any], Any], list[bool]]] = {
     "a layer": (lambda x: rows_norm(x + _all(x)), [True]),
     "two layers": (_parallel, [True, True]),
@@ -444,7 +445,7 @@ def test_gpu_rounds_once(case: Case) -> None:
 
 
 def check_carried(case: Case) -> None:
-    """The gradient of x where y and x itself have cotangents."""
+    """Checks the gradient of x if both y and x itself have cotangents."""
     x, scale, bias, dy = case.data(3, jnp.dtype("bfloat16"), "float32")
     x, dy = jnp.asarray(x), jnp.asarray(dy, "bfloat16")
     dh = data(case.shape, "bfloat16", seed=5)
@@ -477,7 +478,7 @@ def test_carries_nothing_else(what: str) -> None:
 
 
 def batch(x: Any) -> tuple[jax.Array, Any]:
-    """y, and running averages as BatchNorm keeps them."""
+    """Returns y, and running averages as BatchNorm keeps them."""
     y, mean, var = fusednorm.batch_norm(x, SCALE, BIAS, dtype=x.dtype)
     return y, (0.1 * mean + 0.9, 0.1 * var + 0.9)
 
@@ -539,7 +540,7 @@ def _added_in_branch(x: Any, r: Any) -> Any:
 def _added_in_shard_map(x: Any, r: Any) -> Any:
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     spec = P("data")
-    # What is alike on both devices is cast before it is added.
+    # s is replicated on both devices, so jax casts it before the addition.
     body = lambda x, r, s: (nnx.silu(norm(x) + r), rows_norm(x) + s)  # noqa: E731
     mapped = jax.shard_map(
         body, mesh=mesh, in_specs=(spec, spec, P()), out_specs=(spec, spec)
@@ -598,7 +599,7 @@ def test_takes_a_sum_along(what: str) -> None:
     for dx, expected_dx in zip(ours[1], theirs[1], strict=True):
         if np.any(expected_dx):
             assert_agrees(dx, expected_dx, roundings=2048)
-        else:  # r, where x is added
+        else:  # r is not used where x is added
             assert not np.any(dx)
 
 
@@ -870,7 +871,7 @@ def test_changes_what_the_call_changes(wrap: Any) -> None:
 
 
 class Residual(nnx.Module):
-    """The end of a ResNet's block where the size changes."""
+    """The end of a ResNet block where the size changes."""
 
     def __init__(self) -> None:
         rngs = nnx.Rngs(0)
@@ -896,7 +897,7 @@ def test_a_block_keeps_its_running_averages() -> None:
     for what in ("state", "d_params"):
         for path, expected in theirs[what].items():
             if "conv.bias" in path or "projection.bias" in path:
-                continue  # a norm's mean takes them off: rounding is all there is
+                continue  # the norm subtracts the bias: only rounding is left
             assert_agrees(ours[what][path], expected, roundings=512)
 
 
@@ -916,7 +917,7 @@ def test_of_a_model_a_method_and_a_function() -> None:
 def test_touches_no_variable_that_the_call_leaves_alone() -> None:
     layer = build(fusednorm, "LayerNorm")
 
-    @jax.jit  # a layer of outside cannot be changed in here
+    @jax.jit  # a layer from outside cannot be changed in here
     def call(x: Any) -> jax.Array:
         return fusednorm.fuse_neighbours(layer)(x)
 
@@ -926,8 +927,10 @@ def test_touches_no_variable_that_the_call_leaves_alone() -> None:
 def test_outside_of_jit_nothing_is_compiled_twice(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Not what is joined, forward or backward, in a jitted part neither; and what was
-    joined for a program goes with it."""
+    """A second run compiles nothing, whether forward, backward or in a jitted part.
+
+    What was joined for a program is freed with the program.
+    """
     part = jax.jit(lambda x: nnx.relu(norm(x) + x))
 
     def block(x: jax.Array) -> jax.Array:
@@ -961,7 +964,10 @@ def test_keeps_the_name() -> None:
 
 
 class Noisy(nnx.Module):
-    """What it is given draws its random numbers, or not; it counts its calls."""
+    """A module whose dropout draws from the `rngs` passed to the call.
+
+    `silenced` turns the dropout off, and counts its calls.
+    """
 
     def __init__(self) -> None:
         self.norm = fusednorm.LayerNorm(12, rngs=nnx.Rngs(0))
@@ -1111,7 +1117,7 @@ def _linear(use_bias: bool = True) -> nnx.Linear:
     return nnx.Linear(12, 12, use_bias=use_bias, rngs=nnx.Rngs(1))
 
 
-# What a call makes of a model, and what is looked at behind it.
+# How a call changes a model, and what the test looks at afterwards.
 REMADE: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]] = {
     "a shape for None": (
         lambda m, y: setattr(m, "nothing", y.shape),
@@ -1182,7 +1188,7 @@ class Remade(nnx.Module):
 
 @pytest.mark.parametrize("what", REMADE)
 def test_a_model_may_be_remade(what: str) -> None:
-    """Once and again, as without."""
+    """Each call changes the model as it does without fuse_neighbours."""
     change, look = REMADE[what]
     theirs, ours = Remade(change), Remade(change)
     for _ in range(1 if what == "no layer" else 2):
@@ -1197,7 +1203,7 @@ def test_a_model_may_be_remade(what: str) -> None:
 
 
 def _apart(tree: Any) -> tuple[list[jax.Array], list[Any]]:
-    """Arrays, and what is none."""
+    """Returns the arrays of a tree, and its other leaves."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     return arrays, [leaf for leaf in leaves if not isinstance(leaf, jax.Array)]
@@ -1252,7 +1258,7 @@ def test_captures_what_is_sown(wrap: Any) -> None:
 
 
 def test_constants_come_back_as_arrays() -> None:
-    """Those that are returned, and those that are put into a model."""
+    """Constants that are returned or put into a model become jax's arrays."""
     model = Remade(lambda m, y: setattr(m, "count", jnp.zeros((), int)))
 
     def forward(model: Any, x: jax.Array) -> Any:
@@ -1307,7 +1313,7 @@ def test_takes_what_each_collective_made(collective: Any) -> None:
 
 
 def test_a_partial_of_a_method() -> None:
-    """What the partial has comes behind the method's own."""
+    """The partial's arguments come after the method's own, which is `self`."""
     layer = fusednorm.LayerNorm(12, rngs=nnx.Rngs(0))
 
     class Model(nnx.Module):
@@ -1330,7 +1336,7 @@ def _times(x: Any, times: float) -> jax.Array:
 
 
 def test_keywords_of_a_partial() -> None:
-    """They are passed on, and those of an outer partial go before an inner one's."""
+    """Keywords are passed on, and an outer partial's override an inner one's."""
     x = data(SHAPE)
     inner = fusednorm.fuse_neighbours(functools.partial(_times, times=2.0))
     assert_agrees(inner(x), _times(x, 2.0), 3)

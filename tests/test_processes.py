@@ -1,4 +1,4 @@
-"""Several processes train as one does."""
+"""Training in several processes gives the same result as in one."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-SECONDS = 180  # that a process may take
+SECONDS = 180  # timeout per process
 
 
 def free_port() -> int:
@@ -21,9 +21,11 @@ def free_port() -> int:
 
 @pytest.mark.usefixtures("quickly_compiled")
 def test_two_processes_train_as_one(tmp_path: pathlib.Path) -> None:
-    """Data-parallel, 2 processes of 4 devices each and 1 of 8: losses and running
-    statistics of the BatchNorms are those of the whole batch."""
-    pytest.importorskip("sklearn", reason="its digits")  # in `make test` it is there
+    """Data-parallel training in 2 processes of 4 devices each matches 1 process of 8.
+
+    Losses and the BatchNorms' running statistics are those of the whole batch.
+    """
+    pytest.importorskip("sklearn", reason="its digits")  # `make test` always has it
     from tests.data_parallel import STEPS, train
 
     results, port = tmp_path / "results.npz", free_port()
