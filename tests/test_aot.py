@@ -1,10 +1,14 @@
-"""The rowwise kernels compiled for chips that are not here: `make aot`.
+"""Tests of the rowwise kernels compiled for chips that are not here: `make aot`.
 
-What is checked: every rowwise case has a kernel that compiles, spills nothing, fits the
-chip's shared memory, moves each element across the pins once, has no convert, copy or
-pad around it, and moves less than flax's layer as XLA compiles it; those of the
-channelwise kernels are in test_aot_channelwise.py. And layers of both keep their
-kernels under the transformations.
+For every rowwise case, they check that the kernel
+
+* compiles, spills nothing and fits the chip's shared memory,
+* moves each element across the pins once,
+* has no convert, copy or pad around it,
+* moves fewer bytes than flax's layer as XLA compiles it.
+
+test_aot_channelwise.py does so for the channelwise kernels. The last tests here check
+that layers of both families keep their kernels under jax's transformations.
 """
 
 import dataclasses
@@ -66,10 +70,9 @@ RAGGED = [
         f"{rows}x{features}", nnx.LayerNorm, (rows, features), "bfloat16"
     )
 ]
-# A row on four warpgroups, or on a cluster of blocks, which meet in device memory: of
-# parts that are alike, of parts that end in narrower chunks, and with a last one that
-# is shorter (of 512 rows it spills 12 bytes). And of an odd number of features, no two
-# of which come in one load.
+# A row on four warpgroups, or on a cluster of blocks, which meet in device memory. Its
+# parts are equal, or end in narrower chunks, or the last part is shorter (with 512 rows
+# the latter spills 12 bytes). Where the number of features is odd, no load covers two.
 WIDE = [
     workload
     for rows, features in (
@@ -85,7 +88,7 @@ WIDE = [
     )
 ]
 CASES = [workload for case in ROWWISE for workload in of_case(case)]
-# Of models in 16 bits, whose rows lie otherwise than in 32.
+# Models in 16 bits, where rows are cut differently than in 32.
 NARROW = [
     workload
     for features in (512, 768, 1024, 2048)
@@ -93,7 +96,7 @@ NARROW = [
         f"{features}", nnx.LayerNorm, (80_000_000 // features, features), "bfloat16"
     )
 ]
-# With what follows in the kernel.
+# With an activation in the kernel.
 ACTIVATED = [
     workload
     for features, activation in ((760, "relu"), (4096, "gelu"), (12288, "gelu_tanh"))
@@ -105,7 +108,7 @@ ACTIVATED = [
         activation=activation,
     )
 ]
-# With a residual, and dh in the backward.
+# With a residual in the forward, and dh in the backward.
 RESIDUAL = [
     workload
     for layer, features, dtype in (
@@ -132,7 +135,7 @@ RESIDUAL = [
         residual=True,
     )
 ]
-# Both, whose backward has most in registers.
+# With a residual and an activation: the backward that holds the most in registers.
 RESIDUAL += [
     workload
     for features, dtype in ((2048, "float32"), (4096, "bfloat16"), (12288, "bfloat16"))
@@ -145,7 +148,7 @@ RESIDUAL += [
         activation="silu",
     )
 ]
-# adaLN: scale and bias of each sample, and of each row.
+# adaLN: a scale and bias per sample, or per row.
 MODULATED = [
     workload
     for own, shape, dtype, options in (
@@ -164,7 +167,7 @@ MODULATED = [
         f"{shape[-1]}_own_{own}", nnx.LayerNorm, shape, dtype, own=own, **options
     )
 ]
-# Groups of channels: heads with a scale of their own, GroupNorm of (batch, channels).
+# Groups of channels: heads with a scale each, or GroupNorm of (batch, channels).
 GROUPS = [
     workload
     for layer, shape, dtype, options in (
@@ -187,7 +190,7 @@ FEW = {
     "37x127",
 }
 
-BESIDE = ACTIVATED + RESIDUAL + MODULATED  # something of x's size, or a slope
+BESIDE = ACTIVATED + RESIDUAL + MODULATED  # more arrays, or an activation's slope
 CELLS: list[Cell] = [
     (H100, workload) for workload in CASES + RAGGED + WIDE + NARROW + BESIDE + GROUPS
 ] + [
@@ -200,7 +203,7 @@ CELLS += [(CHIPS["v5e"], work) for work in BESIDE]
 HEADS = [work for work in GROUPS if work.name in ("128_groups", "64_groups")]
 CELLS += [(CHIPS[name], work) for name in ("v5e", "7x") for work in HEADS]
 
-# Why a backward's partial sums may be more than 10 % of dy, x and dx.
+# Reasons why a backward's partial sums may exceed 10 % of dy, x and dx.
 FEW_ROWS = "each block has a row or a few: its partial sum is as long as a row"
 MANY_PARTIALS = {
     **{(chip, work.name): FEW_ROWS for chip, work in CELLS if work.groups == 37},
@@ -208,8 +211,9 @@ MANY_PARTIALS = {
 }
 
 
-# The forward without statistics is the other one without two stores. A chip's own cells
-# say what its compiler makes of a kernel: one for each way in which rows are cut.
+# Quick cells of the chips that run only a few cases: one for each way to cut rows. They
+# show what a chip's compiler makes of a kernel. The forward without statistics is the
+# one with statistics minus two stores, so one case is enough for it.
 ONE_OF_EACH_KIND = {"alphafold_pair_64", "llama3_8b", "37x127"} | {
     *("4097x4096_gelu", "128_residual", "4096_residual", "1152_own_sample"),
     *("128_own_sample", "768_own_row", "3072_own_row"),
@@ -268,7 +272,7 @@ def test_persistent_blocks_come_in_one_wave(cell: Cell, found: Measurement) -> N
     if isinstance(chip, Gpu) and work.op == "backward":
         assert found.resident is not None
         mean = found.blocks / chip.core_count
-        # More are for samples that would come out uneven.
+        # The grid may be larger to spread samples evenly over the SMs.
         even = work.own == "sample" and math.ceil(mean) <= 1.1 * mean
         assert mean <= found.resident or even
 
@@ -279,7 +283,7 @@ def test_each_element_crosses_the_pins_once(cell: Cell, found: Measurement) -> N
     assert found.tensors == pytest.approx(found.ideal, rel=0.02)
     statistics = 0 if work.op == "forward" else 1 + work.norm.center
     rows = work.groups
-    # A TPU holds them in whole tiles.
+    # A TPU stores statistics in whole tiles.
     assert rows * 4 * statistics <= found.statistics
     assert found.statistics <= (rows + 1024) * 4 * statistics
 
@@ -289,7 +293,7 @@ def test_what_is_read_again_is_the_ends_of_ragged_rows(found: Measurement) -> No
     rows, features = math.prod(found.shape[:-1]), found.shape[-1]
     if features % 64 == 0 and features <= 12288:
         most = 0.001
-    elif rows > 100 and features > 64:  # a line of lanes of 1032 columns, the most
+    elif rows > 100 and features > 64:  # at most a line of lanes in 1032 columns
         most = 0.125
     else:
         most = 1
@@ -314,11 +318,12 @@ def test_no_worse_than_recorded(no_worse: Any, found: Measurement) -> None:
 def test_within_limits(cell: Cell, found: Measurement) -> None:
     chip, work = cell
     if found.op == "backward" and (chip, work.name) in MANY_PARTIALS:
-        found = dataclasses.replace(found, partials=0, rest=0)  # rest: their sum
+        found = dataclasses.replace(found, partials=0, rest=0)  # rest sums them
     assert gate.beyond(found) == []
 
 
-# What libtpu spills has to fit VMEM too, and no plan knows how much that will be.
+# The registers that libtpu spills must fit VMEM too, and no plan knows how many it will
+# spill.
 OF_ANY_LENGTH = [
     (chip, workload)
     for chip in TPUS
@@ -330,7 +335,7 @@ OF_ANY_LENGTH = [
         (32_000_000 // features + 5, features),
         dtype,
     )
-] + [  # and with most in registers, where rows are turned
+] + [  # and the most in registers, where rows are transposed
     (chip, workload)
     for chip in TPUS
     for dtype in ("bfloat16", "float32")
@@ -352,9 +357,9 @@ def test_rows_of_any_length_fit_a_tpu(found: Measurement) -> None:
 
 
 def large(work: Workload, found: Measurement) -> list[tuple[str, int]]:
-    """What stands around the kernel and touches more than parameters and statistics.
+    """Returns operations around the kernel on more than parameters and statistics.
 
-    A TPU's may be laid out anew, in tiles that they do not fill.
+    On a TPU, XLA may lay these out anew, in tiles that they do not fill.
     """
     tiny = max(16 * 4 * work.features, 6 * found.statistics)
     return [(opcode, nbytes) for opcode, nbytes in found.around if nbytes > tiny]
@@ -368,7 +373,7 @@ def test_nothing_stands_around_a_forward(cell: Cell, found: Measurement) -> None
     if isinstance(chip, Gpu):
         assert found.around == ()
     elif work.own == "sample":
-        # Scale and bias, of which XLA has 8 samples in a tile, and the kernel one.
+        # Scale and bias are copied: XLA's tiles hold 8 samples, the kernel's hold one.
         size = math.prod(work.call.scale.shape) * work.call.scale.dtype.itemsize
         assert all(nbytes <= 2 * size for _, nbytes in large(work, found))
     else:
@@ -377,7 +382,7 @@ def test_nothing_stands_around_a_forward(cell: Cell, found: Measurement) -> None
 
 @each_cell
 def test_a_sum_alone_stands_around_a_backward(cell: Cell, found: Measurement) -> None:
-    """That of dscale and dbias: nothing of the size of x, no copy, no convert."""
+    """XLA only sums dscale and dbias: nothing of x's size, no copy, no convert."""
     chip, work = cell
     if found.op != "backward":
         return
@@ -401,13 +406,13 @@ NORM = Workload(
 
 
 def on_tpu(reads: int) -> Callable[..., Any]:
-    """A kernel that fetches each block of x as often as that."""
+    """Returns the launch of a kernel that fetches each block of x `reads` times."""
 
     def kernel(x: Any, scale: Any, y: Any) -> None:
         y[...] = x[...] * scale[...]
 
     def launch(x: jax.Array, scale: jax.Array, *_: Any) -> list[jax.Array]:
-        # Another block comes between two reads of one.
+        # Other blocks come between two reads of the same one.
         rows = pl.BlockSpec((128, 512), lambda turn, block: (block, 0))
         written = pl.BlockSpec(
             (128, 512), lambda turn, block: (block * (turn == reads - 1), 0)
@@ -427,7 +432,7 @@ def on_tpu(reads: int) -> Callable[..., Any]:
 
 
 def on_gpu(reads: int) -> Callable[..., Any]:
-    """Likewise; a block has 4 rows."""
+    """Returns the same for a GPU, where a block has 4 rows."""
 
     def kernel(x: Any, y: Any) -> None:
         rows = pl.ds(4 * lax.axis_index("block"), 4)
@@ -487,7 +492,7 @@ def test_spills_and_cycles_do_not_pass() -> None:
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
 def test_cycles_grow_with_the_rows(op: Op) -> None:
-    """Of whole blocks: a step of twice as many blocks takes as long."""
+    """With twice as many whole blocks, each step takes as long as before."""
     per_step = {}
     for rows in (4096, 8192):
         (work,) = workloads("rows", nnx.LayerNorm, (rows, 768), "bfloat16", ops=[op])
@@ -497,7 +502,7 @@ def test_cycles_grow_with_the_rows(op: Op) -> None:
 
 
 def test_cycles_are_those_of_the_chunks() -> None:
-    """Half the rows of a block are half the chunks; and no chunk is for nothing."""
+    """A block with half the rows has half the chunks, and every chunk takes cycles."""
     cycles = {}
     for rows in (256, 512):
         (work,) = workloads(
@@ -507,12 +512,12 @@ def test_cycles_are_those_of_the_chunks() -> None:
         assert found.blocks == 1
         cycles[rows] = sum(found.cycles)
     assert 1.6 * cycles[256] < cycles[512] < 2 * cycles[256]
-    assert cycles[512] > 512 * 768 / 1024 / 4  # 4 registers of 1024 a cycle
+    assert cycles[512] > 512 * 768 / 1024 / 4  # at most 4 registers of 1024 per cycle
 
 
 # --- how XLA lays arrays out ----------------------------------------------------------
 
-# Features fill the lanes, or one of the other axes fills them better.
+# Features fill the lanes of these arrays, or another axis fills them better.
 ARRAYS = [
     jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     for dtype in ("float32", "bfloat16", "float16")
@@ -564,12 +569,12 @@ def test_layer_moves_less_than_flax(
     assert ours.ours == (1 if which == "forward" else 2)
     if isinstance(chip, Gpu):
         assert ours.kernels <= (1 if which == "forward" else 3)
-        # 5 tensors against 8 to 10. In the forward it is 2 against 3, or against 2
-        # where XLA makes one kernel of it too: llama3_1b.
+        # 5 tensors to flax's 8 to 10. The forward moves 2 to flax's 3, or to 2 where
+        # XLA makes one kernel of it too: llama3_1b.
         assert ours.nbytes <= (1 if which == "forward" else 0.7) * flax.nbytes
     else:
-        assert ours.nbytes <= 0.7 * flax.nbytes  # 2 against 3, 5 against 8
-    assert ours.memory <= 1.02 * flax.memory  # a peak: partial sums are the 2 %
+        assert ours.nbytes <= 0.7 * flax.nbytes  # 2 tensors to flax's 3, 5 to 8
+    assert ours.memory <= 1.02 * flax.memory  # peak; the 2 % are partial sums
 
 
 ADDED = [
@@ -586,8 +591,11 @@ ADDED = [
 def test_a_sum_and_its_norm_move_less_than_flax(
     begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str, whole: Any
 ) -> None:
-    """x, r -> h, y; and h, dy, dh -> dx. It is dr too, which XLA copies, for flax as
-    for us: no two results of a program are one array."""
+    """The kernels move only x, r -> h, y forward, and h, dy, dh -> dx backward.
+
+    dx is also dr. XLA copies it, for flax and for us, because two results of a program
+    cannot share an array.
+    """
     flax, ours = layers(begun, chip, case, which, whole=whole)
     tensor = tensor_of(case)
     copied = 0 if which == "forward" else 2 * tensor
@@ -614,7 +622,7 @@ MODULATED_BLOCKS = [
 def test_a_modulated_norm_moves_less_than_flax(
     begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str, whole: Any
 ) -> None:
-    """adaLN: x -> y; and dy, x -> dx. flax moves 3 and 5 or more."""
+    """For adaLN the kernels move x -> y and dy, x -> dx. flax moves 3 and 5 or more."""
     flax, ours = layers(begun, chip, case, which, whole=whole)
     tensor = tensor_of(case)
     assert ours.ours == (1 if which == "forward" else 2)
@@ -625,7 +633,7 @@ def test_a_modulated_norm_moves_less_than_flax(
 
 @pytest.mark.parametrize("chip", [H100, CHIPS["v5e"]], ids=name)
 def test_heads_move_less_than_flax(chip: Chip) -> None:
-    """Of a QK-norm with a scale for each head: 5 tensors forward and backward."""
+    """A QK-norm with a scale per head moves 5 tensors, forward plus backward."""
     x = jax.ShapeDtypeStruct((4, 4096, 32, 128), jnp.dtype("bfloat16"))
 
     def compiled(*, fused: bool) -> Whole:
@@ -659,7 +667,7 @@ def test_training_step_of_a_transformer() -> None:
 
 # --- transformations ------------------------------------------------------------------
 
-# Of both families; where vmap takes the first axis, its examples have a batch.
+# Layers of both families. vmap maps the first axis, and an example still has a batch.
 BF16 = jnp.dtype("bfloat16")
 LAYERS = {
     nnx.LayerNorm: jax.ShapeDtypeStruct((4, 256, 1024), BF16),
@@ -669,7 +677,7 @@ LAYERS = {
 
 
 def ours(function: Callable[..., Any], *args: Any) -> list[hlo.Kernel]:
-    """Our kernels in `function` as compiled for an H100."""
+    """Returns our kernels in `function`, compiled for an H100."""
     found = hlo.kernels(compile_for(H100, function, *args).hlo)
     return [kernel for kernel in found if kernel.ours]
 
@@ -680,7 +688,7 @@ def count(function: Callable[..., Any], *args: Any) -> int:
 
 @pytest.fixture(params=LAYERS, ids=lambda layer: layer.__name__)
 def norm(request: pytest.FixtureRequest) -> tuple[Callable[..., Any], Any, Any]:
-    """A layer as a function of its parameters and x, both of these."""
+    """Provides a layer as a function of parameters and x, the parameters, and x."""
     x = LAYERS[request.param]
     layer = request.param(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(0))
     return *pure(layer, fused=True), x
@@ -709,7 +717,7 @@ def test_gradient_is_two_kernels(norm: Any) -> None:
     [
         # Fewer rows than a tile has, and tiles of fewer elements than threads.
         *((nnx.LayerNorm, shape, 2) for shape in ((3, 3), (33, 2), (9, 33))),
-        # One channel: the reference.
+        # With one channel the reference runs.
         *((nnx.BatchNorm, (n, 28, 28, 1), 0) for n in (1, 32)),
     ],
 )
@@ -721,7 +729,7 @@ def test_the_smallest_compile(kind: Any, shape: tuple[int, ...], expected: int) 
 
 @pytest.mark.parametrize("chip", [H100, CHIPS["v5e"]], ids=lambda chip: chip.name)
 def test_xla_is_told_what_a_kernel_costs(chip: Chip) -> None:
-    """Read x, written y: what its scheduler counts on."""
+    """XLA's scheduler is told the bytes of x, which is read, and y, which is stored."""
     x = jax.ShapeDtypeStruct((4096, 1024), BF16)
     text = compile_for(chip, lambda x: fusednorm.rms_norm(x), x).hlo
     (told,) = re.findall(r"bytes_accessed\W+?(?:22)?\W*(\d+)", text)
@@ -740,7 +748,7 @@ def test_gradient_of_vmap_is_two_kernels(norm: Any) -> None:
     assert count(jax.grad(loss(mapped), (0, 1)), params, x) == 2
 
 
-# flax refuses to change a BatchNorm's averages in a loop that is not its own.
+# Not BatchNorm: flax refuses to update its averages in a loop that is not flax's own.
 @pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.GroupNorm], indirect=True)
 def test_scan_keeps_them_in_its_loops(norm: Any) -> None:
     function, params, x = norm
@@ -795,7 +803,7 @@ def test_remat_runs_the_forward_again(norm: Any) -> None:
 
 @pytest.mark.parametrize("which", ["forward", "forward+backward"])
 def test_xla_leaves_a_layer_norm_to_cudnn(which: str) -> None:
-    """As `bench.peers.Cudnn` asks for it, and not otherwise."""
+    """XLA does so with the options of `bench.peers.Cudnn`, and only with them."""
     (case,) = [case for case in CASES_OF_BENCH if case.name == "vit_b_16"]
     block = Cudnn.prepared(Block(case, nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((8, *case.sample), case.dtype)
@@ -811,7 +819,7 @@ def test_xla_leaves_a_layer_norm_to_cudnn(which: str) -> None:
 
 
 def test_the_gate_sees_the_reference(norm: Any) -> None:
-    """No count above holds where the kernels are not used."""
+    """Without the kernels all counts are zero, so the tests above would fail."""
     function, params, x = norm
     with fusednorm.use_backend("reference"):
         assert count(jax.grad(loss(function), (0, 1)), params, x) == 0

@@ -1,9 +1,13 @@
-"""The channelwise kernels compiled for chips that are not here: `make aot`.
+"""Tests of the channelwise kernels compiled for chips that are not here: `make aot`.
 
-What is checked: every norm of the image models has kernels that compile, spill nothing
-and fit the chip's shared memory; that read each element once, and where a plan leaves
-the normalization to XLA, XLA makes one kernel of it; with no convert, copy or pad
-around them; and layers move less than flax's as XLA compiles them.
+For every norm of the image models, they check that the kernels
+
+* compile, spill nothing and fit the chip's shared memory,
+* read each element once,
+* have no convert, copy or pad around them.
+
+Where a plan leaves the normalization to XLA, XLA must make one kernel of it. And layers
+must move fewer bytes than flax's as XLA compiles them.
 """
 
 import dataclasses
@@ -53,7 +57,7 @@ SHAPES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "video": (nnx.GroupNorm, (1, 16, 90, 160, 320), {}),
     "style": (nnx.InstanceNorm, (2, 256, 256, 64), {}),
     "layer": (nnx.LayerNorm, (4, 32, 32, 96), {"reduction_axes": (1, 2, 3)}),
-    # No sizes that are multiples of a vector, a line or a warp.
+    # No size is a multiple of a vector, a line or a warp.
     "ragged_batch": (nnx.BatchNorm, (8, 5, 7, 33), {}),
     "ragged_group": (nnx.GroupNorm, (3, 7, 9, 24), {"num_groups": 4}),
     "sd_unet_64_silu": (nnx.GroupNorm, (8, 64, 64, 320), {"activation": "silu"}),
@@ -78,7 +82,7 @@ SHAPES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         (64, 14, 14, 1024),
         {"activation": "silu", "shortcut": True},
     ),
-    # Scale and bias of each sample.
+    # With a scale and bias per sample.
     "adm_32_own": (nnx.GroupNorm, (64, 32, 32, 640), {"own": "sample"}),
     "resnet50_28_relu": (nnx.BatchNorm, (64, 28, 28, 512), {"activation": "relu"}),
 }
@@ -102,7 +106,7 @@ def works(shape: str, dtype: str) -> Iterator[Workload]:
     yield from workloads(shape + suffix, layer, size, dtype, ops=ops, **options)
 
 
-# The plan of a B200 is that of an H100, and float32 differs from bfloat16 in the plan.
+# A B200 has the same plans as an H100, and float32 differs from bfloat16 in the plan.
 CELLS: list[Cell] = [
     *((H100, work) for shape in SHAPES for work in works(shape, "bfloat16")),
     *((H100, work) for shape in IN_FLOAT32 for work in works(shape, "float32")),
@@ -118,7 +122,7 @@ def _is_quick(cell: Cell) -> bool:
 
 each_cell = pytest.mark.parametrize("cell", some_slow(CELLS, _is_quick), ids=name)
 
-# Blocks launched where these are fewer than the chip's SMs, and why. They follow from
+# Numbers of blocks where they are fewer than the chip's SMs, and why. They follow from
 # the shape alone.
 CLUSTERS = "16 strips, whose clusters have 8 blocks: four SMs of an H100 are left"
 SMALL = "1.6 MB or less: blocks of up to 32 KB, strips of a sector or few groups"
@@ -161,8 +165,9 @@ FEW_BLOCKS = {
 }
 
 
-# What does not fit half of the shared memory of a cluster's SMs in pieces of 64 bytes:
-# of 8 SMs, in a BatchNorm's backward too, of 2 in other backwards.
+# Cases that do not fit half of the shared memory of a cluster's SMs, in pieces of 64
+# bytes per pixel. A cluster has 8 SMs, also in a BatchNorm's backward, but 2 in other
+# backwards.
 LARGE = {
     *("resnet50_56_of_8", "resnet50_56_of_8_f32", "resnet50_56_of_64"),
     *("resnet50_28_of_64", "sd_vae_512", "sd_vae_256", "sd_vae_128"),
@@ -173,21 +178,26 @@ LARGE_IN_BACKWARD = {
     *("resnet50_14_of_64", "sd_unet_64", "sd_unet_64_f32", "sd_unet_64_silu"),
     *("sd_vae_64", "layer"),
 }
-LARGE_ON_RTX5090 = {  # which has less
+LARGE_ON_RTX5090 = {  # it has less shared memory
     ("resnet50_28_of_8", "backward"),
     ("sd_unet_32", "backward"),
 }
 
 
 def in_kernels(work: Workload) -> int:
-    """Tensors that those of a plan in two reads access: x; or dy and x, and with a
-    shortcut that and dz."""
+    """Returns how many tensors the kernels of a plan in two reads access.
+
+    They are x; or dy and x; or with a shortcut dy, x, the shortcut and dz.
+    """
     return 1 if work.op != "backward" else 4 if work.shortcut else 2
 
 
 def in_all(work: Workload) -> int:
-    """And those that XLA's code accesses too: x, shortcut and y; or dy, x and dx, but
-    dz for dy with a shortcut."""
+    """Returns how many tensors these kernels and XLA's code access together.
+
+    XLA's code accesses x, the shortcut if any, and y. In a backward it accesses dy, x
+    and dx, with dz in place of dy if there is a shortcut.
+    """
     return (5 if work.op == "backward" else 3) + work.shortcut * (
         1 + (work.op == "backward")
     )
@@ -226,8 +236,10 @@ def test_lanes_find_the_same_sum(found: Measurement) -> None:
 
 @each_cell
 def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
-    """Two blocks an SM, so that one loads while the other stores; whether a cluster
-    finds its SMs only the chip can say."""
+    """Two blocks fit an SM, so that one loads while the other stores.
+
+    Only the chip can tell whether a cluster finds its SMs.
+    """
     assert isinstance(cell[0], Gpu)
     assert found.scratch <= cell[0].block_shared == found.scratch_limit
     assert found.resident is not None
@@ -277,8 +289,8 @@ def test_xla_touches_x_only_to_normalize_it(cell: Cell, found: Measurement) -> N
     assert {opcode for opcode, _ in found.around} <= {"fusion", "reduce"}
     if found.in_two_reads:
         assert len(large) == 1
-        # The mean of each channel, rstd * scale, the sums over samples. Before an
-        # activation's slope, the variance of each channel too.
+        # The mean per channel, rstd * scale, and the sums over samples. An activation's
+        # slope also needs the variance per channel.
         assert small <= (3 if cell[1].norm.activation is None else 5)
     else:
         assert large == []
@@ -300,11 +312,11 @@ def test_all_processors_have_work(cell: Cell, found: Measurement) -> None:
 # --- layers ---------------------------------------------------------------------------
 
 
-# Of a layer that does not fit a cluster, in forward and backward: two for each.
+# Kernels of a layer that does not fit a cluster: two forward and two backward.
 KERNELS = {
     **{f"resnet50_conv{stage}": 4 for stage in (2, 3, 4, 5)},
     **{f"sd_vae_{size}": 4 for size in (512, 256, 128)},
-    **dict.fromkeys(["sd_unet_64", "sd_vae_64", "style_64"], 3),  # the backward alone
+    **dict.fromkeys(["sd_unet_64", "sd_vae_64", "style_64"], 3),  # only the backward
     "resnet50_conv_bn_relu": 4,
     "resnet50_bn_add_relu": 4,
     "i2vgen_xl_90": 4,
@@ -321,10 +333,10 @@ def test_layer_moves_less_than_flax(
 ) -> None:
     flax, ours = layers(begun, chip, case, which)
     assert ours.ours == KERNELS.get(case.name, 2)
-    # 5 tensors against 8 to 9; in two reads, 8 as flax, whose several passes over a
-    # BatchNorm's x make 9.
+    # 5 tensors to flax's 8 to 9; in two reads it is 8 like flax's, whose several passes
+    # over a BatchNorm's x make it 9.
     assert ours.nbytes <= (0.75 if ours.ours == 2 else 1.0) * flax.nbytes
-    assert ours.memory <= 1.02 * flax.memory  # a peak: partial sums are the 2 %
+    assert ours.memory <= 1.02 * flax.memory  # peak; the 2 % are partial sums
 
 
 def by_name(wanted: str, **changes: Any) -> Case:
@@ -362,8 +374,10 @@ def test_block_moves_less_than_flax(
     which: str,
     whole: Any,
 ) -> None:
-    """With the activation in the kernel: 2 and 5 tensors. In two reads the second one
-    is XLA's, and the activation with it: 3 and 8."""
+    """The activation is in the kernel: 2 tensors forward and 5 with the backward.
+
+    In two reads, XLA does the second one, and the activation with it: 3 and 8.
+    """
     flax, ours = layers(begun, chip, case, which, nbytes, whole)
     tensor = tensor_of(case, nbytes)
     once = case is not BN_RELU
@@ -375,7 +389,7 @@ def test_block_moves_less_than_flax(
 
 
 class Residual(nnx.Module):
-    """A block of a UNet, with a product in the place of a convolution."""
+    """A block of a UNet, with a matrix product in place of the convolution."""
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": jnp.dtype("bfloat16"), "rngs": rngs}
@@ -394,7 +408,7 @@ BN_ADD_RELU = by_name("resnet50_bn_add_relu")
 @pytest.mark.parametrize(
     ("case", "nbytes"),
     [
-        # 32 images: 13, 6 and 26 MB, of which the strips of channels stay on the chip.
+        # 32 images of 13, 6 and 26 MB in all; their strips of channels stay on chip.
         (with_size(BN_ADD_RELU, (14, 14, 1024), "bfloat16"), 13e6),
         (with_size(BN_ADD_RELU, (7, 7, 2048), "bfloat16"), 6.4e6),
         (with_size(BN_ADD_RELU, (14, 14, 1024), "float32"), 26e6),
@@ -411,8 +425,11 @@ def test_the_end_of_a_resnet_block_moves_less_than_flax(
     which: str,
     whole: Any,
 ) -> None:
-    """relu(norm(x) + r). In one read x, r -> y, then dy, x, r -> dx, dr: 3 and 5
-    tensors, where flax moves 4 and 8 or more. In two reads 4, and 7 with dz stored."""
+    """For relu(norm(x) + r), flax moves 4 tensors forward and 8 or more backward.
+
+    In one read we move 3 and 5: x, r -> y, then dy, x, r -> dx, dr. In two reads we
+    move 4, and 7 with dz stored.
+    """
     flax, ours = layers(begun, chip, case, which, nbytes, whole)
     tensor = tensor_of(case, nbytes)
     once = case is not BN_ADD_RELU
@@ -426,7 +443,10 @@ def test_the_end_of_a_resnet_block_moves_less_than_flax(
 
 def test_a_block_with_its_neighbours_moves_less_than_flax() -> None:
     """The norms alone would not be enough: 9.0 and 22.4 tensors, flax's 8.0 and 21.4.
-    With their neighbours 7.0 and 16.4, of which the product has most."""
+
+    The first number is the forward, the second one includes the backward. With their
+    neighbours it is 7.0 and 16.4, and the product moves most of these.
+    """
     x = jax.ShapeDtypeStruct((64, 32, 32, 640), jnp.bfloat16)
     moved = {}
     for fused in (True, False):
@@ -443,7 +463,7 @@ def test_a_block_with_its_neighbours_moves_less_than_flax() -> None:
 
 
 class ConvNormRelu(nnx.Module):
-    """A block of a ResNet, in evaluation."""
+    """A block of a ResNet in evaluation mode."""
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": jnp.dtype("bfloat16"), "rngs": rngs}

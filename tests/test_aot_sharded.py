@@ -1,7 +1,7 @@
-"""Norms on several devices that are not here: the kernels are there, on each device's
-part, and what crosses the devices is little.
+"""Tests of norms compiled for several devices that are not here.
 
-Values are test_sharded.py's to check, on devices of a CPU.
+Each device must run the kernels on its part of x, and few bytes may cross devices.
+test_sharded.py checks the values, on devices of a CPU.
 """
 
 import math
@@ -29,21 +29,22 @@ CELLS = [
     )
     for name in LAYERS
     for sharding in SHARDINGS
-    # Of images a TPU runs the reference; in a shard_map FSDP is the user's, and so is a
-    # layer of fewer channels.
+    # Left out: images on a TPU, where the reference runs; in a shard_map, FSDP, where
+    # users gather the parameters, and `IN_PARTS`, where they make layers of fewer
+    # channels.
     if (chip == H100 or len(LAYERS[name][1]) == 3)
     and (mode, sharding) != ("shard_map", "fsdp")
     and (mode, sharding, name) not in IN_PARTS
 ]
-CROSSING = {  # where statistics cross devices
+CROSSING = {  # shardings where statistics cross devices
     "LayerNorm": ("tensor",),
     "RMSNorm": ("tensor",),
     "GroupNorm": ("sequence",),
     "InstanceNorm": ("sequence",),
     "BatchNorm": ("data", "fsdp", "sequence"),
 }
-# Where flax raises: for the split of channels into groups, and for running statistics
-# that are constants of the program, on one device.
+# Where flax raises: GroupNorm splits sharded channels into groups, and BatchNorm's
+# running statistics are constants of the program, on one device.
 REFUSED = {("GroupNorm", "tensor", "Explicit"), ("BatchNorm", "tensor", "Explicit")}
 
 
@@ -59,21 +60,24 @@ def _is_quick(cell: Any) -> bool:
     ids=lambda sharded: "-".join((sharded[0].name, *sharded[1:])),
 )
 def test_kernels_on_each_part(sharded: tuple[Chip, str, str, Mode]) -> None:
-    """Forward and backward: what crosses the devices is what crosses with flax's layer,
-    but for dscale, which flax has from sums that cross for dx, and parameters, which
-    flax rounds to `dtype` before they are gathered, or their gradients added up. Ours
-    of BatchNorm is below flax's."""
+    """Forward and backward, no more bytes cross devices than with flax's layer.
+
+    There are two exceptions. Our dscale crosses too, while flax derives it from sums
+    that cross for dx anyway. And flax rounds parameters to `dtype` before it gathers
+    them, or before it sums their gradients. For BatchNorm ours is below flax's.
+    """
     chip, name, sharding, mode = sharded
     _, shape = LAYERS[name]
     itemsize = jnp.dtype(dtype_of(chip)).itemsize
     ours = layer(chip, name, shape, TOPOLOGY[chip], sharding, mode, fused=True)
     part = math.prod(shape) * itemsize / DEVICES[chip]
     crosses = sharding in CROSSING[name]
-    # Of pixels that are read twice the kernels do the first read, two each way.
+    # If pixels are read twice, two kernels per direction do the first read.
     twice = len(shape) > 3 and (crosses or name == "BatchNorm")
     assert len(ours.kernels) == (4 if twice else 2)
     tensors = 3 if crosses or twice else 5
-    # On a TPU XLA may have put one on the chip, ahead of the kernel that reads it.
+    # Arrays on the chip count too: on a TPU, XLA may move one there ahead of the kernel
+    # that reads it.
     nbytes = sum(kernel.arrays for kernel in ours.kernels)
     assert tensors * part <= nbytes <= 1.1 * tensors * part
     if (name, sharding, mode) in REFUSED:
@@ -83,7 +87,7 @@ def test_kernels_on_each_part(sharded: tuple[Chip, str, str, Mode]) -> None:
     params = shape[-1] * (1 if name == "RMSNorm" else 2)
     rounds = sharding == "fsdp" or mode == "shard_map"
     rounded = params * (4 - itemsize) if rounds else 0
-    # BatchNorm has its sums for dx from dscale and dbias.
+    # BatchNorm takes its sums for dx from dscale and dbias.
     shares = sharding == "tensor" or name == "BatchNorm"
     dscale = 4 * shape[-1] if crosses and not shares else 0
     assert ours.crossing <= flax.crossing + rounded + dscale
@@ -91,8 +95,11 @@ def test_kernels_on_each_part(sharded: tuple[Chip, str, str, Mode]) -> None:
 
 
 def test_a_group_on_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 devices have 4 groups' channels, two each group's: kernels do the first read of
-    theirs, and what crosses is what crosses with flax's."""
+    """With 4 groups on 8 devices, two devices share the channels of a group.
+
+    The kernels do the first read of their part, and no more bytes cross devices than
+    with flax's layer.
+    """
     monkeypatch.setattr("bench.aot.sharded.GROUP_SIZE", 128)
     shape = (16, 32, 32, 512)
     given = H100, "GroupNorm", shape, "1x1x8", "tensor", "Auto"

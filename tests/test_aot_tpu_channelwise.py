@@ -1,9 +1,12 @@
-"""The channelwise kernels compiled for TPUs that are not here: `make aot`.
+"""Tests of the channelwise kernels compiled for TPUs that are not here: `make aot`.
 
-What is checked: every norm of the image models has kernels that compile and fit the
-chip's VMEM; that read each element once, or leave the second read to XLA, in one
-fusion; without a copy around them; and layers move less than flax's as XLA compiles
-them.
+For every norm of the image models, they check that the kernels
+
+* compile and fit the chip's VMEM,
+* read each element once, or leave the second read to XLA, in one fusion,
+* have no copy around them,
+
+and that the layer moves fewer bytes than flax's as XLA compiles it.
 """
 
 import dataclasses
@@ -32,7 +35,7 @@ pytestmark = pytest.mark.aot
 
 V5E, V7X = CHIPS["v5e"], CHIPS["7x"]
 TRAINING: tuple[Op, ...] = ("forward+statistics", "backward")
-# Every case on one chip; of the others' plans a few.
+# Cases for both chips. The others are compiled for one chip only.
 FEW = ("resnet50_conv3", "sd_unet_32", "sd_vae_128", "cyclegan_256")
 CELLS: list[Cell] = [
     (chip, work)
@@ -40,7 +43,7 @@ CELLS: list[Cell] = [
     for case in CHANNELWISE
     for work in of_case(case)
     if work.op in TRAINING and (chip == V5E or case.name in FEW)
-] + [  # with what follows in the kernel, and what is added before that
+] + [  # with an activation in the kernel, and a shortcut added before it
     (V5E, work)
     for name, layer, shape, dtype, activation, shortcut in (
         ("_silu", nnx.GroupNorm, (61, 32, 32, 640), "float32", "silu", False),
@@ -48,7 +51,7 @@ CELLS: list[Cell] = [
         ("_640_added", nnx.GroupNorm, (61, 32, 32, 640), "bfloat16", "silu", True),
         ("_512_added", nnx.BatchNorm, (100, 28, 28, 512), "bfloat16", "relu", True),
         ("_256_added", nnx.BatchNorm, (400, 56, 56, 256), "bfloat16", "relu", True),
-        # Registers spill more than a plan has counted.
+        # More registers spill than a plan has counted.
         ("_8192", nnx.GroupNorm, (5, 1024, 8192), "bfloat16", None, False),
     )
     for work in workloads(
@@ -69,7 +72,7 @@ def chosen_cases(*names: str) -> list[Case]:
 
 each_cell = pytest.mark.parametrize("cell", CELLS, ids=name)
 
-# What does not fit three quarters of the chip's VMEM, at 160 MB.
+# Kernels whose pixels do not fit three quarters of the chip's VMEM, at 160 MB.
 TWO_READS = {
     ("v5e", "resnet50_conv2", "backward"),
     ("v5e", "resnet50_conv_bn_relu", "backward"),
@@ -102,7 +105,7 @@ def test_each_element_crosses_the_pins_once_in_a_kernel(
 ) -> None:
     _, work = cell
     assert found.again == 0
-    if found.in_two_reads:  # x; or dy and x, and with a shortcut that and dz
+    if found.in_two_reads:  # x; or dy, x; or dy, x, shortcut, dz
         read = 1 if work.op != "backward" else 4 if work.shortcut else 2
         assert found.tensors == found.ideal * read // work.tensors
     else:
@@ -122,7 +125,10 @@ def test_no_worse_than_recorded(no_worse: Any, found: Measurement) -> None:
 
 @each_cell
 def test_within_limits(found: Measurement) -> None:
-    """XLA's read of whole tiles, of 64 channels twice as much, is not the plan's."""
+    """The limits hold without the padding that XLA's second read includes.
+
+    XLA reads whole tiles, for 64 channels twice as much. The plan cannot change that.
+    """
     channels = found.shape[-1]
     rest = found.rest * channels // round_up(channels, LANES)
     assert gate.beyond(dataclasses.replace(found, rest=rest)) == []
@@ -131,10 +137,10 @@ def test_within_limits(found: Measurement) -> None:
 # --- layers ---------------------------------------------------------------------------
 
 
-# Of flax's bytes, where a layer moves more. An x of 40 MB: XLA keeps it in VMEM from
-# the sums to the normalization, which between two kernels it cannot.
+# Bytes relative to flax's, where a layer moves more. This x has 40 MB, and XLA keeps it
+# in VMEM from the sums to the normalization. Between two kernels it cannot.
 MORE = {"resnet50_conv_bn_relu": 1.17}
-SMALL = 10e6  # bytes: x, y, dy and dx together are less than VMEM
+SMALL = 10e6  # bytes; x, y, dy and dx together are smaller than VMEM
 
 
 @pytest.mark.parametrize("which", ["forward+backward"])
@@ -147,9 +153,9 @@ def test_layer_moves_less_than_flax(
 ) -> None:
     flax, ours = layers(begun, chip, case, which)
     assert ours.ours == 2
-    # 5 tensors against 8; in two reads 8, or 7 where the forward reads x once.
+    # 5 tensors to flax's 8; in two reads 8, or 7 where the forward reads x once.
     assert ours.nbytes <= MORE.get(case.name, 1.001) * flax.nbytes
-    assert ours.memory <= 1.02 * flax.memory  # a peak: partial sums are the 2 %
+    assert ours.memory <= 1.02 * flax.memory  # peak; the 2 % are partial sums
 
 
 @pytest.mark.parametrize("nbytes", [SMALL])
@@ -163,10 +169,10 @@ def test_layer_moves_less_than_flax(
 def test_small_layer_moves_no_more_than_flax(
     begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str, nbytes: float
 ) -> None:
-    """XLA keeps what fits in VMEM from one kernel to the next: ours too."""
+    """XLA keeps small arrays in VMEM from one kernel to the next, ours included."""
     flax, ours = layers(begun, chip, case, which, nbytes)
     assert ours.ours == (1 if which == "forward" else 2)
-    # 2 tensors against 3, and 5 against 5.
+    # Forward 2 tensors to flax's 3, with the backward 5 to 5.
     assert ours.nbytes <= (0.7 if which == "forward" else 1.005) * flax.nbytes
 
 
@@ -183,7 +189,7 @@ def test_behind_a_convolution_xla_fuses_the_norm(
     nbytes: float,
     whole: Any,
 ) -> None:
-    """So there the reference runs: with the kernels it is 1.6 times flax's bytes."""
+    """The reference runs there. The kernels would move 1.6 times flax's bytes."""
     flax, ours = layers(begun, chip, case, which, nbytes, whole)
     assert ours.ours == 0
     assert ours.nbytes <= 1.005 * flax.nbytes

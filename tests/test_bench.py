@@ -1,4 +1,4 @@
-"""The benchmarks: bytes, float64, the gate, and all of it on tiny input."""
+"""Tests of the benchmarks: bytes, float64, the gate, and whole runs on tiny input."""
 
 import dataclasses
 import json
@@ -76,13 +76,13 @@ def test_tensors_have_the_bytes_asked_for(case: Case) -> None:
 
 @pytest.fixture(params=[False, True], ids=["numpy", "jax"])
 def of_jax(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether jax computes float64."""
+    """Selects NumPy or jax to compute in float64. Provides whether it is jax."""
     monkeypatch.setattr(truth, "on_device", lambda: request.param)
     return bool(request.param)
 
 
 def small(name: str) -> Case:
-    """A block like the case's, on a sample of few pixels and channels."""
+    """Returns a case like the named one, on samples of few pixels and channels."""
     case = CASE[name]
     return dataclasses.replace(
         case,
@@ -161,7 +161,7 @@ def test_cotangents_are_zero_at_kinks_alone() -> None:
 
 
 def results(dtype: str) -> tuple[dict[str, jax.Array], dict[str, truth.Array]]:
-    """A right result, rounded to dtype, and the truth."""
+    """Returns a right result, rounded to dtype, and the truth."""
     true = np.random.default_rng(0).standard_normal((64, 128))
     return {"dx": jnp.asarray(true, dtype)}, {"dx": true}
 
@@ -204,20 +204,20 @@ def test_gate_is_red_on_a_wrong_result(
 
 
 def test_seconds_by_kernel() -> None:
-    """Of CUPTI's milliseconds, a kernel that a call launches twice in one sum."""
+    """CUPTI's milliseconds become seconds, summed over the launches of a kernel."""
     timings = [("sums", 0.5), ("combine", 0.25), ("sums", 1.0)]
     assert by_kernel(timings) == {"sums": 1.5e-3, "combine": 0.25e-3}
 
 
 @pytest.mark.gpu
 def test_device_clock() -> None:
-    """A sample a call; four times the bytes take about four times as long."""
+    """Each call is a sample. Four times the bytes take about four times as long."""
     turns = [("small", copy_of(2**28)), ("large", copy_of(2**30))]
     samples, kernels = on_device(turns, rounds=5, calls=3)
     assert {name: len(each) for name, each in samples.items()} == dict.fromkeys(
         ("small", "large"), 15
     )
-    # The least: other tests run on the same GPU meanwhile.
+    # Compare minima, since other tests run on the same GPU meanwhile.
     assert 3 < min(samples["large"]) / min(samples["small"]) < 5
     for name, each in samples.items():
         (median,) = kernels[name].values()  # one kernel
@@ -229,7 +229,7 @@ def test_device_clock() -> None:
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pytest-benchmark refuses to work below pytest-xdist, in which these tests run."""
+    """Hides pytest-xdist, which runs these tests: pytest-benchmark would refuse it."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
 
@@ -243,7 +243,7 @@ def test_a_run(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two cases and two steps of training: table, JSON, chart."""
+    """Two cases and two timed steps of training give a table, JSON and a chart."""
     monkeypatch.setitem(MODELS, "tiny", lambda rngs: Transformer(rngs, 64, depth=1))
     assert run(tmp_path, "tiny", "llama3_1b", "resnet50_conv5") == 0
 
@@ -294,7 +294,7 @@ def test_a_run(
         assert result["peers"] == {}
 
 
-# A block of each kind; halves are what the other passes do not compile.
+# One case per kind of block. HALVES compile code that the other passes do not.
 KINDS_OF_BLOCKS = (
     "alphafold_pair_64",
     "resnet50_conv3",
@@ -308,7 +308,7 @@ KINDS_OF_BLOCKS = (
 
 
 def few_pixels(name: str) -> Case:
-    """The case on samples of few pixels, of its own channels and dtype."""
+    """Returns the case on samples of few pixels, with its own channels and dtype."""
     case = CASE[name]
     pixels = (min(3, size) for size in case.sample[:-1])
     return dataclasses.replace(case, sample=(*pixels, case.sample[-1]))
@@ -316,7 +316,7 @@ def few_pixels(name: str) -> Case:
 
 @pytest.mark.parametrize("name", KINDS_OF_BLOCKS)
 def test_every_pass_of_every_block_is_right(name: str) -> None:
-    """By the gate, which compares each result of each pass with float64."""
+    """The gate compares each result of each pass with its truth in float64."""
     case = few_pixels(name)
     found = Contest(case, 1e5, (*PASSES, *HALVES))
     results = {"y", *(("h",) if case.residual == "before" else ())}
@@ -338,7 +338,7 @@ def test_every_pass_of_every_block_is_right(name: str) -> None:
 
 
 def test_a_sum_is_taken_as_it_is_rounded(of_jax: bool) -> None:
-    """h is an array in bfloat16, and the norm is that of this array."""
+    """h is stored as an array in bfloat16, and the norm reads this array."""
     block = Block(few_pixels("llama3_8b_add_rms"), nnx.Rngs(0))
     (x, residual), _ = draw(block.case, 1e5)
     done = truth.forward(block, (x, residual))
@@ -349,7 +349,7 @@ def test_a_sum_is_taken_as_it_is_rounded(of_jax: bool) -> None:
     rms = np.sqrt((h * h).mean(-1, keepdims=True) + block.norm.epsilon)
     x_hat = np.asarray(done.x_hat).reshape(h.shape)
     off = np.abs(x_hat - h / rms).max(-1)
-    # A float32 sum rounds twice: one element in thousands differs in its last place.
+    # A float32 sum rounds twice: one element in thousands differs in the last place.
     assert np.median(off) < 1e-12
     assert np.abs(x_hat - exact / rms).max() > 1e-3
 
@@ -358,7 +358,7 @@ def test_a_sum_is_taken_as_it_is_rounded(of_jax: bool) -> None:
 
 
 class Plain:
-    """RMSNorm in jax.numpy, as another library."""
+    """A peer that stands for another library: RMSNorm in jax.numpy."""
 
     name = "plain"
     gain = 1.0
@@ -402,7 +402,7 @@ def run_peers(out: pathlib.Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.usefixtures("plain")
 def test_peers(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A peer has figures where it has such a norm, and what is not there is named."""
+    """A peer has figures for the norms that it supports. Absent peers are named."""
     given = ("--cases", "decode_rms_4096", "few_rows_768", "--passes", "backward")
     code, record = run_peers(tmp_path, *given)
     assert code == 0
@@ -440,7 +440,7 @@ def test_peers(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_wrong_peer_has_no_figure(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It costs itself its figure, not flax and fusednorm theirs."""
+    """The peer loses its figure, but flax and fusednorm keep theirs."""
     monkeypatch.setattr(Plain, "gain", 1.1)
     given = ("--cases", "decode_rms_4096", "--passes", "forward")
     code, record = run_peers(tmp_path, *given)
@@ -469,7 +469,7 @@ def test_peers_go_on_where_they_stopped(
         "decode_rms_4096",
         "decode_qk_norm",
     ]
-    assert record["results"][0] == first  # the very figures
+    assert record["results"][0] == first  # not timed anew
     assert "1 figures are there already" in capsys.readouterr().out
 
     _, record = run_peers(tmp_path, *given, "--again")
@@ -487,12 +487,12 @@ def test_peers_that_need_a_gpu_say_so() -> None:
         assert absent == {"cudnn": "RuntimeError: its kernels are for GPUs"}
 
 
-@pytest.mark.gpu  # beside a GPU there is PyTorch
+@pytest.mark.gpu  # machines with a GPU have PyTorch
 @pytest.mark.parametrize(
     "name", [name for name in KINDS_OF_BLOCKS if CASE[name].conv is None]
 )
 def test_torch_functions_are_the_norms(name: str) -> None:
-    """What a user of PyTorch would write is flax's layer, block by block."""
+    """The code that a PyTorch user would write agrees with flax's, block by block."""
     pytest.importorskip("torch")
     case = few_pixels(name)
     (torch_peer,), _ = peers.present(["torch"])
@@ -521,7 +521,7 @@ def test_a_wrong_layer_has_no_figure(
 
 
 class Tiny(nnx.Module):
-    """The least that trains on digits and has a norm."""
+    """The smallest model that trains on digits and has a norm."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Linear(64, 32, rngs=rngs)
@@ -575,7 +575,7 @@ def test_roofline_is_a_command_of_its_own(capsys: pytest.CaptureFixture[str]) ->
 
 
 class Here:
-    """`Elsewhere`, for what takes no compiler."""
+    """A stand-in for `Elsewhere` that works in this process, without a compiler."""
 
     def __enter__(self) -> "Here":
         return self
@@ -602,8 +602,10 @@ def _counted(
     *,
     fused: bool,
 ) -> Sharded:
-    """As if compiled; but flax's tensor-parallel layers raise, and ours do not compile
-    for a slice of 256."""
+    """Returns made-up figures in place of `sharded.layer`.
+
+    flax's tensor-parallel layers raise, and ours do not compile for a slice of 256.
+    """
     if sharding == "tensor" and not fused:
         raise ValueError("of the sharding")
     if on == "v5e:16x16" and fused:
@@ -629,10 +631,11 @@ def test_scaling(
     printed = capsys.readouterr().out
     assert "no time is measured" in printed
     lines = [line.split() for line in printed.splitlines()]
-    # x; flax's on 8 and 64 devices, ours; flax's operations, ours; our kernels
+    # x; bytes of flax on 8 and 64 devices, and ours; operations of flax, and ours; our
+    # kernels
     data = "8192K 8.0K 12.0K 8.0K 12.0K 1R, 1R 1G 1R, 1R 1G 2"
     tensor = "8192K raises raises 8.0K 68.0K 1R, 1R 1G 2"
-    assert lines.count(["LayerNorm", "data", *data.split()]) == 2  # a table a mode
+    assert lines.count(["LayerNorm", "data", *data.split()]) == 2  # one table per mode
     assert lines.count(["LayerNorm", "tensor", *tensor.split()]) == 2
     assert "raises: H100, auto mode, 64 devices: GroupNorm, tensor, flax's" in printed
 

@@ -1,4 +1,4 @@
-"""What reads the files of runs: what moved between two, and the README's figures."""
+"""Tests of the commands that read runs: what moved, and the README's figures."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def a_time(p10: float, p50: float | None = None, p90: float | None = None) -> An
 
 @pytest.fixture
 def record() -> Record:
-    """Of a run on an H200, before there were peers."""
+    """Provides the record of a run on an H200, made before peers were timed."""
     found = json.loads(H200.read_text())
     assert not any("peers" in one for one in found["results"])
     return found
@@ -58,28 +58,28 @@ def scale(times: dict[str, float], factor: float) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "change"),
     [
-        # flax takes 100 each time; medians are 1 % above the first deciles: what
-        # 80 may be, 0.792 to 0.808, and 83.2, 0.824 to 0.840, have nothing in common.
+        # flax takes 100 each time; medians are 1 % above the first deciles. The time
+        # 80 means a ratio of 0.792 to 0.808, and 83.2 means 0.824 to 0.840: no overlap.
         ((80, 80.8, 100, 101), (83.2, 84.0, 100, 101), "slower"),
         ((83.2, 84.0, 100, 101), (80, 80.8, 100, 101), "faster"),
-        # 0.804 to 0.820: more than 1.5 % apart, and in the interval of the first.
+        # 0.804 to 0.820: 1.5 % apart, and the interval overlaps the first one.
         ((80, 80.8, 100, 101), (81.2, 82.0, 100, 101), ""),
-        # Ten percent slower, in runs whose medians are ten percent above.
+        # Ten percent slower, but medians are ten percent above the first deciles.
         ((80, 88, 100, 110), (88, 96.8, 100, 110), ""),
-        # The same where flax's times alone are as noisy, before or after.
+        # No change either if only flax's times are that noisy, before or after.
         ((80, 80, 100, 110), (76, 76, 100, 100), ""),
         ((76, 76, 100, 100), (80, 80, 100, 110), ""),
-        # As quiet as can be: 1.9 % is nothing all the same, 2.1 % is something.
+        # Without any noise, 1.9 % still does not count, but 2.1 % does.
         ((80, 80, 100, 100), (81.52, 81.52, 100, 100), ""),
         ((80, 80, 100, 100), (81.68, 81.68, 100, 100), "slower"),
         ((81.68, 81.68, 100, 100), (80, 80, 100, 100), "faster"),
-        # All of the machine is twice as slow.
+        # The whole machine is twice as slow.
         ((80, 80, 100, 100), (160, 160, 200, 200), ""),
     ],
 )
 def test_what_moved(old: tuple, new: tuple, change: str) -> None:
     before, after = (
-        # Last deciles are anything.
+        # The last deciles do not matter.
         Times(
             flax=a_time(flax, flax_median, 2 * flax_median),
             fusednorm=a_time(ours, our_median, 2 * our_median),
@@ -113,7 +113,7 @@ def test_one_case_changed(
     assert "only" not in printed
     assert "commit" not in printed
     if change == "slower":
-        # Of fusednorm's 78.2 and flax's 141 microseconds.
+        # fusednorm takes 78.2 and flax 141 microseconds.
         (row,) = (line.split() for line in printed.splitlines() if "llama3" in line)
         assert row[:4] == ["llama3_8b", "bfloat16", "forward", "19531x4096"]
         assert row[4:8] == ["0.555", "0.611", "+10.0%", "slower"]
@@ -126,7 +126,7 @@ def test_one_case_changed(
 def test_absolute_times_only_beside_equal_copies(
     record: Record, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole machine slower by a tenth, and fusednorm once more."""
+    """The whole machine is a tenth slower, and fusednorm another tenth."""
     changed = entry(record, "llama3_8b")
     for who in ("flax", "fusednorm", "fusednorm"):
         scale(changed[who], 1.1)
@@ -177,7 +177,7 @@ def test_differences_of_runs(record: Record) -> None:
 def test_what_one_file_alone_has(
     record: Record, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A case left out, and one of another shape, which is another one."""
+    """One case is left out. Another one has a new shape, so it is a different case."""
     record["results"].remove(entry(record, "gpt3_175b"))
     entry(record, "llama3_8b")["shape"] = [10, 4096]
     new = saved(tmp_path / "new.json", record)
@@ -259,7 +259,7 @@ def test_models_compare(
 
 
 def test_readme_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    """If this fails, `python -m bench report --write` puts it right."""
+    """If this fails, `python -m bench report --write` fixes the README."""
     assert cli.main(["report"]) == 0
     printed = capsys.readouterr().out
     page = publish.README.read_text()
@@ -275,7 +275,7 @@ def test_readme_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def made_up() -> Record:
-    """A run whose figures are easy: of two rows of norms, peers and models."""
+    """Returns a run with simple figures: norms, peers of two of them, and models."""
     norm = {
         "case": "rows",
         "layer": "RMSNorm",
@@ -303,7 +303,7 @@ def made_up() -> Record:
             norm
             | {"which": "forward", "floor_bytes": 4_000_000_000, "peers": peers}
             | {"flax": a_time(5e-3), "fusednorm": a_time(4e-3)},
-            # 4 GB in 2 ms: half.
+            # 4 GB in 2 ms: half of that rate.
             norm
             | {"which": "forward", "case": "wide", "shape": [10, 16384]}
             | {"floor_bytes": 4_000_000_000, "peers": {"quick": a_time(1e-3)}}
@@ -353,7 +353,7 @@ def blocks_of(*records: Record) -> dict[str, str]:
 
 
 def only(part: str) -> Record:
-    """What is made up without the rest: a file of norms, of peers, or of models."""
+    """Returns a part of the made-up run: a file of norms, of peers, or of models."""
     record = made_up()
     if part == "models":
         return record | {"results": []}
@@ -367,7 +367,8 @@ def only(part: str) -> Record:
 def test_block_of_norms() -> None:
     found = blocks_of(only("norms"))
     assert found["peers"] == found["models"] == found["cpu"] == ""
-    # 0.8 and 0.2: their geometric mean is 0.4. 1/4 and 1/2 of a copy's rate.
+    # Ratios are 0.8 and 0.2: their geometric mean is 0.4. The shares are 1/4 and 1/2 of
+    # a copy's rate.
     assert (
         found["gpu"]
         == """\
@@ -387,7 +388,7 @@ flax 3.4, commit 0123456 with changes, 2026-11-28; bench/results/0.json)
 
 
 def test_block_of_a_cpu() -> None:
-    """Without shares of a copy's rate, which say little there; with the steps."""
+    """The block has training steps, but no shares of a copy's rate: they say little."""
     record = only("norms")
     record["device"] = {"name": "Some CPU", "platform": "cpu", "cpu_cores": 2}
     record["training"] = [
@@ -405,7 +406,7 @@ def test_block_of_a_cpu() -> None:
 
 
 def test_block_of_peers() -> None:
-    """quick has two cases, slow one, and neither the convolution."""
+    """quick has two cases and slow has one. Neither has the convolution."""
     found = blocks_of(only("peers"))
     assert found["gpu"] == found["models"] == found["cpu"] == ""
     lines = found["peers"].splitlines()
@@ -425,7 +426,7 @@ def test_block_of_peers() -> None:
 
 
 def test_cases_of_no_model_stand_apart() -> None:
-    """Of those that a sweep has; few are most of all launched."""
+    """Cases of a sweep have their own table, as have cases that are mostly launches."""
     record = only("peers")
     for one, name in zip(
         record["results"], ("rms_4096_f32", "few_rows_768", "a model's"), strict=True
@@ -445,7 +446,7 @@ def test_cases_of_no_model_stand_apart() -> None:
         "| quick | 1 | 2.00 (2.00 to 2.00) |",
         "",
     ]
-    assert "real models" not in "".join(found)  # which has no peer there
+    assert "real models" not in "".join(found)  # that case has no peer
 
     record = only("norms")
     record["results"][1]["case"] = "few_rows_768"
@@ -508,7 +509,7 @@ def test_only_what_is_between_the_marks_is_replaced() -> None:
 def test_write(
     part: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of named files, the blocks that they have, and their charts."""
+    """Named files replace only the blocks that they fill, and get their charts."""
     page = tmp_path / "README.md"
     names = ("gpu", "peers", "models", "cpu")
     page.write_text("\n".join(publish.marked(name, "old") for name in names))
@@ -524,7 +525,7 @@ def test_write(
 
 @pytest.mark.parametrize("path", [H200, CPU], ids=["gpu", "cpu"])
 def test_results_come_back_from_their_file(path: pathlib.Path) -> None:
-    """The CPU's was written before there was a clock."""
+    """The CPU's file was written before results named their clock."""
     for one in read(path)["results"]:
         result = report.as_result(one)
         assert result.ratio == one["ratio"]
@@ -551,7 +552,7 @@ def test_bars_are_what_was_measured(
     assert [len(bars) for bars in drawn[1:]] == [4, 3]
     publish.charts(publish.Run(tmp_path / "models.json", only("models")))
     rows, wide = "rows  float32", "wide  float32"
-    assert drawn[0] == [  # GB/ms over a copy's 4; slow has no bar of the second
+    assert drawn[0] == [  # GB/ms over a copy's 4; slow has no bar for the second
         ("forward", rows, "fusednorm", 0.25),
         ("forward", rows, "flax", pytest.approx(0.2)),
         ("forward", rows, "quick", 0.5),

@@ -1,5 +1,4 @@
-"""The tests' own tools: a bound that rejects what is wrong, and a truth that is
-true."""
+"""Tests of tests/helpers.py: bounds reject wrong results, and the truth is right."""
 
 import numpy as np
 import pytest
@@ -56,7 +55,7 @@ def test_assert_close_takes_half_an_ulp_and_no_more() -> None:
 def test_the_truth_has_the_gradients_of_its_own_values(
     case: Case, masked: bool
 ) -> None:
-    """Central differences of y, in float64, against dx, dscale and dbias."""
+    """In float64, dx, dscale and dbias match central differences of y."""
     x, scale, bias, dy = case.data(1, "float64", "float64")
     mask = np.random.default_rng(2).random(case.shape) < 0.8 if masked else None
     truth = case.truth(x, scale, bias, dy, mask)

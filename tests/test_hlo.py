@@ -1,4 +1,4 @@
-"""What is read from compiled HLO and from ptxas, on texts that hold one thing each."""
+"""Tests of the parsers of compiled HLO and ptxas output, on texts of one thing each."""
 
 import textwrap
 
@@ -12,7 +12,7 @@ KB = 1024
 
 
 def entry(*lines: str, before: str = "") -> str:
-    """A module whose entry has these lines."""
+    """Returns a module whose entry computation has these lines."""
     body = "\n".join(f"  {line}" for line in lines)
     parts = (
         "HloModule jit_f, is_scheduled=true",
@@ -41,13 +41,13 @@ def nbytes(*lines: str, before: str = "") -> list[int]:
         ("f32[]", 4),
         ("(f32[8]{0}, /*index=1*/bf16[8]{0})", 48),
         ("token[]", 0),
-        # A TPU's tiles are whole: 30011 rows of 760 are 30016 rows of 768.
+        # A TPU has whole tiles: 30011 rows of 760 take 30016 rows of 768.
         ("bf16[30011,760]{1,0:T(8,128)(2,1)}", 30016 * 768 * 2),
         ("f32[30011,1]{1,0:T(8,128)}", 30016 * 128 * 4),
         ("f32[30011,1]{0,1:T(1,128)}", 30080 * 4),
         ("f32[760]{0:T(1024)}", 1024 * 4),
         ("bf16[26,197,64]{2,0,1:T(8,128)}", 32 * 197 * 128 * 2),
-        # On the chip.
+        # Arrays on the chip take no HBM.
         ("f32[760]{0:T(1024)S(1)}", 0),
         ("(f32[8]{0}, f32[8]{0:S(1)}, u32[]{:S(2)})", 32),
     ],
@@ -192,7 +192,7 @@ def test_of_branches_the_one_that_moves_least_counts(names: str) -> None:
 
 
 def test_arrays_on_the_chip_are_arrays_too() -> None:
-    """A kernel that finds its operand on the chip, and leaves a result there."""
+    """A kernel's `arrays` include an operand and a result that stay on the chip."""
     (found,) = hlo.kernels(
         entry(
             "%x = f32[256]{0:T(256)S(1)} parameter(0)",
@@ -239,7 +239,7 @@ def test_asynchronous_operations_count_once() -> None:
 
 
 def test_what_crosses_devices_counts_once_and_whole() -> None:
-    """Whether or not what begins it lists its operands too."""
+    """The type of an asynchronous start may or may not list the operands too."""
     found = hlo.collectives(
         entry(
             "%x = f32[4,64]{1,0} parameter(0)",
@@ -314,9 +314,9 @@ def test_ptxas_reports() -> None:
         (RTX5090, 32, 128, 0, 12),
         (H100, 32, 32, 0, 32),  # blocks
         (H100, 64, 128, 0, 8),  # registers
-        (H100, 33, 128, 0, 12),  # given in units of 8
+        (H100, 33, 128, 0, 12),  # allocated in units of 8
         (H100, 255, 512, 0, 0),
-        (H100, 32, 128, 75 * KB, 3),  # shared memory: 76 KB with the driver's
+        (H100, 32, 128, 75 * KB, 3),  # shared memory: 76 KB with the driver's part
         (H100, 32, 128, 75 * KB + 512, 2),
         (RTX5090, 32, 128, 99 * KB, 1),
     ],
@@ -328,7 +328,7 @@ def test_resident_blocks(
 
 
 def test_ampere_is_refused() -> None:
-    """Compiling for it would end this process."""
+    """Compiling for it would terminate this process."""
     ampere = Gpu("A100", "NVIDIA A100", (8, 0), 108, 1, 1, 1, 1.4, 1)
     with pytest.raises(ValueError, match="8"):
         device(ampere)

@@ -1,4 +1,4 @@
-"""What is built, installed and imported: the wheel, the sdist, and the bare import."""
+"""Tests of the wheel, the sdist, their installation, and the bare import."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 def copy_tree(target: Path) -> None:
-    """Copies what a commit of this tree would hold: tracked or not, never ignored."""
+    """Copies the files that a commit could hold: tracked or not, but never ignored."""
     if not (ROOT / ".git").exists():  # the tree was copied here without its repository
         ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist")
         shutil.copytree(ROOT, target, symlinks=True, ignore=ignore)
@@ -45,13 +45,13 @@ def copy_tree(target: Path) -> None:
     )
     for name in filter(None, listing.split("\0")):
         source = ROOT / name
-        if source.is_symlink() or source.is_file():  # not one deleted but still tracked
+        if source.is_symlink() or source.is_file():  # not if deleted but still tracked
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / name, follow_symlinks=False)
 
 
 def modules_of(tree: Path) -> set[str]:
-    """The modules that must be installed from a tree, as paths of the wheel."""
+    """Returns the modules that a wheel of the tree must hold, as paths in the wheel."""
     own = {f"fusednorm/{path.name}" for path in tree.glob("src/fusednorm/*.py")}
     linked = {
         f"fusednorm/{path.relative_to(tree).as_posix()}"
@@ -70,7 +70,7 @@ class Build:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """The sdist, and the wheel that is built from it, offline."""
+    """Builds the sdist, and the wheel from it, offline."""
     tree = tmp_path_factory.mktemp("copy") / "tree"
     copy_tree(tree)
     dist = tmp_path_factory.mktemp("dist")
@@ -150,7 +150,7 @@ def test_editable_install_needs_no_network(tmp_path: Path) -> None:
     copy_tree(tree)
     run(
         *(sys.executable, "-m", "pip", "install", "--no-index", "--no-deps"),
-        # Beside the environment that runs this test, not in it.
+        # Install next to the environment that runs this test, not into it.
         *("--no-build-isolation", "--ignore-installed", "--prefix", prefix, "-e", "."),
         cwd=tree,
     )
@@ -158,7 +158,7 @@ def test_editable_install_needs_no_network(tmp_path: Path) -> None:
     assert path_file.read_text().split() == [str(tree / "src")]
 
 
-# Refuses the hand-written kernels' languages, as a jax without them does.
+# Refuses to import the languages of the kernels, as a jax without them does.
 REFUSE = """
 import sys
 

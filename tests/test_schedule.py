@@ -1,11 +1,12 @@
-"""Cycles counted in a TPU's schedule: texts small enough to be counted by hand."""
+"""Tests of the cycle counter for TPUs, on schedules small enough to count by hand."""
 
 import pytest
 
 from bench.aot.schedule import Unreadable, count
 
-# A grid of 8 steps, in each of which a chunk is taken as often as the step's number
-# says, 3 times at most; a branch over the chunks; and a bundle on the last step.
+# A grid of 8 steps. Each step runs the loop over chunks as often as its number says,
+# at most 3 times, and branches past the loop if that is never. One bundle runs only in
+# the last step.
 GRID = """
 = control target key start
 LB: loop body
@@ -37,7 +38,8 @@ window_bounds: (1, 2) } */ }
 
 def test_loops_branches_and_the_last_step_count_as_often_as_they_run() -> None:
     before, after = 2, 1
-    # Bundles 2 to 6, then 0xc to 0xe, 0x10 to 0x12; 0xf on the last; 7 to 0xb a chunk.
+    # Per step: bundles 2 to 6, 0xc to 0xe and 0x10 to 0x12; in the last one also 0xf.
+    # Per chunk: 7 to 0xb.
     steps = 8 * (5 + 3 + 3) + 1
     chunks = 5 * (0 + 1 + 2 + 3 * 5)
     assert count(GRID, delay_slots=1) == before + steps + chunks + after

@@ -1,6 +1,6 @@
-"""The one suite that every backend passes: values, gradients, ragged sizes, bad rows.
+"""The suite that every backend passes: values, gradients, ragged sizes, bad rows.
 
-Results are held against float64 NumPy (tests/helpers.py), with the bounds of an honest
+Results are compared with float64 NumPy (tests/helpers.py), with the bounds of an honest
 float32 implementation: half an ulp of the output's dtype, 16 roundings in float32, and
 the rounding of the mean itself.
 """
@@ -63,7 +63,7 @@ FLOATS = [jnp.dtype(name) for name in ("float32", "bfloat16", "float16")]
 
 
 def check(case: Case, truth: Truth, x, scale, bias, dy, dtype=None, mask=None) -> None:
-    """y, dx, dscale and dbias against the truth."""
+    """Checks y, dx, dscale and dbias against the truth."""
     given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
     y, vjp = jax.vjp(
         jax.jit(lambda *args: case.run(*args, dtype=dtype, mask=mask)), *given
@@ -78,7 +78,7 @@ def check(case: Case, truth: Truth, x, scale, bias, dy, dtype=None, mask=None) -
 def check_gradients_of(
     case: Case, wanted: tuple[int, ...], x_dtype: str = "float32"
 ) -> None:
-    """Some of dx, dscale and dbias, by their numbers, against the truth."""
+    """Checks some of dx, dscale and dbias, selected by number, against the truth."""
     x, scale, bias, dy = case.data(6, jnp.dtype(x_dtype), "float32")
     dy = dy.astype("float32")
     truth = case.truth(x, scale, bias, dy)
@@ -131,7 +131,7 @@ def test_a_constant_row_gives_the_bias(backend: str, value: float) -> None:
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("case", "statistic"),
-    [  # the elements that share the mean of the poisoned one
+    [  # the elements that share a mean with the poisoned one
         (Case("layer_norm", (5, 96)), np.s_[2]),
         (Case("rms_norm", (5, 96)), np.s_[2]),
         (Case("group_norm", (4, 6, 24), (("num_groups", 4),)), np.s_[2, :, 6:12]),
@@ -221,7 +221,7 @@ def test_a_mask_that_lets_nothing_in(backend: str, case: Case) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any normalization of any small shape, with any axes that make sense."""
+    """Draws any normalization of any small shape, with any axes that make sense."""
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
     axes = list(range(len(shape)))
     subsets = st.sets(st.sampled_from(axes), min_size=1).map(lambda s: tuple(sorted(s)))
@@ -266,7 +266,7 @@ def test_any_shape_axes_and_dtypes(backend: str, case: Case, dtypes: tuple) -> N
 )
 @hypothesis.given(case=cases(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3))
 def test_many_shapes_axes_and_dtypes(backend: str, case: Case, dtypes: tuple) -> None:
-    """Other examples each time; hypothesis prints those that fail."""
+    """The examples differ each time; hypothesis prints those that fail."""
     check_any(case, *dtypes)
 
 
@@ -277,8 +277,8 @@ def check_any(case: Case, x_dtype: str, param_dtype: str, dtype: str) -> None:
     given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
     y, vjp = jax.vjp(lambda *args: case.run(*args, dtype=dtype), *given)
     gradients = vjp(jnp.asarray(dy, y.dtype))
-    # Where x is the mean to two digits, what the mean's sum rounds is more than the
-    # rest: 20 rows of 42 were off by 0.06 roundings of a deviation more than the bound.
+    # If x equals the mean to two digits, the rounding error of the mean's sum is larger
+    # than the rest: 20 rows of 42 exceeded the bound by 0.06 roundings of a deviation.
     of_mean = EPS32 / 4 * (1 if scale is None else np.abs(scale).max())
     within(y, truth.y, truth.bounds["y"] + of_mean)
     for name, gradient in zip(["dx", "dscale", "dbias"], gradients, strict=False):
@@ -286,7 +286,10 @@ def check_any(case: Case, x_dtype: str, param_dtype: str, dtype: str) -> None:
 
 
 def within(actual: jax.Array, expected: np.ndarray, bound: np.ndarray) -> None:
-    """assert_close, where an expectation may be next to nothing (one element a row)."""
+    """Checks like `assert_close`, but all of `expected` may be almost zero.
+
+    That happens if a row has only one element.
+    """
     allowed = bound + 0.5 * ulp(expected, actual.dtype)
     np.testing.assert_array_less(
         np.abs(np.asarray(actual, np.float64) - expected), allowed * (1 + 1e-9)
@@ -296,9 +299,9 @@ def within(actual: jax.Array, expected: np.ndarray, bound: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mean", [0.0, 0.7, 30.0])
 def test_never_less_accurate_than_flax(backend: str, mean: float, dtype: str) -> None:
-    """RMS error against float64 at most 1.05 times flax's, forward and backward.
+    """The RMS error to float64 is at most 1.05 times flax's, forward and backward.
 
-    Each case has a thousand statistics, for the error of one is a matter of luck.
+    Each case has a thousand statistics, because the error of one is a matter of luck.
     """
     for case in (
         Case("layer_norm", (1024, 256)),
@@ -318,7 +321,7 @@ def test_never_less_accurate_than_flax(backend: str, mean: float, dtype: str) ->
 
 
 def rms_errors(function, truth: Truth, x, scale, bias, dy) -> np.ndarray:
-    """Of y, dx, dscale and dbias, as far as there are such."""
+    """Returns the errors of y, dx and, where they exist, dscale and dbias."""
     given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
     y, vjp = jax.vjp(jax.jit(function), *given)
     results = [y, *vjp(jnp.asarray(dy))]
@@ -332,7 +335,7 @@ def rms_errors(function, truth: Truth, x, scale, bias, dy) -> np.ndarray:
 
 
 def flax_function(case: Case):
-    """flax's own arithmetic, as a function of x, scale and bias."""
+    """Returns flax's own arithmetic, as a function of x, scale and bias."""
 
     def function(x, scale=None, bias=None):
         x = x.astype("float32")
@@ -355,7 +358,7 @@ def flax_function(case: Case):
 
 
 def norm_of(case: Case) -> Norm:
-    """What the functional API makes of the case's arguments."""
+    """Returns the `Norm` that the functional API makes from the case's arguments."""
     grouped = case.num_groups is not None
     return Norm(
         reduction_axes=case.reduction_axes[:-1] if grouped else case.reduction_axes,
@@ -387,7 +390,7 @@ def test_mean_and_variance(backend: str, case: Case) -> None:
 )
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_every_row_length(backend: str, kind: str, features: int, dtype: str) -> None:
-    """Row counts around every tile; 4097 rows are for the short ones."""
+    """Row counts lie around every tile size; 4097 rows are for the short ones."""
     for rows in (1, 2, 37, 4097)[: 4 if features <= 1128 else 3]:
         case = Case(kind, (rows, features))
         x, scale, bias, dy = case.data(12, jnp.dtype(dtype), "float32")
@@ -418,10 +421,9 @@ def test_shapes_of_real_models(backend: str, case: Case, dtype: str) -> None:
 
 @pytest.mark.parametrize("case", CASES[:2] + MASKED[2:], ids=str)
 def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
-    """On one CPU device squares are centred where a mean is far from 0, and only there.
+    """On one CPU device, squares are centred where a mean is far from 0, nowhere else.
 
-    A statistic far from 0 is right, and those beside it are bitwise what they are
-    without it.
+    A statistic far from 0 is right, and others are bitwise the same as without it.
     """
     x, scale, bias, dy = case.data(14, "float32", "float32")
     spec = norm_of(case)
@@ -442,7 +444,7 @@ def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
 
 
 def test_squares_are_centred_before_they_lose_digits() -> None:
-    """From a mean of two deviations on."""
+    """Squares are centred from a mean of two deviations on."""
     x = np.random.default_rng(25).normal(6, 1, (64, 4096)).astype("float32")
     found = jax.jit(lambda x: reference.moments(Norm((1,), (1,)), x, sparing="cpu"))(x)
     expected = np.var(x.astype("float64"), axis=1, keepdims=True)
@@ -450,7 +452,7 @@ def test_squares_are_centred_before_they_lose_digits() -> None:
 
 
 def test_a_barrier_keeps_the_rounding_of_a_sum() -> None:
-    """On a CPU a rounding that is named takes longer."""
+    """On a CPU an explicit rounding would take longer than a barrier."""
     x = jnp.ones((8, 128), "bfloat16")
     norm = jax.jit(lambda x: fusednorm.rms_norm(x, residual=x))
     text = norm.lower(x).as_text()
@@ -488,8 +490,11 @@ def test_a_barrier_keeps_the_rounding_of_a_sum() -> None:
 def test_chunks_are_put_together_and_added_up(
     case: Case, shortcut: bool, wide: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one CPU device sums are found in chunks of rows, or pixels, some ragged: of 16
-    bits, and where they are along the last axis those of a backward in float32."""
+    """On one CPU device, sums are computed in chunks of rows or pixels, some ragged.
+
+    They are all sums of 16-bit arrays, and a backward's sums along the last axis in
+    float32.
+    """
     monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 8 * 24 * 4)
     spec = norm_of(case)
     x, scale, bias, dy = case.data(21, jnp.dtype(dtype), "float32")
@@ -521,7 +526,10 @@ def test_chunks_are_put_together_and_added_up(
 
 
 def test_chunks_lose_no_more_than_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 256 rows XLA's CPU code adds up one after the other, of 1465 in a tree."""
+    """In chunks, dscale has hardly more rounding error than in one sum.
+
+    XLA's CPU code accumulates 256 rows in sequence, and 1465 rows in a tree.
+    """
     monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 256 * 512 * 4)
     case = Case("rms_norm", (1465, 512))
     x, scale, _, dy = case.data(26, "float32", "float32")
@@ -543,14 +551,14 @@ def test_chunks_lose_no_more_than_one_sum(monkeypatch: pytest.MonkeyPatch) -> No
 def test_chunks_where_scale_and_bias_are_their_own(
     own: tuple[int, ...], loops: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each sample, or row: no axis along which they vary is cut."""
+    """With a scale and bias per sample or row, no axis along which they vary is cut."""
     case = Case("layer_norm", (5, 40, 24))
     x, _, _, dy = case.data(23, "float32", "float32")
     scale, bias = np.random.default_rng(24).normal(1, 0.5, (2, *own)).astype("float32")
     dy = dy.astype("float32")
     truth = case.truth(x, scale, bias, dy)
     monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 5 * 7 * 24 * 4)
-    jax.clear_caches()  # where the traces are of larger chunks
+    jax.clear_caches()  # its traces have larger chunks
     gradients = jax.jit(lambda dy, *given: jax.vjp(case.run, *given)[1](dy))
     lowered = gradients.lower(dy, x, scale, bias)
     jax.clear_caches()
@@ -569,7 +577,7 @@ def test_chunks_where_scale_and_bias_are_their_own(
 def test_one_loop_for_many_rows_is_not_broken_up(
     rows: int, dtype: str, branches: int
 ) -> None:
-    """Of 4096 rows and more XLA's CPU code is a single loop, but for a branch."""
+    """From 4096 rows on, XLA's CPU code is a single loop if there is no branch."""
     x = jnp.zeros((rows, 64), dtype)
     text = jax.jit(fusednorm.layer_norm).lower(x).as_text()
     assert text.count("stablehlo.case") == branches
@@ -590,7 +598,7 @@ def test_one_loop_for_many_rows_is_not_broken_up(
 def test_many_groups_have_a_branch(
     shape: tuple[int, ...], groups: int, branches: int
 ) -> None:
-    """Of them XLA's CPU code makes no single loop; of few a branch costs much."""
+    """XLA's CPU code makes no single loop of groups. With few, a branch costs much."""
     norm = functools.partial(fusednorm.group_norm, num_groups=groups)
     text = jax.jit(norm).lower(jnp.zeros(shape), jnp.ones(shape[-1])).as_text()
     assert text.count("stablehlo.case") == branches
@@ -598,7 +606,7 @@ def test_many_groups_have_a_branch(
 
 @pytest.mark.parametrize("wanted", [(0,), (0, 1)], ids=str)
 def test_dy_of_groups_of_channels_is_kept(wanted: tuple[int, ...]) -> None:
-    """Of (batch, channels): they are no rows, whose gradient is one loop."""
+    """Groups in (batch, channels) are not rows, whose gradient is one loop."""
 
     def loss(x: jax.Array, scale: jax.Array) -> jax.Array:
         return (fusednorm.group_norm(x, scale, num_groups=8) ** 2).sum()
@@ -642,7 +650,10 @@ def test_dy_is_kept_where_several_loops_read_it(
     wanted: tuple[int, ...],
     barriers: int,
 ) -> None:
-    """XLA's CPU code makes one loop of a row's norm and one sum of its gradient."""
+    """XLA's CPU code makes one loop of the backward of rows in two cases.
+
+    These are dscale and dbias without dx, and dx alone of many single-precision rows.
+    """
 
     def loss(*operands: jax.Array) -> jax.Array:
         return (function(*operands) ** 2).sum()
@@ -657,7 +668,10 @@ def test_dy_is_kept_where_several_loops_read_it(
 def test_a_forward_is_spared_where_a_branch_is_cheap(
     platform: str, branches: int
 ) -> None:
-    """On a TPU, and no backward there: dy may be made where it is used."""
+    """The forward is sparing on a TPU, but the backward is not.
+
+    Without a barrier, dy may be computed where it is used.
+    """
 
     def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, vjp = jax.vjp(lambda x: fusednorm.group_norm(x, num_groups=8), x)

@@ -1,4 +1,4 @@
-"""The counter of bytes, on kernels whose bytes are known. Nothing here is run."""
+"""Tests of the byte counter, on kernels whose bytes are known. No kernel is run."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def on_gpu(
     scratch: Any = (),
     **options: Any,
 ) -> Traffic:
-    """The traffic of one Mosaic GPU kernel."""
+    """Returns the traffic of one Mosaic GPU kernel."""
 
     def launch(*operands: Any) -> Any:
         return plgpu.kernel(
@@ -47,7 +47,7 @@ def on_gpu(
 
 
 def load(ref: Any, *shape: int) -> jax.Array:
-    """A plain load from device memory; its shape is 4 rows unless said."""
+    """Does a plain load from device memory, of 4 rows by default."""
     shape = shape or (4, FEATURES)
     layout = plgpu.Layout.WG_STRIDED(shape, math.prod(shape) // 128)
     return plgpu.load(ref, layout=layout, optimized=False)
@@ -98,7 +98,7 @@ def test_what_every_block_reads_counts_each_time_and_is_distinct_once() -> None:
 def test_overlapping_chunks_are_distinct_once() -> None:
     def kernel(x: Any, y: Any) -> None:
         rows = pl.ds(lax.axis_index("block") * 4, 4)
-        for start in (0, 72):  # 128 columns each: 200 of them, 56 twice
+        for start in (0, 72):  # 128 columns each: 200 in all, 56 twice
             columns = pl.ds(start, 128)
             y[rows, columns] = load(x.at[rows, columns], 4, 128)
 
@@ -127,7 +127,7 @@ def test_loops_multiply(static: bool) -> None:
             y[rows] = load(x.at[rows])
             return carry
 
-        # 3 tiles a block, or as many of 13 as fall to it: 4, 3, 3, 3.
+        # 3 tiles per block, or the block's share of 13: 4, 3, 3, 3.
         lax.fori_loop(0, 3 if static else (13 - block + 3) // 4, body, None)
 
     tiles = 12 if static else 13
@@ -150,7 +150,7 @@ def test_what_a_loop_carries_differs_by_block() -> None:
         last = lax.while_loop(going, body, block)  # 0.. by 1, 1.. by 2, 2.. by 3, ...
         y[last + 32, :] = load(x.at[last], FEATURES)
 
-    # Rows of the blocks' loops, and where each stops.
+    # The rows that each block's loop visits, and where it stops.
     steps = [list(range(b, 16, b + 1)) for b in range(4)]
     ends = [s[-1] + b + 1 for b, s in enumerate(steps)]
     x, y = on_gpu(kernel).operands
@@ -184,7 +184,7 @@ def test_what_a_condition_returns_differs_by_block() -> None:
         row = jnp.where(block == 0, jnp.minimum(row, 7), row) - lax.rem(block, 2)
         y[pl.ds(row, 4)] = load(x.at[pl.ds(row, 4)])
 
-    # Rows 7, 39, 4 and 5 and three more each.
+    # Blocks begin at rows 7, 39, 4 and 5 and load three more each.
     x, _ = on_gpu(kernel).operands
     rows = {first + i for first in (7, 39, 4, 5) for i in range(4)}
     assert moved(x) == (16 * ROW, len(rows) * ROW, 0, 0)
@@ -237,7 +237,7 @@ def test_shared_memory_is_no_traffic() -> None:
     x, y = found.operands
     assert moved(x) == (16 * ROW, 16 * ROW, 0, 0)
     assert moved(y) == (0, 0, 16 * ROW, 16 * ROW)
-    # The two float32 buffers are never alive together. A barrier has 8 bytes.
+    # The two float32 buffers are never alive together. A barrier takes 8 bytes.
     assert found.scratch == 4 * ROW + 4 * 4 * FEATURES * 4 + 8
 
 
@@ -301,7 +301,7 @@ def test_reshaped_refs() -> None:
 
 def test_access_outside_is_refused() -> None:
     def kernel(x: Any, y: Any) -> None:
-        rows = pl.ds(lax.axis_index("block") * 20, 8)  # the last: 60 to 68 of 64
+        rows = pl.ds(lax.axis_index("block") * 20, 8)  # the last block: 60 to 68 of 64
         y[pl.ds(0, 8)] = load(x.at[rows], 8, FEATURES)
 
     with pytest.raises(Uncountable, match=r"in 0.* to \(68, 256\)"):
@@ -336,7 +336,7 @@ def test_kernels_are_found_below_jit_and_by_name() -> None:
 
 
 def on_tpu(kernel: Callable[..., None], *args: Any, **options: Any) -> Traffic:
-    """The traffic of one Mosaic TPU kernel."""
+    """Returns the traffic of one Mosaic TPU kernel."""
     (found,) = kernels(pl.pallas_call(kernel, name="tpu", **options), *args)
     return found
 
@@ -363,12 +363,12 @@ def test_blocks_past_the_end_count_what_lies_inside() -> None:
     assert moved(x) == (ROWS * ROW, ROWS * ROW, 0, 0)
     assert moved(s) == (FEATURES * 4, FEATURES * 4, 0, 0)  # once: its block stays
     assert moved(y) == (0, 0, ROWS * ROW, ROWS * ROW)
-    # Two buffers of each block, the scale's filled up to 8 rows.
+    # Two buffers per block. The scale's block is padded to 8 rows.
     assert found.scratch == 2 * (48 * ROW + 8 * FEATURES * 4 + 48 * ROW)
 
 
 def test_blocks_move_when_the_index_map_changes() -> None:
-    # The last axis of the grid is walked first.
+    # The last axis of the grid varies fastest.
     slow = pl.BlockSpec((16, FEATURES), lambda i, j: (i, 0))
     fast = pl.BlockSpec((16, FEATURES), lambda i, j: (j, 0))
     found = on_tpu(

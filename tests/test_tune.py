@@ -1,4 +1,4 @@
-"""The search for how kernels should cut their work, with interpreted kernels."""
+"""Tests of the search for faster cuts of a kernel's work, with interpreted kernels."""
 
 import dataclasses
 import json
@@ -35,8 +35,11 @@ def kernels() -> Any:
 
 
 def clock_of(cost: Callable[[], float]) -> tune.Clock:
-    """A clock that runs all, and says that a candidate takes `cost()` seconds, of what
-    the functions say while it is tried, and the present one a second."""
+    """Returns a clock that runs everything but reports made-up times.
+
+    The current setting takes one second. A candidate takes `cost()` seconds, evaluated
+    while the functions answer with its setting.
+    """
 
     def clock(turns: tune.Turns) -> dict[str, list[float]]:
         for _, run in turns:
@@ -54,7 +57,7 @@ def share_of_rows() -> tiles.Share:
 
 @pytest.mark.usefixtures("kernels")
 def test_it_climbs_to_the_fastest() -> None:
-    """Two steps away, of which the first is faster than nothing done."""
+    """The fastest is two steps away, and the first step is already an improvement."""
 
     def cost() -> float:
         return 1 + 0.1 * (abs(share_of_rows().threads - 384) - 256) / 128
@@ -77,7 +80,7 @@ def test_it_climbs_to_the_fastest() -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_every_setting_is_another_kernel_and_right() -> None:
-    """As the gate says; and the numbers are those of the kernel that ran."""
+    """Other settings pass the gate, and the cuts are those of the kernels that ran."""
     found = tune.tune(PIXELS, "forward", 1e4, clock_of(lambda: 1.0))
     assert found is not None
     assert found.function == "strips.resident"
@@ -102,7 +105,7 @@ def test_what_is_wrong_or_does_not_fit_has_no_time(
     def make(asked: tune.Asked, setting: tune.Setting) -> Any:
         if setting["width"] == 4:
             raise tune.UnfitError("too wide")
-        return None  # two reads: of what four blocks found the half is added up
+        return None  # two reads, which merge only half of the four blocks' results
 
     monkeypatch.setattr(strips, "in_two_reads", half_seen)
 
