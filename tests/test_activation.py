@@ -1,4 +1,4 @@
-"""Activations and their slopes: as jax.nn has them, and as kernels compute them."""
+"""Activations and their slopes, as in jax.nn and as kernels compute them."""
 
 import math
 
@@ -11,12 +11,15 @@ from fusednorm import reference
 from fusednorm.kernels import activation
 from tests.helpers import activated
 
-Z = np.linspace(-9, 9, 20001)  # 0 among them
+Z = np.linspace(-9, 9, 20001)  # includes 0
 
 
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 def test_in_float64(name: str) -> None:
-    """Values, and slopes: those of jax's derivative too, which is 0 at relu's kink."""
+    """The reference's values and slopes are right; its slopes equal jax's derivatives.
+
+    jax's derivative is 0 at relu's kink.
+    """
     value, slope = activated(name, Z)
     with jax.enable_x64(True):
         z = jnp.asarray(Z)
@@ -30,8 +33,11 @@ def test_in_float64(name: str) -> None:
 
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 def test_in_a_kernel(name: str) -> None:
-    """4 roundings of z for the value; 8 of z, or of 1, for the slope: of gelu_tanh's
-    t near 1 little is left of 1 - t^2, which is multiplied by z^3."""
+    """A value is within 4 roundings of z, and a slope within 8 roundings of 1 or of z.
+
+    The slope needs more because of gelu_tanh: for t near 1, few digits are left of
+    1 - t^2, which is multiplied by z^3.
+    """
     z = jnp.asarray(Z, jnp.float32)
     value, slope = activated(name, np.asarray(z, np.float64))
     eps = float(jnp.finfo(jnp.float32).eps)

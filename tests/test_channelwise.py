@@ -1,7 +1,7 @@
 """The channelwise kernels of NVIDIA GPUs, run by Pallas' interpreter.
 
 Every test names the backend, so that a fallback raises, and the interpreter looks for
-races. What the kernels compile to is in test_aot_channelwise.py.
+races. test_aot_channelwise.py tests what the kernels compile to.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ kernels = interpreters.kernels_of("mosaic_gpu")
 
 
 def take_small(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the variant take what would be too small for it."""
-    if variant == "cluster":  # of 2 to 8 blocks: each is a thread here
+    """Makes the variant take inputs that would be too small for it."""
+    if variant == "cluster":  # 2 to 8 blocks, each a thread here
         monkeypatch.setattr(strips, "KB", 28)
     if variant == "two reads":
         monkeypatch.setattr(strips, "resident", lambda *_, **__: None)
@@ -69,7 +69,7 @@ def runs(variant: str, forward: int, backward: int) -> dict[str, int]:
 
 
 def run(case: Case, variant: str, mix: tuple[str, str, str] = MIXES[0]) -> None:
-    """y and all gradients against float64."""
+    """Checks y and all gradients against float64."""
     x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
     x, scale, bias, dy = case.data(0, x_dtype, param_dtype)
     dy = dy.astype(dtype)
@@ -80,7 +80,7 @@ def run(case: Case, variant: str, mix: tuple[str, str, str] = MIXES[0]) -> None:
 
 # --- values and gradients -------------------------------------------------------------
 
-CASES = [  # one channel a group, several, all; ragged pixels and channels
+CASES = [  # one channel per group, several, or all; ragged pixels and channels
     Case("batch_norm", (6, 5, 4, 10)),
     Case("batch_norm", (41, 33)),
     Case("batch_norm", (3, 2)),
@@ -109,7 +109,7 @@ def test_values_and_gradients(variant: str, number: int) -> None:
 
 
 def test_strips_of_groups(kernels: None) -> None:
-    """Each writes the statistics of its own groups."""
+    """Each strip writes the statistics of its own groups."""
     case = Case("group_norm", (2, 32, 64), (("num_groups", 32),))
     for call in calls(case.kind, case.shape, "float32"):
         kernel = gpu.plan(call, None)
@@ -121,7 +121,7 @@ def test_strips_of_groups(kernels: None) -> None:
 
 
 def test_a_ragged_line_that_is_loaded_alone(kernels: None) -> None:
-    """Most of its places have no pixel: what they have seen has no mean."""
+    """Most places of this line count no pixel, and without a pixel there is no mean."""
     case = Case("instance_norm", (1, 129, 64))
     forward, _ = calls(case.kind, case.shape, "float32")
     kernel = gpu.plan(forward, None)
@@ -136,7 +136,10 @@ def test_a_ragged_line_that_is_loaded_alone(kernels: None) -> None:
 def test_three_blocks_in_two_reads(
     kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 256 pixels or more: of two lines of what they found the second overlaps."""
+    """The blocks' results take two lines, and the second one overlaps the first.
+
+    Each block has 256 pixels or more.
+    """
     take_small("two reads", monkeypatch)
     options = (("epsilon", 0.5), ("activation", "silu"))
     run(Case("instance_norm", (2, 770, 4), options), "two reads")
@@ -197,7 +200,7 @@ def test_a_large_mean_is_right(variant: str, ratio: int) -> None:
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[8]], ids=str)
 def test_mean_and_variance(variant: str, case: Case) -> None:
-    """What BatchNorm's running statistics are made of."""
+    """BatchNorm's running statistics are made of this mean and variance."""
     x, scale, bias, dy = case.data(5, "float32", "float32")
     truth = case.truth(x, scale, bias, dy)
     params = [None if p is None else jnp.asarray(p) for p in (scale, bias)]
@@ -245,7 +248,7 @@ def test_each_example_has_its_own_gradients(variant: str) -> None:
 GROUP_NORM = counted(functools.partial(fusednorm.group_norm, num_groups=4))
 
 
-OFTEN = ("value", "grad", "scan", "vmap of grad")  # the rest by `make test-slow`
+OFTEN = ("value", "grad", "scan", "vmap of grad")  # `make test-slow` runs the rest
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ OFTEN = ("value", "grad", "scan", "vmap of grad")  # the rest by `make test-slow
     [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in GROUP_NORM],
 )
 def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: None) -> None:
-    """Where vmap takes the first axis, its examples have a batch."""
+    """If vmap takes the first axis, each of its examples still has a batch axis."""
     run_counted("channelwise", GROUP_NORM[name], (2, 3, 5, 24))
 
 
@@ -261,7 +264,7 @@ def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: None) -> Non
 
 
 def _all_of(case: Case, x: Any, dy: Any, *params: Any) -> list[np.ndarray]:
-    """y, mean, var and dx."""
+    """Returns y, mean, var and dx."""
     y, vjp = jax.vjp(
         lambda x: op.normalize_with_moments(norm_of(case), x, *params), jnp.asarray(x)
     )
@@ -277,7 +280,7 @@ def test_nan_and_inf_stay_in_their_group(variant: str, kind: str) -> None:
     x, scale, bias, dy = case.data(12, "float32", "float32")
     bad = x.copy()
     bad[1, 18, 7], bad[2, 3, 20] = np.nan, np.inf
-    # Their groups of 6 channels, or their channels.
+    # The groups of 6 channels, or the channels, of these two values.
     touched = np.zeros(case.shape, bool)
     if kind == "group_norm":
         touched[1, ..., 6:12] = touched[2, ..., 18:24] = True
@@ -294,7 +297,7 @@ def test_nan_and_inf_stay_in_their_group(variant: str, kind: str) -> None:
 
 
 def test_a_sample_does_not_depend_on_the_others(variant: str) -> None:
-    """Bitwise, whatever their number and its place among them."""
+    """A sample's results are bitwise the same for any number and order of samples."""
     case = Case("group_norm", (4, 70, 24), (("num_groups", 4),))
     x, scale, bias, dy = case.data(13, jnp.dtype("bfloat16"), "float32")
     whole = _all_of(case, x, dy, scale, bias)
@@ -309,7 +312,7 @@ def test_a_sample_does_not_depend_on_the_others(variant: str) -> None:
 
 
 def calls(kind: str, shape: tuple[int, ...], dtype: str = "bfloat16") -> list[Call]:
-    """A norm's forward, as in training, and its backward."""
+    """Returns the forward of a norm in training, and its backward."""
     options = (("num_groups", 32),) if kind == "group_norm" else ()
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     norm = dataclasses.replace(norm_of(Case(kind, shape, options)), dtype=x.dtype)
@@ -356,7 +359,7 @@ def test_models_run_kernels(kind: str, shape: tuple[int, ...], dtype: str) -> No
 def test_each_pixel_and_channel_counts_once(
     groups: int, group: int, pixels: int, shared: int
 ) -> None:
-    """And every load is inside its worker's pixels, and aligned."""
+    """Strips cover all channels, and a worker's loads stay inside its own pixels."""
     view = Geometry(3, pixels, groups, group)
     cuts = [
         *(
@@ -387,7 +390,7 @@ def test_each_pixel_and_channel_counts_once(
         (8 * 28 * 28, 512, 2, 32, 8),  # two sectors
         (8 * 7 * 7, 2048, 4, 16, 1),  # two would make clusters
         (28 * 28, 512, 2, 16, 1),
-        (9, 8, 2, 8, 1),  # all there is
+        (9, 8, 2, 8, 1),  # all channels
     ],
 )
 def test_the_cut_of_batch_norms(
@@ -407,7 +410,7 @@ def test_the_cut_of_batch_norms(
         (16 * 16, 1280, 4, 40, 1, 1),  # 40 KB: no cluster
         (8 * 8, 1280, 2, 160, 1, 1),  # 20 KB
         (2 * 2, 1280, 2, 320, 1, 1),  # no more than 8 groups
-        (128 * 128, 512, 2, None, None, None),  # 64 bytes of a pixel do not fit
+        (128 * 128, 512, 2, None, None, None),  # 64 bytes per pixel do not fit
     ],
 )
 def test_the_cut_of_group_norms(
@@ -439,7 +442,7 @@ def test_the_cut_does_not_depend_on_the_number_of_samples() -> None:
 
 def test_what_falls_back() -> None:
     many = calls("batch_norm", (4, 5, 5, 1019))[0]
-    wide = calls("group_norm", (4, 9, 9, 40960))[0]  # which strips of 64 would divide
+    wide = calls("group_norm", (4, 9, 9, 40960))[0]  # strips of 64 would divide it
     for call, channels, group in ((many, 1019, 1), (wide, 40960, 1280)):
         answer = dispatch.plan(call, Target(("cuda",)))
         assert isinstance(answer, Fallback)
@@ -470,13 +473,13 @@ def test_why() -> None:
     ("shape", "groups", "launched"),
     [
         ((2, 32, 32, 64), 32, 2),
-        ((2, 64, 64, 64), 32, 3),  # backward two
+        ((2, 64, 64, 64), 32, 3),  # two for the backward
         ((1, 512, 512, 128), 32, 4),
         ((2, 9, 8), 1, 2),  # one load holds all channels
     ],
 )
 def test_launches(shape: tuple[int, ...], groups: int, launched: int) -> None:
-    """One each way where x stays on the chip, else two."""
+    """Each direction is one launch if x stays on the chip, else two."""
 
     def step(x: Any, scale: Any, bias: Any) -> Any:
         norm = functools.partial(fusednorm.group_norm, num_groups=groups)
@@ -492,9 +495,12 @@ def test_launches(shape: tuple[int, ...], groups: int, launched: int) -> None:
     ("shape", "barriers", "fences"), [((2, 8, 8, 64), 4, 0), ((2, 64, 64, 64), 7, 2)]
 )
 def test_warps_and_blocks_meet(shape: Any, barriers: int, fences: int) -> None:
-    """Warps twice for the moments, twice for the groups. Blocks behind a fence on each
-    side, and twice more for what they found. To the interpreter, in whose order all of
-    it is seen, a warpgroup is one thread."""
+    """Warps meet at barriers, and blocks between two fences.
+
+    Warps meet twice for the moments and twice for the groups. The blocks of a cluster
+    meet once, and the warps twice more for the blocks' results. The interpreter would
+    miss an error here, because it runs a warpgroup as one thread and in order.
+    """
     call = calls("group_norm", shape)[0]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
@@ -534,7 +540,7 @@ def test_gpu_values_and_gradients(case: Case, mix: tuple[str, str, str]) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize("pixels", [64, 4096, 65536])
 def test_gpu_results_are_bitwise_the_same(pixels: int) -> None:
-    """Those of a sample in any batch; all of them from run to run."""
+    """All results repeat from run to run, and a sample's repeat in any batch."""
     case = Case("group_norm", (5, pixels, 64), (("num_groups", 32),))
     x, scale, bias, dy = case.data(2, jnp.dtype("bfloat16"), "float32")
     with fusednorm.use_backend("mosaic_gpu"):
@@ -552,7 +558,10 @@ def test_gpu_results_are_bitwise_the_same(pixels: int) -> None:
 
 @pytest.mark.gpu
 def test_gpu_never_less_accurate_than_flax() -> None:
-    """RMS error against float64 at most 1.05 times flax's; of a thousand statistics."""
+    """The RMS error against float64 is at most 1.05 times flax's.
+
+    It is taken over a thousand statistics.
+    """
     case = Case("group_norm", (32, 256, 256), (("num_groups", 32),))
     x, scale, bias, dy = case.data(17, "float32", "float32")
     dy = dy.astype("float32")
@@ -572,7 +581,7 @@ def moved(call: Call) -> int:
 def test_bytes_of_channels_on_a_gpu() -> None:
     forward, backward = calls("group_norm", (8, 16, 16, 320))
     x, param, statistics = 8 * 16 * 16 * 320 * 2, 320 * 4, 2 * 8 * 32 * 4
-    of_samples = (2 * 8 + 1) * param  # written, read and added up
+    of_samples = (2 * 8 + 1) * param  # written, read and reduced
     assert moved(forward) == 2 * x + 2 * param + statistics
     assert moved(backward) == 3 * x + param + statistics + 2 * of_samples
     carried = dataclasses.replace(backward, beside=backward.x)
@@ -590,7 +599,7 @@ def test_bytes_of_channels_on_a_gpu() -> None:
     assert moved(alone) == (2 * x + param + statistics + 2 * of_samples + partials)
 
 
-TWO_READS = {  # of a chip that is not here
+TWO_READS = {  # plan for an absent chip, and a shape
     "mosaic_gpu": (lambda call: gpu.plan(call, None), (2, 128, 128, 320)),
     "mosaic_tpu": (
         lambda call: tpu.plan(call, Device("TPU v5e")),
@@ -604,7 +613,7 @@ TWO_READS = {  # of a chip that is not here
 def test_bytes_of_a_shortcut_in_two_reads(
     backend: str, activation: str, tensors: int
 ) -> None:
-    """Silu's dz is found again, of dy and the shortcut; relu's serves as it is."""
+    """SiLU's dz is recomputed from dy and the shortcut; ReLU's is read as it is."""
     plan, shape = TWO_READS[backend]
     _, backward = calls("group_norm", shape)
     kernel = plan(

@@ -1,5 +1,4 @@
-"""Which implementation runs, how often, and what it says: shown with a stand-in
-kernel."""
+"""Which implementation runs, how often, and why, tested with a stand-in kernel."""
 
 import functools
 import os
@@ -26,8 +25,8 @@ from tests.on_tpu import Device
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The CPU gets the stand-in's kernels."""
-    jax.clear_caches()  # executables made without it
+    """Registers the stand-in's kernels for the CPU."""
+    jax.clear_caches()  # drop executables made without the stand-in
     entry = (standin.BACKEND, "tests.standin")
     monkeypatch.setitem(dispatch.KERNELS, "cpu", entry)
     standin.calls.clear()
@@ -56,16 +55,21 @@ VMAPPED = (0, None, None, 0)
 
 
 def directional(function: Any) -> Any:
-    """The derivative of a function of (x, scale, bias, dy) along (dy, bias, scale,
-    0)."""
+    """Returns the derivative of a function along (dy, bias, scale, 0).
+
+    The function and its derivative take (x, scale, bias, dy).
+    """
     return lambda x, s, b, dy: jax.jvp(
         lambda x, s, b: function(x, s, b, dy), (x, s, b), (dy, b, s)
     )
 
 
 def counted(normalize: Any) -> dict[str, tuple[Any, int, int]]:
-    """Transforms of normalize(x, scale, bias), each a function of (x, scale, bias, dy);
-    how often its forward runs, and its backward."""
+    """Returns transforms of normalize(x, scale, bias), by name.
+
+    Each entry has a function of (x, scale, bias, dy), how often that runs the forward,
+    and how often the backward.
+    """
     once = functools.partial(loss, normalize=normalize)
     gradient = jax.grad(once, ARGS)
     of_vmap = functools.partial(loss, normalize=jax.vmap(normalize, VMAPPED[:3]))
@@ -108,7 +112,7 @@ def test_each_kernel_runs_as_often_as_it_should(name: str, kernels: Any) -> None
         expected = jax.jit(function)(X, SCALE, BIAS, DY)
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
-    assert sum(kernels.runs.values()) == forward + backward  # none in the reference
+    assert sum(kernels.runs.values()) == forward + backward  # the reference runs none
 
 
 def test_statistics_are_written_for_a_derivative_alone(kernels: Any) -> None:
@@ -218,7 +222,7 @@ def test_unknown_backends_are_refused() -> None:
     ],
 )
 def test_the_environment_variable(value: str, outcome: str) -> None:
-    """Read at the first call: importing never fails, nor does it look at it."""
+    """The variable is read at the first call, so importing the package never fails."""
     program = (
         "import os, fusednorm, jax.numpy as jnp\n"
         f"os.environ['FUSEDNORM_BACKEND'] = {value!r}\n"
@@ -261,7 +265,7 @@ def refusal(asked: Call, target: Target = CPU, backend: str = "auto") -> str:
 
 
 def test_reasons_to_fall_back(kernels: Any) -> None:
-    """Each says what would have to change."""
+    """Each reason says what would have to change."""
     assert isinstance(dispatch.plan(call(), CPU), Kernel)
     assert refusal(call(), backend="reference") == "the backend 'reference' was chosen"
     assert refusal(call(mask=True)) == "mask given"
@@ -308,7 +312,7 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
 def test_groups_of_a_row_have_one_scale_and_bias(
     platform: str, name: str, lead: tuple[int, ...]
 ) -> None:
-    """No kernel takes any that vary from row to row as well."""
+    """No kernel takes a scale or bias that also varies from row to row."""
     x, own = (jax.ShapeDtypeStruct((*s, 8), "float32") for s in ((4, 6), lead))
     asked = Call("forward", Norm((), (2,), num_groups=2), x, **{name: own})
     assert "along the groups of a row and from row to row" in refusal(
@@ -318,7 +322,7 @@ def test_groups_of_a_row_have_one_scale_and_bias(
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_scale_that_varies_along_a_reduced_axis(platform: str) -> None:
-    """Is for a kernel where that axis has one element."""
+    """A kernel takes this scale only if that axis has one element."""
     norm, there = Norm((1, 2), (2,)), Target((platform,))
     x, one = (jax.ShapeDtypeStruct((3, n, 256), "float32") for n in (5, 1))
     assert "or along reduced ones" in refusal(Call("forward", norm, x, x), there)
@@ -354,7 +358,7 @@ def test_kernels_refuse_what_int32_cannot_count(
 
 
 def test_kernels_run_on_each_part_and_in_shard_map(kernels: Any) -> None:
-    """More of it, and auto mode, in test_sharded.py."""
+    """Each device runs one kernel. test_sharded.py tests more, including auto mode."""
     expected = normalize(X, SCALE, BIAS)
     kernels.runs.clear()
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
@@ -387,8 +391,8 @@ def test_kernels_stay_out_of_a_shard_map_that_leaves_axes_to_xla(kernels: Any) -
 
 
 def test_the_trace_cache_traces_a_shape_once() -> None:
-    """24 norms of one shape trace the formula no more often than one does."""
-    shape = (3, 1, 7, 29)  # of no other test
+    """24 norms of one shape trace the formula as often as one norm does."""
+    shape = (3, 1, 7, 29)  # no other test uses this shape
 
     def stack(x: jax.Array, layers: int) -> jax.Array:
         for _ in range(layers):
@@ -422,7 +426,7 @@ def test_dy_is_kept_as_it_is_where_dz_rounds_nothing(
 
 
 def test_a_shortcuts_gradient_asks_for_no_parameters() -> None:
-    """The view of a backward of dx and dshortcut is that of its forward."""
+    """A backward for dx and dshortcut alone has the same view as its forward."""
     x = jax.ShapeDtypeStruct((3, 4, 5), "float32")
     norm = Norm((1, 2), (2,))
     forward = Call("forward", norm, x, shortcut=x)
@@ -433,7 +437,7 @@ def test_a_shortcuts_gradient_asks_for_no_parameters() -> None:
 
 
 def test_a_parameters_gradient_has_the_view_of_its_forward() -> None:
-    """A bias that the backward does not read too."""
+    """This holds even for a bias, which the backward does not read."""
     x, param = (jax.ShapeDtypeStruct(s, "float32") for s in ((3, 4, 5), (5,)))
     norm = Norm((1, 2), (2,))
     forward = Call("forward", norm, x, bias=param)
@@ -496,7 +500,7 @@ def test_each_elements_own_scale_does_not_cross_devices() -> None:
 
 
 def test_the_device_that_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where this process has none."""
+    """`plan` gets this device if the process has none of the platform."""
     seen: list[Any] = []
     monkeypatch.setattr(tpu, "plan", lambda _, device: seen.append(device))
     asked = Call("forward", Norm((1,), (1,)), jax.ShapeDtypeStruct((8, 24), "float32"))
@@ -508,7 +512,7 @@ def test_the_device_that_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_whom_xla_asks_on_which_mesh() -> None:
-    """`custom_partitioning` is for GPUs and axes of Auto."""
+    """XLA asks only on GPUs and about Auto axes, through `custom_partitioning`."""
 
     def asking(platform: str, devices: int, *kinds: AxisType) -> bool:
         mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=kinds)
@@ -518,14 +522,14 @@ def test_whom_xla_asks_on_which_mesh() -> None:
     auto, explicit = AxisType.Auto, AxisType.Explicit
     assert asking("cuda", 4, auto, auto)
     assert not asking("tpu", 4, auto, auto)
-    assert not asking("cuda", 2, auto, auto)  # of another mesh
+    assert not asking("cuda", 2, auto, auto)  # of a different mesh
     assert not asking("cuda", 1, auto, auto)
     assert not asking("cuda", 4, auto, explicit)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_half_of_a_call_reads_nothing_for_its_other_half(platform: str) -> None:
-    """Scale, bias and shortcut of a forward, dh of a backward."""
+    """A forward's half reads no scale, bias or shortcut; a backward's reads no dh."""
     x = jax.ShapeDtypeStruct((8, 256, 320), "bfloat16")
     param = jax.ShapeDtypeStruct((320,), "float32")
     norm = Norm((0, 1), (2,), over=("d",), dtype=jnp.dtype("bfloat16"))

@@ -1,4 +1,4 @@
-"""explain(): what it says of layers, models and functions, and that it only looks."""
+"""explain(): what it reports on layers, models and functions; it changes nothing."""
 
 import functools
 from collections.abc import Callable
@@ -30,7 +30,7 @@ CPU = "CPU: the kernels are for NVIDIA GPUs and TPUs"
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a platform with kernels, so that other reasons than "CPU" show."""
+    """Gives the CPU kernels, so that reasons other than "CPU" show."""
     entry = (standin.BACKEND, "tests.standin")
     monkeypatch.setitem(dispatch.KERNELS, "cpu", entry)
 
@@ -40,7 +40,7 @@ def layer_of(name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def reasons(function: Any, *args: Any, **kwargs: Any) -> list[str | None]:
-    """The reason of each fallback, None for a kernel."""
+    """Returns the reason of each fallback, and None for each kernel."""
     choices = fusednorm.explain(function, *args, **kwargs).choices
     return [c.plan.reason if isinstance(c.plan, Fallback) else None for c in choices]
 
@@ -164,7 +164,8 @@ def test_a_scan_counts_once() -> None:
 
 
 def test_arguments_of_any_kind() -> None:
-    """Shapes for arrays, modules in containers and by keyword, and plain values."""
+    """explain takes shapes instead of arrays, modules in containers and by keyword, and
+    plain values."""
     layer = layer_of("LayerNorm")
     x = jax.ShapeDtypeStruct((8, FEATURES), "float16")
     (choice,) = fusednorm.explain(layer, x).choices
@@ -214,7 +215,7 @@ class Encoder(nnx.Module):
     ],
 )
 def test_nothing_changes(how: Callable) -> None:
-    """No running averages and no random state, which the same call itself changes."""
+    """explain leaves running averages and random state alone, which a call changes."""
     model, x = Encoder(), data()
     before = nnx.clone(model)
     forward = [c for c in how(model, x).choices if c.op == "forward"]
@@ -258,7 +259,7 @@ def test_equal_calls_are_one_line(platform: str) -> None:
 
 
 def test_a_gradient_through_running_statistics() -> None:
-    """Is one of x, not of what a derivative keeps."""
+    """explain reports the shape of x, not of what a derivative keeps."""
     layer = fusednorm.BatchNorm(FEATURES, use_running_average=True, rngs=nnx.Rngs(0))
     x = data()
     forward, backward = fusednorm.explain(
@@ -269,7 +270,10 @@ def test_a_gradient_through_running_statistics() -> None:
 
 
 def test_on_another_platform_as_many_devices(kernels: None) -> None:
-    """Of a sharded array; for NVIDIA GPUs, XLA asks under `jax.set_mesh`."""
+    """The explanation of a sharded array keeps its number of devices.
+
+    For NVIDIA GPUs, XLA asks for each device's part under `jax.set_mesh`.
+    """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     x = jax.device_put(jnp.ones((8, 64)), NamedSharding(mesh, P("data")))
     explanation = fusednorm.explain(fusednorm.layer_norm, x)
@@ -330,7 +334,7 @@ def test_axis_name(kernels: None) -> None:
 
 
 def test_explicit_sharding_and_the_mesh_of_auto_mode(kernels: None) -> None:
-    """Types tell each device's part; XLA asks for it where a mesh is set."""
+    """Explicit types tell each device's part; in auto mode XLA asks, given a mesh."""
     layer = layer_of("LayerNorm")
     for kind in (AxisType.Explicit, AxisType.Auto):
         mesh = jax.make_mesh((2,), ("i",), axis_types=(kind,))
@@ -403,7 +407,7 @@ def test_keywords_and_models_on_several_devices(kernels: None) -> None:
 
 
 def test_kernels_inside_shard_map(kernels: None) -> None:
-    """They run where no axis of the mesh is left to XLA, in a nested one too."""
+    """Kernels run if no mesh axis is left to XLA, also in a nested shard_map."""
     layer, mesh = layer_of("LayerNorm"), mesh_of(i=2, j=4)
     rows = {"in_specs": P("i"), "out_specs": P("i")}
     columns = {"in_specs": P("j"), "out_specs": P("j")}

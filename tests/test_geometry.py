@@ -1,4 +1,4 @@
-"""The kernels' view x[N, S, G, K]: the table of layers, and that it means the same."""
+"""The kernels' view x[N, S, G, K]: its table, and that it leaves results unchanged."""
 
 import hypothesis
 import jax.numpy as jnp

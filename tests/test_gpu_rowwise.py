@@ -1,7 +1,7 @@
-"""What the rowwise kernels of NVIDIA GPUs have for themselves.
+"""Tests of what only the rowwise kernels of NVIDIA GPUs have.
 
-How rows are cut, what falls back, what is lowered, and (marked gpu) all of it on a real
-one. Values and gradients in the interpreter are in test_rowwise.py.
+They test how rows are cut, what falls back, what is lowered, and (marked gpu) all of it
+on a real GPU. test_rowwise.py tests values and gradients in the interpreter.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ kernels = interpreters.kernels_of("mosaic_gpu")
 def test_each_column_counts_once(
     features: int, per_lane: int, of_long: int, in_warp: int, itemsize: int
 ) -> None:
-    """And every load is aligned, and inside its part of the row."""
+    """Every load is also aligned, and inside its part of the row."""
     config = tiles.configure(
         features, itemsize, per_lane=per_lane, of_long=of_long, in_warp=in_warp
     )
@@ -107,7 +107,7 @@ def test_lanes_grow_with_the_row() -> None:
 def test_the_cut_depends_on_features_and_dtypes_alone(
     features: int, dtype: str
 ) -> None:
-    """Not on the number of rows: so a row's sums have one order in any batch."""
+    """The number of rows has no influence: any batch sums a row in the same order."""
     for y_dtype in DTYPES:
         blocks = set()
         for rows in ROWS:
@@ -128,8 +128,8 @@ def test_bytes_moved() -> None:
     assert isinstance(forward, Kernel)
     assert isinstance(backward, Kernel)
     assert forward.bytes_moved == 2 * x + 2 * param + 2 * statistic
-    # 37 rows are 2 tiles of 16 and a ragged one: 2 blocks. Each writes its share of
-    # dscale and dbias, which are read once more and added up.
+    # 37 rows are 2 tiles of 16 and a ragged one, in 2 blocks. Each block writes partial
+    # sums of dscale and dbias, which are read once more and reduced.
     assert backward.bytes_moved == 3 * x + param + 2 * statistic + 2 * param * (
         2 + 2 + 1
     )
@@ -137,7 +137,7 @@ def test_bytes_moved() -> None:
 
 @pytest.mark.parametrize("lanes", [2, 8, 32])
 def test_columns_lie_alike_whatever_the_number_of_rows(lanes: int) -> None:
-    """With fewer rows the lanes repeat them, and a row's lanes stay neighbours."""
+    """If rows are few, lanes hold copies of them; a row's lanes stay adjacent."""
     for rows in (1, 2, 4, 8, 16, 32, 64):
         layout = tiles._layout(lanes, 4, rows).kwargs
         assert layout["lane_dims"][-1] == -2
@@ -165,7 +165,7 @@ def test_what_falls_back(call: Call, reason: str) -> None:
 
 
 def test_an_older_gpu_falls_back() -> None:
-    """A Mosaic compile for one would end the process."""
+    """Compiling Mosaic kernels for an older GPU would end the process."""
     call = calls((3, 64), "float32")[0]
     for capability, taken in (("8.0", False), ("8.9", False), ("9.0", True)):
         device = types.SimpleNamespace(compute_capability=capability, core_count=108)
@@ -192,7 +192,7 @@ def test_long_rows(features: int) -> None:
 
 
 def test_the_last_part_of_a_cluster_begins_earlier(kernels: None) -> None:
-    """And counts its columns once; the last one of each other block does not."""
+    """It counts its columns once. Last parts of other blocks do not begin earlier."""
     call = calls((2, 8200), "float32")[1]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
@@ -204,7 +204,7 @@ def test_the_last_part_of_a_cluster_begins_earlier(kernels: None) -> None:
 
 @pytest.mark.parametrize(("features", "fences"), [(4096, 0), (8200, 2)])
 def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> None:
-    """One before their barrier, one after it; the interpreter would do without."""
+    """Fences precede and follow their barrier. The interpreter works without them."""
     call = calls((3, features), "bfloat16")[1]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
@@ -231,7 +231,7 @@ def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> N
 def test_sums_in_shared_memory_spare_a_cluster(
     kind: str, features: int, blocks: int, smaller: int
 ) -> None:
-    """Of a backward; not where the device has 99 KB of it."""
+    """They do so in a backward, but not if the device has 99 KB of shared memory."""
     norm = norm_of(Case(kind.removesuffix(" with a bias"), (64, features)))
     wanted = True, True, kind != "rms_norm", False
     call = calls((64, features), "bfloat16")[1]
@@ -258,7 +258,7 @@ def test_gpu_values_and_gradients(
     kind: str, features: int, mix: tuple[str, str, str]
 ) -> None:
     x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
-    # float64 NumPy takes a second for every 16 million elements.
+    # float64 NumPy takes a second per 16 million elements.
     for rows in [n for n in (1, 2, 37, 199, 4097) if n * features < 2**22]:
         case = Case(kind, (rows, features))
         x, scale, bias, dy = case.data(0, x_dtype, param_dtype)
@@ -270,7 +270,7 @@ def test_gpu_values_and_gradients(
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", [64, 760, 4096, 12288, 65536])
 def test_gpu_results_are_bitwise_the_same(features: int) -> None:
-    """Those of a row in any batch and place; all of them from run to run."""
+    """All results repeat from run to run, and a row's in any batch and place."""
     case = Case("layer_norm", (401, features))
     x, scale, bias, dy = case.data(2, jnp.dtype("bfloat16"), "float32")
     spec = norm_of(case)
@@ -326,7 +326,7 @@ def test_gpu_transformations(name: str) -> None:
 
 @pytest.mark.gpu
 def test_gpu_offsets_beyond_31_bits() -> None:
-    """The last rows of 2.2 billion elements."""
+    """The last rows of an array of 2.2 billion elements are right."""
     rows, features = 2**19 + 1, 4100
     x = (
         jnp.zeros((rows, features), "bfloat16")
@@ -340,7 +340,7 @@ def test_gpu_offsets_beyond_31_bits() -> None:
 
 
 def backward_grid(call: Call) -> tuple[tiles.Config, int, int, int]:
-    """The plan's config, and tile, tiles and blocks."""
+    """Returns the config, tile, tiles and blocks of a backward's plan."""
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     config, work, _, processors = kernel.launch.args  # type: ignore[attr-defined]
@@ -355,7 +355,7 @@ def backward_grid(call: Call) -> tuple[tiles.Config, int, int, int]:
 def test_a_backward_fills_the_device(
     features: int, dtype: str, residual: bool, activation: str | None
 ) -> None:
-    """With a block on each of the 132 multiprocessors, or nearly."""
+    """All of the 132 multiprocessors, or nearly all, have a block."""
     _, call = calls((8192, features), dtype)
     norm = dataclasses.replace(call.norm, activation=activation)
     call = dataclasses.replace(call, norm=norm, beside=call.x if residual else None)
@@ -370,10 +370,10 @@ def test_a_backward_fills_the_device(
     [
         (1, 65536, 396),  # all that are resident
         (2, 4096, 128),  # of 32 rows each
-        (64, 256, 6),  # 384, of 396 that are resident
-        (100, 1024, 5),  # with 3 some multiprocessors had 3 and some 2
+        (64, 256, 6),  # in total 384, of 396 that are resident
+        (100, 1024, 5),  # with 3 some multiprocessors would have 3 and some 2
         (271, 256, 4),
-        (133, 256, 8),  # it gets no better
+        (133, 256, 8),  # no other number is more even
         (264, 256, 1),
         (10000, 32, 1),
     ],
@@ -387,7 +387,7 @@ def test_blocks_of_examples_are_even(examples: int, rows: int, expected: int) ->
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("features", [8, 64, 256, 512, 1024, 4096])
 def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:
-    """They would not wait for each other, which no interpreter sees."""
+    """The warps would not wait for each other, which no interpreter shows."""
     for rows in range(1, 9):
         config, tile, whole, blocks = backward_grid(calls((rows, features), dtype)[1])
         assert tile <= rows
@@ -403,7 +403,7 @@ def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:
 def test_sums_of_several_batches_of_tiles(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two tiles each, with a ragged one: their sums go to shared memory."""
+    """The sums of every two tiles, even of a ragged one, move to shared memory."""
     found: list[bool] = []
     twice = tiles.sums_twice
     monkeypatch.setattr(tiles, "IN_A_ROW", 2)
@@ -437,7 +437,7 @@ def test_bytes_of_some_on_a_gpu() -> None:
 
 
 def test_lanes_of_one_column_keep_no_sums_in_shared_memory() -> None:
-    """Mosaic moves them by `stmatrix`, for which others write."""
+    """Mosaic stores single columns by `stmatrix`: lanes write each other's values."""
     for features, expected in ((7, False), (8, True)):
         _, call = calls((10**6, features), "float32")
         config, _, whole, blocks = backward_grid(call)
@@ -450,7 +450,7 @@ def test_lanes_of_one_column_keep_no_sums_in_shared_memory() -> None:
 def test_the_devices_shared_memory_and_processors(
     capability: str, clusters: int
 ) -> None:
-    """99 KB from 12.0 on; and as many blocks as its multiprocessors take."""
+    """A block has 99 KB from 12.0 on, and blocks fill the device's multiprocessors."""
     call = calls((8192, 12288), "bfloat16")[1]
     device = types.SimpleNamespace(compute_capability=capability, core_count=84)
     kernel = gpu.plan(call, device)
@@ -480,7 +480,7 @@ def test_warps_of_long_rows_meet(features: int, forward: int, backward: int) -> 
 
 @pytest.mark.parametrize(("own", "examples"), [(0, 1), (1, 8)])
 def test_bytes_of_sums_of_each_example_on_a_gpu(own: int, examples: int) -> None:
-    """Partial sums of each are written and read, and one sum is written."""
+    """Partial sums of each example are written and read, and one sum is written."""
     _, backward = calls((8, 256, 1152), "bfloat16")
     call = dataclasses.replace(backward, own_params=own)
     kernel = gpu.plan(call, None)
@@ -514,7 +514,7 @@ def test_groups_of_channels(kernels: None, number: int) -> None:
 
 
 def test_a_row_of_a_group_does_not_depend_on_the_others(kernels: None) -> None:
-    """Bitwise, whatever the number of rows and the row's place among them."""
+    """Results are bitwise the same for any number of rows and place of the row."""
     case = GROUPS[0]
     x, scale, bias, dy = case.data(3, jnp.dtype("bfloat16"), "float32")
 
@@ -534,7 +534,7 @@ def test_gradients_of_some_of_groups(kernels: None, wanted: tuple[int, ...]) -> 
 
 
 def test_groups_whose_statistics_cross_devices(kernels: None) -> None:
-    """Each device has half the features of each head: c1 and c2 of every row."""
+    """Each device has half of the features of each head, so c1 and c2 are partial."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(7)
     x, dy = (jnp.asarray(rng.normal(0.7, 2, (5, 3, 128)), "float32") for _ in range(2))
@@ -559,7 +559,7 @@ def test_groups_whose_statistics_cross_devices(kernels: None) -> None:
 
 
 def test_bytes_of_groups() -> None:
-    """Each group's blocks have partial sums of its own features."""
+    """The blocks of each group have partial sums of that group's features."""
     forward, backward = calls((37, 96), "bfloat16")
     norm = dataclasses.replace(forward.norm, reduction_axes=(), num_groups=32)
     x, param, statistics = 37 * 96 * 2, 96 * 4, 2 * 37 * 32 * 4
@@ -575,7 +575,7 @@ def test_bytes_of_groups() -> None:
 
 @pytest.mark.parametrize("behind", [False, True])
 def test_groups_with_a_residual(kernels: None, behind: bool) -> None:
-    """Before the norm, of heads; behind it, of GroupNorm on (batch, channels)."""
+    """Heads take a residual, and a GroupNorm of (batch, channels) takes a shortcut."""
     rng = np.random.default_rng(8)
     shape = (37, 24) if behind else (11, 3, 40)
     x, r, dy, dh = (jnp.asarray(rng.normal(0.5, 2, shape), "float32") for _ in range(4))

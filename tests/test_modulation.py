@@ -1,5 +1,7 @@
-"""Scale and bias of each sample or row (adaLN), and what is added behind a norm: the
-reference, the kernels of both chips, the layers."""
+"""Scale and bias per sample or row (adaLN), and shortcuts added after a norm.
+
+The tests cover the reference, the kernels of both chips and the layers.
+"""
 
 import dataclasses
 import functools
@@ -23,7 +25,7 @@ from tests.layer_helpers import assert_agrees, build, data
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-MIXES = [  # of x, scale and bias, shortcut, y
+MIXES = [  # dtypes of x, scale and bias, shortcut, y
     ("float32", "float32", "float32", "float32"),
     ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
     ("bfloat16", "float32", "float16", "bfloat16"),
@@ -43,11 +45,11 @@ def check(
     behind: bool = False,
     seed: int = 0,
 ) -> None:
-    """y and all gradients against float64.
+    """Checks y and all gradients against float64.
 
     Args:
-      scale, bias: their shapes, or None for that of the features.
-      behind: whether a residual is added behind the norm.
+      scale, bias: shapes of scale and bias, or None for one value per feature.
+      behind: whether a shortcut is added after the norm.
     """
     x_dtype, param_dtype, shortcut_dtype, dtype = map(jnp.dtype, mix)
     x, *shared, dy = case.data(seed, x_dtype, param_dtype)
@@ -66,7 +68,7 @@ def check(
     shortcut = given.get("residual")
     dy = np.asarray(rng.normal(0, 1, case.shape).astype(dtype))
     truth = case.truth(x, *params, dy, shortcut=shortcut)
-    if case.activation == "relu":  # its slope is 0 where z is 0 but for a rounding
+    if case.activation == "relu":  # rounding decides if the slope is 0 for z near 0
         z = (
             Case(
                 case.kind,
@@ -98,7 +100,7 @@ def check(
         assert_close(gradient, getattr(truth, what), truth.bounds[what])
 
 
-SAMPLES = [  # scale, bias of x (3, 5, 40)
+SAMPLES = [  # shapes of scale and bias for x of (3, 5, 40)
     ((3, 1, 40), (3, 1, 40)),
     ((3, 5, 40), (3, 5, 40)),
     ((3, 1, 40), (40,)),
@@ -106,7 +108,7 @@ SAMPLES = [  # scale, bias of x (3, 5, 40)
     ((3, 5, 40), (40,)),
     ((3, 1, 40), (3, 5, 40)),
 ]
-OF_PLACES = ((1, 5, 40), (1, 5, 40))  # which no kernel takes
+OF_PLACES = ((1, 5, 40), (1, 5, 40))  # no kernel takes these
 ids = "{}".format
 
 
@@ -158,13 +160,13 @@ def test_kernels_of_sizes(kernels: str, shape: tuple[int, ...], per_row: bool) -
 
 
 def test_kernels_of_samples_that_share_a_scale(kernels: str) -> None:
-    """Each scale is that of three biases."""
+    """Three samples with a bias each share a scale."""
     case = modulated("layer_norm", (2, 3, 5, 40))
     check(case, MIXES[0], scale=(2, 1, 1, 40), bias=(2, 3, 1, 40))
 
 
 def test_kernels_of_examples_whose_samples_have_a_bias(kernels: str) -> None:
-    """An example's dscale is that of all its samples, and of no others."""
+    """An example's dscale is summed over all of its samples, and over no others."""
     x, dy = data((2, 3, 5, 40)), data((2, 3, 5, 40), seed=3)
     scale, bias = jnp.linspace(0.5, 1.5, 40), data((3, 1, 40), seed=4)
 
@@ -196,7 +198,7 @@ def test_residual_behind(case: Case, mix: Any) -> None:
 
 
 def test_a_bias_and_a_residual_are_not_rounded_when_they_are_added() -> None:
-    """Both in half precision, for an output that is not."""
+    """Both have half precision, but the output does not."""
     mix = "bfloat16", "bfloat16", "bfloat16", "float32"
     check(BEHIND[4], mix, bias=BEHIND[4].shape, behind=True)
 
@@ -213,7 +215,7 @@ def test_numbers_promote_as_they_are_added_behind(norm: str) -> None:
     whole = jnp.round(V).astype("int32")
     np.testing.assert_array_equal(behind(X, whole), behind(X, whole.astype("float32")))
     explained = fusednorm.explain(behind, X, whole)
-    for platform in ("cuda", "tpu"):  # whose kernels take no integers
+    for platform in ("cuda", "tpu"):  # their kernels take no integers
         (choice,) = explained.on(platform).choices
         assert isinstance(choice.plan, dispatch.Kernel)
 
@@ -228,7 +230,7 @@ VARIANTS = [
 def variant(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """Kernels of pixels, each of which takes what would be too small for it."""
+    """Selects a channelwise kernel, and makes it take inputs too small for it."""
     platform, reads = request.param.split(" ", 1)
     of_platform = {"gpu": test_channelwise, "tpu": test_tpu_channelwise}[platform]
     of_platform.take_small(reads, monkeypatch)
@@ -279,7 +281,7 @@ def test_gpu_kernels_of_each_sample_of_groups(
 
 @pytest.mark.parametrize("variant", VARIANTS[:1], indirect=True)
 def test_gpu_kernels_of_samples_that_share_a_scale(variant: str) -> None:
-    """Two of groups."""
+    """Two samples, which have groups of channels, share each scale."""
     x, dy = data((3, 2, 5, 16)), data((3, 2, 5, 16), seed=3)
     scale = data((3, 16), seed=4)
 
@@ -304,11 +306,12 @@ Block = Callable[..., jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What stands beside a norm, in its call and apart from it.
+    """A norm with other operations, in one call and apart.
 
     Attributes:
-      joined, apart: functions of x and what else is given.
-      others: that.
+      joined: function of (x, *others) that does everything in the norm's call.
+      apart: function of (x, *others) that does the other operations outside of it.
+      others: the operands besides x.
     """
 
     joined: Block
@@ -354,7 +357,7 @@ def _of_all(f: Block, given: Given) -> Any:
 
 
 def _first(given: Given) -> Given:
-    """One example, of those that have some."""
+    """Returns the first example of each array that has examples."""
     return tuple(a[0] if a.ndim == 3 else a for a in given)
 
 
@@ -429,7 +432,7 @@ def test_second_order_through_kernels(kernels: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ALIKE)
 def test_inside_shard_map(kind: str) -> None:
-    """Each device has some samples; what they share gets the sum of its gradients."""
+    """Each device has some samples; gradients of shared operands are summed."""
     alike = ALIKE[kind]
     mesh = jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     given = (X, *alike.others)
@@ -448,7 +451,7 @@ def _before(x: Any, r: Any, scale: Any) -> jax.Array:
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 @pytest.mark.parametrize("kind", [*ALIKE, "before"])
 def test_sharded_by_jit(kind: str, mode: str) -> None:
-    """Samples on three devices: nothing is gathered, y and gradients stay sharded."""
+    """Samples are on three devices: nothing is gathered, and results stay sharded."""
     types = (getattr(jax.sharding.AxisType, mode),)
     mesh = jax.make_mesh((3,), ("data",), axis_types=types)
     joined, given = _before, (X, V, jnp.linspace(0.5, 1.5, 24))
@@ -531,7 +534,7 @@ def test_layers_add_a_residual_behind(name: str, options: dict) -> None:
             one.train() if training else one.eval()
         y = layer(X, residual=V, activation="relu")
         assert y.dtype == layer(X).dtype
-        # Added before it is rounded.
+        # The residual is added before the output is rounded.
         assert_agrees(y, jax.nn.relu(plain(X) + V).astype(y.dtype))
 
 
@@ -592,7 +595,7 @@ def test_counts_the_bytes(
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_residuals_gradient_alone_needs_no_kernel(platform: str) -> None:
-    """It is elementwise; XLA would drop the kernel, whose sums nobody reads."""
+    """It is elementwise, and XLA would drop a kernel whose sums nobody reads."""
     x = jax.ShapeDtypeStruct((4, 16, 16, 64), "bfloat16")
     scale = jax.ShapeDtypeStruct((64,), "float32")
 

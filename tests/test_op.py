@@ -1,8 +1,7 @@
-"""The op under JAX's transformations: each result equal to flax's, each rule in place.
+"""The op under JAX's transformations: every result equals flax's.
 
-Equality with flax is checked in float64, where both compute the same numbers to about
-1e-12, so that a wrong factor or a missing term has nowhere to hide. float32 accuracy is
-test_suite.py's business.
+Equality with flax is checked in float64, where both agree to about 1e-12, so a wrong
+factor or a missing term cannot hide. test_suite.py tests float32 accuracy.
 """
 
 import functools
@@ -43,7 +42,7 @@ ACTIVATIONS = {
 
 
 def function(kind: str) -> Callable[..., jax.Array]:
-    """Ours, of x, scale and bias (RMSNorm: the bias is added afterwards)."""
+    """Returns our norm of (x, scale, bias); RMSNorm has the bias added afterwards."""
     kind, _, activation = kind.partition(" ")
     options = {"activation": activation or None}
 
@@ -60,7 +59,7 @@ def function(kind: str) -> Callable[..., jax.Array]:
 
 
 def flax_function(kind: str, channels: int = CHANNELS) -> Callable[..., jax.Array]:
-    """flax's, of x, scale and bias."""
+    """Returns flax's norm of (x, scale, bias)."""
     kind, _, activation = kind.partition(" ")
     make = {
         "layer_norm": functools.partial(nnx.LayerNorm, channels),
@@ -76,7 +75,7 @@ def flax_function(kind: str, channels: int = CHANNELS) -> Callable[..., jax.Arra
         if kind == "rms_norm":
             return layer(x) + bias
         layer.bias[...] = bias
-        if kind == "batch_norm":  # float64 as all else
+        if kind == "batch_norm":  # float64 like all else
             layer.mean = nnx.BatchStat(jnp.zeros(channels, scale.dtype))
             layer.var = nnx.BatchStat(jnp.ones(channels, scale.dtype))
         return ACTIVATIONS[activation](layer(x))
@@ -86,7 +85,7 @@ def flax_function(kind: str, channels: int = CHANNELS) -> Callable[..., jax.Arra
 
 @pytest.fixture
 def data(request: pytest.FixtureRequest) -> Any:
-    """x, scale, bias and dy in float64."""
+    """Yields x, scale, bias and dy in float64."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         shape = (BATCH, PIXELS, CHANNELS)
@@ -97,8 +96,10 @@ def data(request: pytest.FixtureRequest) -> Any:
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """Equal trees, to 1e-11 of the largest element: float64 twice in different
-    orders."""
+    """Asserts that two trees agree to 1e-11 of each leaf's largest element.
+
+    Both are computed in float64 but in different orders.
+    """
     leaves, tree = jax.tree.flatten(ours)
     expected, expected_tree = jax.tree.flatten(theirs)
     assert tree == expected_tree
@@ -113,22 +114,22 @@ ARGS = (0, 1, 2)
 
 
 def scalar(f: Fn, dy: jax.Array) -> Fn:
-    """<dy, sin(y)>, whose derivatives of every order are O(1) and random."""
+    """Returns <dy, sin(y)>, whose derivatives of every order are O(1) and random."""
     return lambda *args: jnp.sum(dy * jnp.sin(f(*args)))
 
 
 def first(f: Fn, dy: jax.Array) -> Fn:
-    """The same for one sample, as vmap wants it: dy's sample is one more argument."""
+    """Returns `scalar` for one sample under vmap; its dy is one more argument."""
     return lambda x, scale, bias, dy: jnp.vdot(dy, jnp.sin(f(x[None], scale, bias)[0]))
 
 
 def each(param: jax.Array) -> jax.Array:
-    """(features,) -> (batch, features), all different."""
+    """Returns (batch, features) of different values, made from (features,)."""
     return param * jnp.arange(1.0, BATCH + 1)[:, None]
 
 
 def chain(f: Fn, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """Three norms in a scan, so that the derivatives pass through one to the next."""
+    """Applies three norms in a scan, so that derivatives pass through all of them."""
     step = lambda h, k: (f(h * k, scale, bias), None)  # noqa: E731
     return lax.scan(step, x, jnp.arange(1.0, 4.0))[0]
 
@@ -296,8 +297,12 @@ TRANSFORMS: dict[str, Callable[[Fn, jax.Array], Fn]] = {
 
 
 def _kinds_and_transforms() -> Iterator[Any]:
-    """Every transform of a LayerNorm, and of the other norms every third, not the same
-    ones of each; the rest in the big sweeps."""
+    """Yields every kind with every transform; most are marked slow.
+
+    LayerNorm has every transform in the quick run. The other norms, and LayerNorm with
+    an activation, have every third one, starting at a different transform from kind to
+    kind. The other activated norms have none.
+    """
     for i, kind in enumerate([*KINDS, *ACTIVATED]):
         for j, transform in enumerate(TRANSFORMS):
             quick = i == 0 or ((i + j) % 3 == 0 and kind not in ACTIVATED[1:])
@@ -316,7 +321,7 @@ def test_equal_to_flax(kind: str, transform: str, data: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_masked_tangent_is_its_gradient_transposed(kind: str, data: Any) -> None:
-    """What is masked out has no say in it."""
+    """The two are transposes: neither lets masked elements enter the statistics."""
     x, scale, _, dy = data
     mask = np.random.default_rng(1).random(x.shape) < 0.7
     options = {"num_groups": 2} if kind == "group_norm" else {}
@@ -346,7 +351,10 @@ def test_a_masked_tangent_is_its_gradient_transposed(kind: str, data: Any) -> No
     ids=str,
 )
 def test_export(kind: str, platforms: list[str], shape: str) -> None:
-    """Serialized with its gradient, for several platforms and for any batch."""
+    """A norm that is serialized with its gradient gives the same results.
+
+    It is exported for one or more platforms, and for any batch or number of pixels.
+    """
     f = function(kind)
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(0.3, 1, (4, 3, 6)).astype("float32") for _ in range(2))
@@ -379,7 +387,7 @@ def test_export_for_any_number_of_features(norm: Fn) -> None:
 
 # --- devices --------------------------------------------------------------------------
 
-# What is sharded over 8 devices: x's axis, and so the parameters.
+# How x is sharded over 8 devices. Parameters are sharded as its features are.
 SHARDINGS = {
     "data": P("d"),
     "sequence": P(None, "d"),
@@ -388,7 +396,7 @@ SHARDINGS = {
 
 
 def gathered(hlo: str) -> list[str]:
-    """Shapes of all-gathers, all-to-alls and permutes in compiled code."""
+    """Returns the shapes of all-gathers, all-to-alls and permutes in compiled code."""
     return re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)\S*\(", hlo)
 
 
@@ -396,8 +404,7 @@ def gathered(hlo: str) -> list[str]:
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 @pytest.mark.parametrize("kind", [*KINDS, "layer_norm gelu"])
 def test_sharded_by_jit(kind: str, mode: str, sharding: str) -> None:
-    """8 virtual devices hold them; the result is one device's, and nothing is
-    gathered."""
+    """Results on 8 virtual devices equal those of one, and nothing is gathered."""
     spec = SHARDINGS[sharding]
     f = function(kind)
     args = sharded_data()
@@ -413,7 +420,7 @@ def test_sharded_by_jit(kind: str, mode: str, sharding: str) -> None:
             lambda x, s, b, dy: (jax.vjp(f, x, s, b)[1](dy), f(x, s, b))
         )
         if (kind, mode, sharding) == ("group_norm", "Explicit", "features"):
-            # flax raises here too; and so do we where the 2 groups lie on 8 devices
+            # 2 groups do not divide over 8 devices: both flax and fusednorm raise
             with pytest.raises(Exception, match="does not evenly divide"):
                 transposed.lower(x, scale, bias, dy)
             return
@@ -427,7 +434,7 @@ def test_sharded_by_jit(kind: str, mode: str, sharding: str) -> None:
 
 
 def sharded_data() -> list[jax.Array]:
-    """x, scale, bias and dy in float32."""
+    """Returns x, scale, bias and dy in float32."""
     rng = np.random.default_rng(0)
     shape = (8, 16, 24)
     return [
@@ -440,8 +447,10 @@ def sharded_data() -> list[jax.Array]:
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 @pytest.mark.parametrize("kind", [*KINDS, "group_norm silu"])
 def test_shard_map(kind: str, mode: str, check_vma: bool) -> None:
-    """Data-parallel, params replicated: the gradient of a param is summed over
-    devices."""
+    """Data-parallel results equal flax's.
+
+    The parameters are replicated, so their gradients are summed over the devices.
+    """
     x, scale, bias, dy = sharded_data()
     across = {"axis_name": "d"} if kind == "batch_norm" else {}
 
@@ -468,7 +477,10 @@ def test_shard_map(kind: str, mode: str, check_vma: bool) -> None:
 
 
 def derivatives(f: Fn) -> Fn:
-    """Value, gradients, and a Hessian-vector product, which differentiates the psum."""
+    """Returns a function for f's value, gradients, and a Hessian-vector product.
+
+    The Hessian-vector product differentiates the psum.
+    """
 
     @jax.jit
     def all_of_them(x: Any, scale: Any, bias: Any, dy: Any) -> Any:
@@ -481,7 +493,7 @@ def derivatives(f: Fn) -> Fn:
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_shard_map_over_features(kind: str) -> None:
-    """`axis_name` over the features, which are sharded, as scale and bias are."""
+    """Results equal flax's if features, scale and bias are sharded over `axis_name`."""
     x, scale, bias, dy = sharded_data()
 
     def part(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -505,7 +517,7 @@ def test_shard_map_over_features(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_strict_promotion_and_ranks(kind: str) -> None:
-    """Neither dtypes nor ranks are promoted in silence anywhere inside."""
+    """The op promotes neither dtypes nor ranks implicitly."""
     x, scale, bias, dy = sharded_data()
     x = x.astype("bfloat16")
     call = dict(group_norm={"num_groups": 2}).get(kind, {})
@@ -530,7 +542,7 @@ def test_strict_promotion_and_ranks(kind: str) -> None:
 
 
 def test_debug_nans() -> None:
-    """A NaN is reported where it arises, and nothing inside makes one of its own."""
+    """A NaN in x is reported, and constant or fully masked inputs create none."""
     x, scale, bias, dy = sharded_data()
     constant = jnp.full_like(x, 3.0)
     with jax.debug_nans(True):
@@ -543,7 +555,7 @@ def test_debug_nans() -> None:
 
 
 def test_complex_input_is_flax_s() -> None:
-    """flax's variance of a complex x is real: mean(|x - mean|^2)."""
+    """The variance of a complex x is real, as in flax: mean(|x - mean|^2)."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 6)) + 1j * rng.normal(size=(4, 6)), "complex64")
     scale, bias = jnp.linspace(0.5, 2, 6), jnp.linspace(-1.0, 1.0, 6)
@@ -558,7 +570,10 @@ def test_complex_input_is_flax_s() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "batch_norm"])
 def test_taylor_series(kind: str, data: Any) -> None:
-    """Of y and of a gradient, to the third order. (flax's BatchNorm has none.)"""
+    """The Taylor series of y and of a gradient equal flax's to the third order.
+
+    flax's BatchNorm has no Taylor series.
+    """
     x, scale, bias, dy = data
 
     def series(f: Fn, *, derive: bool) -> Any:

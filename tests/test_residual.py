@@ -1,4 +1,4 @@
-"""y, h = norm(x, residual=r): the reference, the kernels of both chips, the layers."""
+"""y, h = norm(x, residual=r) in the reference, the kernels of both chips and layers."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.layer_helpers import assert_agrees, build, data
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-MIXES = [  # of x, residual, scale and bias, y
+MIXES = [  # dtypes of x, residual, scale and bias, y
     ("float32", "float32", "float32", "float32"),
     ("bfloat16", "bfloat16", "float32", "bfloat16"),
     ("float16", "float16", "float16", "float16"),
@@ -32,7 +32,7 @@ kernels = interpreters.kernels_of_each_chip
 
 
 def check(case: Case, mix: tuple[str, str, str, str], seed: int = 0) -> None:
-    """y, h and all gradients against float64."""
+    """Checks y, h and all gradients against float64."""
     x_dtype, residual_dtype, param_dtype, dtype = map(jnp.dtype, mix)
     x, scale, bias, dy = case.data(seed, x_dtype, param_dtype)
     rng = np.random.default_rng(seed + 1)
@@ -58,7 +58,7 @@ def check(case: Case, mix: tuple[str, str, str, str], seed: int = 0) -> None:
     assert (dx.dtype, dresidual.dtype) == (x.dtype, residual.dtype)
     expected = truth.dx + np.asarray(dh, np.float64)
     bound = truth.bounds["dx"] + EPS32 * np.abs(np.asarray(dh, np.float64))
-    # Rounded to h's dtype, and from there to x's or the residual's.
+    # Gradients are rounded to h's dtype, and then to x's or the residual's.
     for gradient in (dx, dresidual):
         narrow = gradient.dtype.itemsize == h.dtype.itemsize
         wider = 0 if narrow else EPS32 * np.abs(expected)
@@ -140,7 +140,7 @@ def test_what_no_cotangent_comes_to(kernels: str) -> None:
     through_h = jax.grad(lambda x, r: jnp.vdot(norm(x, r)[1], dy), (0, 1))(x, r)
     for gradient in jax.block_until_ready(through_h):
         np.testing.assert_array_equal(gradient, dy)
-    assert interpreters.runs == {"rowwise forward": 1}  # nothing else to do
+    assert interpreters.runs == {"rowwise forward": 1}  # no backward to run
     through_y = jax.grad(lambda x, r: jnp.vdot(norm(x, r)[0], dy), (0, 1))(x, r)
     expected = jax.grad(lambda h: jnp.vdot(fusednorm.layer_norm(h), dy))(x + r)
     for gradient in through_y:
@@ -148,7 +148,7 @@ def test_what_no_cotangent_comes_to(kernels: str) -> None:
 
 
 def test_bitwise_the_same_as_apart(kernels: str) -> None:
-    """The sum is rounded before it is normalized, and rows keep to themselves."""
+    """The sum is rounded before it is normalized, and rows are independent."""
     x, r = data((37, 192), "bfloat16"), data((37, 192), "bfloat16", seed=3)
     scale = jnp.linspace(0.5, 1.5, 192)
     y, h = fusednorm.rms_norm(x, scale, residual=r, dtype="bfloat16")
@@ -160,7 +160,10 @@ def test_bitwise_the_same_as_apart(kernels: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rows", [37, 4096])
 def test_the_reference_rounds_the_sum(rows: int, dtype: str) -> None:
-    """By a barrier, or where one loop has all, by name: y is that of the h returned."""
+    """y is the norm of the rounded h that is returned.
+
+    A barrier keeps the rounding, or an explicit rounding where XLA makes one loop.
+    """
     x, r = data((rows, 24), dtype), data((rows, 24), dtype, seed=3)
     norm = functools.partial(fusednorm.rms_norm, dtype="float32")
     y, h = jax.jit(lambda x, r: norm(x, residual=r))(x, r)
@@ -388,7 +391,7 @@ def test_counts_the_bytes(platform: str) -> None:
 
 
 def test_along_the_narrower_one_alone() -> None:
-    """Its tangent is one of h, which has the wider dtype."""
+    """The tangent of a narrower x is one of h, and has h's wider dtype."""
     x, v = (jnp.linspace(a, 3, 24, dtype="bfloat16").reshape(2, 12) for a in (-1, 1))
     r = jnp.linspace(0, 1, 24).reshape(2, 12)
 

@@ -1,8 +1,7 @@
 """The rowwise kernels of both chips, run by Pallas' interpreters.
 
 Every test names the backend, so that a fallback raises, and the interpreters look for
-races. What only one of the chips has is tested in test_gpu_rowwise.py and
-test_tpu_rowwise.py.
+races. test_gpu_rowwise.py and test_tpu_rowwise.py test what only one of the chips has.
 """
 
 import collections
@@ -35,7 +34,7 @@ from tests.test_suite import (
     rms_errors,
 )
 
-MIXES = [  # of x, of scale and bias, of y
+MIXES = [  # dtypes of x, scale and bias, y
     ("float32", "float32", "float32"),
     ("bfloat16", "float32", "bfloat16"),
     ("bfloat16", "bfloat16", "float32"),
@@ -44,14 +43,14 @@ MIXES = [  # of x, of scale and bias, of y
 ]
 
 
-# Options of a norm of heads, each with a scale of its own.
+# Options of a norm over heads that each have their own scale.
 OF_HEADS = (("reduction_axes", -1), ("feature_axes", (-2, -1)))
 
 kernels = interpreters.kernels_of_each_chip
 
 
 def run(case: Case, mix: tuple[str, str, str] = MIXES[0], seed: int = 0) -> None:
-    """y and all gradients against float64, one kernel each."""
+    """Checks y and all gradients against float64, with one kernel each way."""
     x_dtype, param_dtype, dtype = map(jnp.dtype, mix)
     x, scale, bias, dy = case.data(seed, x_dtype, param_dtype)
     dy = dy.astype(dtype)
@@ -66,7 +65,7 @@ ONE_EACH_WAY = {"rowwise forward": 1, "rowwise backward": 1}
 def run_each_example(
     case: Case, runs: dict[str, int] = ONE_EACH_WAY, *, examples: int = 3
 ) -> None:
-    """dx, dscale and dbias of some examples, each its own, in so many runs."""
+    """Checks each example's own dx, dscale and dbias, and the number of runs."""
     each = [case.data(8 + i, "float32", "float32") for i in range(examples)]
     x, dy = (
         jnp.stack([jnp.asarray(data[i], "float32") for data in each]) for i in (0, 3)
@@ -86,7 +85,7 @@ def run_each_example(
 
 
 def calls(shape: tuple[int, ...], dtype: str, y_dtype: str = "") -> list[Call]:
-    """A LayerNorm's forward, as in training, and its backward."""
+    """Returns the forward of a LayerNorm in training, and its backward."""
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     y = jax.ShapeDtypeStruct(shape, jnp.dtype(y_dtype or dtype))
     param = jax.ShapeDtypeStruct(shape[-1:], jnp.dtype("float32"))
@@ -100,7 +99,7 @@ def calls(shape: tuple[int, ...], dtype: str, y_dtype: str = "") -> list[Call]:
 
 # --- values and gradients -------------------------------------------------------------
 
-# Rows around every tile; each length in one of the mixes.
+# Numbers of rows around every tile size. Each row length runs in one of the mixes.
 SHAPES = [
     (37, 7),
     (2, 64),
@@ -136,8 +135,9 @@ def test_activations(
     run(Case(kind, shape, (("activation", activation),)), MIXES[number % len(MIXES)])
 
 
-# The interpreters take 20 ms or more for each tile of each warpgroup. Over 5 seconds,
-# and left to a GPU, are: 4097 rows of more than 64 features, 199 of 4096, 37 of 8200.
+# Maximum features by number of rows. The interpreters take 20 ms or more per tile and
+# warpgroup. Cases that take over 5 seconds are left to a GPU: 4097 rows of more than 64
+# features, 199 of 4096, 37 of 8200.
 MOST_FEATURES = {1: 8200, 2: 8200, 37: 4096, 199: 1128, 4097: 64}
 
 
@@ -152,7 +152,7 @@ MOST_FEATURES = {1: 8200, 2: 8200, 37: 4096, 199: 1128, 4097: 64}
     ],
 )
 def test_every_shape(kernels: str, features: int, rows: int) -> None:
-    number = features + rows  # a mix, and a kind, for each
+    number = features + rows  # chooses a mix and a kind
     kind = "rms_norm" if number % 2 else "layer_norm"
     run(Case(kind, (rows, features)), MIXES[number % len(MIXES)])
 
@@ -198,10 +198,10 @@ def test_shapes_that_become_rows(kernels: str, case: Case) -> None:
 
 @pytest.mark.parametrize("ratio", [10, 1000, 5000])
 def test_a_large_mean_is_right(kernels: str, ratio: int) -> None:
-    """y within 16 roundings, with nothing more for the mean: it is corrected on chip,
-    and saved within one.
+    """y and the mean are accurate even if the mean is large.
 
-    The gradients start from the mean as it was saved, in float32.
+    y is within 16 roundings. There is no allowance for the mean, which is corrected on
+    chip. The saved mean is within one rounding. Gradients start from it, in float32.
     """
     case = Case("layer_norm", (5, 768))
     _, scale, bias, dy = case.data(3, "float32", "float32")
@@ -218,7 +218,7 @@ def test_a_large_mean_is_right(kernels: str, ratio: int) -> None:
 
 
 def test_epsilon_is_added_to_the_variance(kernels: str) -> None:
-    """Not to its root."""
+    """Epsilon is not added to the root of the variance."""
     run(Case("layer_norm", (5, 40), (("epsilon", 0.5),)))
 
 
@@ -232,7 +232,7 @@ def test_a_constant_row_gives_the_bias(kernels: str, value: float) -> None:
 
 
 def test_a_constant_row_of_any_size_has_a_variance(kernels: str) -> None:
-    """Of 0 or above, and no NaN."""
+    """The variance is 0 or above, and never NaN, whatever the constant."""
     case = Case("layer_norm", (64, 760), params=False)
     rng = np.random.default_rng(16)
     constants = rng.normal(size=(64, 1)) * 10.0 ** rng.uniform(-3, 18, (64, 1))
@@ -240,7 +240,7 @@ def test_a_constant_row_of_any_size_has_a_variance(kernels: str) -> None:
     y, mean, var = op.normalize_with_moments(norm_of(case), jnp.asarray(x))
     np.testing.assert_allclose(mean, x[:, :1], rtol=1e-6)
     assert (np.asarray(var) >= 0).all()
-    # Of the square of what the mean was off by, its rounding is left.
+    # The square of the mean's error is subtracted; only its rounding error is left.
     assert (np.asarray(var) <= (1e-9 * x[:, :1]) ** 2).all()
     assert np.isfinite(np.asarray(y)).all()
 
@@ -269,9 +269,9 @@ def test_mean_and_variance(kernels: str, case: Case) -> None:
     ],
 )
 def test_never_less_accurate_than_flax(kernels: str, kind: str, mean: float) -> None:
-    """RMS error against float64 at most 1.05 times flax's, forward and backward.
+    """The RMS error against float64 is at most 1.05 times flax's, in both directions.
 
-    That of four draws: of one it is up to 0.02 more or less.
+    It is taken over four draws, because a single draw's ratio is off by up to 0.02.
     """
     case = Case(kind, (1024, 128))
     errors = []
@@ -280,7 +280,7 @@ def test_never_less_accurate_than_flax(kernels: str, kind: str, mean: float) -> 
         x = (x + mean).astype("float32")
         dy = dy.astype("float32")
         truth = case.truth(x, scale, bias, dy)
-        with interpreters.quickly_compiled(False):  # LLVM decides on what is rounded
+        with interpreters.quickly_compiled(False):  # LLVM decides what is rounded
             errors.append(
                 [
                     rms_errors(function, truth, x, scale, bias, dy)
@@ -289,8 +289,8 @@ def test_never_less_accurate_than_flax(kernels: str, kind: str, mean: float) -> 
             )
     ours, theirs = np.sqrt(np.mean(np.square(errors), axis=0))
     if kernels == "mosaic_gpu":
-        # The rest on a GPU alone: XLA on a CPU adds up the rows of a tile, the blocks
-        # and columns in chains, where a GPU has trees (dbias: 1.23 times flax's;
+        # The rest is checked on a GPU only. XLA on a CPU sums a tile's rows, blocks and
+        # columns in chains, where a GPU uses trees (dbias: 1.23 times flax's error;
         # RMSNorm's dx: 1.12, and 0.70 to 1.00 on an H200).
         known = 2 if kind == "layer_norm" else 1
         ours, theirs = ours[:known], theirs[:known]
@@ -338,7 +338,7 @@ def test_each_example_has_its_own_gradients(kernels: str, shape: tuple) -> None:
 
 
 def run_counted(family: str, transform: tuple, shape: tuple[int, ...]) -> None:
-    """One of `counted`: against the reference, and so many runs of each kernel."""
+    """Checks a transform of `counted`: its results, and how often each kernel runs."""
     function, forward, backward = transform
     rng = np.random.default_rng(15)
     x, dy = (jnp.asarray(rng.normal(0.3, 2, shape), "float32") for _ in range(2))
@@ -346,7 +346,7 @@ def run_counted(family: str, transform: tuple, shape: tuple[int, ...]) -> None:
     result = jax.block_until_ready(jax.jit(function)(x, *params, dy))
     runs: collections.Counter[str] = collections.Counter()
     for name, times in interpreters.runs.items():
-        runs[name.partition(",")[0]] += times  # of all variants
+        runs[name.partition(",")[0]] += times  # summed over variants
     expected_runs = {f"{family} forward": forward, f"{family} backward": backward}
     assert runs == collections.Counter(expected_runs)
     with fusednorm.use_backend("reference"):
@@ -355,7 +355,7 @@ def run_counted(family: str, transform: tuple, shape: tuple[int, ...]) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
-# The others, which test_dispatch.py has of a stand-in, JAX makes of these.
+# JAX composes the others from these. test_dispatch.py runs them on a stand-in.
 OF_KERNELS = ["grad", "hvp, forward over reverse", "vmap of grad", "grad of scan"]
 
 
@@ -398,7 +398,7 @@ def test_nan_and_inf_stay_in_their_row(kernels: str, poison: float) -> None:
 def test_a_row_does_not_depend_on_the_others(
     kernels: str, features: int, mix: tuple[str, str, str]
 ) -> None:
-    """Bitwise, whatever the number of rows and the row's place among them."""
+    """Results are bitwise the same for any number of rows and place of the row."""
     rows = {64: 150, 760: 30, 4096: 5}[features]
     case = Case("layer_norm", (rows, features))
     x, scale, bias, dy = case.data(13, jnp.dtype(mix[0]), mix[1])
@@ -414,8 +414,8 @@ def test_a_row_does_not_depend_on_the_others(
         return [np.asarray(a) for a in (*y, *vjp(cotangents))]
 
     whole = all_of(np.s_[:])
-    # At least a tile of rows: XLA on a CPU adds up a shorter one in another order, as
-    # no GPU does.
+    # Each part has at least a tile of rows: XLA on a CPU sums a shorter tile in another
+    # order, which no GPU does.
     third = rows // 3
     for some in (np.s_[third:], np.s_[1 : 1 + 2 * third], np.s_[max(rows - 70, 0) :]):
         for part, expected in zip(all_of(some), whole, strict=True):
@@ -449,7 +449,7 @@ def test_what_falls_back(platform: str, call: Call, reason: str) -> None:
             jax.ShapeDtypeStruct((3, 4, 5), jnp.dtype("float32")),
             jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
         ),
-        # a bias that the backward is not given: (B, T, C) is no row of T * C here
+        # the backward is not given the bias: still (B, T, C) is no row of T * C
         Call(
             "backward",
             Norm((1, 2), (2,)),
@@ -479,11 +479,11 @@ def test_empty_arrays_take_the_reference(backend: str, shape: tuple) -> None:
 
 # --- lowered for a chip ---------------------------------------------------------------
 
-CALLED = {"cuda": "mosaic_gpu_v2", "tpu": "tpu_custom_call"}  # by its kernels' name
+CALLED = {"cuda": "mosaic_gpu_v2", "tpu": "tpu_custom_call"}  # kernels' custom calls
 
 
 def lowered(platform: str, function: Any, *args: Any) -> str:
-    """What is handed to a chip's compiler, on a machine without one."""
+    """Returns the code for a chip's compiler; the machine needs no such chip."""
     with fusednorm.use_backend(dispatch.KERNELS[platform][0]):
         traced = jax.jit(function).trace(*args)
         return traced.lower(lowering_platforms=(platform,)).as_text()
@@ -524,7 +524,7 @@ def test_forward_and_backward_are_one_kernel_each(
     ids=str,
 )
 def test_a_shard_map_runs_kernels_on_each_part(platform: str, case: Case) -> None:
-    """With check_vma, by which the psum of dscale and dbias is found."""
+    """Each part has one kernel each way; check_vma adds psums of dscale and dbias."""
     mesh = Mesh(np.array(jax.devices()[:4]), "data")
     x, scale, bias, _ = case.data(15, "float32", "float32")
 

@@ -1,4 +1,4 @@
-"""scale_offset: the scale plus a number, in float32, as if it had been added before."""
+"""scale_offset: a number added to the scale in float32, as if before the call."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ kernels = interpreters.kernels_of_each_chip
 def results(
     case: Case, x: Any, scale: Any, bias: Any, dy: Any, **options: Any
 ) -> list[np.ndarray]:
-    """y and all gradients."""
+    """Returns y and all gradients."""
     params = [p for p in (scale, bias) if p is not None]
     y, vjp = jax.vjp(
         lambda x, *params: case.run(x, *params, dtype=x.dtype, **options), x, *params
@@ -40,12 +40,12 @@ def results(
 
 
 def check(case: Case, dtype: str) -> None:
-    """y and all gradients, to the bit."""
+    """Compares y and all gradients bitwise with those of a shifted scale."""
     x, scale, bias, dy = case.data(3, jnp.dtype(dtype), jnp.dtype("bfloat16"))
     x, scale, dy = jnp.asarray(x), jnp.asarray(scale) / 8, jnp.asarray(dy, dtype)
     bias = None if bias is None else jnp.asarray(bias)
     given = results(case, x, scale, bias, dy, scale_offset=1.0)
-    # Not in bfloat16, where 1 + scale would lose half of its digits.
+    # Do not add in bfloat16, where 1 + scale would lose half of its digits.
     added = results(case, x, scale.astype("float32") + 1, bias, dy)
     added[2] = added[2].astype("bfloat16")  # dscale, in the dtype of its parameter
     for a, b in zip(given, added, strict=True):
@@ -65,7 +65,7 @@ def test_kernels_as_if_added_before(kernels: str, number: int) -> None:
 
 
 def test_kernels_add_it_to_the_scale_of_each_row(kernels: str) -> None:
-    """Which they read as they read x; and before an activation."""
+    """Kernels read this scale like x. The case also has an activation."""
     case = CASES[1]
     x, scale, bias, dy = case.data(3, "float32", "float32")
     each = np.linspace(-0.2, 0.2, len(x))[:, None] * scale

@@ -1,8 +1,8 @@
-"""Norms over several devices: kernels on the parts, and no activation is gathered.
+"""Norms over several devices: kernels run on the parts, and no activation is gathered.
 
 Kernels are interpreted in explicit mode and in `jax.shard_map`. Interpreters do not run
-inside `custom_partitioning`: in auto mode a stand-in for the kernels proves what each
-device is asked, and tests/test_aot_sharded.py that kernels do it.
+inside `custom_partitioning`, so in auto mode a stand-in for the kernels shows what each
+device is asked to do. tests/test_aot_sharded.py shows that kernels do it.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ KINDS: dict[str, Fn] = {
     ),
 }
 
-QUICK = ("layer_norm", "batch_norm")  # of those interpreted
+QUICK = ("layer_norm", "batch_norm")  # the interpreted kinds that are not slow
 
-# Of x, and of what its features' parameters have of it.
+# Shardings of x. Parameters are sharded as its features are.
 SHARDINGS = {
     "data": P("d"),
     "sequence": P(None, "d"),
@@ -65,7 +65,7 @@ def mesh_of(sharding: str, mode: str) -> jax.sharding.Mesh:
 
 
 def data(seed: int = 0) -> list[jax.Array]:
-    """x, scale, bias and dy."""
+    """Returns x, scale, bias and dy."""
     rng = np.random.default_rng(seed)
     shape = (4, 8, 32)
     return [
@@ -75,7 +75,7 @@ def data(seed: int = 0) -> list[jax.Array]:
 
 
 def both(f: Fn) -> Fn:
-    """y and all gradients."""
+    """Returns a function that computes y and all gradients."""
 
     def whole(*args: Any) -> Any:
         *operands, dy = args
@@ -108,7 +108,7 @@ kernels = interpreters.kernels_of_each_chip
 
 
 def halves(kind: str, sharding: str) -> bool:
-    """Whether statistics cross devices."""
+    """Returns whether statistics cross devices."""
     crossing = {
         "layer_norm": ("features", "data and features"),
         "rms_norm": ("features", "data and features"),
@@ -131,8 +131,10 @@ def halves(kind: str, sharding: str) -> bool:
     ],
 )
 def test_explicit(kernels: str, kind: str, sharding: str) -> None:
-    """Kernels on each device's part, whatever is sharded; y and gradients lie as x and
-    the parameters do."""
+    """Kernels run on each device's part, whatever is sharded.
+
+    y and the gradients are sharded like x and the parameters.
+    """
     f = KINDS[kind]
     expected = expected_of(f)
     mesh = mesh_of(sharding, "Explicit")
@@ -162,7 +164,7 @@ asked: list[Call] = []  # every call that was planned
 
 
 def plan(call: Call, device: Any) -> Kernel:
-    """A stand-in for kernels that take all calls: the formulas."""
+    """Takes every call, with the reference's formulas in place of a kernel."""
     asked.append(call)
 
     here = dataclasses.replace(call.norm, over=())
@@ -187,7 +189,7 @@ def plan(call: Call, device: Any) -> Kernel:
 
 
 def inner_products(norm: reference.Norm, *operands: Any) -> list[jax.Array]:
-    """c1 and c2: mean(w * x_hat) and mean(w), over what shares a mean here."""
+    """Returns the local c1 = mean(w * x_hat) and, if centred, c2 = mean(w)."""
     dy, x, scale, bias, mean, var, _ = operands
     dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
     weight = 1 if scale is None else norm.weight(of._spread(norm, scale, x))
@@ -209,8 +211,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto(stand_in: list[Call], kind: str, sharding: str) -> None:
-    """XLA asks for each device's part; y and gradients lie as x and the parameters do,
-    and nothing of x's size is gathered."""
+    """XLA asks for each device's part, y is sharded like x, and nothing is gathered."""
     f = KINDS[kind]
     expected = expected_of(f)
     mesh = mesh_of(sharding, "Auto")
@@ -222,7 +223,7 @@ def test_auto(stand_in: list[Call], kind: str, sharding: str) -> None:
     agree(found, expected)
     assert found[0].sharding.is_equivalent_to(args[0].sharding, 3)
     assert gathered(compiled.as_text()) == []
-    # Once to see whether a kernel would take the whole, and once for the part.
+    # A call is planned twice: to see if a kernel takes the whole, and for the part.
     forward, backward = ([c for c in stand_in if c.op == op] for op in
                          ("forward", "backward"))  # fmt: skip
     part = args[0].sharding.shard_shape((4, 8, 32))
@@ -251,7 +252,7 @@ def test_auto_groups_on_several_devices(
     groups_here: int,
     channels_here: int,
 ) -> None:
-    """Channels of one group on several devices: its statistics cross them."""
+    """If several devices have channels of one group, its statistics cross them."""
 
     def f(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
         y = fusednorm.group_norm(x, scale, bias, num_groups=num_groups)
@@ -288,7 +289,10 @@ def test_auto_groups_on_several_devices(
 
 
 def test_statistics_of_groups_do_not_split_channels() -> None:
-    """Theirs is another axis: 4 groups on 2 devices are not 32 channels on 2."""
+    """How statistics of groups are sharded tells nothing of x's channels.
+
+    4 groups on 2 devices are not 32 channels on 2.
+    """
     norm = reference.Norm((1,), (2,), num_groups=4)
     every, statistic = (0, 1, 2), (0, None, parts.GROUPS)
     shapes = parts.Shapes((every, statistic), (every,), (False,))
@@ -299,7 +303,7 @@ def test_statistics_of_groups_do_not_split_channels() -> None:
 
 
 def test_auto_without_a_mesh_is_the_reference(stand_in: list[Call]) -> None:
-    """A lowering learns of no mesh but that of `jax.set_mesh`."""
+    """A lowering knows no mesh but the one of `jax.set_mesh`."""
     mesh = mesh_of("data", "Auto")
     x, scale, bias, _ = placed(mesh, P("d"), data())
     y = jax.jit(fusednorm.layer_norm)(x, scale, bias)
@@ -308,7 +312,7 @@ def test_auto_without_a_mesh_is_the_reference(stand_in: list[Call]) -> None:
 
 
 def test_auto_on_another_mesh_is_right(stand_in: list[Call]) -> None:
-    """An array that lies otherwise than the mesh can say is gathered, and no crash."""
+    """An array whose sharding the mesh cannot express is gathered, without a crash."""
     other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     x, scale, bias, _ = data()
     expected = jax.jit(fusednorm.layer_norm)(x, scale, bias)
@@ -321,7 +325,7 @@ def test_auto_on_another_mesh_is_right(stand_in: list[Call]) -> None:
 
 
 def test_auto_uneven_parts_are_not_split(stand_in: list[Call]) -> None:
-    """13 rows over 2 devices would be padded, and the sums with them."""
+    """13 rows over 2 devices would be padded, and the sums would count the padding."""
     mesh = mesh_of("data", "Auto")
     x, scale, bias, dy = data()
 
@@ -341,7 +345,7 @@ def test_auto_uneven_parts_are_not_split(stand_in: list[Call]) -> None:
 
 
 def test_what_is_exported_is_the_reference(stand_in: list[Call]) -> None:
-    """An exported program would keep a pointer into this process."""
+    """A call that XLA asks about would export a pointer into this process."""
     mesh = mesh_of("data", "Auto")
     args = placed(mesh, P("d"), data())[:3]
     with jax.set_mesh(mesh):
@@ -356,8 +360,11 @@ def test_what_is_exported_is_the_reference(stand_in: list[Call]) -> None:
 def test_the_key_of_the_persistent_cache_knows_all(
     stand_in: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the pointer that jax_remove_custom_partitioning_ptr_from_cache_key takes
-    out, programs differ wherever the norm, the backend or our code does."""
+    """Programs differ wherever the norm, the backend or our code does.
+
+    This holds even without the pointer, which
+    jax_remove_custom_partitioning_ptr_from_cache_key removes from the key.
+    """
     mesh = mesh_of("data", "Auto")
     x, scale, bias, _ = placed(mesh, P("d"), data())
 
@@ -382,7 +389,7 @@ def test_the_key_of_the_persistent_cache_knows_all(
 def test_the_key_of_the_persistent_cache_knows_what_a_gradient_is_of(
     stand_in: list[Call],
 ) -> None:
-    """The forward's key is the same, and the backward's differs."""
+    """The forwards of two gradients have the same key, and the backwards differ."""
     mesh = mesh_of("data", "Auto")
     args = placed(mesh, P("d"), data())
 
@@ -405,7 +412,7 @@ def test_the_key_of_the_persistent_cache_knows_what_a_gradient_is_of(
 
 
 def written_out(x: Any, r: Any, scale: Any, bias: Any, *, how: str) -> tuple[Any, ...]:
-    """LayerNorm, alone or with a sum before or behind it, by jax.numpy."""
+    """Computes LayerNorm in jax.numpy, alone or with a sum before or after it."""
     h = x + r if how == "before" else x
     mean = h.mean(-1, keepdims=True)
     var = ((h - mean) ** 2).mean(-1, keepdims=True)
@@ -414,7 +421,7 @@ def written_out(x: Any, r: Any, scale: Any, bias: Any, *, how: str) -> tuple[Any
 
 
 def by_a_layer(x: Any, r: Any, scale: Any, bias: Any, *, how: str) -> tuple[Any, ...]:
-    """The same."""
+    """Computes what `written_out` computes, with `fusednorm.layer_norm`."""
     if how == "before":
         return fusednorm.layer_norm(x, scale, bias, residual=r)
     y = fusednorm.layer_norm(x, scale, bias)
@@ -436,7 +443,7 @@ def by_a_layer(x: Any, r: Any, scale: Any, bias: Any, *, how: str) -> tuple[Any,
 def test_explicit_operands_that_lie_otherwise(
     stand_in: list[Call], of_x: P, of_r: P, of_params: P, how: str
 ) -> None:
-    """Results, gradients and tangents have the types of the formula's."""
+    """Results, gradients and tangents have the same types as those of the formula."""
     x, scale, bias, r = data()
 
     def all_of(f: Fn) -> Fn:
@@ -471,7 +478,7 @@ def test_explicit_operands_that_lie_otherwise(
 def test_explicit_masks_that_lie_otherwise(
     kind: Any, shape: tuple[int, ...], of_mask: P
 ) -> None:
-    """Than x does: y has the type of flax's, and the numbers of one device."""
+    """A mask may be sharded unlike x. y has flax's type and one device's numbers."""
     x = data()[0]
     mask = np.random.default_rng(1).random(shape) < 0.7
     padded = (*of_mask, None, None)
@@ -498,7 +505,7 @@ def test_explicit_masks_that_lie_otherwise(
 
 
 def deep(norm: Fn) -> Fn:
-    """Four norms: in a scan, whose step is recomputed backward, and in a nested jit."""
+    """Returns four norms: one in a nested jit, three in a scan that is recomputed."""
 
     @jax.checkpoint
     def step(h: jax.Array, params: Any) -> tuple[jax.Array, None]:
@@ -517,7 +524,7 @@ def deep(norm: Fn) -> Fn:
 def test_scan_and_checkpoint_and_jit_on_a_mesh_of_three_axes(
     stand_in: list[Call], kind: str, mode: str
 ) -> None:
-    """One of which has one device."""
+    """One of the three axes has a single device."""
     f = deep(KINDS[kind])
     expected = expected_of(f)
     types = (getattr(AxisType, mode),) * 3
@@ -528,7 +535,7 @@ def test_scan_and_checkpoint_and_jit_on_a_mesh_of_three_axes(
     with jax.set_mesh(mesh):
         compiled = jax.jit(both(f)).lower(*args).compile()
         found = compiled(*args)
-    agree(found, expected, within=1e-4)  # what one norm rounds the next one magnifies
+    agree(found, expected, within=1e-4)  # each norm magnifies the rounding before it
     assert found[0].sharding.is_equivalent_to(args[0].sharding, 3)
     assert gathered(compiled.as_text()) == []
     assert (2, 8, 8) in {call.x.shape for call in stand_in if call.op == "forward"}
@@ -540,8 +547,7 @@ def test_scan_and_checkpoint_and_jit_on_a_mesh_of_three_axes(
 def test_gradients_of_an_ensemble_s_parameters_alone(
     stand_in: list[Call], kind: str, mode: str
 ) -> None:
-    """Statistics cross devices, dx is not asked for, and each member has its own
-    dscale."""
+    """Statistics cross devices, dx is not wanted, and members have their own dscale."""
     x, scale, bias, _ = data()
     params = jnp.stack([scale, 2 * scale]), jnp.stack([bias, bias - 1])
 
@@ -562,7 +568,7 @@ def test_gradients_of_an_ensemble_s_parameters_alone(
     assert last.wanted[:3] == (False, True, True)
 
 
-# Norms whose scale has two axes of x: both reduced, or heads with a scale each.
+# Norms whose scale has two axes of x: both are reduced, or each head has a scale.
 TWO_AXES = {
     "joined": {"reduction_axes": (1, 2), "feature_axes": (1, 2)},
     "heads": {"reduction_axes": 2, "feature_axes": (1, 2)},
@@ -570,7 +576,7 @@ TWO_AXES = {
 
 
 def of_two_axes(kind: str) -> tuple[Fn, list[jax.Array]]:
-    """The function, and x, scale, bias and dy."""
+    """Returns the norm's function, and [x, scale, bias, dy]."""
     x, _, _, dy = data()
     scale, bias = (data(seed)[0][0].reshape(-1) for seed in (1, 2))
     f = functools.partial(fusednorm.layer_norm, **TWO_AXES[kind])
@@ -582,7 +588,7 @@ def of_two_axes(kind: str) -> tuple[Fn, list[jax.Array]]:
 def test_explicit_with_two_axes_of_features(
     kernels: str, kind: str, sharded: int
 ) -> None:
-    """The first of them may be sharded, as scale and bias are then."""
+    """If the first of the two axes is sharded, so are scale and bias."""
     f, args = of_two_axes(kind)
     with fusednorm.use_backend("reference"):
         expected = jax.jit(both(f))(*args)
@@ -607,7 +613,10 @@ def test_explicit_with_two_axes_of_features(
 
 
 def of_parts(f: Fn, args: Sequence[Any], specs: Sequence[P]) -> Any:
-    """y and gradients, of two devices in explicit mode and by the reference on one."""
+    """Returns y and gradients of two devices in explicit mode, and those expected.
+
+    The expected ones are the reference's on one device.
+    """
     with fusednorm.use_backend("reference"):
         expected = jax.jit(both(f))(*args)
     with jax.set_mesh(mesh_of("data", "Explicit")):
@@ -616,7 +625,7 @@ def of_parts(f: Fn, args: Sequence[Any], specs: Sequence[P]) -> Any:
 
 
 def test_explicit_scale_of_each_element(stand_in: list[Call]) -> None:
-    """dscale lies as x does."""
+    """dscale is sharded like x."""
     (x, _, bias, dy), (scale, *_) = data(), data(1)
     specs = P("d"), P("d"), P(), P("d")
     found, expected = of_parts(fusednorm.layer_norm, (x, scale, bias, dy), specs)
@@ -626,7 +635,7 @@ def test_explicit_scale_of_each_element(stand_in: list[Call]) -> None:
 
 
 def test_explicit_scale_of_each_sample_of_a_batch(stand_in: list[Call]) -> None:
-    """One sample a device, whose mean is that of both."""
+    """Each of two devices has one sample, and a mean is taken over both."""
     x, scale, bias, dy = (data(seed)[0][:2] for seed in range(4))
     args = x, scale[:, :1], bias[:, :1], dy
     agree(*of_parts(KINDS["batch_norm"], args, [P("d")] * 4))
@@ -634,7 +643,7 @@ def test_explicit_scale_of_each_sample_of_a_batch(stand_in: list[Call]) -> None:
 
 
 def test_explicit_groups_of_a_batch(stand_in: list[Call]) -> None:
-    """A mean is that of several channels, each with a scale of its own."""
+    """A mean is taken over several channels, which have their own scales."""
 
     def norm(x: Any, scale: Any, bias: Any) -> jax.Array:
         given = {"num_groups": 4, "reduction_axes": (0, 1, 2)}
@@ -645,7 +654,7 @@ def test_explicit_groups_of_a_batch(stand_in: list[Call]) -> None:
 
 
 def test_explicit_inside_a_shard_map(stand_in: list[Call]) -> None:
-    """Statistics cross its axis, and the one that types tell of."""
+    """Statistics cross the axis of the shard_map and the axis that types tell of."""
     x, scale, bias, _ = data()
     with fusednorm.use_backend("reference"):
         expected = jax.jit(KINDS["batch_norm"])(x, scale, bias)
@@ -669,7 +678,7 @@ def test_explicit_inside_a_shard_map(stand_in: list[Call]) -> None:
 
 
 def test_a_mesh_of_both_modes_is_left_to_xla(stand_in: list[Call]) -> None:
-    """It partitions the axes of Auto, whatever types tell of the others."""
+    """XLA partitions the Auto axes, whatever the types tell of the others."""
     kinds = AxisType.Explicit, AxisType.Auto
     x, scale, bias, _ = data()
     with jax.set_mesh(jax.make_mesh((2, 2), ("d", "e"), axis_types=kinds)):
@@ -687,7 +696,7 @@ def test_a_mesh_of_both_modes_is_left_to_xla(stand_in: list[Call]) -> None:
 def test_two_axes_of_features_are_the_reference_s(
     stand_in: list[Call], kind: str, mode: str, spec: P
 ) -> None:
-    """In auto mode, or where the second one is sharded; and x is not gathered."""
+    """They are so in auto mode or if the second axis is sharded. x is not gathered."""
     f, args = of_two_axes(kind)
     with fusednorm.use_backend("reference"):
         expected = jax.jit(f)(*args[:3])
@@ -706,7 +715,7 @@ def test_two_axes_of_features_are_the_reference_s(
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 def test_what_stands_beside_a_norm(stand_in: list[Call], mode: str) -> None:
-    """A residual before it, whose sum goes on, and scale and bias of each sample."""
+    """A residual, whose sum h is used too, works with a scale and bias per sample."""
     x, _, _, r = data()
     scale, bias = (data(seed)[0][:, :1] for seed in (1, 2))
 
@@ -748,10 +757,9 @@ def test_what_stands_beside_a_norm(stand_in: list[Call], mode: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("statistics", [P(), P("d")], ids=str)
 def test_batch_norm_of_sharded_channels(statistics: P, masked: bool) -> None:
-    """flax raises here, for the update of its running statistics: they stay as they
-    are sharded."""
+    """Running statistics keep their sharding when they are updated; flax raises."""
     x = data()[0]
-    # Of one channel nothing is let in: its running statistics stay.
+    # The mask is all false for one channel, so its running statistics stay.
     mask = jnp.broadcast_to(jnp.arange(32) > 0, x.shape) if masked else None
     plain = fusednorm.BatchNorm(32, rngs=nnx.Rngs(0))
     y = plain(x, mask=mask)
@@ -797,7 +805,7 @@ def test_batch_norm_of_sharded_channels(statistics: P, masked: bool) -> None:
 def test_statistics_over_an_axis_of_a_shard_map(
     kernels: str, kind: str, check_vma: bool
 ) -> None:
-    """`axis_name`: the kernels' halves, psums between them."""
+    """`axis_name` runs the kernels' halves with psums between them."""
     sharding = "features" if kind == "layer_norm" else "sequence"
     spec = SHARDINGS[sharding]
     expected = expected_of(KINDS[kind])
@@ -826,7 +834,7 @@ def test_statistics_over_an_axis_of_a_shard_map(
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_statistics_of_devices_with_a_scale_each(kernels: str, check_vma: bool) -> None:
-    """Each weighs its own dy: psums of dscale and dbias do not tell what dx needs."""
+    """Each scale weights its own dy, so psums of dscale and dbias do not give dx."""
     (x, *_, dy), (_, scale, bias, _), (_, scale_2, bias_2, _) = map(data, range(3))
     scale, bias = (jnp.stack(pair) for pair in ((scale, scale_2), (bias, bias_2)))
 
@@ -854,7 +862,7 @@ def test_statistics_of_devices_with_a_scale_each(kernels: str, check_vma: bool) 
 
 
 def test_what_is_the_same_on_all_devices_stays_so() -> None:
-    """As statistics over them are those of each."""
+    """Statistics over devices with the same data are those of each device."""
     x, scale, bias, _ = data()
     norm = functools.partial(fusednorm.layer_norm, axis_name="d")
     mesh = mesh_of("data", "Auto")
@@ -864,7 +872,7 @@ def test_what_is_the_same_on_all_devices_stays_so() -> None:
 
 @pytest.mark.parametrize("over", ["e", ("d", "e")], ids=str)
 def test_what_is_the_same_along_an_axis_stays_so(over: Any) -> None:
-    """Statistics over it are those of each, as with flax's layers."""
+    """Statistics over this axis are those of each device, as in flax's layers."""
     x, scale, bias, dy = data()
     mesh = mesh_of("data and features", "Auto")
 
@@ -872,7 +880,7 @@ def test_what_is_the_same_along_an_axis_stays_so(over: Any) -> None:
         return fusednorm.batch_norm(x, scale, bias, **across)[0]
 
     def alone(x: Any, scale: Any, bias: Any) -> jax.Array:
-        if over == "e":  # of two samples each
+        if over == "e":  # each part has two samples
             parts = x.reshape(2, 2, *x.shape[1:])
             return jax.vmap(norm, (0, None, None))(parts, scale, bias).reshape(x.shape)
         return norm(x, scale, bias)
@@ -891,7 +899,7 @@ def test_what_is_the_same_along_an_axis_stays_so(over: Any) -> None:
 
 
 class Block(nnx.Module):
-    """Norms whose parameters are split over "model", as their metadata say."""
+    """A model whose norms have parameters split over "model" by their metadata."""
 
     def __init__(self, rngs: nnx.Rngs):
         ones, zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
@@ -915,7 +923,7 @@ class Block(nnx.Module):
 
 
 def test_a_partitioned_model_trains_after_fuse() -> None:
-    """As flax's does, and every Variable stays where it was."""
+    """It trains as flax's model does, and every Variable keeps its sharding."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     x, _, _, target = data()
 
@@ -960,8 +968,11 @@ def test_what_a_mesh_can_say_of_anothers_sharding() -> None:
 
 
 def over_devices(norm: Fn, arrays: Sequence[Any], params: Sequence[Any]) -> Any:
-    """y and gradients of norm(*arrays, *params), of all devices' arrays, in a
-    `jax.shard_map` and by the reference on one device."""
+    """Returns y and gradients of norm(*arrays, *params), found and expected.
+
+    A `jax.shard_map` over all devices finds the former, and the reference on one device
+    computes the latter.
+    """
     dy = data()[3]
     spec = P(None, "d")
     mapped = jax.shard_map(
@@ -979,7 +990,7 @@ def over_devices(norm: Fn, arrays: Sequence[Any], params: Sequence[Any]) -> Any:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_batch_norm_over_devices_with_an_offset(kernels: str, has_bias: bool) -> None:
-    """c1 and c2 from the sums of dscale and dbias, if there are both."""
+    """c1 and c2 come from the sums of dscale and dbias if there are both."""
 
     def norm(x: Any, *params: Any, **across: Any) -> jax.Array:
         return fusednorm.batch_norm(x, *params, scale_offset=1.0, **across)[0]
@@ -989,7 +1000,7 @@ def test_batch_norm_over_devices_with_an_offset(kernels: str, has_bias: bool) ->
 
 
 def test_a_shortcut_behind_statistics_of_several_devices(kernels: str) -> None:
-    """Its gradient is XLA's, not the kernel's half."""
+    """XLA computes the shortcut's gradient; it is not part of the kernel's half."""
 
     def norm(x: Any, r: Any, *params: Any, **across: Any) -> jax.Array:
         given = {"residual": r, "activation": "silu", **across}
@@ -1003,7 +1014,7 @@ def test_a_shortcut_behind_statistics_of_several_devices(kernels: str) -> None:
 
 
 def test_what_is_not_added_up_yet_is_for_no_kernel() -> None:
-    """An operand of explicit mode that is unreduced."""
+    """No kernel takes an operand of explicit mode that is unreduced."""
     mesh = mesh_of("data and features", "Explicit").abstract_mesh
     every = (0, 1)
     shapes = parts.Shapes((every,), (every,), (False,))

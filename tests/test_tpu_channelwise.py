@@ -1,8 +1,9 @@
 """The channelwise kernels of TPUs, run by Pallas' interpreter.
 
-The tests of test_channelwise.py, with the TPU's kernels and variants in the place of
-the GPU's, and what the TPU's have for themselves. Every interpreted launch is checked
-for races (tests/on_tpu.py), and what a block has beyond the array is NaN there.
+These are the tests of test_channelwise.py, with the TPU's kernels and variants in place
+of the GPU's, and tests of what only the TPU's have. Every interpreted launch is checked
+for races (tests/on_tpu.py). The interpreter fills the part of a block that lies past
+the array with NaN.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ kernels = interpreters.kernels_of("mosaic_tpu")
 
 
 def take_small(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the variant take what would be too small for it."""
+    """Makes the variant take inputs that would be too small for it."""
     if variant != "one block":  # blocks and chunks of few pixels
         chip = memory.Chip(vmem=2**40, blocks=2**15)
         monkeypatch.setattr(memory, "chip", lambda _: chip)
@@ -84,10 +85,10 @@ SHAPES = [
     # Down the sublanes: 20 channels of 300 pixels, and in groups.
     Case("instance_norm", (2, 5, 300, 20)),
     Case("group_norm", (2, 3, 260, 24), (("num_groups", 2),)),
-    # More samples than one unit has; groups that no tile of lanes ends with.
+    # More samples than a unit has; groups that do not end with a tile of lanes.
     Case("group_norm", (11, 4, 4, 260), (("num_groups", 26),)),
     Case("group_norm", (3, 14, 14, 140), (("num_groups", 7),)),
-    # The batch down the sublanes.
+    # The batch lies down the sublanes.
     Case("batch_norm", (16, 5, 3, 136)),
     Case("batch_norm", (10, 7, 7, 256)),
     Case("group_norm", (2, 600, 256), (("num_groups", 32),)),
@@ -109,7 +110,7 @@ def test_shapes(variant: str, number: int) -> None:
     ids=str,
 )
 def test_samples_of_a_block_down_the_sublanes(kernels: None, case: Case) -> None:
-    """Each has its own statistics."""
+    """Each sample of a block has its own statistics."""
     for call in calls(case.kind, case.shape, "float32"):
         cut = planned(call).cut
         assert isinstance(cut, pixels.DownSublanes)
@@ -118,7 +119,7 @@ def test_samples_of_a_block_down_the_sublanes(kernels: None, case: Case) -> None
 
 
 def test_strips(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a sample that does not fit: 128 channels at a time, several samples each."""
+    """If a sample does not fit, a unit is 128 channels of several samples."""
     case = Case("group_norm", (3, 160, 256), (("num_groups", 32),))
     chip = memory.Chip(vmem=channelwise.OTHER_BYTES + 600 * 1024, blocks=2**16)
     monkeypatch.setattr(memory, "chip", lambda _: chip)
@@ -132,7 +133,7 @@ def test_strips(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", [*CASES, *SHAPES], ids=str)
 def test_mosaic_takes_it(case: Case) -> None:
-    """Which refuses what the interpreter does not: vectors of size 0."""
+    """Mosaic refuses what the interpreter accepts: vectors of size 0."""
     x, dy = (jax.ShapeDtypeStruct(case.shape, jnp.dtype("bfloat16")) for _ in "xy")
     params = [jax.ShapeDtypeStruct((case.features,), jnp.dtype("float32"))] * 2
     params = params[: case.params + case.has_bias]
@@ -155,16 +156,16 @@ def two_cores(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return variant
 
 
-SHARED = [  # 11 samples are 2 units, or where a block has a part of one, 11
+SHARED = [  # 11 samples are 2 units, or 11 units if a block is part of one
     Case("group_norm", (11, 4, 4, 260), (("num_groups", 26),)),
-    Case("batch_norm", (6, 5, 4, 384)),  # 3 strips: the last core has one less
+    Case("batch_norm", (6, 5, 4, 384)),  # 3 strips: the last core has one fewer
     Case("instance_norm", (9, 300, 20)),  # down the sublanes
 ]
 
 
 @pytest.mark.parametrize("number", range(len(SHARED)), ids=lambda n: str(SHARED[n]))
 def test_two_cores(two_cores: str, number: int) -> None:
-    """Each has its units, and sums of its own, which are added up."""
+    """Each core has its own units and partial sums, which are reduced."""
     case, mix = SHARED[number], MIXES[number]
     for call in calls(case.kind, case.shape, mix[0]):
         assert planned(call).cut.cores == 2
@@ -174,7 +175,7 @@ def test_two_cores(two_cores: str, number: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["batch_norm", "group_norm"])
 def test_two_cores_and_examples(two_cores: str, kind: str) -> None:
-    """Of 3 examples of 2 strips the first core has none of the last one."""
+    """Of 3 examples of 2 strips each, the first core has none of the last example."""
     options = (("num_groups", 32),) if kind == "group_norm" else ()
     case = Case(kind, (3, 20, 256), options)
     run_each_example(case, runs(two_cores, 1, 1))
@@ -183,7 +184,7 @@ def test_two_cores_and_examples(two_cores: str, kind: str) -> None:
 def test_two_cores_of_which_one_has_a_unit_less(
     kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its last turn has none: 17 samples are 3 units of a block each."""
+    """One core's last turn has no unit: 17 samples are 3 units of a block each."""
     chip = dataclasses.replace(memory.chip(None), cores=2)
     monkeypatch.setattr(memory, "chip", lambda _: chip)
     case = Case("group_norm", (17, 5, 64), (("num_groups", 32),))
@@ -221,7 +222,7 @@ def planned(call: Call) -> channelwise.Launch:
 def test_sums_of_groups(
     channels: int, group: int, down: bool, monkeypatch: Any
 ) -> None:
-    """Each its own: NaN and infinity stay there, also those beyond the channels."""
+    """NaN and infinity stay in their group; those past the last channel stay there."""
     monkeypatch.setattr(pixels.pltpu, "roll", jnp.roll)
     tile = memory.SUBLANES if down else memory.LANES
     value = np.full((2, memory.round_up(channels, tile)), np.nan, np.float32)
@@ -267,7 +268,7 @@ def test_models_run_kernels(kind: str, dtype: str) -> None:
         ("group_norm", (64, 64, 320)),
         ("group_norm", (32, 32, 1024)),  # could be cut into strips
         ("instance_norm", (9, 9, 24)),
-        # Of which XLA would have a single sample's other axis along the sublanes.
+        # For a single sample, XLA would lay another axis along the sublanes.
         ("group_norm", (7, 7, 32)),
         ("group_norm", (1500, 512)),
         ("instance_norm", (55, 55, 128)),
@@ -288,7 +289,7 @@ def test_the_cut_does_not_depend_on_the_number_of_samples(
 
 
 def test_a_single_sample_is_as_one_of_several(kernels: None) -> None:
-    """Bitwise: its axis of size 1 is no axis of pixels."""
+    """The results are bitwise equal: an axis of size 1 is no axis of pixels."""
     case = Case("group_norm", (3, 7, 7, 32), (("num_groups", 8),))
     x, scale, bias, dy = map(jnp.asarray, case.data(13, "float32", "float32"))
 
@@ -309,7 +310,7 @@ def test_a_single_sample_is_as_one_of_several(kernels: None) -> None:
     ],
 )
 def test_registers_are_full_of_pixels(norm: str, shape: tuple[int, ...]) -> None:
-    """Where XLA has few of them to a tile, it is asked for others."""
+    """If XLA has few pixels per tile, the kernel asks for another order of axes."""
     for call in calls(norm, shape, "float32"):
         first = 0 if norm == "batch_norm" else 1
         assert shape[order_of_axes(shape, 4, first)[-2]] < SUBLANES
@@ -321,7 +322,7 @@ def test_registers_are_full_of_pixels(norm: str, shape: tuple[int, ...]) -> None
 
 
 def test_a_chip_with_more_vmem_keeps_more() -> None:
-    """A BatchNorm of 200 704 pixels: one read on a v5e, two on a v4."""
+    """A forward BatchNorm of 200 704 pixels: one read on a v5e, two on a v4."""
     forward, backward = calls("batch_norm", (64, 56, 56, 256))
     names = {
         kind: [tpu.plan(call, Device(kind)).name for call in (forward, backward)]  # type: ignore[union-attr]
@@ -338,11 +339,11 @@ def test_a_chip_with_more_vmem_keeps_more() -> None:
 
 
 def test_the_blocks_of_a_unit_are_even() -> None:
-    """784 slabs: 16 blocks of 49, and not of 52, of which the last is mostly room."""
+    """784 slabs: 16 blocks of 49, not of 52, where the last would be mostly empty."""
     _, backward = calls("batch_norm", (199, 28, 28, 512))
     kernel = tpu.plan(backward, Device("TPU v6 lite"))
     assert isinstance(kernel, Kernel)
-    assert kernel.name == "channelwise backward"  # so they fit VMEM: one read
+    assert kernel.name == "channelwise backward"  # the blocks fit VMEM: one read
     assert kernel.block == f"128 channels of {49 * 199} of {784 * 199} pixels"
 
 
@@ -394,7 +395,7 @@ def test_a_scale_or_bias_of_each_sample_falls_back(name: str) -> None:
 
 
 def test_examples_of_tokens_are_no_images() -> None:
-    """An axis that vmap adds is none of pixels."""
+    """An axis that vmap adds is not an axis of pixels."""
     target = Target(("tpu",))
     x = jax.ShapeDtypeStruct((2, 8, 256, 320), "bfloat16")
     norm = Norm((2,), (3,), num_groups=32, dtype=jnp.dtype("bfloat16"))
@@ -420,7 +421,7 @@ def test_bytes_of_channels() -> None:
     assert moved(forward, "TPU v5e") == 2 * x + 2 * param + statistics
     assert moved(backward, "TPU v5e") == 3 * x + 3 * param + statistics
     _, many = calls("group_norm", (64, 256, 320))
-    two = moved(many, "TPU7x", 2)  # written by each, read, added up
+    two = moved(many, "TPU7x", 2)  # each core writes sums, which are read and reduced
     assert two == 8 * (3 * x + statistics) + (1 + 2 * 5) * param
     # XLA reads dx again and dh, and writes their sum.
     carried = dataclasses.replace(backward, beside=backward.x)

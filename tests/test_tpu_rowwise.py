@@ -1,10 +1,10 @@
-"""What the rowwise kernels of TPUs have for themselves.
+"""Tests of what only the rowwise kernels of TPUs have.
 
-What both chips' kernels do is tested in test_rowwise.py.
+test_rowwise.py tests what the kernels of both chips do.
 
-Every test but those of plans names the backend, so that a fallback raises; every
-interpreted launch is checked for races (tests/on_tpu.py), and what a block has beyond
-the array is NaN there.
+Every test except those of plans names the backend, so that a fallback raises. Every
+interpreted launch is checked for races (tests/on_tpu.py). The interpreter fills the
+part of a block that lies past the array with NaN.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ kernels = interpreters.kernels_of("mosaic_tpu")
 
 
 ROWS, FEATURES = (1, 37, 2, 199), (7, 64, 127, 128, 192, 760, 1128)
-# Each with each, or its neighbour.
+# Every second pair: a number of rows meets each length or an adjacent one.
 RAGGED = list(itertools.product(ROWS, FEATURES))[::2]
 
 
@@ -64,10 +64,10 @@ def test_ragged_shapes(kernels: None, number: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 37])
 def test_one_feature(kernels: None, rows: int) -> None:
-    """x_hat is 0 for a row of one element, so only bias and dbias are not.
+    """x_hat is 0 for a row of one element, so y is the bias, and only dbias is nonzero.
 
-    With a scale whose products are exact: XLA on a CPU rounds some sums with a product
-    once, and then dx is what dy * scale was rounded by.
+    The scale has exact products. XLA on a CPU rounds some sums with a product only
+    once, and dx would then be the rounding error of dy * scale.
     """
     case = Case("layer_norm", (rows, 1))
     x, scale, bias, dy = case.data(1, "float32", "float32")
@@ -83,8 +83,8 @@ def test_one_feature(kernels: None, rows: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case("layer_norm", (2, 3, 50, 768)),  # a slab each, for 50 rows fill no tiles
-        Case("layer_norm", (3, 5, 760)),  # joined
+        Case("layer_norm", (2, 3, 50, 768)),  # slabs of 50 rows, which fill no tiles
+        Case("layer_norm", (3, 5, 760)),  # slabs are joined
         Case("rms_norm", (4, 3, 9), (("reduction_axes", (1, 2)),), params=False),
         Case("layer_norm", (16, 5, 40)),  # 16 fill sublanes, 5 do not: transposed
         Case("layer_norm", (3, 8, 2, 5, 200)),
@@ -106,8 +106,11 @@ def test_chunks_of_a_turn(
     case: tuple[str, int],
     dtype: str,
 ) -> None:
-    """Three, then those that are left; or one, whose statistics the turn before finds.
-    The last chunk is ragged."""
+    """A turn of the loop has three chunks, or one.
+
+    If it has three, another turn has the rest. If it has one, the preceding turn
+    computes the chunk's statistics. The last chunk is ragged.
+    """
     sizes = [(op, size) for op in ("forward", "backward") for size in (2, 4)]
     monkeypatch.setattr(rowwise, "REGISTERS", dict.fromkeys(sizes, (1, 16)))
     monkeypatch.setattr(rowwise, "TURN_REGISTERS", together * 6)
@@ -130,7 +133,7 @@ def test_chunks_of_a_turn(
 def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
     kernels: None, kind: str, dtype: str
 ) -> None:
-    """Here a block has fewer rows than a statistic's tile of 128 lanes."""
+    """A block of long rows has fewer rows than a statistic's tile of 128 lanes."""
     case = Case(kind, (150, 8200))
     x, _, _, dy = case.data(2, dtype, dtype)
     call = Call(
@@ -150,7 +153,7 @@ def test_long_rows_take_several_blocks_to_a_tile_of_statistics(
 
 @pytest.mark.parametrize("number", slow_but([1, 3, 4, 6, 8], range(9)))
 def test_rows_along_the_lanes(kernels: None, number: int) -> None:
-    """Their sizes and numbers of features, around tiles, blocks and chunks."""
+    """Rows and features vary in number around tiles, blocks and chunks."""
     shape = [
         (5, 384, 64),
         (2, 197, 64),  # 59 lanes of the last chunk are garbage
@@ -158,8 +161,8 @@ def test_rows_along_the_lanes(kernels: None, number: int) -> None:
         (2, 130, 2, 24),
         (300, 7),  # one feature of 8 is garbage
         (125, 100),
-        (250, 192),  # 128 and 64
-        (125, 600),  # more than registers hold
+        (250, 192),  # pieces of 128 and 64
+        (125, 600),  # more than the registers hold
         (9300, 16),  # several chunks
     ][number]
     case = Case("layer_norm" if number % 3 else "rms_norm", shape)
@@ -172,9 +175,9 @@ def test_rows_along_the_lanes(kernels: None, number: int) -> None:
 def test_blocks_of_slabs_and_of_rows(
     kernels: None, monkeypatch: pytest.MonkeyPatch, dtype: str, shape: tuple[int, ...]
 ) -> None:
-    """Several of each, the last of which have less than the others."""
+    """There are several blocks of each, and the last ones are smaller."""
     monkeypatch.setattr(rowwise, "MOST_ROWS", 120)
-    registers = dict.fromkeys(("forward", "backward"), 2 * 3)  # of 24 features
+    registers = dict.fromkeys(("forward", "backward"), 2 * 3)  # for 24 features
     monkeypatch.setattr(rowwise, "DOWN_REGISTERS", registers)
     for call in calls(shape, dtype):
         assert int(tpu.plan(call, None).block.split()[0]) == 512
@@ -187,7 +190,7 @@ def test_both_ways_sum_in_the_same_order(features: int, width: int) -> None:
     rng = np.random.default_rng(18)
     x = np.full((16, 384), np.nan, "float32")
     x[:, :features] = rng.normal(0.3, 2, (16, features))
-    x[7, :features] = -0.0  # whose sum is -0 either way
+    x[7, :features] = -0.0  # its sum is -0 either way
     lying = AcrossLanes(0, 1, 1, 1, 16, features, 16, 16, piece_width=width)
     standing = DownSublanes(0, 1, 1, 1, 16, features, LANES, LANES, 1)
     columns = np.full((standing.sublanes, LANES), np.nan, "float32")
@@ -211,7 +214,7 @@ def test_both_ways_sum_in_the_same_order(features: int, width: int) -> None:
 
 @pytest.mark.parametrize("features", [24, 64, 192])
 def test_a_row_is_the_same_whichever_way_it_lies(kernels: None, features: int) -> None:
-    """Where products are exact: XLA on a CPU rounds some sums with a product once."""
+    """Products are exact here: XLA on a CPU rounds some sums with a product once."""
     rng = np.random.default_rng(19)
     sizes = 10.0 ** rng.uniform(-3, 0, (200, features))
     x = jnp.asarray(rng.normal(size=(200, features)) * sizes, "bfloat16")
@@ -248,14 +251,14 @@ def test_nan_in_a_row_along_the_lanes_stays_in_it(kernels: None) -> None:
 
 @pytest.fixture
 def two_cores(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small blocks, of which each core has some."""
+    """Plans for two cores, and makes blocks small so that each core has some."""
     chip = dataclasses.replace(memory.chip(None), cores=2)
     monkeypatch.setattr(memory, "chip", lambda _: chip)
     monkeypatch.setattr(rowwise, "MOST_ROWS", LANES)
 
 
 def call_of(case: Case, op: Literal["forward", "backward"] = "forward") -> Call:
-    """A call in float32, and with its backward."""
+    """Returns a call of the case in float32, forward or backward."""
     x = jax.ShapeDtypeStruct(case.shape, jnp.dtype("float32"))
     scale = jax.ShapeDtypeStruct((case.features,), x.dtype)
     bias = scale if case.has_bias and op == "forward" else None
@@ -264,10 +267,10 @@ def call_of(case: Case, op: Literal["forward", "backward"] = "forward") -> Call:
     return Call(op, norm_of(case), x, scale, bias, dy=dy, wanted=wanted)
 
 
-SHARED = {  # and how many blocks of slabs and of rows each core has
-    (130, 8200): (1, 4),  # 5 of 32 rows, of which 4 write one block of statistics
+SHARED = {  # shapes, and the blocks of slabs and of rows per core
+    (130, 8200): (1, 4),  # 5 of 32 rows, and 4 write one block of statistics
     (400, 300): (1, 2),  # 4 blocks
-    (5, 50, 1024): (3, 1),  # 5 slabs: the last core has one less
+    (5, 50, 1024): (3, 1),  # 5 slabs: the last core has one fewer
     (3, 150, 768): (2, 2),  # 3 slabs of 2 blocks
     (300, 128): (1, 2),  # transposed in registers
     (7, 140, 24): (2, 1),  # down the sublanes: 4 blocks of 2 slabs
@@ -281,7 +284,7 @@ SHARED = {  # and how many blocks of slabs and of rows each core has
     ids=lambda n: str([*SHARED][n]),
 )
 def test_two_cores(two_cores: None, number: int) -> None:
-    """Each has its blocks, and sums of its own, which are added up."""
+    """Each core has its own blocks and partial sums, which are reduced."""
     (shape, blocks), mix = list(SHARED.items())[number], MIXES[number % len(MIXES)]
     for call in calls(shape, mix[0], mix[2]):
         grid = planned(call).grid
@@ -297,7 +300,7 @@ def test_two_cores_and_examples(two_cores: None, shape: tuple[int, ...]) -> None
 
 
 def test_two_cores_have_examples_each(two_cores: None) -> None:
-    """Where one's rows are too few for both."""
+    """Cores share out the examples if one example has too few rows for both."""
     _, backward = calls((4, 5, 300), "float32")
     assert planned(dataclasses.replace(backward, own_params=1)).apart == 2
     run_each_example(Case("layer_norm", (5, 300)), examples=4)
@@ -323,7 +326,7 @@ def test_one_core_where_two_would_not_both_have_rows(
 def test_axes_are_joined_where_rows_fill_tiles(
     dtype: str, inner: int, slabs: int
 ) -> None:
-    """8 rows of float32, 16 of bfloat16."""
+    """A tile has 8 rows of float32, or 16 of bfloat16."""
     for call in calls((9, inner, 16384), dtype):
         assert planned(call).slabs == slabs
 
@@ -333,12 +336,12 @@ def test_a_chunk_is_no_longer_than_the_rows(rows: int) -> None:
     for shape in ((rows, 4096), (9, rows, 768)):
         for call in calls(shape, "bfloat16"):
             blocks = planned(call)
-            assert blocks.rows >= rows  # several slabs may be one
+            assert blocks.rows >= rows  # several slabs may be joined
             assert blocks.chunk_rows <= max(2 * blocks.rows - 1, 16)
 
 
 def planned(call: Call) -> Any:
-    """How the kernel cuts the array."""
+    """Returns how the kernel cuts the array."""
     kernel = tpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     launch: Any = kernel.launch
@@ -361,8 +364,9 @@ def test_a_device_says_how_many_cores_it_has() -> None:
 # --- groups with a scale of their own -------------------------------------------------
 
 ACTIVATED = ("activation", "silu")
-# Heads, and how they lie: (across lanes, turned, down the sublanes), and the period of
-# rows in turn; 1 where samples and heads are examples, in front of the rows.
+# Cases of heads, their layout (across the lanes, turned, or down the sublanes), and the
+# period of rows that take turns. The period is 1 where samples and heads are examples,
+# which memory has in front of the rows.
 HEADS = (
     (Case("rms_norm", (2, 9, 4, 128), OF_HEADS), Turned, 128),
     (Case("layer_norm", (9, 40, 8, 64), OF_HEADS), Turned, 128),
@@ -409,7 +413,7 @@ def test_two_cores_and_heads(
 
 
 def test_bytes_of_heads() -> None:
-    """dscale of each row of a period, of one core, is written, read and added up."""
+    """One core's dscale of each row of a period is written, read and reduced."""
     case, _, period = HEADS[0]
     x, heads, features = 2 * 9 * 4 * 128 * 4, 4, 128
     param, statistics = 4 * heads * features, 4 * 2 * 9 * heads
@@ -520,7 +524,7 @@ def test_bytes_moved() -> None:
 
 
 def test_how_long_a_row_may_be() -> None:
-    """As VMEM allows, of which a v4 has least."""
+    """VMEM limits the length, and a v4 has the least VMEM."""
 
     def longest(kind: str, number: int, dtype: str) -> int:
         lengths = (2**n for n in range(10, 22))
@@ -548,7 +552,7 @@ def test_how_long_a_row_may_be() -> None:
     [
         ((264, 197, 768), (1, 0, 2)),  # 264 fill sublanes, 197 leave 3 empty
         ((263, 197, 768), (1, 0, 2)),  # 1 of 264 empty, against 3 of 200
-        ((264, 200, 768), (0, 1, 2)),  # the last of two that fill them
+        ((264, 200, 768), (0, 1, 2)),  # two axes fill them: the last one
         ((16, 3, 8, 5, 64), (0, 1, 3, 2, 4)),
         ((264, 1, 768), (0, 1, 2)),
         ((197, 768), (0, 1)),
@@ -572,9 +576,9 @@ def test_axes_come_in_the_order_of_memory(
 @pytest.mark.parametrize(
     ("shape", "order"),
     [
-        ((64, 197, 768), (0, 1, 2)),  # alone: (1, 0, 2)
+        ((64, 197, 768), (0, 1, 2)),  # without examples: (1, 0, 2)
         ((2, 64, 197, 768), (0, 2, 1, 3)),
-        ((128, 5, 64), (0, 1, 2)),  # alone: (1, 2, 0)
+        ((128, 5, 64), (0, 1, 2)),  # without examples: (1, 2, 0)
         ((3, 130, 64), (0, 2, 1)),
         ((3, 64), (0, 1)),
     ],
@@ -585,7 +589,7 @@ def test_examples_stay_in_front(shape: tuple[int, ...], order: tuple[int, ...]) 
 
 
 def down(call: Call, kind: str = "TPU v4") -> bool:
-    """Whether its features lie down the sublanes."""
+    """Returns whether a call's features lie down the sublanes."""
     answer = tpu.plan(call, Device(kind))
     assert isinstance(answer, Kernel)
     return "down the sublanes" in answer.why
@@ -599,7 +603,7 @@ def test_features_lie_one_way_or_the_other() -> None:
 
 
 def test_longer_rows_lie_down_the_sublanes_where_vmem_has_room() -> None:
-    """For 128 of them; otherwise XLA copies them."""
+    """VMEM must have room for 128 rows. Otherwise XLA copies the array."""
     for dtype in FLOATS:
         for shape in ((4096, 8200), (2**22, 12345)):
             assert not any(down(call) for call in calls(shape, dtype))
@@ -613,7 +617,7 @@ def moved(call: Call, kind: str = "TPU v4", cores: int = 1) -> int:
 
 
 def test_bytes_of_some() -> None:
-    """Statistics that nobody asks for, sums of two cores, and halves."""
+    """Counts bytes without statistics, of the sums of two cores, and of halves."""
     forward, backward = calls((37000, 128), "bfloat16")
     x, param, statistic = 37000 * 128 * 2, 128 * 4, 37000 * 4
     alone = dataclasses.replace(forward, statistics=False)
@@ -632,12 +636,12 @@ def test_bytes_of_some() -> None:
 
 
 def test_small_arrays_run_kernels_where_rows_share_a_scale() -> None:
-    """Unlike those of whose examples each has its own (tests/test_modulation.py)."""
+    """If each example has its own scale, they fall back (tests/test_modulation.py)."""
     target = Target(("tpu",))
     for call in calls((37, 64), "bfloat16"):
         assert isinstance(dispatch.plan(call, target), Kernel)
     _, backward = calls((3, 37, 64), "bfloat16")
-    of_each = dataclasses.replace(backward, own_params=1)  # the sums alone
+    of_each = dataclasses.replace(backward, own_params=1)  # only the sums vary
     assert isinstance(dispatch.plan(of_each, target), Kernel)
     scale = jax.ShapeDtypeStruct((3, 64), "float32")
     own = dataclasses.replace(of_each, scale=scale)
@@ -646,7 +650,7 @@ def test_small_arrays_run_kernels_where_rows_share_a_scale() -> None:
 
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5e", "TPU7x"])
 def test_a_kernel_needs_no_more_vmem_than_there_is(kind: str) -> None:
-    """Which holds what a backward adds up, too."""
+    """VMEM also holds the accumulators of a backward."""
     most = max(memory.chip(Device(kind)).vmem, rowwise.VMEM_BYTES)
     for features in (128, 760, 4096, 12288, 2**15, 2**16):
         for dtype in ("bfloat16", "float32"):
@@ -659,6 +663,6 @@ def test_a_kernel_needs_no_more_vmem_than_there_is(kind: str) -> None:
                 assert blocks.vmem <= most
                 streamed = sum(d.itemsize for d in rowwise._streamed(call))
                 need = 2 * blocks.block_rows * blocks.param_lanes * streamed
-                if call.op == "backward":  # dscale and dbias, as they add up
+                if call.op == "backward":  # accumulators of dscale and dbias
                     need += 2 * SUBLANES * blocks.param_lanes * 4
                 assert blocks.vmem >= need + rowwise.OTHER_BYTES, (features, call.op)
