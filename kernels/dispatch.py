@@ -325,7 +325,7 @@ def plan(call: Call, target: Target, backend: str = "auto") -> Kernel | Fallback
         else f"this platform's kernels are {answer.backend}"
     )
     raise NotImplementedError(
-        f"The backend {backend!r} was named, and cannot run this {call.op}: {why}. "
+        f"The backend {backend!r} was named but cannot run this {call.op}: {why}. "
         "Name 'auto' to fall back to the reference."
     )
 

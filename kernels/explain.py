@@ -59,7 +59,7 @@ class Choice:
             return f"{head}\n  reference: {self.plan.reason}"
         kernel = self.plan
         return (
-            f"{head}\n  {kernel.backend}: {kernel.name}, {kernel.block} a block, "
+            f"{head}\n  {kernel.backend}: {kernel.name}, {kernel.block} per block, "
             f"{kernel.bytes_moved:,} bytes moved"
             + (f"\n  {kernel.why}" if kernel.why else "")
         )
@@ -82,7 +82,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.choices:
-            return "no fusednorm call in it"
+            return "no fusednorm calls"
         counts = {choice: self.choices.count(choice) for choice in self.choices}
         return "\n".join(
             f"{f'{count} x ' if count > 1 else ''}{choice}"

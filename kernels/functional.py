@@ -209,7 +209,7 @@ def group_norm(
     if x.ndim - 1 not in axes:
         raise ValueError(
             f"reduction_axes={reduction_axes} must include the last axis, "
-            f"{x.ndim - 1}: the channels of x with shape {x.shape} are what is grouped."
+            f"{x.ndim - 1}: the channels of x with shape {x.shape} are what it groups."
         )
     spec = Norm(
         reduction_axes=axes[:-1],
@@ -488,13 +488,13 @@ def _activation(name: str | None, x: jax.Array, dtype: Any) -> str | None:
         return None
     if name not in ACTIVATIONS:
         raise ValueError(
-            f"activation={name!r} is not known; it is the name of one, "
+            f"activation={name!r} is unknown; expected one of "
             f"{', '.join(map(repr, ACTIVATIONS))}, or None."
         )
     for what, kind in (("x", x.dtype), ("the output", dtype)):
         if jnp.issubdtype(kind, jnp.complexfloating):
             raise ValueError(
-                f"activation={name!r} takes real numbers, and {what} is {kind}: call "
+                f"activation={name!r} takes real numbers, but {what} is {kind}: call "
                 "the activation on the result."
             )
     return name
@@ -502,7 +502,7 @@ def _activation(name: str | None, x: jax.Array, dtype: Any) -> str | None:
 
 def _offset(offset: float, scale: Maybe) -> float:
     if offset and scale is None:
-        raise ValueError(f"scale_offset={offset} is added to a scale: give one.")
+        raise ValueError(f"scale_offset={offset} is added to the scale: pass a scale.")
     return float(offset)
 
 
@@ -510,13 +510,13 @@ def _epsilon(epsilon: Any) -> Any:
     """Returns epsilon as a float, or as a scalar array if the program computes it."""
     if np.size(epsilon) != 1:
         raise ValueError(
-            f"epsilon is one number, added to every variance; got an array of shape "
-            f"{np.shape(epsilon)}."
+            "epsilon must be one number, added to every variance; got an array of "
+            f"shape {np.shape(epsilon)}."
         )
     if isinstance(epsilon, jax.core.Tracer):
         return epsilon.reshape(())
     if isinstance(epsilon, str):
-        raise TypeError(f"epsilon is a number, got {epsilon!r}.")
+        raise TypeError(f"epsilon must be a number, got {epsilon!r}.")
     return float(np.asarray(epsilon).item())
 
 

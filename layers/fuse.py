@@ -111,8 +111,8 @@ def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
         is_called = is_layer and any("__call__" in vars(base) for base in cls.__mro__)
         if not is_called or not callable(call) or isinstance(call, type):
             raise TypeError(
-                "Expected calls from nnx Modules' classes with a `__call__` to the "
-                "functions that take its place, which take the layer first; got "
+                "Expected calls to map classes of nnx Modules with a `__call__` to the "
+                "functions that replace it, which take the layer first; got "
                 f"{cls!r}: {call!r}."
             )
     return _convert(model, functools.partial(_fused_class, calls=calls))
@@ -144,8 +144,9 @@ def _convert(model: Any, choose: Any) -> FuseReport:
     )
     if not any(isinstance(leaf, nnx.Pytree) for leaf in leaves):
         raise TypeError(
-            "Expected an nnx Module or a tree that holds some: the model itself, not "
-            f"what `nnx.split` makes of it, nor a function; got {model!r}."
+            "Expected an nnx Module, or a tree of them: the model itself, not what "
+            f"`nnx.split` returns, nor a function; got an object of type "
+            f"{type(model).__name__}."
         )
     left, changing = [], []
     for path, module in nnx.iter_modules(model):
@@ -159,9 +160,9 @@ def _convert(model: Any, choose: Any) -> FuseReport:
             changing.append((where, module, choice))
     if any(_is_brought_in(module) for _, module, _ in changing):
         raise ValueError(
-            "The model's layers cannot change inside of an NNX transform (nnx.jit, "
-            "nnx.grad, ...) or fuse_neighbours that it is an argument of: NNX carries "
-            "no change of class back. Do it before, outside."
+            "The model is an argument of an NNX transform (nnx.jit, nnx.grad, ...) or "
+            "of fuse_neighbours, which cannot carry a layer's new class back to the "
+            "caller. Fuse the model before, outside of it."
         )
     replaced = [(at, _name(type(layer)), _name(to)) for at, layer, to in changing]
     for _, module, choice in changing:

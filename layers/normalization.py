@@ -77,7 +77,7 @@ def _own_or_given(layer: Any, name: str, given: Any) -> Any:
     own = getattr(layer, name)
     if own is not None and given is not None:
         raise ValueError(
-            f"The layer has a {name}, and the call gives it another one of shape "
+            f"The layer has a {name}, and the call passes another one of shape "
             f"{jnp.shape(given)}: construct the layer with use_{name}=False."
         )
     return own if given is None else jnp.asarray(given)

@@ -85,7 +85,7 @@ def test_it_shows_the_kernel(kernels: None) -> None:
         str(explanation)
         == """\
 forward   bfloat16[5, 4, 3, 12]  N=60 S=1 G=1 K=12
-  mosaic_gpu: stand-in forward, all rows a block, 2,880 bytes moved
+  mosaic_gpu: stand-in forward, all rows per block, 2,880 bytes moved
   it stands in for one"""
     )
 
@@ -105,7 +105,7 @@ def test_it_shows_the_activation(kernels: None) -> None:
 def test_flax_has_nothing_to_explain() -> None:
     explanation = fusednorm.explain(build(nnx, "LayerNorm"), data())
     assert explanation.choices == ()
-    assert str(explanation) == "no fusednorm call in it"
+    assert str(explanation) == "no fusednorm calls"
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def test_what_holds_no_module_is_refused() -> None:
     layer = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     for wrong in (graph, state, (graph, state), nnx.to_pure_dict(state), None, data()):
-        with pytest.raises(TypeError, match=r"not what `nnx\.split` makes of it"):
+        with pytest.raises(TypeError, match=r"not what `nnx\.split` returns"):
             fusednorm.fuse(wrong)
 
 
@@ -585,7 +585,7 @@ class NoCall(nnx.Module):
 )
 def test_calls_that_are_none_are_refused(calls: Any) -> None:
     layer = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="Expected calls from nnx Modules' classes"):
+    with pytest.raises(TypeError, match="Expected calls to map classes of nnx Modules"):
         fusednorm.fuse(layer, calls)
     assert type(layer) is nnx.LayerNorm
 

@@ -122,5 +122,5 @@ def test_layers(name: str) -> None:
 
 
 def test_without_a_scale_there_is_nothing_to_add_to() -> None:
-    with pytest.raises(ValueError, match=r"scale_offset=1.0 .* give one"):
+    with pytest.raises(ValueError, match=r"scale_offset=1.0 .* pass a scale"):
         fusednorm.layer_norm(data(), bias=jnp.ones(FEATURES), scale_offset=1.0)

@@ -382,7 +382,7 @@ def test_why() -> None:
     )
     huge = tpu.plan(calls("group_norm", (1, 16, 90, 160, 320))[0], Device("TPU v5e"))
     assert isinstance(huge, Kernel)
-    assert "a unit of 140.6 MiB does not fit VMEM: two reads" in huge.why
+    assert "a unit of 140.6 MiB does not fit in VMEM: two reads" in huge.why
 
 
 @pytest.mark.parametrize("name", ["scale", "bias"])

@@ -425,15 +425,18 @@ def test_bytes_of_heads() -> None:
 
 def test_heads_that_fall_back() -> None:
     for case, why in (
-        (Case("group_norm", (4, 768), (("num_groups", 6),)), "they share the lanes"),
-        (Case("rms_norm", (9, 3, 256), OF_HEADS), "no number of them fills a chunk's"),
+        (
+            Case("group_norm", (4, 768), (("num_groups", 6),)),
+            "the groups share the lanes",
+        ),
+        (Case("rms_norm", (9, 3, 256), OF_HEADS), "no whole number of groups fills"),
         (
             Case(
                 "rms_norm",
                 (2, 9, 16, 5, 128),
                 (("reduction_axes", -1), ("feature_axes", (-3, -2, -1))),
             ),
-            "not all lie in front of the rows",
+            "some groups do not lie in front of the rows",
         ),
     ):
         answer = tpu.plan(call_of(case), Device("TPU v5 lite"))

@@ -1005,16 +1005,16 @@ def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
     if call.half:
         launch = moments if forwards else sums
     if not call.wanted[0]:
-        variant, why = ", sums", "sums alone are wanted: one read"
+        variant, why = ", sums", "only sums are wanted: one read"
     elif call.half:
         variant = call.half_name
-        why = "statistics cross devices: XLA normalizes, in a second read"
+        why = "statistics cross devices: XLA normalizes in a second read"
     else:
         variant = ", two reads"
         why = (
             f"a group's {view.s} pixels do not fit the shared memory of {cluster} "
-            "blocks, two to a multiprocessor: two reads, the second one in XLA's code, "
-            "which normalizes with what follows"
+            "blocks at two blocks per multiprocessor: two reads, the second by XLA, "
+            "which fuses the normalization with what follows"
         )
     run = functools.partial(launch, config, last, call)
     return _kernel(call, config, run, variant, why)

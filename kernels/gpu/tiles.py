@@ -234,12 +234,12 @@ class Config:
     def why(self) -> str:
         """Why the row's length led to this division, in words."""
         if not self.long:
-            return f"{self.lanes} lanes hold a row, whose sums need no barrier"
+            return f"{self.lanes} lanes hold a row; its sums need no barrier"
         hold = "a warpgroup holds"
         if self.parts > 1:
             hold = f"{self.parts} warpgroups hold"
         where = "device" if self.cluster > 1 else "shared"
-        return f"{hold} a row, whose sums meet in {where} memory"
+        return f"{hold} a row; its sums meet in {where} memory"
 
 
 def configure(

@@ -87,14 +87,16 @@ WIDE = 2 * LANES
 # 4.3 with flax's layer and with the reference, 8.3 with the kernel. GroupNorm and SiLU:
 # 4.3, 4.3 and 11.2.
 BETWEEN_CONVOLUTIONS = (
-    "images, on a TPU: XLA fuses the sums into the convolution before, and the rest "
-    "into what follows, where a kernel reads and writes once more; a norm that stands "
-    "alone moves less with the kernel, which fusednorm.use_backend('mosaic_tpu') runs"
+    "images, on a TPU: XLA fuses the sums into the convolution before and the rest "
+    "into what follows, while a kernel reads and writes the tensor once more; a norm "
+    "that stands alone moves less with the kernel, which "
+    "fusednorm.use_backend('mosaic_tpu') runs"
 )
 
 COPIED = (
-    "XLA has fewer than 8 pixels of this array to a tile of a TPU's memory: x and y "
-    "would be copied around a kernel, which fusednorm.use_backend('mosaic_tpu') runs"
+    "XLA puts fewer than 8 pixels of this array into a tile of a TPU's memory: x and "
+    "y would be copied around a kernel, which fusednorm.use_backend('mosaic_tpu') "
+    "runs"
 )
 
 SPILLED = 8  # values per channel of a unit that `complete` keeps in VMEM
@@ -895,7 +897,7 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         least = _vmem(call, dataclasses.replace(cuts[0], unit=1), whole=False)
         return Fallback(
             f"{view.features} channels: a block takes {least:,} bytes of VMEM, a "
-            f"kernel has {chip.vmem:,}"
+            f"kernel may use {chip.vmem:,}"
         )
     cut = cast(AnyCut, fits.shared_by(chip.cores))
     launch = Launch(call, shape.order, cut, whole, _vmem(call, cut, whole=whole))
@@ -907,17 +909,17 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     if call.half:
         run = launch.moments if call.op == "forward" else launch.sums
         variant = call.half_name
-        why = "statistics cross devices: XLA normalizes, in a second read"
+        why = "statistics cross devices: XLA normalizes in a second read"
     elif not call.wanted[0]:
-        variant, why = ", sums", "sums alone are wanted: one read"
+        variant, why = ", sums", "only sums are wanted: one read"
     elif not whole:
         variant = ", two reads"
         why = (
-            f"a unit of {size:.1f} MiB does not fit VMEM: two reads, the second one in "
-            "XLA's code, which normalizes with what follows"
+            f"a unit of {size:.1f} MiB does not fit in VMEM: two reads, the second by "
+            "XLA, which fuses the normalization with what follows"
         )
     elif cut.blocks == 1:
-        why = "a block has whole samples: one read"
+        why = "a block holds whole samples: one read"
     return Kernel(
         backend="mosaic_tpu",
         name=f"channelwise {call.op}{variant}",

@@ -663,7 +663,9 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         own = len(order) - 2
         axes = call.norm.feature_axes[:-1]
         if order[own - len(axes) : own] != axes:
-            return _in_groups(groups, "not all lie in front of the rows in memory")
+            return _in_groups(
+                groups, "some groups do not lie in front of the rows in memory"
+            )
     down = None
     if order[-1] != natural[-1]:
         down = down_sublanes(_transposed(call, order), chip, groups, own)
@@ -674,7 +676,7 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     if isinstance(blocks, Fallback):
         return blocks
     blocks = blocks.shared_by(chip.cores)
-    lie = "features down the sublanes" if down else "rows lie contiguous"
+    lie = "features down the sublanes" if down else "rows are contiguous"
     if isinstance(blocks, Turned):
         lie += ", transposed in registers"
     launch: Callable[..., list[jax.Array]]
@@ -787,12 +789,14 @@ def across_lanes(
     period = 1
     if groups > 1 and own == 0:
         if call.x.shape[-1] != features:
-            return _in_groups(groups, "they share the lanes")
+            return _in_groups(groups, "the groups share the lanes")
         period = math.lcm(groups, LANES if lanes == LANES else SUBLANES)
         if lanes == LANES:
             chunk_rows -= chunk_rows % period
         if chunk_rows == 0 or chunk_rows % period:
-            return _in_groups(groups, "no number of them fills a chunk's registers")
+            return _in_groups(
+                groups, "no whole number of groups fills a chunk's registers"
+            )
     # Values per feature: for each row of a period, two buffers each for scale, bias (in
     # a backward only before an activation) and results; then the accumulators of dscale
     # and dbias.
@@ -804,7 +808,7 @@ def across_lanes(
     if need > chip.vmem:
         return Fallback(
             f"{features} features: {block_rows} rows take {need:,} bytes of VMEM, a "
-            f"kernel has {chip.vmem:,}"
+            f"kernel may use {chip.vmem:,}"
         )
 
     examples = math.prod(call.x.shape[:own])
@@ -817,7 +821,7 @@ def across_lanes(
         if inner % least and slab_bytes >= SLAB_BYTES:
             rows, slabs = inner, rows // inner
             if period > 1 and inner % groups:
-                return _in_groups(groups, "several axes make them")
+                return _in_groups(groups, "the groups span several axes")
     if lanes > LANES:
         chunk_rows = min(chunk_rows, max(pl.next_power_of_2(rows), least, period))
         together = 1
