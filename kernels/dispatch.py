@@ -19,7 +19,7 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType
 
 from fusednorm.kernels.geometry import Geometry, geometry
-from fusednorm.reference import Norm, each_its_own
+from fusednorm.reference import Norm, is_per_element
 
 BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
 
@@ -43,7 +43,7 @@ class Call:
       op: "forward", or "backward" (dx, dscale, dbias).
       norm: axes, groups, epsilon, dtype of y.
       x, scale, bias, dy: shape and dtype of each, or None if absent.
-      beside: shape and dtype of the residual that a forward adds to x, or of dh, to
+      addend: shape and dtype of the residual that a forward adds to x, or of dh, to
         which a backward adds dx; None if absent.
       shortcut: shape and dtype of the array that is added to z before the activation;
         None if absent.
@@ -60,7 +60,7 @@ class Call:
     scale: jax.ShapeDtypeStruct | None = None
     bias: jax.ShapeDtypeStruct | None = None
     dy: jax.ShapeDtypeStruct | None = None
-    beside: jax.ShapeDtypeStruct | None = None
+    addend: jax.ShapeDtypeStruct | None = None
     shortcut: jax.ShapeDtypeStruct | None = None
     mask: bool = False
     statistics: bool = False
@@ -88,7 +88,7 @@ class Call:
     @property
     def sum_dtype(self) -> jnp.dtype:
         """Dtype of h = x + residual."""
-        dtypes = [a.dtype for a in (self.x, self.beside) if a is not None]
+        dtypes = [a.dtype for a in (self.x, self.addend) if a is not None]
         return jnp.result_type(*dtypes)
 
     @property
@@ -125,7 +125,7 @@ class Call:
     @property
     def scales_each(self) -> bool:
         """Whether each element of x has its own scale."""
-        return self.scale is not None and each_its_own(self.scale, self.x)
+        return self.scale is not None and is_per_element(self.scale, self.x)
 
     @property
     def summed(self) -> tuple[str, ...]:
@@ -364,7 +364,7 @@ def _first_half(call: Call) -> Call:
         return dataclasses.replace(
             call, scale=None, bias=None, shortcut=None, statistics=True
         )
-    return dataclasses.replace(call, beside=None, wanted=(*call.wanted[:3], False))
+    return dataclasses.replace(call, addend=None, wanted=(*call.wanted[:3], False))
 
 
 def _refusal(call: Call) -> str | None:
@@ -373,10 +373,10 @@ def _refusal(call: Call) -> str | None:
         return "mask given"
     if call.op == "backward" and not any(call.wanted[:3]):
         return "the shortcut's gradient alone is wanted: elementwise, and XLA's"
-    for name in ("x", "scale", "bias", "dy", "beside", "shortcut"):
+    for name in ("x", "scale", "bias", "dy", "addend", "shortcut"):
         operand = getattr(call, name)
         if operand is not None and operand.dtype.name not in _KERNEL_DTYPES:
-            if name == "beside":
+            if name == "addend":
                 name = "residual" if call.op == "forward" else "dh"
             return (
                 f"{operand.dtype.name} {name}; kernels take {_either(_KERNEL_DTYPES)}"

@@ -144,7 +144,7 @@ def _choice(call: dispatch.Call, answer: dispatch.Kernel | Fallback) -> Choice:
         plan=answer,
         activation=call.norm.activation or "",
         scale_offset=call.norm.scale_offset,
-        residual=call.beside is not None,
+        residual=call.addend is not None,
         own=next((str(p.shape) for p in params if len(p.shape) > 1), ""),
         shortcut=call.shortcut is not None,
     )

@@ -49,7 +49,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fusednorm.kernels import norm as op
-from fusednorm.reference import ACTIVATIONS, Norm, at_least_float32, each_its_own
+from fusednorm.reference import ACTIVATIONS, Norm, at_least_float32, is_per_element
 
 Axes = int | Iterable[int]
 Maybe = ArrayLike | None
@@ -559,7 +559,7 @@ def _params(
     """
     own_scale, shared = _param(scale, "scale", spec, x), _param(bias, "bias", spec, x)
     added: Any = None if shortcut is None else _residual(shortcut, x)
-    if shared is not None and each_its_own(shared, x):
+    if shared is not None and is_per_element(shared, x):
         own, shared = shared, None
         added = own if added is None else own.astype(spec.compute_dtype) + added
     if added is not None and not jnp.issubdtype(added.dtype, jnp.inexact):

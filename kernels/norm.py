@@ -85,7 +85,7 @@ def normalize(
     norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
     if _is_plain(norm, x.dtype):
         return _plain(norm, x, scale, bias, mask, shortcut)[0]
-    operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
+    operands = _varying_alike(norm, x, scale, bias, mask, None, shortcut)
     return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
 
 
@@ -112,7 +112,7 @@ def normalize_with_moments(
     norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
     if _is_plain(norm, x.dtype):
         return _plain(norm, x, scale, bias, mask, shortcut)
-    operands = _alike_over_devices(norm, x, scale, bias, mask, None, shortcut)
+    operands = _varying_alike(norm, x, scale, bias, mask, None, shortcut)
     y, *statistics = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, statistics=True
     )
@@ -145,7 +145,7 @@ def normalize_sum(
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         return normalize(norm, h, scale, bias, mask, shortcut, **crossing), h
-    operands = _alike_over_devices(norm, x, scale, bias, mask, residual, shortcut)
+    operands = _varying_alike(norm, x, scale, bias, mask, residual, shortcut)
     y, h = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, carries=True
     )
@@ -195,7 +195,7 @@ def _is_plain(norm: Norm, *dtypes: Any) -> bool:
     )
 
 
-def _alike_over_devices(norm: Norm, x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
+def _varying_alike(norm: Norm, x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
     """Makes all operands vary over the same manual axes of a `jax.shard_map`.
 
     Parameters are the same on every device of an axis, but x is not. The cast marks the
@@ -338,12 +338,12 @@ def _norm_formula(
     norm: Norm,
     carries: bool,
     statistics: bool,
-    sparing: reference.Sparing = None,
+    tuned_for: reference.TunedFor = None,
 ) -> list[jax.Array]:
     x, scale, bias, mask, residual, shortcut = operands
-    h = x if residual is None else reference.add(x, residual, sparing=sparing)
+    h = x if residual is None else reference.add(x, residual, tuned_for=tuned_for)
     y, mean, var = reference.forward(
-        norm, h, scale, bias, mask, shortcut, sparing=sparing
+        norm, h, scale, bias, mask, shortcut, tuned_for=tuned_for
     )
     found = [y, h] if carries else [y]
     return found + [r for r in (mean, var) if statistics and r is not None]
@@ -362,10 +362,10 @@ def _gradient_formula(
     norm: Norm,
     wanted: tuple[bool, bool, bool, bool],
     own_params: int,
-    sparing: reference.Sparing = None,
+    tuned_for: reference.TunedFor = None,
 ) -> list[jax.Array]:
     results = reference.backward(
-        norm, *operands, own_params=own_params, wanted=wanted[:3], sparing=sparing
+        norm, *operands, own_params=own_params, wanted=wanted[:3], tuned_for=tuned_for
     )
     return [result for result, want in zip(results, wanted, strict=True) if want]
 
@@ -384,7 +384,7 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
             "norm",
             "carries",
             "statistics",
-            "sparing",
+            "tuned_for",
             "wanted",
             "own_params",
         ),
@@ -403,8 +403,8 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
                 primitive, ctx.avals_in, params, target, backend
             )
             bind = functools.partial(primitive.bind, **{**params, "backend": backend})
-            if sparing := _sparing(call, target):
-                implementation = functools.partial(implementation, sparing=sparing)
+            if tuned_for := _tuned_for(call, target):
+                implementation = functools.partial(implementation, tuned_for=tuned_for)
             if isinstance(answer, dispatch.Fallback):
                 pass
             elif spread is not None:
@@ -438,20 +438,20 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
     return primitive
 
 
-def _sparing(call: dispatch.Call, target: dispatch.Target) -> reference.Sparing:
-    """Returns the `sparing` of the reference: the compiler that it should favour.
+def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedFor:
+    """Returns the `tuned_for` of the reference: the compiler that it should favour.
 
-    It is None unless the target is one CPU or one TPU. See `Sparing` in
+    It is None unless the target is one CPU or one TPU. See `TunedFor` in
     reference/norm.py.
 
-    On a TPU only the forward is sparing. Both sums are then part of the convolution
+    On a TPU only the forward is tuned. Both sums are then part of the convolution
     that makes x, and x is read once less. A norm of 200 x 28 x 28 x 512 in bfloat16
     between two convolutions, compiled for a v5e, then moves 4.3 tensors rather than
     5.3; flax's moves 4.3.
 
-    On a CPU the forward is not sparing where XLA makes one loop of the whole norm,
+    On a CPU the forward is not tuned where XLA makes one loop of the whole norm,
     which a branch would break up. XLA does so from 4096 statistics on, except in
-    groups. Times relative to flax, sparing vs not sparing:
+    groups. Times relative to flax, tuned vs not tuned:
 
     - float32: 4095 rows of 512 features: 0.97 vs 1.26; 100000 of 64: 1.25 vs 1.01
     - bfloat16: 732 rows of 8192: 1.07 vs 1.25; 16384 of 1024: 2.89 vs 1.26
@@ -460,9 +460,10 @@ def _sparing(call: dispatch.Call, target: dispatch.Target) -> reference.Sparing:
     - groups of (64, 128): 1.48 vs 1.04; with 2048 statistics of only 4 numbers each,
       the branch does not pay off
 
-    On a CPU the backward of rows is not sparing if only dx is wanted, or only dscale
-    and dbias: XLA makes one loop of that too. But sparing is faster for dx with fewer
-    rows or in half precision, and in groups, where the loop is slow. Times as above:
+    On a CPU the backward of rows is not tuned if only dx is wanted, or only dscale
+    and dbias: XLA makes one loop of that too. But the tuned code is faster for dx with
+    fewer rows or in half precision, and in groups, where the loop is slow. Times as
+    above:
 
     - 4096 rows of 512, dx of LayerNorm: 1.52 vs 0.76; dx of RMSNorm: 1.22 vs 0.88;
       dscale of RMSNorm: 2.2 vs 0.94
@@ -631,7 +632,7 @@ def call_of(
             x=x,
             scale=scale,
             bias=bias,
-            beside=residual,
+            addend=residual,
             shortcut=shortcut,
             mask=mask is not None,
             statistics=params["statistics"],
@@ -644,7 +645,7 @@ def call_of(
         scale=scale,
         bias=bias,
         dy=dy,
-        beside=dh,
+        addend=dh,
         shortcut=shortcut,
         mask=mask is not None,
         wanted=params["wanted"],
@@ -684,7 +685,7 @@ def _norm_jvp(
     if residual is not None:
         dots = [d.astype(h.dtype) for d in (h_dot, residual_dot) if d is not None]
         if dots:
-            h_dot = parts.lying_as(jax.typeof(h), functools.reduce(jnp.add, dots))
+            h_dot = parts.resharded_like(jax.typeof(h), functools.reduce(jnp.add, dots))
     mean, var = moments if norm.center else (None, *moments)
     passes = carries and h_dot is not None
     moving = (h_dot, scale_dot, bias_dot, shortcut_dot)
@@ -731,7 +732,7 @@ def _tangent_transpose(
         adds_dy = wanted[3] and norm.activation is None
         wanted[3] = wanted[3] and not adds_dy
         # If each element has its own scale, dscale is elementwise, not a sum.
-        each = scale is not None and reference.each_its_own(scale, x)
+        each = scale is not None and reference.is_per_element(scale, x)
         summed = [
             dot.aval
             for dot in (dots[2:3] if each else dots[1:3])
@@ -768,7 +769,7 @@ def _sum_to(value: jax.Array, aval: Any) -> jax.Array:
             if own != kept
         ]
         value = jnp.sum(value, axis=shared, keepdims=True).reshape(aval.shape)
-    return parts.lying_as(aval, value).astype(aval.dtype)
+    return parts.resharded_like(aval, value).astype(aval.dtype)
 
 
 def _formula_jvp(
@@ -857,7 +858,7 @@ def _batch(
     results = primitive.bind(
         *[operand for operand in operands if operand is not None],
         tree=tree,
-        norm=norm.behind(1),
+        norm=norm.with_leading_axes(1),
         **params,
     )
     return results, [0] * len(results)

@@ -81,7 +81,7 @@ def backward_shapes(
     params = _param(norm, scale), _param(norm, bias)
     given = every, every, *params, statistic, statistic, _mask(mask), every, every
     own = (*range(own_params), norm.feature_axes[0])
-    each = scale is not None and reference.each_its_own(scale, x)
+    each = scale is not None and reference.is_per_element(scale, x)
     results = every, every if each else own, own, every
     sums = False, not each, True, False
     return Shapes(
@@ -319,7 +319,7 @@ def explicit_devices(mesh: Any) -> int:
     return _size(mesh, tuple(_explicit(mesh)))
 
 
-def lying_as(like: Any, array: jax.Array) -> jax.Array:
+def resharded_like(like: Any, array: jax.Array) -> jax.Array:
     """Returns the array, sharded as the type of `like` says."""
     spec, sharding = like.sharding.spec, jax.typeof(array).sharding
     if spec == sharding.spec:

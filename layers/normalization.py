@@ -519,10 +519,10 @@ class BatchNorm(nnx.BatchNorm):
             before = average[...]
             # If types say how running statistics are sharded, keep that sharding.
             like = jax.typeof(before)
-            batch = parts.lying_as(like, batch)
+            batch = parts.resharded_like(like, batch)
             moved = self.momentum * before + (1 - self.momentum) * batch
             if not isinstance(counted, bool):
-                counted = parts.lying_as(like, counted)
+                counted = parts.resharded_like(like, counted)
             moved = jnp.where(counted, moved, before)
             moved = jnp.real(moved).astype(before.dtype)
             average.set_value(jax.lax.stop_gradient(moved))

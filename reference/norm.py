@@ -49,7 +49,7 @@ Count = int | jax.Array
 
 # Platform for which the reference takes the form that its compiler runs fastest, if one
 # device holds all of x.
-Sparing = Literal["cpu", "tpu"] | None
+TunedFor = Literal["cpu", "tpu"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Norm:
             reduced[-1] = self.num_groups
         return tuple(reduced)
 
-    def behind(self, new_axes: int) -> "Norm":
+    def with_leading_axes(self, new_axes: int) -> "Norm":
         """Returns the normalization for arrays with `new_axes` more leading axes."""
         return dataclasses.replace(
             self,
@@ -175,7 +175,7 @@ def _groups(norm: Norm, per_channel: jax.Array) -> jax.Array:
     return jnp.sum(_reshape(per_channel, (*lead, groups, channels // groups)), -1)
 
 
-def _about(norm: Norm, x: jax.Array, mean: jax.Array | None) -> jax.Array:
+def _centred(norm: Norm, x: jax.Array, mean: jax.Array | None) -> jax.Array:
     """Returns x - mean, in `norm.compute_dtype`."""
     x = x.astype(norm.compute_dtype)
     return x if mean is None else x - _channels(norm, mean, x)
@@ -311,7 +311,7 @@ def moments(
     x: jax.Array,
     mask: jax.Array | None = None,
     *,
-    sparing: Sparing = None,
+    tuned_for: TunedFor = None,
 ) -> tuple[Count, jax.Array | None, jax.Array]:
     """Returns count, mean and centred sum of squares of the local part of x.
 
@@ -319,7 +319,7 @@ def moments(
       norm: the normalization.
       x: any shape; any float or complex dtype.
       mask: None, or bool of x's rank that broadcasts to x: the elements that count.
-      sparing: centre the squares only if some mean is far from 0, and only for that
+      tuned_for: centre the squares only if some mean is far from 0, and only for that
         mean. XLA's CPU code then sums x and x^2 side by side, 1.3 times as fast as one
         after the other, in chunks if x has 16 bits. Its TPU code accumulates both where
         x is produced. Leave it None on GPUs, where a branch costs more, and where XLA
@@ -333,14 +333,14 @@ def moments(
       m2: sum of |x - mean|^2, real.
     """
     count = _count(norm, x, mask)
-    chunked = sparing == "cpu" and _is_narrow(norm, x)
+    chunked = tuned_for == "cpu" and _is_narrow(norm, x)
     chunks = _chunks(norm, x, 0) if chunked else None
 
     def total(x: jax.Array, mask: Any) -> jax.Array:
         return _total(norm, x.astype(norm.compute_dtype), mask)
 
     def squares(x: jax.Array, mask: Any, mean: Any = None) -> jax.Array:
-        return _total(norm, _abs_squared(_about(norm, x, mean)), mask)
+        return _total(norm, _abs_squared(_centred(norm, x, mean)), mask)
 
     def both(x: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array]:
         return total(x, mask), squares(x, mask)
@@ -350,7 +350,7 @@ def moments(
 
     if not norm.center:
         return count, None, add_up(squares, x, mask)
-    if not sparing:
+    if not tuned_for:
         mean = _divided(total(x, mask), count)
         return count, mean, squares(x, mask, mean)
     sum_x, about_0 = add_up(both, x, mask)
@@ -451,7 +451,7 @@ def _affine(
     factor = _channels(norm, lax.rsqrt(var + norm.epsilon), x)
     if scale is not None:
         factor = factor * norm.weight(_spread(norm, scale, x))
-    z = _about(norm, x, mean) * factor
+    z = _centred(norm, x, mean) * factor
     if bias is not None:
         z = z + _spread(norm, bias, x)
     if shortcut is not None:
@@ -459,7 +459,7 @@ def _affine(
     return z
 
 
-def add(x: jax.Array, residual: jax.Array, *, sparing: Sparing = None) -> jax.Array:
+def add(x: jax.Array, residual: jax.Array, *, tuned_for: TunedFor = None) -> jax.Array:
     """Computes h = x + residual, rounded to the dtype that the two promote to.
 
     In half precision XLA may drop a rounding that is followed by arithmetic in float32.
@@ -467,16 +467,16 @@ def add(x: jax.Array, residual: jax.Array, *, sparing: Sparing = None) -> jax.Ar
 
     Args:
       x, residual: arrays of the same shape.
-      sparing: "cpu" lets an optimization barrier keep the rounding, as it does in XLA's
-        CPU code, instead of an explicit rounding, which takes longer. A sum and RMSNorm
-        of 1464 x 4096 in bfloat16 takes 1.03 times flax's time with the barrier and 1.3
-        with the rounding. Where XLA makes one loop of sum and norm, a barrier would
-        break it up.
+      tuned_for: "cpu" lets an optimization barrier keep the rounding, as it does in
+        XLA's CPU code, instead of an explicit rounding, which takes longer. A sum and
+        RMSNorm of 1464 x 4096 in bfloat16 takes 1.03 times flax's time with the barrier
+        and 1.3 with the rounding. Where XLA makes one loop of sum and norm, a barrier
+        would break it up.
     """
     h = x + residual
     if jnp.finfo(h.dtype).bits >= 32:
         return h
-    if sparing == "cpu":
+    if tuned_for == "cpu":
         return lax.optimization_barrier(h)
     wide = x.astype(jnp.float32) + residual.astype(jnp.float32)
     to = jnp.finfo(h.dtype)
@@ -491,7 +491,7 @@ def forward(
     mask: jax.Array | None = None,
     shortcut: jax.Array | None = None,
     *,
-    sparing: Sparing = None,
+    tuned_for: TunedFor = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Normalizes x.
 
@@ -501,7 +501,7 @@ def forward(
       scale, bias, shortcut: as for `apply`; any real dtype.
       mask: None, or bool of x's rank that broadcasts to x: the elements that enter the
         statistics. All elements are normalized.
-      sparing: as for `moments`.
+      tuned_for: as for `moments`.
 
     Returns:
       y: x's shape, `norm.dtype`.
@@ -510,7 +510,7 @@ def forward(
         follows from var, but var does not follow from rstd where var is far below
         epsilon.
     """
-    here = moments(norm, x, mask, sparing=sparing)
+    here = moments(norm, x, mask, tuned_for=tuned_for)
     count, mean, m2 = combine(norm, *here)
     var = variance(count, m2)
     return apply(norm, x, mean, var, scale, bias, shortcut), mean, var
@@ -544,7 +544,7 @@ def tangent(
     """
     dtype = norm.compute_dtype
     rstd = _channels(norm, lax.rsqrt(var + norm.epsilon), x)
-    x_hat = _about(norm, x, mean) * rstd
+    x_hat = _centred(norm, x, mean) * rstd
 
     z_dot = jnp.zeros_like(x_hat)
     if x_dot is not None:
@@ -586,7 +586,7 @@ def moments_tangent(
     mean_dot = None
     if mean is not None:
         mean_dot = _mean(norm, _total(norm, step, mask), count)
-    moved = _total(norm, _about(norm, x, mean) * step, mask)
+    moved = _total(norm, _centred(norm, x, mean) * step, mask)
     return mean_dot, 2 * _mean(norm, moved, count)
 
 
@@ -604,7 +604,7 @@ def backward(
     *,
     own_params: int = 0,
     wanted: Sequence[bool] = (True, True, True),
-    sparing: Sparing = None,
+    tuned_for: TunedFor = None,
 ) -> tuple[Any, Any, Any, jax.Array]:
     """Computes the gradients of <dy, y> with respect to x, scale, bias and shortcut.
 
@@ -621,7 +621,7 @@ def backward(
       own_params: number of leading axes of x along which dscale and dbias keep separate
         entries instead of being summed.
       wanted: which of dx, dscale and dbias to compute; the others may be None.
-      sparing: "cpu" computes sums in chunks, or for small arrays dz, c1 and c2 only
+      tuned_for: "cpu" computes sums in chunks, or for small arrays dz, c1 and c2 only
         once. XLA's CPU code otherwise recomputes dz, for example an activation's
         derivative, in each of the loops below, and makes one loop of a row's sums and
         dx. GroupNorm of 1024 x 256 in 32 groups then takes 2.0 times flax's time,
@@ -639,9 +639,9 @@ def backward(
     own = max([own_params, *(p.ndim - 1 for p in (scale, bias) if p is not None)])
     pixel_axes = _pixel_axes(norm)
     of_rows = not pixel_axes or x.ndim - 1 in pixel_axes
-    chunked = sparing and (of_rows or _is_narrow(norm, x, dy))
+    chunked = tuned_for and (of_rows or _is_narrow(norm, x, dy))
     chunks = _chunks(norm, x, own) if chunked else None
-    if sparing and not chunks:
+    if tuned_for and not chunks:
         dz = lax.optimization_barrier(dz)
     if chunks:
         sums = _backward_sums_in_chunks(norm, given, own_params, wanted, *chunks)
@@ -650,15 +650,15 @@ def backward(
     dx, dscale, dbias = None, sums.get("dscale"), sums.get("dbias")
     if wanted[0]:
         totals = [sums[name] for name in ("c1", "c2")[: 1 + norm.center]]
-        if sparing:
+        if tuned_for:
             totals = lax.optimization_barrier(totals)
         count = _across(norm, _count(norm, x, mask))
         c1, *rest = [_mean(norm, total, count) for total in totals]
         c2 = rest[0] if rest else None
         dx = input_gradient(norm, dz, x, scale, mean, var, c1, c2, mask, dh)
-    if scale is not None and each_its_own(scale, x):
+    if scale is not None and is_per_element(scale, x):
         rstd = _channels(norm, lax.rsqrt(var + norm.epsilon), x)
-        each = dz.astype(norm.compute_dtype) * (_about(norm, x, mean) * rstd)
+        each = dz.astype(norm.compute_dtype) * (_centred(norm, x, mean) * rstd)
         dscale = each.astype(scale.dtype)
     dshortcut = dz.astype(dy.dtype if shortcut is None else shortcut.dtype)
     return dx, dscale, dbias, dshortcut
@@ -686,7 +686,7 @@ def _backward_sums(
 
     # Sum over the pixels first: all that follows needs only these two sums per channel.
     sum_dz = _sum(wide_dz, pixel_axes)
-    sum_dz_centred = _sum(wide_dz * _about(norm, x, mean), pixel_axes)
+    sum_dz_centred = _sum(wide_dz * _centred(norm, x, mean), pixel_axes)
 
     weight = _weight(norm, scale, x)
     sums = {"c1": _groups(norm, _sum(weight * sum_dz_centred, other_axes)) * rstd}
@@ -737,7 +737,7 @@ def _backward_sums_in_chunks(
     return in_chunks(sums, given, given[1], axis, size)
 
 
-def each_its_own(param: Any, x: Any) -> bool:
+def is_per_element(param: Any, x: Any) -> bool:
     """Tells whether a scale or bias has a separate entry for each element of x."""
     return len(param.shape) > 1 and param.shape == x.shape
 
@@ -791,7 +791,7 @@ def input_gradient(
     rstd = lax.rsqrt(var + norm.epsilon)
     weight = _weight(norm, scale, x)
     # x_hat * c1, with x_hat's rstd multiplied into c1
-    through_statistics = _about(norm, x, mean) * _channels(norm, rstd * c1, x)
+    through_statistics = _centred(norm, x, mean) * _channels(norm, rstd * c1, x)
     if c2 is not None:
         through_statistics = through_statistics + _channels(norm, c2, x)
     through_statistics = _masked(through_statistics, mask)

@@ -128,7 +128,7 @@ def test_a_ragged_line_that_is_loaded_alone(kernels: None) -> None:
     assert isinstance(kernel, Kernel)
     config = kernel.launch.args[0]  # type: ignore[attr-defined]
     whole = config.pixels // config.workers // config.line
-    assert whole % config.held == 0
+    assert whole % config.lines_at_once == 0
     assert config.lines == whole + 1
     run(case, "resident")
 
@@ -584,7 +584,7 @@ def test_bytes_of_channels_on_a_gpu() -> None:
     of_samples = (2 * 8 + 1) * param  # written, read and reduced
     assert moved(forward) == 2 * x + 2 * param + statistics
     assert moved(backward) == 3 * x + param + statistics + 2 * of_samples
-    carried = dataclasses.replace(backward, beside=backward.x)
+    carried = dataclasses.replace(backward, addend=backward.x)
     assert moved(carried) == moved(backward) + x
     across = dataclasses.replace(backward.norm, over=("d",))
     half = dataclasses.replace(backward, norm=across)

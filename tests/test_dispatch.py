@@ -463,10 +463,10 @@ def test_gpus_of_both_makers(
     ("op", "name", "said"),
     [
         ("forward", "bias", "bias"),
-        ("forward", "beside", "residual"),
+        ("forward", "addend", "residual"),
         ("forward", "shortcut", "shortcut"),
         ("backward", "dy", "dy"),
-        ("backward", "beside", "dh"),
+        ("backward", "addend", "dh"),
         ("backward", "shortcut", "shortcut"),
     ],
 )
@@ -541,6 +541,6 @@ def test_half_of_a_call_reads_nothing_for_its_other_half(platform: str) -> None:
         return answer.bytes_moved
 
     assert moved() == moved(scale=param, bias=param, shortcut=x)
-    assert moved(dy=x, scale=param) == moved(dy=x, scale=param, beside=x)
+    assert moved(dy=x, scale=param) == moved(dy=x, scale=param, addend=x)
     behind = {"dy": x, "scale": param, "shortcut": x}
     assert moved(**behind) == moved(**behind, wanted=(True, True, True, True))

@@ -358,7 +358,7 @@ def test_a_backward_fills_the_device(
     """All of the 132 multiprocessors, or nearly all, have a block."""
     _, call = calls((8192, features), dtype)
     norm = dataclasses.replace(call.norm, activation=activation)
-    call = dataclasses.replace(call, norm=norm, beside=call.x if residual else None)
+    call = dataclasses.replace(call, norm=norm, addend=call.x if residual else None)
     if activation:
         call = dataclasses.replace(call, bias=call.scale)
     config, _, _, blocks = backward_grid(call)

@@ -746,8 +746,8 @@ def test_what_stands_beside_a_norm(stand_in: list[Call], mode: str) -> None:
         for op in ("forward", "backward")
     )
     assert forward.x.shape == backward.x.shape == (2, 8, 32)
-    assert forward.beside is not None
-    assert backward.beside is not None
+    assert forward.addend is not None
+    assert backward.addend is not None
     assert forward.own == 1
 
 

@@ -420,7 +420,7 @@ def test_shapes_of_real_models(backend: str, case: Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES[:2] + MASKED[2:], ids=str)
-def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
+def test_the_tuned_variance_is_right_and_keeps_to_itself(case: Case) -> None:
     """On one CPU device, squares are centred where a mean is far from 0, nowhere else.
 
     A statistic far from 0 is right, and others are bitwise the same as without it.
@@ -433,9 +433,9 @@ def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
         "instance_norm": np.s_[0, ..., -1],
     }.get(case.kind, np.s_[0])
     far[one_statistic] += 3000
-    sparing = jax.jit(lambda x: reference.moments(spec, x, sparing="cpu")[1:])
+    tuned_for = jax.jit(lambda x: reference.moments(spec, x, tuned_for="cpu")[1:])
     truth = case.truth(far, scale, bias, dy)
-    (mean, m2), (near_mean, near_m2) = sparing(far), sparing(x)
+    (mean, m2), (near_mean, near_m2) = tuned_for(far), tuned_for(x)
     assert_close(m2 * (m2.size / x.size), truth.var, truth.bounds["var"])
     same = np.abs(truth.mean) < 100
     assert 0 < same.sum() < same.size
@@ -446,7 +446,9 @@ def test_the_sparing_variance_is_right_and_keeps_to_itself(case: Case) -> None:
 def test_squares_are_centred_before_they_lose_digits() -> None:
     """Squares are centred from a mean of two deviations on."""
     x = np.random.default_rng(25).normal(6, 1, (64, 4096)).astype("float32")
-    found = jax.jit(lambda x: reference.moments(Norm((1,), (1,)), x, sparing="cpu"))(x)
+    found = jax.jit(lambda x: reference.moments(Norm((1,), (1,)), x, tuned_for="cpu"))(
+        x
+    )
     expected = np.var(x.astype("float64"), axis=1, keepdims=True)
     np.testing.assert_allclose(found[2] / 4096, expected, rtol=4 * EPS32)
 
@@ -506,10 +508,10 @@ def test_chunks_are_put_together_and_added_up(
     @jax.jit
     def run(dy: jax.Array, x: jax.Array) -> tuple:
         y, mean, var = reference.forward(
-            spec, x, scale, bias, shortcut=added, sparing="cpu"
+            spec, x, scale, bias, shortcut=added, tuned_for="cpu"
         )
         gradients = reference.backward(
-            spec, dy, x, scale, bias, mean, var, shortcut=added, sparing="cpu"
+            spec, dy, x, scale, bias, mean, var, shortcut=added, tuned_for="cpu"
         )
         return (y, var), gradients
 
@@ -537,8 +539,8 @@ def test_chunks_lose_no_more_than_one_sum(monkeypatch: pytest.MonkeyPatch) -> No
     truth = case.truth(x, scale, None, dy).dscale
     _, _, var = reference.forward(norm_of(case), x, scale, None)
 
-    def error(sparing: reference.Sparing) -> float:
-        run = functools.partial(reference.backward, norm_of(case), sparing=sparing)
+    def error(tuned_for: reference.TunedFor) -> float:
+        run = functools.partial(reference.backward, norm_of(case), tuned_for=tuned_for)
         _, dscale, *_ = jax.jit(run)(dy, x, scale, None, None, var)
         return float(np.sqrt(np.mean((dscale - truth) ** 2)))
 
@@ -665,10 +667,10 @@ def test_dy_is_kept_where_several_loops_read_it(
 
 
 @pytest.mark.parametrize(("platform", "branches"), [("tpu", 1), ("cuda", 0)])
-def test_a_forward_is_spared_where_a_branch_is_cheap(
+def test_a_forward_is_tuned_where_a_branch_is_cheap(
     platform: str, branches: int
 ) -> None:
-    """The forward is sparing on a TPU, but the backward is not.
+    """The forward is tuned for a TPU, but the backward is not.
 
     Without a barrier, dy may be computed where it is used.
     """

@@ -284,7 +284,7 @@ def test_the_cut_does_not_depend_on_the_number_of_samples(
         for call in calls(norm, (n, *shape), dtype):
             launch = planned(call)
             one = dataclasses.replace(launch.cut, samples=1, cores=1)
-            cuts.add((call.op, dtype, launch.order, launch.late, launch.whole, one))
+            cuts.add((call.op, dtype, launch.order, launch.deferred, launch.whole, one))
     assert len(cuts) == 4
 
 
@@ -424,7 +424,7 @@ def test_bytes_of_channels() -> None:
     two = moved(many, "TPU7x", 2)  # each core writes sums, which are read and reduced
     assert two == 8 * (3 * x + statistics) + (1 + 2 * 5) * param
     # XLA reads dx again and dh, and writes their sum.
-    carried = dataclasses.replace(backward, beside=backward.x)
+    carried = dataclasses.replace(backward, addend=backward.x)
     assert moved(carried, "TPU v5e") == 6 * x + 3 * param + statistics
     across = dataclasses.replace(backward.norm, over=("d",))
     half = dataclasses.replace(backward, norm=across)

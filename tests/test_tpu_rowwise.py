@@ -201,7 +201,7 @@ def test_both_ways_sum_in_the_same_order(features: int, width: int) -> None:
             def add_up(piece: Any, total: Any) -> Any:
                 return way.add(total, [way.part(chunk_ref, piece)[...]], piece)
 
-            sums_ref[...] = way.meet(*way.over_pieces(add_up))
+            sums_ref[...] = way.sum_features(*way.over_pieces(add_up))
 
         result = jax.ShapeDtypeStruct(shape, jnp.float32)
         return np.asarray(pl.pallas_call(kernel, result, interpret=True)(chunk))

@@ -60,7 +60,7 @@ class Workload:
     def tensors(self) -> int:
         """Number of arrays of x's size that are read or written."""
         call = self.call
-        given = [call.x, call.dy, call.beside, call.shortcut]
+        given = [call.x, call.dy, call.addend, call.shortcut]
         given += [call.scale] if call.scales_each else []
         count = sum(array is not None for array in given)
         if call.op == "forward":
@@ -103,7 +103,7 @@ class Workload:
             scale=x if self.own == "row" else param,
             bias=param if biased else None,
             dy=x if backward else None,
-            beside=x if self.residual else None,
+            addend=x if self.residual else None,
             shortcut=x if behind and for_z else None,
             statistics=self.op == "forward+statistics",
             wanted=(
@@ -133,7 +133,7 @@ class Workload:
         """Operands that the kernel's launch takes by name, as shapes and dtypes."""
         call = self.call
         beside = "residual" if call.op == "forward" else "dh"
-        others = {beside: call.beside, "shortcut": call.shortcut}
+        others = {beside: call.addend, "shortcut": call.shortcut}
         return {name: array for name, array in others.items() if array is not None}
 
 

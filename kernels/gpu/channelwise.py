@@ -67,20 +67,20 @@ from fusednorm.reference import Norm
 Moments = tuple[Any, Any, Any]
 
 
-def _seen(
+def _lane_moments(
     part: Part, center: bool, lines: Sequence[Any], values: Sequence[Columns]
 ) -> Moments:
     """Returns the moments that each lane saw in these lines, for each place in one."""
     count = strips.add(part.counted(line) for line in lines)
     if not center:
         squares = [v * v for v in values]
-        return count, None, strips.add(map(part.once, lines, squares))
-    mean = strips.add(map(part.once, lines, values)) / _at_least_1(count)
+        return count, None, strips.add(map(part.zero_repeats, lines, squares))
+    mean = strips.add(map(part.zero_repeats, lines, values)) / _at_least_1(count)
     squares = [(v - mean) * (v - mean) for v in values]
-    return count, mean, strips.add(map(part.once, lines, squares))
+    return count, mean, strips.add(map(part.zero_repeats, lines, squares))
 
 
-def _all_seen(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
+def _warpgroup_moments(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
     """Returns the moments of all lines of a warpgroup, for each place in a line.
 
     Reads x once.
@@ -91,7 +91,7 @@ def _all_seen(part: Part, center: bool, x: Any, *, keep: bool) -> Moments:
         if keep:
             for line, loaded in zip(lines, xs, strict=True):
                 part.keep("x", line, loaded)
-        return _seen(part, center, lines, [loaded.float32() for loaded in xs])
+        return _lane_moments(part, center, lines, [loaded.float32() for loaded in xs])
 
     def step(lines: Sequence[Any], seen: Moments) -> Moments:
         before = _float(lines[0])  # all earlier lines are whole: each counts once
@@ -120,7 +120,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
     return n, mean_a + apart * share, m2_a + m2_b + apart * apart * (n_a * share)
 
 
-def _of_block(
+def _block_moments(
     part: Part, pixels: Any, seen: Moments, to: Part | None = None
 ) -> list[Columns]:
     """Returns [mean, m2] or [m2] of the block's pixels, channel by channel.
@@ -141,7 +141,7 @@ def _of_block(
     return [to.total(total) / pixels, to.total(squares)]
 
 
-def _of_blocks(
+def _merged_moments(
     part: Part, config: Config, partials: Any, to: Part | None = None
 ) -> list[Columns]:
     """Returns [mean, m2] or [m2] of the pixels of all blocks, channel by channel.
@@ -149,9 +149,9 @@ def _of_blocks(
     Args:
       part: part that has the blocks as its pixels.
       config: how the pixels are cut into blocks.
-      partials: (samples, blocks, 2 or 1, channels), results of `_of_block` on each
+      partials: (samples, blocks, 2 or 1, channels), results of `_block_moments` on each
         block.
-      to: the same as for `_of_block`.
+      to: the same as for `_block_moments`.
     """
 
     def line_of(line: int) -> Moments:
@@ -159,11 +159,11 @@ def _of_blocks(
         *mean, m2 = (
             part.load(partials, line, i).float32() for i in range(partials.shape[2])
         )
-        count, m2 = part.once(line, pixels), part.once(line, m2)
+        count, m2 = part.zero_repeats(line, pixels), part.zero_repeats(line, m2)
         return count, mean[0] if mean else None, m2
 
     seen = functools.reduce(_merge, map(line_of, range(part.config.lines)))
-    return _of_block(part, float(config.pixels), seen, to)
+    return _block_moments(part, float(config.pixels), seen, to)
 
 
 def _at_least_1(n: Any) -> Any:
@@ -234,11 +234,11 @@ def forward(
         outputs |= _moments(call)
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        seen = _all_seen(part, norm.center, ref["x"], keep=True)
-        found = _of_block(part, _float(part.pixels), seen)
+        seen = _warpgroup_moments(part, norm.center, ref["x"], keep=True)
+        found = _block_moments(part, _float(part.pixels), seen)
         if config.blocks > 1:
             blocks = part.exchange(found)
-            found = _of_blocks(blocks, config, ref["partials"], to=part)
+            found = _merged_moments(blocks, config, ref["partials"], to=part)
         *mean, rstd = part.by_group(_group_statistics(norm, config, ref), *found)
 
         scale = _weight(norm, part, ref)
@@ -308,8 +308,8 @@ def moments(
     )
 
     def body(ref: dict[str, Any], part: Part) -> None:
-        seen = _all_seen(part, norm.center, ref["x"], keep=False)
-        for i, value in enumerate(_of_block(part, _float(part.pixels), seen)):
+        seen = _warpgroup_moments(part, norm.center, ref["x"], keep=False)
+        for i, value in enumerate(_block_moments(part, _float(part.pixels), seen)):
             part.store_channels(ref["partials"], value, part.sample, part.block, i)
 
     found = _launch(
@@ -321,7 +321,7 @@ def moments(
     )
 
     def combine(ref: dict[str, Any], part: Part) -> None:
-        values = _of_blocks(part, config, ref["partials"])
+        values = _merged_moments(part, config, ref["partials"])
         part.by_group(_group_statistics(norm, config, ref), *values)
 
     found = _launch(
@@ -382,7 +382,7 @@ def backward(
     def body(ref: dict[str, Any], part: Part) -> None:
         *mean, rstd = part.by_group(_given_statistics(call, ref))
         dz = _before_activation(norm, part, ref, rstd)
-        seen = _gradients_seen(part, names, ref, mean, dz, keep=True)
+        seen = _gradient_terms(part, names, ref, mean, dz, keep=True)
         found = [part.total(sums) for sums in part.add_up(*seen)]
         if config.blocks > 1:
             blocks = part.exchange(found)
@@ -540,7 +540,7 @@ def gradient_sums(
         if "var" in ref:
             rstd = _rstd(part.load_channels(ref["var"], part.sample), norm.epsilon)
         dz = _before_activation(norm, part, ref, rstd)
-        seen = _gradients_seen(part, names, ref, mean, dz, keep=False)
+        seen = _gradient_terms(part, names, ref, mean, dz, keep=False)
         for i, sums in enumerate(part.add_up(*seen)):
             at = (part.sample, part.block, i)
             part.store_channels(ref["partials"], part.total(sums), *at)
@@ -655,7 +655,7 @@ def _before_activation(
     return dz
 
 
-def _gradients_seen(
+def _gradient_terms(
     part: Part,
     names: Sequence[str],
     ref: dict[str, Any],
@@ -681,7 +681,7 @@ def _gradients_seen(
         if keep and shortcut:
             part.keep("dy", line, dy)
         both = {"dscale": dy * centred, "dbias": dy}
-        return [part.once(line, both[name]) for name in names]
+        return [part.zero_repeats(line, both[name]) for name in names]
 
     def step(lines: Sequence[Any], seen: list[Columns]) -> list[Columns]:
         loaded = [[part.load(ref[name], line) for name in streamed] for line in lines]
@@ -707,10 +707,10 @@ def _plus(a: Sequence[Columns], b: Sequence[Columns]) -> list[Columns]:
 
 
 def _sums_of_blocks(part: Part, partials: Any, to: Part | None = None) -> list[Columns]:
-    """Sums the results of a strip's blocks; the arguments are those of `_of_blocks`."""
+    """Sums the results of a strip's blocks. Takes `_merged_moments`' arguments."""
     sums = [
         strips.add(
-            part.once(line, part.load(partials, line, i).float32())
+            part.zero_repeats(line, part.load(partials, line, i).float32())
             for line in range(part.config.lines)
         )
         for i in range(partials.shape[2])
@@ -942,7 +942,7 @@ def _in_one_read(
     """Plans a kernel with the pixels in shared memory, or None if they do not fit."""
     view = _view(call)
     kept = call.kept_bytes
-    arrays = [a for a in (call.x, call.dy, call.beside, call.shortcut) if a is not None]
+    arrays = [a for a in (call.x, call.dy, call.addend, call.shortcut) if a is not None]
     dtypes = [array.dtype for array in arrays]
     if call.op == "forward":
         dtypes.append(call.norm.dtype)
@@ -1084,8 +1084,8 @@ def _bytes_moved(call: Call, config: Config) -> int:
         moved += size * x_size * (call.wanted[0] and not call.half)
         # For `call.half` the kernel writes c1 and c2, from which XLA makes dx.
         moved += statistics * (1 + (call.half and call.wanted[0]))
-        if call.beside is not None:
-            moved += size * call.beside.dtype.itemsize
+        if call.addend is not None:
+            moved += size * call.addend.dtype.itemsize
         examples = math.prod(call.x.shape[: call.own_params])
         rows = samples if samples == examples else 2 * samples + examples
         moved += 4 * channels * len(call.summed) * rows

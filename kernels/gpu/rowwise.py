@@ -499,15 +499,15 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
     each_row = [getattr(call, name).dtype.itemsize for name in _streamed(call)]
     if call.op == "forward":
         streamed = [x_size, call.norm.dtype.itemsize]
-        if call.beside is not None:
-            streamed += [call.beside.dtype.itemsize, call.sum_dtype.itemsize]
+        if call.addend is not None:
+            streamed += [call.addend.dtype.itemsize, call.sum_dtype.itemsize]
         streamed += each_row
         config = tiles.configure(
             features,
             max(streamed),
             per_lane=32,
             of_long=tiles.columns_of_long(
-                features, len(each_row) + (call.beside is not None)
+                features, len(each_row) + (call.addend is not None)
             ),
             in_warp=2048,
             fill=True,
@@ -519,7 +519,7 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
     else:
         assert call.dy is not None
         beside = each_row + (
-            [] if call.beside is None else [call.beside.dtype.itemsize]
+            [] if call.addend is None else [call.addend.dtype.itemsize]
         )
         itemsize = max(x_size, call.dy.dtype.itemsize, *beside)
         work, config = tiles.share_out(

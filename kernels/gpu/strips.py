@@ -94,7 +94,7 @@ class Config:
         return pl.cdiv(pl.cdiv(self.pixels, self.workers), self.line)
 
     @property
-    def held(self) -> int:
+    def lines_at_once(self) -> int:
         """Lines that a lane loads before it uses the first one.
 
         Depending on `at_once`, these are 16 to 256 bytes of each array. In the
@@ -104,7 +104,7 @@ class Config:
         """
         return max(self.at_once // sum(chunk.vector for chunk in self.chunks), 1)
 
-    def of_blocks(self) -> "Config":
+    def for_merge(self) -> "Config":
         """Returns the config for merging a strip's blocks.
 
         One warpgroup takes the blocks as its pixels and reads the result of each.
@@ -383,7 +383,7 @@ class Columns:
             other.arrays if isinstance(other, Columns) else [other] * len(self.arrays)
         )
         arrays = [
-            operation(*_meet(a, b, layout))
+            operation(*_broadcast_together(a, b, layout))
             for a, b, layout in zip(self.arrays, others, self.layouts, strict=True)
         ]
         return Columns(arrays, self.layouts)
@@ -408,7 +408,7 @@ def add(values: Iterable[Any]) -> Any:
     return functools.reduce(operator.add, values)
 
 
-def _meet(a: Any, b: Any, layout: Any) -> tuple[Any, Any]:
+def _broadcast_together(a: Any, b: Any, layout: Any) -> tuple[Any, Any]:
     """Broadcasts the smaller array to the larger one's shape; leaves scalars alone."""
     ndim_a, ndim_b = jnp.ndim(a), jnp.ndim(b)
     if ndim_a == ndim_b or not ndim_a or not ndim_b:
@@ -510,7 +510,7 @@ class Part:
         start: T,
         last: Callable[[Sequence[int], T], T] | None = None,
     ) -> T:
-        """Runs step(lines, carry) over all lines, `config.held` lines at a time.
+        """Runs step(lines, carry) over all lines, `config.lines_at_once` at a time.
 
         Whole lines run in a loop, as long as they fill a step. The remaining lines
         follow, unrolled.
@@ -520,7 +520,7 @@ class Part:
           start: initial carry.
           last: replacement of `step` for the lines after the loop.
         """
-        held = self.config.held
+        held = self.config.lines_at_once
         whole = self.whole_lines // held
 
         def in_loop(i: Any, carry: T) -> T:
@@ -548,7 +548,7 @@ class Part:
             self._layouts,
         )
 
-    def once(self, line: Any, value: Columns) -> Columns:
+    def zero_repeats(self, line: Any, value: Columns) -> Columns:
         """Zeroes the pixels of a ragged line that the line before it also has."""
         if self._is_whole(line):
             return value
@@ -669,7 +669,7 @@ class Part:
                 if array.ndim == 3:
                     array = memory.sum_lanes(array, 1)
                 memory.store(sums, at, array)
-        self.meet()
+        self.block_barrier()
         # After `exchange`, each warpgroup reduces all pixels for itself.
         begin = 0 if self.config.warpgroups > 1 else own
         count = self.config.warpgroups * warps
@@ -685,7 +685,7 @@ class Part:
             found(sums.first),
         )
 
-    def meet(self) -> None:
+    def block_barrier(self) -> None:
         """Waits for all warpgroups of the block."""
         plgpu.barrier_arrive(self._scratch["in_block"])
         plgpu.barrier_wait(self._scratch["in_block"])
@@ -705,7 +705,7 @@ class Part:
         plgpu.barrier_wait(self._scratch["in_cluster"])
         memory.fence()
         part = Part(
-            self.config.of_blocks(),
+            self.config.for_merge(),
             self.sample,
             self.strip,
             0,
@@ -742,7 +742,7 @@ class Part:
                     memory.store(scratch, (place, columns), array)
 
         if terms:
-            self.meet()
+            self.block_barrier()
 
         @self.one_warpgroup
         def _() -> None:
@@ -753,7 +753,7 @@ class Part:
                 group.spread(scratch, found, results)
                 count = len(results)
 
-        self.meet()
+        self.block_barrier()
         return [
             self._load_here(scratch, place) for place in range(found, found + count)
         ]

@@ -52,7 +52,7 @@ from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 UNROLLED = 4096
 
 # x + NOTHING is x bitwise, whereas adding 0 would turn -0 into 0.
-NOTHING = -0.0
+NEGATIVE_ZERO = -0.0
 
 
 # --- in memory ------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class Chunks:
         """Lanes of a row that holds one value per feature."""
         return round_up(self.features, LANES)
 
-    def of_param(self, count: int) -> pl.BlockSpec:
+    def param_spec(self, count: int) -> pl.BlockSpec:
         """Returns the spec of scale or bias [count, period, features], fetched once.
 
         Each of the `count` entries serves an equal number of consecutive examples. If
@@ -520,7 +520,7 @@ class AcrossLanes(Chunks):
         return round_up(self.features, LANES)
 
     @property
-    def of_rows(self) -> pl.BlockSpec:
+    def rows_spec(self) -> pl.BlockSpec:
         """Spec of x, y and every other array of x's size."""
         return self.spec(
             (None, None, self.block_rows, self.lanes),
@@ -578,7 +578,7 @@ class AcrossLanes(Chunks):
         lanes]."""
         return jnp.concatenate([value] * (self._size(piece) // LANES), 1)
 
-    def meet(self, total: jax.Array) -> jax.Array:
+    def sum_features(self, total: jax.Array) -> jax.Array:
         """Sums the lanes of each row."""
         if self.features % LANES == 0:
             total = jnp.sum(total, 1, keepdims=True)
@@ -612,7 +612,7 @@ class AcrossLanes(Chunks):
         return max(LANES // self.block_rows, 1)
 
     @property
-    def of_statistic(self) -> pl.BlockSpec:
+    def statistic_spec(self) -> pl.BlockSpec:
         blocks = self.blocks_together
         return self.spec(
             (None, None, 1, blocks * self.block_rows),
@@ -687,7 +687,7 @@ class AcrossLanes(Chunks):
             left = self.features - piece.number * self.piece_width - start
             if piece.group is None and left < LANES:
                 lane = lax.broadcasted_iota(jnp.int32, terms[0].shape, 1)
-                terms = [jnp.where(lane < left, term, NOTHING) for term in terms]
+                terms = [jnp.where(lane < left, term, NEGATIVE_ZERO) for term in terms]
             totals = terms if totals is None else [*map(operator.add, totals, terms)]
         assert totals is not None
         return list(totals)
@@ -736,7 +736,7 @@ class DownSublanes(Chunks):
         return slabs, pl.cdiv(self.rows, self.block_rows)
 
     @property
-    def of_rows(self) -> pl.BlockSpec:
+    def rows_spec(self) -> pl.BlockSpec:
         """Spec of x, y and every other array of x's size."""
         return self.spec(
             (None, self.block_slabs, self.sublanes, self.block_rows),
@@ -804,12 +804,12 @@ class DownSublanes(Chunks):
         chunk_rows]."""
         return jnp.concatenate([value] * (self._size(piece) // SUBLANES), 0)
 
-    def meet(self, total: jax.Array) -> jax.Array:
+    def sum_features(self, total: jax.Array) -> jax.Array:
         """Sums the sublanes of each row."""
         return _halve(total)
 
     @property
-    def of_statistic(self) -> pl.BlockSpec:
+    def statistic_spec(self) -> pl.BlockSpec:
         """Spec of mean and variance [examples, slabs, 1, rows]."""
         return self.spec(
             (None, self.block_slabs, 1, self.block_rows),
@@ -893,7 +893,9 @@ class DownSublanes(Chunks):
         if piece.number == self.pieces - 1 and self.features % SUBLANES:
             feature = lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
             left = self.features - piece.number * LANES
-            values = [jnp.where(feature < left, value, NOTHING) for value in values]
+            values = [
+                jnp.where(feature < left, value, NEGATIVE_ZERO) for value in values
+            ]
         return list(values if totals is None else map(_add_to_first, totals, values))
 
     def is_inside(self, index: Any) -> jax.Array:
@@ -931,7 +933,7 @@ class Turned(DownSublanes):
         return self.examples, self.slabs, self.rows, self.features
 
     @property
-    def of_rows(self) -> pl.BlockSpec:
+    def rows_spec(self) -> pl.BlockSpec:
         """Spec of x, y and every other array of x's size."""
         return self.spec(
             (None, self.block_slabs, self.block_rows, LANES),
@@ -972,7 +974,8 @@ def _halve(total: jax.Array) -> jax.Array:
     """Sums down up to LANES sublanes.
 
     Args:
-      total: [sublanes, n]; sublanes without a feature hold `NOTHING`, or are left out.
+      total: [sublanes, n]; sublanes without a feature hold `NEGATIVE_ZERO`, or are
+        left out.
 
     Returns:
       [SUBLANES, n], with the sums in every sublane. The sublanes agree bitwise, because

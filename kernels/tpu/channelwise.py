@@ -156,14 +156,14 @@ def _forward_kernel(
         means, m2s = (functools.partial(cut.by_place, seen.at[i]) for i in (1, 2))
         if center:
             of_places = zip(cut.counts, means(), strict=True)
-            mean = cut.meet(n * mean for n, mean in of_places) * (1 / cut.pixels)
-            m2 = cut.meet(
+            mean = cut.sum_places(n * mean for n, mean in of_places) * (1 / cut.pixels)
+            m2 = cut.sum_places(
                 m2 + n * ((of_place - mean) * (of_place - mean))
                 for n, of_place, m2 in zip(cut.counts, means(), m2s(), strict=True)
             )
             mean, m2 = cut.merge_groups(mean, m2)
         else:
-            m2 = cut.sum_groups(cut.meet(m2s()))
+            m2 = cut.sum_groups(cut.sum_places(m2s()))
         var = m2 * (1 / (cut.pixels * cut.group))
         if mean_ref is not None:
             mean_ref[...] = cut.to_row(mean)
@@ -201,7 +201,7 @@ def _forward_kernel(
         add_up,
         complete,
         normalize if y_ref is not None else None,
-        late=kept_x is not None,
+        deferred=kept_x is not None,
     )
 
 
@@ -336,7 +336,7 @@ def _backward_kernel(
 
     def complete(unit: Any) -> None:
         rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
-        dscale, dbias = (cut.meet(cut.by_place(seen.at[i])) for i in range(2))
+        dscale, dbias = (cut.sum_places(cut.by_place(seen.at[i])) for i in range(2))
         dscale = dscale * rstd
         for ref, value in ((dscale_ref, dscale), (dbias_ref, dbias)):
             if ref is not None:
@@ -390,7 +390,7 @@ def _backward_kernel(
         add_up,
         complete,
         store_dx if dx_ref is not None else None,
-        late=kept_x is not None,
+        deferred=kept_x is not None,
         begin=begin,
     )
 
@@ -432,7 +432,7 @@ def _for_each_unit(
     complete: Callable[[Any], None],
     finish: Callable[[Block, Any, Any], None] | None,
     *,
-    late: bool,
+    deferred: bool,
     begin: Callable[[], None] | None = None,
 ) -> None:
     """Does the work of one grid step, which has one block.
@@ -443,7 +443,7 @@ def _for_each_unit(
       add_up: takes (block, sample, tile); adds each sample and tile to the sums.
       complete: takes (unit); runs after the unit's last block is added.
       finish: takes (block, sample, tile); stores a complete unit's results; or None.
-      late: whether `finish` works on the previous unit, from its kept blocks.
+      deferred: whether `finish` works on the previous unit, from its kept blocks.
       begin: runs before a unit's first block, or None.
     """
     core, turn = pl.program_id(0), pl.program_id(1)
@@ -477,7 +477,7 @@ def _for_each_unit(
         def _() -> None:
             complete(unit)
 
-    if late and finish is not None:
+    if deferred and finish is not None:
         # Finish the kept block before the next unit's block takes its place.
         pl.when((turn > 0) & (turn <= units))(lambda: over(unit - 1, finish))
         pl.when(turn < units)(gather)
@@ -516,7 +516,7 @@ class Launch:
     vmem: int
 
     @property
-    def late(self) -> bool:
+    def deferred(self) -> bool:
         """Whether blocks are kept, and normalized once their unit is complete."""
         return self.whole and self.cut.blocks > 1
 
@@ -787,7 +787,7 @@ class Launch:
             nearest block, so that nothing is moved.
             """
             first = core * cut.units_of_core
-            if cut.is_even and not self.late:
+            if cut.is_even and not self.deferred:
                 return first + turn, *block
             last = cut.units_in(core) - 1
             nearest = [
@@ -803,15 +803,15 @@ class Launch:
             if array is None:
                 return None
             is_finished = any(array is one for one in finished)
-            return spec(before if self.late and is_finished else now)
+            return spec(before if self.deferred and is_finished else now)
 
         keep = [
             pltpu.VMEM((cut.blocks, cut.unit, *cut.block), memory.kept_as(dtype))
-            if self.late
+            if self.deferred
             else None
             for dtype in kept
         ]
-        grid = (cut.cores, cut.units_of_core + self.late, *cut.grid)
+        grid = (cut.cores, cut.units_of_core + self.deferred, *cut.grid)
         return pl.pallas_call(
             kernel,
             name=name,
@@ -1186,8 +1186,8 @@ def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
     if call.op == "forward":
         moved += of_channels * (call.statistics or not whole)
     else:
-        if call.beside is not None:
-            moved += size * (call.beside.dtype.itemsize + 2 * x_size * whole)
+        if call.addend is not None:
+            moved += size * (call.addend.dtype.itemsize + 2 * x_size * whole)
         moved += of_channels * (2 if wants_dx and not whole else 1)
         params = params if wants_dx or call.slopes else []
         # Several cores write partial sums, which are read and reduced.

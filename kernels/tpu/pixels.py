@@ -146,7 +146,7 @@ class Cut:
         """Returns a block's index in its unit."""
         return block[0] * self.grid[1] + block[1]
 
-    def place_of(self, unit: Any) -> tuple[Any, Any, Any]:
+    def position_of(self, unit: Any) -> tuple[Any, Any, Any]:
         """Returns a unit's example, strip and set.
 
         The set varies fastest, so that units that share a dscale are consecutive.
@@ -158,12 +158,12 @@ class Cut:
         """Returns the samples of a unit; the last unit of a strip may have fewer."""
         if self.samples % self.unit == 0:
             return self.unit
-        _, _, of_strip = self.place_of(unit)
+        _, _, of_strip = self.position_of(unit)
         return jnp.minimum(self.samples - of_strip * self.unit, self.unit)
 
     def is_first(self, unit: Any) -> Any:
         """Returns whether a unit is its core's first one of its example and strip."""
-        _, _, of_strip = self.place_of(unit)
+        _, _, of_strip = self.position_of(unit)
         if self.cores == 1:
             return of_strip == 0
         return (of_strip == 0) | (lax.rem(unit, self.units_of_core) == 0)
@@ -177,7 +177,7 @@ class Cut:
 
         def index(*step: Any) -> tuple[Any, ...]:
             unit, slab, row = where(*step)
-            example, strip, of_strip = self.place_of(unit)
+            example, strip, of_strip = self.position_of(unit)
             return example, of_strip, *self.in_order(slab, row, strip)
 
         return pl.BlockSpec((None, self.unit, *self.block), index)
@@ -186,7 +186,7 @@ class Cut:
         """Returns the block spec of scale and bias, [1, channels]."""
 
         def index(*step: Any) -> tuple[Any, ...]:
-            return 0, self.place_of(where(*step)[0])[1]
+            return 0, self.position_of(where(*step)[0])[1]
 
         return pl.BlockSpec((1, self.lanes), index)
 
@@ -194,7 +194,7 @@ class Cut:
         """Returns the block spec of dscale, dbias: [cores, examples, 1, channels]."""
 
         def index(core: Any, *step: Any) -> tuple[Any, ...]:
-            example, strip, _ = self.place_of(where(core, *step)[0])
+            example, strip, _ = self.position_of(where(core, *step)[0])
             return core, example, 0, strip
 
         return pl.BlockSpec((None, None, 1, self.lanes), index)
@@ -203,7 +203,7 @@ class Cut:
         """Returns the block spec of statistics, [examples * sets, unit, channels]."""
 
         def index(*step: Any) -> tuple[Any, ...]:
-            example, strip, of_strip = self.place_of(where(*step)[0])
+            example, strip, of_strip = self.position_of(where(*step)[0])
             return example * self.sets + of_strip, 0, strip
 
         return pl.BlockSpec((None, self.unit, self.lanes), index)
@@ -470,7 +470,7 @@ class AcrossLanes(Cut):
         whole, more = divmod(self.rows, SUBLANES)
         return [self.slabs * (whole + (place < more)) for place in range(SUBLANES)]
 
-    def meet(self, of_places: Iterable[jax.Array]) -> jax.Array:
+    def sum_places(self, of_places: Iterable[jax.Array]) -> jax.Array:
         """Sums over each channel's places."""
         return _add(of_places)
 
@@ -545,7 +545,7 @@ class DownSublanes(Cut):
         place = lax.broadcasted_iota(jnp.int32, self.places, 1)
         return [(self.slabs * (whole + (place < more))).astype(jnp.float32)]
 
-    def meet(self, of_places: Iterable[jax.Array]) -> jax.Array:
+    def sum_places(self, of_places: Iterable[jax.Array]) -> jax.Array:
         """Sums over each channel's places."""
         [lanes] = of_places
         return jnp.broadcast_to(jnp.sum(lanes, 2, keepdims=True), lanes.shape)

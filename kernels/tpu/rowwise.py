@@ -213,11 +213,11 @@ def _forward_kernel(
                 # float32 sum of large numbers is off by several rounding errors, the
                 # sum of the differences by none.
                 (total,) = blocks.over_pieces(add_up)
-                mean = blocks.meet(total) * per_feature
+                mean = blocks.sum_features(total) * per_feature
             squares, *rest = blocks.over_pieces(add_up_centred)
-            var = blocks.meet(squares) * per_feature
+            var = blocks.sum_features(squares) * per_feature
             if center:
-                shift = blocks.meet(rest[0]) * per_feature
+                shift = blocks.sum_features(rest[0]) * per_feature
                 var = jnp.maximum(var - shift * shift, 0)
         if y_ref is not None:
             rstd = lax.rsqrt(var + epsilon)
@@ -364,7 +364,7 @@ def _backward_kernel(
             blocks.write(dx_ref, index, piece, dx)
 
         totals = blocks.over_pieces(add_up)
-        means = [blocks.meet(total) * per_feature for total in totals]
+        means = [blocks.sum_features(total) * per_feature for total in totals]
         for ref, mean_of_row in zip((c1_ref, c2_ref), means, strict=False):
             if ref is not None:
                 blocks.put_statistic(ref, index, mean_of_row)
@@ -469,10 +469,13 @@ def forward(
             _rows(shortcut, blocks),
         ],
         results=[
-            (None if call.half else memory.result(x, view, norm.dtype), blocks.of_rows),
-            (h_shape, blocks.of_rows),
-            (statistic if norm.center else None, blocks.of_statistic),
-            (statistic, blocks.of_statistic),
+            (
+                None if call.half else memory.result(x, view, norm.dtype),
+                blocks.rows_spec,
+            ),
+            (h_shape, blocks.rows_spec),
+            (statistic if norm.center else None, blocks.statistic_spec),
+            (statistic, blocks.statistic_spec),
         ],
         scratch=[
             None if scale is None or call.scales_each else blocks.kept_param,
@@ -530,7 +533,7 @@ def backward(
     of_scale = param if dscale else None, blocks.of_param_gradient
     if dscale and call.scales_each:
         assert scale is not None
-        of_scale = memory.result(x, view, scale.dtype), blocks.of_rows
+        of_scale = memory.result(x, view, scale.dtype), blocks.rows_spec
     of_shortcut = None
     if dshortcut:
         assert shortcut is not None
@@ -558,18 +561,21 @@ def backward(
             _rows(x if reads_x else None, blocks),
             (_rows if call.scales_each else _param)(scale_given, blocks),
             _param(bias, blocks),
-            (mean if reads_x else None, blocks.of_statistic),
-            (var.reshape(row_of_statistics) if reads_x else None, blocks.of_statistic),
+            (mean if reads_x else None, blocks.statistic_spec),
+            (
+                var.reshape(row_of_statistics) if reads_x else None,
+                blocks.statistic_spec,
+            ),
             _rows(dh, blocks),
             _rows(shortcut, blocks),
         ],
         results=[
-            (memory.result(x, view, x.dtype) if whole else None, blocks.of_rows),
+            (memory.result(x, view, x.dtype) if whole else None, blocks.rows_spec),
             of_scale,
             (param if dbias else None, blocks.of_param_gradient),
-            (of_shortcut, blocks.of_rows),
-            (inner, blocks.of_statistic),
-            (inner if call.norm.center else None, blocks.of_statistic),
+            (of_shortcut, blocks.rows_spec),
+            (inner, blocks.statistic_spec),
+            (inner if call.norm.center else None, blocks.statistic_spec),
         ],
         scratch=[
             None if scale_given is None or call.scales_each else blocks.kept_param,
@@ -595,21 +601,21 @@ def backward(
 
 def _rows(array: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
     """Returns an operand of x's size and its block spec."""
-    return None if array is None else array.reshape(blocks.view), blocks.of_rows
+    return None if array is None else array.reshape(blocks.view), blocks.rows_spec
 
 
 def _param(param: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
     """Returns scale or bias as [n, period, features], each entry for an equal number of
     examples, and its block spec."""
     if param is None:
-        return None, blocks.of_param(1)
+        return None, blocks.param_spec(1)
     # With shape [features], Pallas would ask which TPU it compiles for: `memory.row`.
     rows = param.reshape(-1, 1, blocks.features)
     if blocks.period > 1:
         rows = jnp.tile(
             rows.reshape(1, -1, blocks.features), (1, blocks.period // len(rows), 1)
         )
-    return rows, blocks.of_param(len(rows))
+    return rows, blocks.param_spec(len(rows))
 
 
 def _present(
@@ -726,7 +732,7 @@ def _transposed(call: Call, order: Sequence[int]) -> Call:
         reduction_axes=tuple(order.index(axis) for axis in call.norm.reduction_axes),
         feature_axes=tuple(order.index(axis) for axis in call.norm.feature_axes),
     )
-    names = ["x", "dy", "beside", "shortcut", *["scale"] * call.scales_each]
+    names = ["x", "dy", "addend", "shortcut", *["scale"] * call.scales_each]
     arrays = {name: transposed(getattr(call, name)) for name in names}
     return dataclasses.replace(call, norm=norm, **arrays)
 
@@ -929,11 +935,11 @@ def _params_differ(call: Call) -> bool:
 def _streamed(call: Call) -> list[jnp.dtype]:
     """Returns the dtypes of the arrays of x's size that the kernel reads or writes."""
     own_scale = [call.scale] if call.scales_each and _reads_scale(call) else []
-    others = [a for a in (call.beside, call.shortcut, *own_scale) if a is not None]
+    others = [a for a in (call.addend, call.shortcut, *own_scale) if a is not None]
     beside = [a.dtype for a in others]
     if call.op == "forward":
         written = [] if call.half else [call.norm.dtype]
-        written += [] if call.beside is None else [call.sum_dtype]
+        written += [] if call.addend is None else [call.sum_dtype]
         return [call.x.dtype, *beside, *written]
     assert call.dy is not None
     dx, dscale, _, dshortcut = call.wanted
