@@ -53,7 +53,16 @@ from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
 from fusednorm.kernels.geometry import LONGEST_ROW, power_of_two
 from fusednorm.kernels.gpu import memory, tiles
 from fusednorm.kernels.gpu.memory import WARPS
-from fusednorm.kernels.gpu.tiles import Config, Examples, Part, Share, Totals
+from fusednorm.kernels.gpu.tiles import (
+    Config,
+    Examples,
+    Part,
+    Row,
+    Share,
+    Totals,
+    Values,
+    across,
+)
 
 # --- the kernels ----------------------------------------------------------------------
 
@@ -118,49 +127,47 @@ def forward(
 
         def step(i: Any, _: None) -> None:
             row = examples.row(example, jnp.minimum((block + i) * tile, rows - tile))
-            centred = _float32(part.load(ref["x"], row))  # chunks
+            x = part.load(ref["x"], row).float32()
             # Needed last, loaded first: in flight while the sums are taken.
-            own = {name: part.load(ref[name], row) for name in _streamed(call)}
+            streamed = {name: part.load(ref[name], row) for name in _streamed(call)}
             if "residual" in ref:
-                beside = _float32(part.load(ref["residual"], row))
+                h = x + part.load(ref["residual"], row).float32()
+                h = h.astype(ref["h"].dtype)
+                part.store(ref["h"], row, h)
                 # Normalize the rounded sum, since that is what a backward will read.
-                hs = [
-                    (c + r).astype(ref["h"].dtype)
-                    for c, r in zip(centred, beside, strict=True)
-                ]
-                for chunk, h in zip(config.chunks, hs, strict=True):
-                    part.store(ref["h"], row, chunk, h)
-                centred = _float32(hs)
+                x = h.float32()
+
             if norm.center:
-                (total,) = part.sums(centred, row=row, place=0)
+                (total,) = part.sums(x, row=row, place=0)
                 mean = total / features
-                centred = [c - part.across(mean, c) for c in centred]
-                squares = [c * c for c in centred]
-                left, m2 = part.sums(centred, squares, row=row, place=1)
+                centred = x - mean
+                left, m2 = part.sums(centred, centred * centred, row=row, place=1)
                 left = left / features
-                centred = [c - part.across(left, c) for c in centred]
+                centred = centred - left
                 mean = mean + left
                 # Rounding can make var negative: a constant row of 1e18 leaves 1e11.
                 var = jnp.maximum(m2 / features - left * left, 0.0)
             else:
-                (m2,) = part.sums([c * c for c in centred], row=row, place=0)
+                centred = x
+                (m2,) = part.sums(x * x, row=row, place=0)
                 mean, var = None, m2 / features
             rstd = lax.rsqrt(var + norm.epsilon)
 
             def param(name: str, number: int) -> jax.Array:
-                if name in own:
-                    return own[name][number].astype(jnp.float32)
+                if name in streamed:
+                    return streamed[name][number].astype(jnp.float32)
                 chunk = config.chunks[number]
                 return part.load_param(ref[name], chunk, example, examples.count)
 
+            # Chunk by chunk, so that a chunk's registers are free once it is stored.
             for number, chunk in enumerate(config.chunks if "y" in ref else ()):
-                y = centred[number] * part.across(rstd, centred[number])
+                z = centred[number] * across(rstd, centred[number])  # x_hat
                 if "scale" in ref:
-                    y = y * norm.weight(param("scale", number))
+                    z = z * norm.weight(param("scale", number))
                 for name in ("bias", "shortcut"):
                     if name in ref:
-                        y = y + param(name, number)
-                part.store(ref["y"], row, chunk, activate(norm.activation, y))
+                        z = z + param(name, number)
+                part.store_chunk(ref["y"], row, chunk, activate(norm.activation, z))
             for name, statistic in (("mean", mean), ("var", var)):
                 if name in ref and statistic is not None:
                     part.store_statistic(ref[name], row, statistic)
@@ -227,7 +234,7 @@ def backward(
     tile, whole_tiles, blocks = tiles.grid(
         config, rows, examples.count, processors, work.threads
     )
-    want = call.wants
+    wants, summed = call.wants, call.summed
 
     operands: dict[str, Any] = {"dy": dy, "x": x, "scale": scale, "bias": bias}
     operands |= {"dh": dh, "shortcut": shortcut}
@@ -236,20 +243,22 @@ def backward(
         name: statistic.reshape(examples.statistic_shape)
         for name, statistic in present(mean=mean, var=var).items()
     }
-    summed = call.summed
     partials = jax.ShapeDtypeStruct((examples.count * blocks, features), jnp.float32)
-    inner_products = ("c1", "c2")[: 1 + norm.center] if want["dx"] and call.half else ()
+    inner_products = ("c1", "c2")[: 1 + norm.center]
+    if not (wants["dx"] and call.half):
+        inner_products = ()
     statistic = jax.ShapeDtypeStruct(examples.statistic_shape, jnp.float32)
     outputs = dict.fromkeys(inner_products, statistic) | dict.fromkeys(summed, partials)
     for name, like in (("dx", x), ("dscale", scale), ("dshortcut", shortcut)):
-        if want[name] and name not in summed and not (name == "dx" and inner_products):
+        if wants[name] and name not in summed and not (name == "dx" and call.half):
             assert like is not None
             outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, like.dtype)
-    loaded_at_once = ("dy", "x", *_streamed(call))
-    held = 0 if work.smem else config.registers(tile, 4) * len(summed)
-    sizes = [inputs[name].dtype.itemsize for name in loaded_at_once]
+    # Accumulators in registers leave less room for the next tile.
+    accumulators = 0 if work.smem else config.registers(tile, 4) * len(summed)
+    loaded_first = ("dy", "x", *_streamed(call))
+    sizes = [inputs[name].dtype.itemsize for name in loaded_first]
     next_tile = sum(config.registers(tile, size) for size in sizes)
-    ahead = held + next_tile <= work.ahead
+    ahead = accumulators + next_tile <= work.ahead
     levels = {
         "in_smem": work.smem > 0,
         "twice": tiles.sums_twice(config, whole_tiles, blocks),
@@ -261,94 +270,93 @@ def backward(
 
     def body(ref: dict[str, Any], part: Part) -> None:
         example, block = examples.of_program(blocks)
-        sums_of = Totals(part, summed, **levels)
+        sums_over_rows = Totals(part, summed, **levels)
 
-        def params(name: str) -> list[jax.Array]:
-            return [
-                part.load_param(ref[name], chunk, example, examples.count)
-                for chunk in config.chunks
-            ]
+        def params(name: str) -> Values:
+            return part.load_params(ref[name], example, examples.count)
 
-        of_example: list[Any] = [1.0] * len(config.chunks)
+        example_scale: Any = 1.0
         if "scale" in ref and not call.scales_each:
-            of_example = [norm.weight(scale) for scale in params("scale")]
+            example_scale = norm.weight(params("scale"))
         if "scale" in kept:
-            part.keep("scale", of_example)
+            part.keep("scale", example_scale)
+
+        def scale_of(loaded: dict[str, Any]) -> Any:
+            if call.scales_each:
+                return norm.weight(loaded["scale"].float32())
+            return part.kept("scale") if "scale" in kept else example_scale
 
         def first_row(i: Any) -> tuple[Any, Any]:
             """Returns the first row of the block's tile i, and the first row that no
             earlier tile has."""
-            after = jnp.minimum(block + i * blocks, whole_tiles) * tile
-            return jnp.minimum(after, rows - tile), after
+            unseen = jnp.minimum(block + i * blocks, whole_tiles) * tile
+            return jnp.minimum(unseen, rows - tile), unseen
 
         def load(i: Any) -> dict[str, Any]:
             row = examples.row(example, first_row(i)[0])
-            loaded: dict[str, Any] = {n: part.load(ref[n], row) for n in loaded_at_once}
+            loaded: dict[str, Any] = {n: part.load(ref[n], row) for n in loaded_first}
             for name in ("mean", "var"):
                 if name in ref:
                     loaded[name] = part.load_statistic(ref[name], row)
             return loaded
 
         def step(i: Any, totals: Any, loaded: dict[str, Any]) -> Any:
-            first, after = first_row(i)
+            """Works on the block's tile i."""
+            first, unseen = first_row(i)
             row = examples.row(example, first)
-            dys, xs = _float32(loaded["dy"]), _float32(loaded["x"])
+
+            dz, x_hat = loaded["dy"].float32(), loaded["x"].float32()
             rstd = lax.rsqrt(loaded["var"] + norm.epsilon)
             if norm.center:
-                xs = [x - part.across(loaded["mean"], x) for x in xs]
-            x_hats = [x * part.across(rstd, x) for x in xs]
-            scales = part.kept("scale") if "scale" in kept else of_example
-            if call.scales_each:
-                scales = [norm.weight(scale) for scale in _float32(loaded["scale"])]
-            if norm.activation is not None:  # from here on dy is dz
-                zs = [x * scale for x, scale in zip(x_hats, scales, strict=True)]
+                x_hat = x_hat - loaded["mean"]
+            x_hat = x_hat * rstd
+            scale = scale_of(loaded)
+            if norm.activation is not None:
+                z = x_hat * scale
                 if "bias" in ref:
-                    zs = [z + bias for z, bias in zip(zs, params("bias"), strict=True)]
+                    z = z + params("bias")
                 if "shortcut" in ref:
-                    added = _float32(loaded["shortcut"])
-                    zs = [z + more for z, more in zip(zs, added, strict=True)]
-                slopes = [slope(norm.activation, z) for z in zs]
-                dys = [dy * of_z for dy, of_z in zip(dys, slopes, strict=True)]
+                    z = z + loaded["shortcut"].float32()
+                dz = dz * z.map(functools.partial(slope, norm.activation))
 
-            more = {"dbias": dys, "dshortcut": dys}
-            more["dscale"] = [dy * x for dy, x in zip(dys, x_hats, strict=True)]
+            terms = {"dscale": dz * x_hat, "dbias": dz, "dshortcut": dz}
             for name in ("dscale", "dshortcut"):
-                if want[name] and name not in summed:
-                    for chunk, value in zip(config.chunks, more[name], strict=True):
-                        part.store(ref[name], row, chunk, value)
+                if wants[name] and name not in summed:
+                    part.store(ref[name], row, terms[name])
             if rows % tile:  # the ragged tile has rows that were counted before
                 # Only for sums: Mosaic finds no layout for an index that nobody reads.
                 for name in summed:
-                    more[name] = [
-                        part.rows_from(after - first, chunk, term)
-                        for chunk, term in zip(config.chunks, more[name], strict=True)
-                    ]
-            totals = sums_of.add(totals, more)
-
-            if want["dx"]:
-                # In flight while the sums are taken.
-                dhs = part.load(ref["dh"], row) if "dh" in ref else None
-                ws = [dy * scale for dy, scale in zip(dys, scales, strict=True)]
-                terms = [[w * x_hat for w, x_hat in zip(ws, x_hats, strict=True)]]
-                if norm.center:
-                    terms.append(ws)
-                # Alternate between two slots: a warp may still be reading the sums of
-                # the row before.
-                sums = part.sums(*terms, row=row, place=2 * (i % 2))
-                c1, *c2 = [total / features for total in sums]
-                for name, mean in zip(inner_products, (c1, *c2), strict=False):
-                    part.store_statistic(ref[name], row, mean)
-                for i_chunk, chunk in enumerate(config.chunks if "dx" in ref else ()):
-                    w, x_hat = ws[i_chunk], x_hats[i_chunk]
-                    inner = w - x_hat * part.across(c1, w)
-                    if norm.center:
-                        inner = inner - part.across(c2[0], w)
-                    dx = inner * part.across(rstd, w)
-                    if dhs is not None:
-                        dx = dx + dhs[i_chunk].astype(jnp.float32)
-                    part.store(ref["dx"], row, chunk, dx)
-
+                    terms[name] = part.rows_from(unseen - first, terms[name])
+            totals = sums_over_rows.add(totals, terms)
+            if wants["dx"]:
+                finish(row, 2 * (i % 2), dz, scale, x_hat, rstd)
             return totals
+
+        def finish(
+            row: Row, place: Any, dz: Values, scale: Any, x_hat: Values, rstd: Any
+        ) -> None:
+            """Stores dx, or c1 and c2.
+
+            Tiles alternate between two places for their sums, because a warp may still
+            be reading those of the tile before.
+            """
+            # In flight while the sums are taken.
+            dh = part.load(ref["dh"], row) if "dh" in ref else None
+            w = dz * scale
+            terms = (w * x_hat, w)[: 1 + norm.center]
+            sums = part.sums(*terms, row=row, place=place)
+            c1, *c2 = [total / features for total in sums]
+            for name, mean in zip(inner_products, (c1, *c2), strict=False):
+                part.store_statistic(ref[name], row, mean)
+            # Chunk by chunk, so that a chunk's registers are free once it is stored.
+            for number, chunk in enumerate(config.chunks if "dx" in ref else ()):
+                dx = w[number] - x_hat[number] * across(c1, w[number])
+                if norm.center:
+                    dx = dx - across(c2[0], dx)
+                dx = dx * across(rstd, dx)
+                if dh is not None:
+                    dx = dx + dh[number].astype(jnp.float32)
+                part.store_chunk(ref["dx"], row, chunk, dx)
 
         # This block has tiles block, block + blocks, ...; the ragged tile goes to the
         # block of the last whole tile, which it overlaps.
@@ -356,11 +364,10 @@ def backward(
         if rows % tile:
             count = count + (block == (whole_tiles - 1) % blocks)
 
-        totals = sums_of.over_tiles(count, load, step, ahead=ahead)
+        totals = sums_over_rows.over_tiles(count, load, step, ahead=ahead)
         line = example * blocks + block
         for name, total in totals.items():
-            for chunk, value in zip(config.chunks, total, strict=True):
-                part.store_total(ref[name], line, chunk, value)
+            part.store_total(ref[name], line, total)
 
     results = _launch(
         "fusednorm_rowwise_backward",
@@ -374,23 +381,19 @@ def backward(
         kept=kept,
     )
     if summed:
-        own = x.shape[: call.own_params]
-        count = call.row_groups * math.prod(own)
-        each = [results[name].reshape(count, -1, features) for name in summed]
-        sums = memory.sum_over_blocks(*each)
+        leading = x.shape[: call.own_params]
+        count = call.row_groups * math.prod(leading)
+        partials_of = [results[name].reshape(count, -1, features) for name in summed]
+        sums = memory.sum_over_blocks(*partials_of)
         results |= {
-            name: total.reshape(*own, -1)
+            name: total.reshape(*leading, -1)
             for name, total in zip(summed, sums, strict=True)
         }
     shapes = dict.fromkeys(("dx", "dscale", "dshortcut"), x.shape)
     shapes |= dict.fromkeys(inner_products, var.shape)
     shapes |= {name: results[name].shape for name in summed}
-    order = (*inner_products, *(name for name in want if name in results))
+    order = (*inner_products, *(name for name in wants if name in results))
     return [results[name].reshape(shapes[name]) for name in order]
-
-
-def _float32(values: Sequence[jax.Array]) -> list[jax.Array]:
-    return [value.astype(jnp.float32) for value in values]
 
 
 def _streamed(call: Call) -> tuple[str, ...]:
@@ -494,63 +497,41 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
         return Fallback("rows of one feature")
     if features > LONGEST_ROW:
         return Fallback(f"{features} features; kernels take at most {LONGEST_ROW}")
+    read, written = _read(call), _written(call)
+    moved = call.x.size * (sum(read) + sum(written))
     statistics = 4 * rows * (1 + call.norm.center)
-    x_size = call.x.dtype.itemsize
-    each_row = [getattr(call, name).dtype.itemsize for name in _streamed(call)]
     if call.op == "forward":
-        streamed = [x_size, call.norm.dtype.itemsize]
-        if call.addend is not None:
-            streamed += [call.addend.dtype.itemsize, call.sum_dtype.itemsize]
-        streamed += each_row
         config = tiles.configure(
             features,
-            max(streamed),
+            max(*read, *written, call.norm.dtype.itemsize),
             per_lane=32,
-            of_long=tiles.columns_of_long(
-                features, len(each_row) + (call.addend is not None)
-            ),
+            of_long=tiles.columns_of_long(features, len(read) - 1),
             in_warp=2048,
             fill=True,
         )
         launch = functools.partial(forward, config, call)
-        if call.half:
-            streamed.remove(call.norm.dtype.itemsize)
-        moved = call.x.size * sum(streamed) + statistics * call.statistics
+        moved += statistics * call.statistics
     else:
-        assert call.dy is not None
-        beside = each_row + (
-            [] if call.addend is None else [call.addend.dtype.itemsize]
-        )
-        itemsize = max(x_size, call.dy.dtype.itemsize, *beside)
         work, config = tiles.share_out(
             features,
-            itemsize,
+            max(read),
             center=call.norm.center or call.wants["dbias"],
             slopes=call.slopes,
-            beside=bool(beside),
+            beside=len(read) > 2,
             own=call.own > 0 or call.row_groups > 1,
             smem=smem,
         )
         launch = functools.partial(backward, config, work, call, processors)
+        writes_c1_c2 = call.half and call.wants["dx"]
+        moved += statistics * (1 + writes_c1_c2)
+        # Partial sums are written and read; their sum is written.
         examples = Examples.of(call, features)
         *_, blocks = tiles.grid(
             config, examples.rows, examples.count, processors, work.threads
         )
-        blocks *= examples.count
-        written = [
-            getattr(call, name.removeprefix("d")).dtype.itemsize
-            for name, want in call.wants.items()
-            if want and name not in call.summed and not (name == "dx" and call.half)
-        ]
-        if call.half and call.wanted[0]:
-            statistics *= 2  # c1 and c2 are written in the place of dx
-        moved = call.x.size * (
-            x_size + call.dy.dtype.itemsize + sum(beside) + sum(written)
-        )
-        # Partial sums are written and read; their sum is written.
         results = call.row_groups * math.prod(call.x.shape[: call.own_params])
-        sums = len(call.summed) * (2 * blocks + results)
-        moved += statistics + 4 * features * sums
+        sums = 2 * examples.count * blocks + results
+        moved += 4 * features * len(call.summed) * sums
     for param in (None if call.scales_each else call.scale, call.bias):
         moved += 0 if param is None else param.size * param.dtype.itemsize
     return Kernel(
@@ -561,3 +542,23 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
         why=config.why,
         bytes_moved=moved,
     )
+
+
+def _read(call: Call) -> list[int]:
+    """Returns the bytes per element of each array of x's size that is read."""
+    arrays = [call.x, call.dy, call.addend]
+    arrays += [getattr(call, name) for name in _streamed(call)]
+    return [array.dtype.itemsize for array in arrays if array is not None]
+
+
+def _written(call: Call) -> list[int]:
+    """Returns the bytes per element of each array of x's size that is written."""
+    if call.op == "forward":
+        dtypes = [] if call.half else [call.norm.dtype]
+        dtypes += [] if call.addend is None else [call.sum_dtype]
+        return [dtype.itemsize for dtype in dtypes]
+    return [
+        getattr(call, name.removeprefix("d")).dtype.itemsize
+        for name, wanted in call.wants.items()
+        if wanted and name not in call.summed and not (name == "dx" and call.half)
+    ]

@@ -14,7 +14,8 @@ the same element.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -458,6 +459,54 @@ class Examples:
 # --- what is in registers -------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """A tile's values in registers, one array per chunk, with elementwise arithmetic.
+
+    The other operand of +, - and * is `Values`, a number, or a statistic. A statistic
+    has one value per row and is broadcast over the columns.
+    """
+
+    chunks: tuple[Any, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.chunks)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.chunks[number]
+
+    def map(self, function: Callable[[Any], Any]) -> "Values":
+        return Values(tuple(map(function, self.chunks)))
+
+    def astype(self, dtype: Any) -> "Values":
+        return self.map(lambda chunk: chunk.astype(dtype))
+
+    def float32(self) -> "Values":
+        return self.astype(jnp.float32)
+
+    def _with(self, other: Any, operation: Callable[[Any, Any], Any]) -> "Values":
+        if isinstance(other, Values):
+            return Values(tuple(map(operation, self.chunks, other.chunks)))
+        if not isinstance(other, jax.Array):
+            return self.map(lambda chunk: operation(chunk, other))
+        return self.map(lambda chunk: operation(chunk, across(other, chunk)))
+
+    def __add__(self, other: Any) -> "Values":
+        return self._with(other, operator.add)
+
+    def __sub__(self, other: Any) -> "Values":
+        return self._with(other, operator.sub)
+
+    def __mul__(self, other: Any) -> "Values":
+        return self._with(other, operator.mul)
+
+
+def across(statistic: jax.Array, chunk: jax.Array) -> jax.Array:
+    """Broadcasts a statistic over the columns of a chunk."""
+    return lax.broadcast_in_dim(statistic, chunk.shape, range(statistic.ndim))
+
+
 def _layout(lanes: int, vector: int, rows: int) -> Any:
     """Lays (rows, lanes * vector) over a warpgroup: rows over warps, then over lanes.
 
@@ -518,11 +567,6 @@ class Part:
 
     # Where a chunk lies.
 
-    @property
-    def layouts(self) -> list[Any]:
-        """Register layout of each chunk."""
-        return [self._layout(chunk) for chunk in self.config.chunks]
-
     def _columns(self, chunk: Chunk, group: Any = None) -> pl.Slice:
         first = self.index * self.config.width + chunk.start - self._earlier(chunk)
         if group is not None:
@@ -545,30 +589,30 @@ class Part:
 
     # Chunks.
 
-    def load(self, ref: Any, row: Row) -> list[jax.Array]:
-        """Loads the tile that starts at `row`, chunk by chunk, in the dtype of ref."""
-        if self.config.long:
-            return [
-                memory.load_as(
-                    ref,
-                    (row.at, self._columns(chunk, row.group)),
-                    self._shape(chunk),
-                    self._layout(chunk),
-                )
-                for chunk in self.config.chunks
-            ]
-        rows = pl.ds(row.at, self.rows)
-        return [
-            memory.load(
-                ref,
-                (rows, self._columns(chunk, row.group)),
-                self._layout(chunk),
-                ref.dtype,
-            )
-            for chunk in self.config.chunks
-        ]
+    def load(self, ref: Any, row: Row) -> Values:
+        """Loads the tile that starts at `row`, in the dtype of ref."""
 
-    def store(self, ref: Any, row: Row, chunk: Chunk, value: jax.Array) -> None:
+        def load_chunk(chunk: Chunk) -> jax.Array:
+            columns = self._columns(chunk, row.group)
+            layout = self._layout(chunk)
+            if self.config.long:
+                return memory.load_as(
+                    ref, (row.at, columns), self._shape(chunk), layout
+                )
+            rows = pl.ds(row.at, self.rows)
+            return memory.load(ref, (rows, columns), layout, ref.dtype)
+
+        return self._of_chunks(load_chunk)
+
+    def _of_chunks(self, function: Callable[[Chunk], Any]) -> Values:
+        return Values(tuple(map(function, self.config.chunks)))
+
+    def store(self, ref: Any, row: Row, values: Values) -> None:
+        """Stores the tile that starts at `row`."""
+        for chunk, value in zip(self.config.chunks, values, strict=True):
+            self.store_chunk(ref, row, chunk, value)
+
+    def store_chunk(self, ref: Any, row: Row, chunk: Chunk, value: jax.Array) -> None:
         """Stores one chunk of the tile that starts at `row`."""
         columns = self._columns(chunk, row.group)
         if self.config.long:
@@ -576,15 +620,23 @@ class Part:
         else:
             memory.store(ref, (pl.ds(row.at, self.rows), columns), value)
 
-    def load_param(
-        self, ref: Any, chunk: Chunk, example: Any, examples: int
-    ) -> jax.Array:
-        """Loads the example's scale or bias, broadcast over the rows of the chunk.
+    def load_params(self, ref: Any, example: Any, examples: int) -> Values:
+        """Loads the example's scale or bias, broadcast over the rows of the tile.
 
         Args:
           ref: (features,), or (n, features) where examples / n consecutive examples
             share each row.
+          example: index of the example.
+          examples: number of examples.
         """
+        return self._of_chunks(
+            lambda chunk: self.load_param(ref, chunk, example, examples)
+        )
+
+    def load_param(
+        self, ref: Any, chunk: Chunk, example: Any, examples: int
+    ) -> jax.Array:
+        """Loads one chunk of `load_params`."""
         at: tuple[Any, ...] = (self._columns(chunk),)
         if len(ref.shape) > 1:
             at = (lax.div(example, examples // ref.shape[0]), *at)
@@ -594,36 +646,49 @@ class Part:
         row = memory.load(ref, at, self._layout(chunk).reduce(0))
         return lax.broadcast_in_dim(row, self._shape(chunk), (1,))
 
-    def store_total(self, ref: Any, line: Any, chunk: Chunk, value: jax.Array) -> None:
-        """Stores the sum over the tile's rows as one chunk of a line of ref."""
-        columns = self._columns(chunk)
-        if self.config.long:
-            memory.store_as(ref, (line, columns), value)
-        elif self.rows == 1:
-            memory.store(ref, (pl.ds(line, 1), columns), value)
-        else:
-            memory.store(ref, (line, columns), jnp.sum(value, axis=0))
+    def store_total(self, ref: Any, line: Any, values: Values) -> None:
+        """Stores the sum over the tile's rows to a line of ref."""
+        for chunk, value in zip(self.config.chunks, values, strict=True):
+            columns = self._columns(chunk)
+            if self.config.long:
+                memory.store_as(ref, (line, columns), value)
+            elif self.rows == 1:
+                memory.store(ref, (pl.ds(line, 1), columns), value)
+            else:
+                memory.store(ref, (line, columns), jnp.sum(value, axis=0))
 
-    def keep(self, name: str, values: Sequence[jax.Array]) -> None:
-        """Stores float32 chunks in shared memory; each lane reads its own back."""
+    def keep(self, name: str, values: Values) -> None:
+        """Stores float32 values in shared memory; each lane reads its own back."""
         for i, value in enumerate(values):
             memory.store(self._scratch[f"{name}_{i}"], (self._warpgroup,), value)
 
-    def kept(self, name: str) -> list[jax.Array]:
-        """Loads the chunks that `keep` stored under this name."""
-        return [
-            memory.load(self._scratch[f"{name}_{i}"], (self._warpgroup,), layout)
-            for i, layout in enumerate(self.layouts)
-        ]
+    def kept(self, name: str) -> Values:
+        """Loads the values that `keep` stored under this name."""
+        layouts = enumerate(map(self._layout, self.config.chunks))
+        return Values(
+            tuple(
+                memory.load(self._scratch[f"{name}_{i}"], (self._warpgroup,), layout)
+                for i, layout in layouts
+            )
+        )
 
-    def zeros(self, chunk: Chunk) -> jax.Array:
-        zeros = jnp.zeros(self._shape(chunk), jnp.float32)
-        return plgpu.layout_cast(zeros, self._layout(chunk))
+    @property
+    def zeros(self) -> Values:
+        def zeros(chunk: Chunk) -> jax.Array:
+            array = jnp.zeros(self._shape(chunk), jnp.float32)
+            return plgpu.layout_cast(array, self._layout(chunk))
 
-    def rows_from(self, first: Any, chunk: Chunk, value: jax.Array) -> jax.Array:
+        return self._of_chunks(zeros)
+
+    def rows_from(self, first: Any, values: Values) -> Values:
         """Replaces the tile's rows before row `first` with zeros."""
-        row = self._iota(chunk, 0)
-        return jnp.where(row >= first, value, 0.0)
+        pairs = zip(self.config.chunks, values, strict=True)
+        return Values(
+            tuple(
+                jnp.where(self._iota(chunk, 0) >= first, value, 0.0)
+                for chunk, value in pairs
+            )
+        )
 
     def _iota(self, chunk: Chunk, axis: int) -> jax.Array:
         return plgpu.broadcasted_iota(
@@ -631,10 +696,6 @@ class Part:
         )
 
     # Statistics.
-
-    def across(self, statistic: jax.Array, like: jax.Array) -> jax.Array:
-        """Broadcasts a statistic over the columns of `like`."""
-        return lax.broadcast_in_dim(statistic, like.shape, range(statistic.ndim))
 
     def load_statistic(self, ref: Any, row: Row) -> jax.Array:
         """Loads the statistic of a long row, or of all rows of the tile at `row`."""
@@ -659,13 +720,11 @@ class Part:
         rows = row.at if self.config.long else pl.ds(row.at, self.rows)
         return (rows,) if row.group is None else (rows, row.group)
 
-    def sums(
-        self, *terms: Sequence[jax.Array], row: Row, place: Any
-    ) -> list[jax.Array]:
+    def sums(self, *terms: Values, row: Row, place: Any) -> list[jax.Array]:
         """Sums each of the terms over whole rows and returns a statistic for each.
 
         Args:
-          terms: lists of values, one value per chunk.
+          terms: values of the tile.
           row: the current row.
           place: first of the slots, one per term, in which the sums of a long row's
             warps meet. Consecutive calls must use different slots.
@@ -703,7 +762,7 @@ class Part:
         plgpu.barrier_arrive(self._scratch[barrier])
         plgpu.barrier_wait(self._scratch[barrier])
 
-    def _sum(self, values: Sequence[jax.Array]) -> jax.Array:
+    def _sum(self, values: Values) -> jax.Array:
         """Sums over the columns of this part, each counted once: (rows,) or (4,)."""
         alike: dict[int, Any] = {}  # by vector width: chunks of the same layout
         for chunk, value in zip(self.config.chunks, values, strict=True):
@@ -761,34 +820,30 @@ class Totals:
         first = [_in_a_row(name) for name in names if in_smem]
         return (*first, *[name for name in names if twice])
 
-    def begin(self) -> dict[str, Sequence[jax.Array]]:
+    def begin(self) -> dict[str, Values]:
         """Zeroes the first level and returns the part of it that a loop carries."""
         if not self.in_smem:
-            return dict.fromkeys(self.names, self._zeros)
+            return dict.fromkeys(self.names, self.part.zeros)
         for name in self.names:
-            self.part.keep(_in_a_row(name), self._zeros)
+            self.part.keep(_in_a_row(name), self.part.zeros)
         return {}
 
-    def add(self, carried: Any, more: Mapping[str, Sequence[jax.Array]]) -> Any:
+    def add(self, carried: Any, terms: Mapping[str, Values]) -> Any:
         """Adds one tile's terms to the first level."""
         if not self.in_smem:
-            return {n: _added(total, more[n]) for n, total in carried.items()}
+            return {name: total + terms[name] for name, total in carried.items()}
         for name in self.names:
-            self._add(_in_a_row(name), more[name])
+            self._add(_in_a_row(name), terms[name])
         return carried
 
-    def end(self, carried: dict[str, Any]) -> dict[str, Sequence[jax.Array]]:
+    def end(self, carried: dict[str, Any]) -> dict[str, Values]:
         """Returns the sums of the first level."""
         if not self.in_smem:
             return carried
         return {name: self.part.kept(_in_a_row(name)) for name in self.names}
 
-    @property
-    def _zeros(self) -> list[jax.Array]:
-        return [self.part.zeros(chunk) for chunk in self.part.config.chunks]
-
-    def _add(self, name: str, more: Sequence[jax.Array]) -> None:
-        self.part.keep(name, _added(self.part.kept(name), more))
+    def _add(self, name: str, terms: Values) -> None:
+        self.part.keep(name, self.part.kept(name) + terms)
 
     def over_tiles(
         self,
@@ -797,7 +852,7 @@ class Totals:
         step: Callable[[Any, Any, Any], Any],
         *,
         ahead: bool,
-    ) -> dict[str, Sequence[jax.Array]]:
+    ) -> dict[str, Values]:
         """Returns the sums over a block's tiles, by name.
 
         Args:
@@ -837,7 +892,7 @@ class Totals:
             return following
 
         for name in self.names:
-            self.part.keep(name, self._zeros)
+            self.part.keep(name, self.part.zeros)
         lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, some, following)
         return {name: self.part.kept(name) for name in self.names}
 
@@ -845,7 +900,3 @@ class Totals:
 def _in_a_row(name: str) -> str:
     """Returns the name of a first-level sum in shared memory."""
     return f"{name}_in_a_row"
-
-
-def _added(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
-    return [x + y for x, y in zip(a, b, strict=True)]
