@@ -363,7 +363,7 @@ def test_each_pixel_and_channel_counts_once(
     view = Geometry(3, pixels, groups, group)
     cuts = [
         *(
-            strips.resident(view, 2, 2, shared, cluster=8, alone=False, load=load)
+            strips.resident(view, 2, 2, shared, cluster=8, one_sample=False, load=load)
             for load in (8, 16)
         ),
         *(strips.in_two_reads(view, 2, shared, arrays=1, load=16) or ()),
@@ -397,7 +397,9 @@ def test_the_cut_of_batch_norms(
     pixels: int, channels: int, kept: int, width: int, blocks: int
 ) -> None:
     view = Geometry(1, pixels, channels, 1)
-    config = strips.resident(view, 2, kept, gpu.SHARED, cluster=8, alone=True, load=16)
+    config = strips.resident(
+        view, 2, kept, gpu.SHARED, cluster=8, one_sample=True, load=16
+    )
     assert config is not None
     assert (config.width, config.blocks) == (width, blocks)
 
@@ -423,7 +425,7 @@ def test_the_cut_of_group_norms(
 ) -> None:
     view = Geometry(8, pixels, 32, channels // 32)
     config = strips.resident(
-        view, itemsize, itemsize, gpu.SHARED, cluster=8, alone=False, load=16
+        view, itemsize, itemsize, gpu.SHARED, cluster=8, one_sample=False, load=16
     )
     found = config and (config.width, config.blocks, config.warpgroups)
     assert found == (None if width is None else (width, blocks, warpgroups))

@@ -56,9 +56,18 @@ from fusednorm.kernels.activation import activate, slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
 from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.gpu import memory, strips
-from fusednorm.kernels.gpu.memory import WARPS
-from fusednorm.kernels.gpu.strips import KB, MAX_CHUNKS, PLACES, Columns, Config, Part
+from fusednorm.kernels.gpu.strips import KB, MAX_CHUNKS, Columns, Config, Part
 from fusednorm.reference import Norm
+
+# References to the operands and results of a kernel, by name. Their shapes:
+#   x, dy, dh, shortcut, y, dx, dz, dshortcut   (samples, pixels, channels)
+#   scale, bias                                 (channels,), or (n, channels) if each of
+#                                               n serves an equal number of consecutive
+#                                               samples
+#   mean, var, c1, c2                           (samples, groups)
+#   dscale, dbias                               (samples, channels)
+#   partials                                    (samples, blocks, values, channels)
+Refs = dict[str, Any]
 
 # --- moments --------------------------------------------------------------------------
 
@@ -86,20 +95,24 @@ def _warpgroup_moments(part: Part, center: bool, x: Any, *, keep: bool) -> Momen
     Reads x once.
     """
 
-    def tile(lines: Sequence[Any]) -> Moments:
-        xs = [part.load(x, line) for line in lines]
+    def load_moments(lines: Sequence[Any]) -> Moments:
+        loaded = [part.load(x, line) for line in lines]
         if keep:
-            for line, loaded in zip(lines, xs, strict=True):
-                part.keep("x", line, loaded)
-        return _lane_moments(part, center, lines, [loaded.float32() for loaded in xs])
+            for line, value in zip(lines, loaded, strict=True):
+                part.keep("x", line, value)
+        return _lane_moments(part, center, lines, [value.float32() for value in loaded])
 
-    def step(lines: Sequence[Any], seen: Moments) -> Moments:
-        before = _float(lines[0])  # all earlier lines are whole: each counts once
-        return None, *_merge((before, *seen[1:]), tile(lines))[1:]
+    def step(lines: Sequence[Any], before: Moments) -> Moments:
+        _, mean, m2 = before
+        count = _float(lines[0])  # all earlier lines are whole: each counts once
+        _, mean, m2 = _merge((count, mean, m2), load_moments(lines))
+        return None, mean, m2
 
-    def last(lines: Sequence[int], seen: Moments) -> Moments:
-        before = float(lines[0]) if seen[0] is None else seen[0]
-        return _merge((before, *seen[1:]), tile(lines))
+    def last(lines: Sequence[int], before: Moments) -> Moments:
+        count, mean, m2 = before
+        if count is None:  # straight after the loop
+            count = float(lines[0])
+        return _merge((count, mean, m2), load_moments(lines))
 
     start = (None, part.zeros() if center else None, part.zeros())
     count, mean, m2 = part.over_lines(step, start, last)
@@ -116,29 +129,29 @@ def _merge(a: Moments, b: Moments) -> Moments:
     if mean_a is None:
         return n, None, m2_a + m2_b
     share = n_b / _at_least_1(n)
-    apart = mean_b - mean_a
-    return n, mean_a + apart * share, m2_a + m2_b + apart * apart * (n_a * share)
+    delta = mean_b - mean_a
+    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * (n_a * share)
 
 
 def _block_moments(
-    part: Part, pixels: Any, seen: Moments, to: Part | None = None
+    part: Part, pixels: Any, lane_moments: Moments, to: Part | None = None
 ) -> list[Columns]:
     """Returns [mean, m2] or [m2] of the block's pixels, channel by channel.
 
     Args:
       part: part that saw the pixels.
       pixels: number of pixels of the block.
-      seen: moments that the part's lanes saw.
+      lane_moments: moments that the part's lanes saw.
       to: part whose lines are combined with the results, if not `part`.
     """
     to = to or part
-    count, mean, m2 = seen
+    count, mean, m2 = lane_moments
     if mean is None:
-        return [to.total(sums) for sums in part.add_up(m2)]
-    (total,) = part.add_up(mean * count)
-    apart = mean - part.total(total) / pixels
-    (squares,) = part.add_up(m2 + apart * apart * count)
-    return [to.total(total) / pixels, to.total(squares)]
+        return [to.total(sums) for sums in part.sum_pixels(m2)]
+    (x_sums,) = part.sum_pixels(mean * count)
+    delta = mean - part.total(x_sums) / pixels
+    (m2_sums,) = part.sum_pixels(m2 + delta * delta * count)
+    return [to.total(x_sums) / pixels, to.total(m2_sums)]
 
 
 def _merged_moments(
@@ -154,7 +167,7 @@ def _merged_moments(
       to: the same as for `_block_moments`.
     """
 
-    def line_of(line: int) -> Moments:
+    def load_moments(line: int) -> Moments:
         pixels = part.index(line).map(lambda block: _float(config.count(block)))
         *mean, m2 = (
             part.load(partials, line, i).float32() for i in range(partials.shape[2])
@@ -162,8 +175,33 @@ def _merged_moments(
         count, m2 = part.zero_repeats(line, pixels), part.zero_repeats(line, m2)
         return count, mean[0] if mean else None, m2
 
-    seen = functools.reduce(_merge, map(line_of, range(part.config.lines)))
-    return _block_moments(part, float(config.pixels), seen, to)
+    lane_moments = functools.reduce(_merge, map(load_moments, range(part.config.lines)))
+    return _block_moments(part, float(config.pixels), lane_moments, to)
+
+
+def _group_statistics(
+    norm: Norm, config: Config, ref: Refs
+) -> Callable[..., list[Any]]:
+    """Returns the formula that turns moments of channels into mean and rstd of groups.
+
+    The formula also writes mean and var to the references of these names, if any.
+    """
+    pixels, channels = config.pixels, config.group
+
+    def formula(groups: Any, *channel_moments: Any) -> list[Any]:
+        *mean, m2 = channel_moments
+        if norm.center:
+            (channel_mean,) = mean
+            mean = [groups.sum(channel_mean) / channels]
+            delta = channel_mean - mean[0]
+            m2 = m2 + delta * delta * pixels
+        var = groups.sum(m2) / (pixels * channels)
+        for name, value in zip(("var", "mean"), (var, *mean), strict=False):
+            if name in ref:
+                groups.store(ref[name], value)
+        return [*mean, _rstd(var, norm.epsilon)]
+
+    return formula
 
 
 def _at_least_1(n: Any) -> Any:
@@ -182,31 +220,83 @@ def _float(n: Any) -> Any:
     return float(n) if isinstance(n, int) else n.astype(jnp.float32)
 
 
-def _group_statistics(
-    norm: Norm, config: Config, ref: dict[str, Any]
-) -> Callable[..., list[Any]]:
-    """Returns the formula that turns moments of channels into mean and rstd of groups.
+# --- what both directions read --------------------------------------------------------
 
-    The formula also writes mean and var to the references of these names, if any.
-    """
-    pixels, channels = config.pixels, config.group
 
-    def formula(groups: Any, *of_channels: Any) -> list[Any]:
-        *mean, m2 = of_channels
-        if norm.center:
-            mean = [groups.sum(mean[0]) / channels]
-            apart = of_channels[0] - mean[0]
-            m2 = m2 + apart * apart * pixels
-        var = groups.sum(m2) / (pixels * channels)
-        for name, value in zip(("var", "mean"), (var, *mean), strict=False):
-            if name in ref:
-                groups.store(ref[name], value)
-        return [*mean, _rstd(var, norm.epsilon)]
+def _centre(x: Columns, mean: Sequence[Columns]) -> Columns:
+    """Returns x - mean, or x if the norm has no mean."""
+    return x - mean[0] if mean else x
 
-    return formula
+
+def _scale(norm: Norm, part: Part, ref: Refs) -> Columns | float:
+    """Returns the scale of the strip's channels, or 1 if there is none."""
+    return norm.weight(_of_sample(part, ref["scale"])) if "scale" in ref else 1.0
+
+
+def _bias(part: Part, ref: Refs) -> Columns | float:
+    """Returns the bias of the strip's channels, or 0 if there is none."""
+    return _of_sample(part, ref["bias"]) if "bias" in ref else 0.0
+
+
+def _of_sample(part: Part, ref: Any) -> Columns:
+    """Loads scale or bias of the part's sample, for the strip's channels."""
+    if len(ref.shape) == 1:
+        return part.load_channels(ref)
+    return part.load_channels(ref, lax.div(part.sample, part.samples // ref.shape[0]))
+
+
+def _load_lines(
+    part: Part, ref: Refs, name: str, lines: Sequence[Any]
+) -> Sequence[Columns | None]:
+    """Loads all lines before the first is used; None for each without a reference."""
+    return [part.load(ref[name], line) if name in ref else None for line in lines]
 
 
 # --- forward --------------------------------------------------------------------------
+
+
+def _forward_kernel(norm: Norm, ref: Refs, part: Part) -> None:
+    """Keeps x in shared memory while its moments are taken, then stores y.
+
+    Moments are values of each place in a line, then of each channel of the strip; mean
+    and rstd are those of the channel's group.
+    """
+    config = part.config
+    lane_moments = _warpgroup_moments(part, norm.center, ref["x"], keep=True)
+    channel_moments = _block_moments(part, _float(part.pixels), lane_moments)
+    if config.clustered:
+        blocks = part.exchange(channel_moments, ref["partials"])
+        channel_moments = _merged_moments(blocks, config, ref["partials"], to=part)
+    statistics = _group_statistics(norm, config, ref)
+    *mean, rstd = part.by_group(statistics, *channel_moments)
+
+    scale, bias = _scale(norm, part, ref), _bias(part, ref)
+    factor = rstd * scale
+    act = functools.partial(activate, norm.activation)
+
+    def store_y(lines: Sequence[Any], _: None) -> None:
+        shortcuts = _load_lines(part, ref, "shortcut", lines)
+        for line, shortcut in zip(lines, shortcuts, strict=True):
+            z = _centre(part.kept("x", line), mean) * factor + bias
+            if shortcut is not None:
+                z = z + shortcut.float32()
+            part.store(ref["y"], line, z.map(act))
+
+    part.over_lines(store_y, None)
+
+
+def _moments_kernel(norm: Norm, ref: Refs, part: Part) -> None:
+    """Stores the moments of each block's pixels to partials."""
+    lane_moments = _warpgroup_moments(part, norm.center, ref["x"], keep=False)
+    channel_moments = _block_moments(part, _float(part.pixels), lane_moments)
+    for i, value in enumerate(channel_moments):
+        part.store_channels(ref["partials"], value, part.sample, part.block, i)
+
+
+def _combine_moments_kernel(norm: Norm, config: Config, ref: Refs, part: Part) -> None:
+    """Merges the moments of the blocks that `config` makes into mean and var."""
+    channel_moments = _merged_moments(part, config, ref["partials"])
+    part.by_group(_group_statistics(norm, config, ref), *channel_moments)
 
 
 def forward(
@@ -228,52 +318,27 @@ def forward(
     centring). Almost all of these are reads that hit the L2 cache.
     """
     norm = call.norm
-    inputs = _inputs(call, x=x, shortcut=shortcut, scale=scale, bias=bias)
-    outputs = {"y": jax.ShapeDtypeStruct(_shape(call), norm.dtype)}
+    outputs = {"y": _like_x(call, norm.dtype)}
     if call.statistics:
-        outputs |= _moments(call)
-
-    def body(ref: dict[str, Any], part: Part) -> None:
-        seen = _warpgroup_moments(part, norm.center, ref["x"], keep=True)
-        found = _block_moments(part, _float(part.pixels), seen)
-        if config.blocks > 1:
-            blocks = part.exchange(found)
-            found = _merged_moments(blocks, config, ref["partials"], to=part)
-        *mean, rstd = part.by_group(_group_statistics(norm, config, ref), *found)
-
-        scale = _weight(norm, part, ref)
-        bias = _of_sample(part, ref["bias"]) if "bias" in ref else 0.0
-        factor = rstd * scale
-        act = functools.partial(activate, norm.activation)
-
-        def normalize(lines: Sequence[Any], _: None) -> None:
-            beside = [part.load(ref["shortcut"], i) for i in lines if "shortcut" in ref]
-            for number, line in enumerate(lines):
-                y = part.kept("x", line)
-                if norm.center:
-                    y = y - mean[0]
-                z = y * factor + bias
-                if beside:
-                    z = z + beside[number].float32()
-                part.store(ref["y"], line, z.map(act))
-
-        part.over_lines(normalize, None)
-
+        outputs |= _per_group(call, _statistic_names(norm))
+    if config.clustered:
+        outputs["partials"] = _partials(call, config, 1 + norm.center)
     results = _launch(
         "fusednorm_channelwise_forward",
-        body,
+        functools.partial(_forward_kernel, norm),
         config,
-        inputs=inputs,
+        inputs=_inputs(call, x=x, shortcut=shortcut, scale=scale, bias=bias),
         outputs=outputs,
-        exchanged=1 + norm.center,
         kept={"x": x.dtype},
     )
-    return _as_call(call, results)
+    shapes = {"y": x.shape}
+    shapes |= dict.fromkeys(("mean", "var"), norm.statistic_shape(x.shape))
+    return [results[n].reshape(shape) for n, shape in shapes.items() if n in results]
 
 
 def forward_in_two_reads(
     config: Config,
-    last: Config,
+    combine_config: Config,
     call: Call,
     x: jax.Array,
     scale: jax.Array | None,
@@ -287,55 +352,236 @@ def forward_in_two_reads(
 
     Bytes: x once for the moments; x once more, the shortcut and y in XLA's code.
     """
-    *mean, var = moments(config, last, call, x)
+    *mean, var = moments(config, combine_config, call, x)
     mean_or_none = mean[0] if mean else None
     y = reference.apply(call.norm, x, mean_or_none, var, scale, bias, shortcut)
     return [y, *mean, var] if call.statistics else [y]
 
 
 def moments(
-    config: Config, last: Config, call: Call, x: jax.Array, *others: None
+    config: Config, combine_config: Config, call: Call, x: jax.Array, *others: None
 ) -> list[jax.Array]:
     """Computes mean (if centred) and var in one read of x, in the statistics' shape.
 
     Bytes: x; 4 bytes per statistic; 8 per channel and block, written and read.
     """
-    norm = call.norm
-    samples, _, channels = _shape(call)
-    names = ("mean", "m2") if norm.center else ("m2",)
-    partials = jax.ShapeDtypeStruct(
-        (samples, config.blocks, len(names), channels), jnp.float32
-    )
-
-    def body(ref: dict[str, Any], part: Part) -> None:
-        seen = _warpgroup_moments(part, norm.center, ref["x"], keep=False)
-        for i, value in enumerate(_block_moments(part, _float(part.pixels), seen)):
-            part.store_channels(ref["partials"], value, part.sample, part.block, i)
-
-    found = _launch(
+    norm, names = call.norm, _statistic_names(call.norm)
+    partials = _launch(
         "fusednorm_channelwise_moments",
-        body,
+        functools.partial(_moments_kernel, norm),
         config,
-        inputs={"x": x.reshape(_shape(call))},
-        outputs={"partials": partials},
+        inputs=_inputs(call, x=x),
+        outputs={"partials": _partials(call, config, 1 + norm.center)},
     )
-
-    def combine(ref: dict[str, Any], part: Part) -> None:
-        values = _merged_moments(part, config, ref["partials"])
-        part.by_group(_group_statistics(norm, config, ref), *values)
-
-    found = _launch(
+    results = _launch(
         "fusednorm_channelwise_combine",
-        combine,
-        last,
-        inputs=found,
-        outputs=_moments(call),
+        functools.partial(_combine_moments_kernel, norm, config),
+        combine_config,
+        inputs=partials,
+        outputs=_per_group(call, names),
     )
     shape = norm.statistic_shape(x.shape)
-    return [found[name].reshape(shape) for name in _moments(call)]
+    return [results[name].reshape(shape) for name in names]
 
 
 # --- backward -------------------------------------------------------------------------
+
+
+def _backward_kernel(call: Call, ref: Refs, part: Part) -> None:
+    """Keeps x and dy in shared memory while their sums are taken, then stores dx.
+
+    If there is a shortcut, dz is kept in the place of dy, because finding dz again
+    would read the shortcut again. If the forward kept the slopes of ReLU, one bit each,
+    the backward could spare the first read of the shortcut too, which is one of the
+    five tensors moved. But Pallas has no operation that packs bits.
+    """
+    norm, config = call.norm, part.config
+    # Statistics, c1 and c2 are those of each channel's group.
+    *mean, rstd = part.by_group(_load_statistics(norm, ref))
+    dz_of = _before_activation(norm, part, ref, rstd)
+    lane_sums = _warpgroup_sums(call, part, ref, mean, dz_of, keep=True)
+    channel_sums = [part.total(sums) for sums in part.sum_pixels(*lane_sums)]
+    if config.clustered:
+        blocks = part.exchange(channel_sums, ref["partials"])
+        channel_sums = _sums_of_blocks(blocks, ref["partials"], to=part)
+    w_sums = _store_gradients(call, part, ref, rstd, channel_sums)
+    c1, *c2 = part.by_group(_inner_products(config, ref), *w_sums)
+
+    # dx = rstd * (w - c2 - x_hat * c1), with each channel's factors multiplied out.
+    dz_factor = rstd * _scale(norm, part, ref)
+    centred_factor = rstd * rstd * c1
+    constant = rstd * c2[0] if c2 else None
+
+    def store_dx(lines: Sequence[Any], _: None) -> None:
+        dhs = _load_lines(part, ref, "dh", lines)
+        for line, dh in zip(lines, dhs, strict=True):
+            centred = _centre(part.kept("x", line), mean)
+            dz = part.kept("dy", line)
+            if "shortcut" not in ref:
+                dz = dz_of(dz, centred)
+            dx = dz * dz_factor - centred * centred_factor
+            if constant is not None:
+                dx = dx - constant
+            if dh is not None:
+                dx = dx + dh.float32()
+            part.store(ref["dx"], line, dx)
+
+    part.over_lines(store_dx, None)
+
+
+def _sums_kernel(call: Call, ref: Refs, part: Part) -> None:
+    """Stores the sums of each block to partials, and dz if it has a reference.
+
+    Strips may cut through groups, so mean and var are (samples, channels) here.
+    """
+    mean, rstd = [], None
+    if "mean" in ref:
+        mean = [part.load_channels(ref["mean"], part.sample)]
+    if "var" in ref:
+        rstd = _rstd(part.load_channels(ref["var"], part.sample), call.norm.epsilon)
+    dz_of = _before_activation(call.norm, part, ref, rstd)
+    lane_sums = _warpgroup_sums(call, part, ref, mean, dz_of, keep=False)
+    for i, sums in enumerate(part.sum_pixels(*lane_sums)):
+        value = part.total(sums)
+        part.store_channels(ref["partials"], value, part.sample, part.block, i)
+
+
+def _combine_sums_kernel(call: Call, config: Config, ref: Refs, part: Part) -> None:
+    """Reduces the partials of the blocks that `config` makes to the sums wanted."""
+    *_, rstd = part.by_group(_load_statistics(call.norm, ref))
+    channel_sums = _sums_of_blocks(part, ref["partials"])
+    w_sums = _store_gradients(call, part, ref, rstd, channel_sums)
+    if call.wants["dx"]:
+        part.by_group(_inner_products(config, ref), *w_sums)
+
+
+def _load_statistics(norm: Norm, ref: Refs) -> Callable[..., list[Any]]:
+    """Returns the formula that loads the forward's mean (if centred) and rstd."""
+
+    def formula(groups: Any) -> list[Any]:
+        mean = [groups.load(ref["mean"])] if norm.center else []
+        return [*mean, _rstd(groups.load(ref["var"]), norm.epsilon)]
+
+    return formula
+
+
+def _before_activation(
+    norm: Norm, part: Part, ref: Refs, rstd: Any
+) -> Callable[..., Columns]:
+    """Returns the function that computes dz = dy * act'(z) for a line.
+
+    It takes the line's dy and x - mean, and its shortcut if there is one.
+    """
+    if norm.activation is None:
+        return lambda dy, centred: dy
+    factor = rstd * _scale(norm, part, ref)
+    bias = _bias(part, ref)
+    act_slope = functools.partial(slope, norm.activation)
+
+    def dz_of(dy: Columns, centred: Columns, *shortcut: Columns) -> Columns:
+        z = strips.add([centred * factor + bias, *shortcut])
+        return dy * z.map(act_slope)
+
+    return dz_of
+
+
+def _warpgroup_sums(
+    call: Call,
+    part: Part,
+    ref: Refs,
+    mean: Sequence[Columns],
+    dz_of: Callable[..., Columns],
+    *,
+    keep: bool,
+) -> list[Columns]:
+    """Returns each lane's partial sums of `_summed(call)`, for each place in a line.
+
+    dscale still lacks the factor rstd. `dz_of` is the function from
+    `_before_activation`. If there is a shortcut, dz goes to the reference dshortcut or
+    dz, if there is one. If `keep`, it is also kept in the place of dy.
+    """
+    names = _summed(call)
+    streamed = [name for name in ("dy", "x", "shortcut") if name in ref]
+
+    def terms(line: Any, loaded: Sequence[Columns]) -> list[Columns]:
+        dy, x, *shortcut = (array.float32() for array in loaded)
+        centred = _centre(x, mean)
+        dz = dz_of(dy, centred, *shortcut)
+        for name in ("dshortcut", "dz"):
+            if name in ref:
+                part.store(ref[name], line, dz)
+        if keep and shortcut:
+            part.keep("dy", line, dz)
+        term_of = {"dscale": dz * centred, "dbias": dz}
+        return [part.zero_repeats(line, term_of[name]) for name in names]
+
+    def step(lines: Sequence[Any], sums: list[Columns]) -> list[Columns]:
+        loaded = [[part.load(ref[name], line) for name in streamed] for line in lines]
+        if keep:
+            for line, (dy, x, *shortcut) in zip(lines, loaded, strict=True):
+                if not shortcut:
+                    part.keep("dy", line, dy)
+                part.keep("x", line, x)
+        # Add pairs of lines, then the pairs: short sums have less rounding error than
+        # one long sum.
+        pairs = itertools.batched(map(terms, lines, loaded), 2)
+        pair_sums = (functools.reduce(_plus, pair) for pair in pairs)
+        return _plus(sums, functools.reduce(_plus, pair_sums))
+
+    return part.over_lines(step, [part.zeros() for _ in names])
+
+
+def _plus(a: Sequence[Columns], b: Sequence[Columns]) -> list[Columns]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _sums_of_blocks(part: Part, partials: Any, to: Part | None = None) -> list[Columns]:
+    """Sums the results of a strip's blocks. Takes `_merged_moments`' arguments."""
+    lane_sums = [
+        strips.add(
+            part.zero_repeats(line, part.load(partials, line, i).float32())
+            for line in range(part.config.lines)
+        )
+        for i in range(partials.shape[2])
+    ]
+    return [(to or part).total(sums) for sums in part.sum_pixels(*lane_sums)]
+
+
+def _store_gradients(
+    call: Call, part: Part, ref: Refs, rstd: Columns, channel_sums: Sequence[Columns]
+) -> list[Columns]:
+    """Stores dscale and dbias of the sample if they are wanted.
+
+    Returns:
+      sum(w * x_hat) and sum(w) (if dbias is summed), channel by channel.
+    """
+    scale = _scale(call.norm, part, ref)
+    centred_sum, *dbias = channel_sums
+    gradients = [centred_sum * rstd, *dbias]
+    for name, value in zip(_summed(call), gradients, strict=True):
+        if name in ref:
+            store = functools.partial(
+                part.store_channels, ref[name], value, part.sample
+            )
+            part.one_block(store)
+    return [value * scale for value in gradients]
+
+
+def _inner_products(config: Config, ref: Refs) -> Callable[..., list[Any]]:
+    """Returns the formula of c1 = mean(w * x_hat) and c2 = mean(w), w = dz * scale.
+
+    The formula also writes them to the references of these names, if any.
+    """
+    count = config.pixels * config.group
+
+    def formula(groups: Any, *w_sums: Columns) -> list[Any]:
+        means = [groups.sum(term) / count for term in w_sums]
+        for name, value in zip(("c1", "c2"), means, strict=False):
+            if name in ref:
+                groups.store(ref[name], value)
+        return means
+
+    return formula
 
 
 def backward(
@@ -355,69 +601,25 @@ def backward(
 
     `call.wanted` says which of dx, dscale, dbias and dshortcut it returns.
 
-    If there is a shortcut, dz is kept in the place of dy, because finding dz again
-    would read the shortcut again. If the forward kept the slopes of ReLU, one bit each,
-    the backward could spare the first read of the shortcut too, which is one of the
-    five tensors moved. But Pallas has no operation that packs bits.
-
     Bytes: x, dy and dx, once each, and dh, the shortcut and its gradient; 4 bytes per
     statistic; for dscale and dbias each 4 per channel of each sample, which XLA sums
     over the samples. A cluster of b blocks of w warpgroups adds 8 * (b + w * b * b)
     bytes per channel of each sample, almost all of them from the L2 cache.
     """
-    norm = call.norm
-    inputs = _inputs(
-        call,
-        **{"dy": dy, "x": x, "dh": dh, "shortcut": shortcut},
-        **{"scale": scale, "bias": bias, "mean": mean, "var": var},
-    )
-    names = _summed(call)
-    outputs: dict[str, Any] = {
-        name: _of_each_sample(call) for name in names if call.wants[name]
-    }
-    outputs["dx"] = jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)
+    tensors = {"dy": dy, "x": x, "dh": dh, "shortcut": shortcut}
+    values = {"scale": scale, "bias": bias, "mean": mean, "var": var}
+    inputs = _inputs(call, **tensors, **values)
+    outputs = _per_channel(call) | {"dx": _like_x(call, x.dtype)}
     if shortcut is not None and call.wants["dshortcut"]:
-        outputs["dshortcut"] = jax.ShapeDtypeStruct(outputs["dx"].shape, shortcut.dtype)
-
-    def body(ref: dict[str, Any], part: Part) -> None:
-        *mean, rstd = part.by_group(_given_statistics(call, ref))
-        dz = _before_activation(norm, part, ref, rstd)
-        seen = _gradient_terms(part, names, ref, mean, dz, keep=True)
-        found = [part.total(sums) for sums in part.add_up(*seen)]
-        if config.blocks > 1:
-            blocks = part.exchange(found)
-            found = _sums_of_blocks(blocks, ref["partials"], to=part)
-        terms = _store_gradients(norm, part, names, ref, rstd, found)
-        c1, *c2 = part.by_group(_inner_products(config, ref), *terms)
-        # dx = rstd * (w - c2 - x_hat * c1), with each channel's factors multiplied out.
-        factor = rstd * _weight(norm, part, ref)
-        of_centred = rstd * rstd * c1
-        constant = [rstd * each for each in c2]
-
-        def store_dx(lines: Sequence[Any], _: None) -> None:
-            dhs = [part.load(ref["dh"], line) for line in lines if "dh" in ref]
-            for i, line in enumerate(lines):
-                centred = part.kept("x", line)
-                if norm.center:
-                    centred = centred - mean[0]
-                kept = part.kept("dy", line)  # dz, if there is a shortcut
-                kept = kept if "shortcut" in ref else dz(kept, centred)
-                dx = kept * factor - centred * of_centred
-                if norm.center:
-                    dx = dx - constant[0]
-                if dhs:
-                    dx = dx + dhs[i].float32()
-                part.store(ref["dx"], line, dx)
-
-        part.over_lines(store_dx, None)
-
+        outputs["dshortcut"] = _like_x(call, shortcut.dtype)
+    if config.clustered:
+        outputs["partials"] = _partials(call, config, len(_summed(call)))
     results = _launch(
         "fusednorm_channelwise_backward",
-        body,
+        functools.partial(_backward_kernel, call),
         config,
         inputs=inputs,
         outputs=outputs,
-        exchanged=len(names),
         kept={"x": x.dtype, "dy": call.dy_kept},
     )
     return _wanted(call, results)
@@ -425,7 +627,7 @@ def backward(
 
 def backward_in_two_reads(
     config: Config,
-    last: Config,
+    combine_config: Config,
     call: Call,
     dy: jax.Array,
     x: jax.Array,
@@ -446,35 +648,26 @@ def backward_in_two_reads(
     gradient dz. For dx, XLA then reads dz in the place of dy, if rounding dz loses
     nothing.
     """
+    norm, wants = call.norm, call.wants
     operands = (dy, x, scale, bias, mean, var)
-    results = gradient_sums(config, last, call, *operands, shortcut)
+    results = gradient_sums(config, combine_config, call, *operands, shortcut)
     dz: Any = results.pop("dz", None)
-    if dz is None and (call.wanted[0] or call.wanted[3]):
-        dz = reference.before_activation(call.norm, *operands, shortcut)
-    if call.wanted[3]:
+    if dz is None and (wants["dx"] or wants["dshortcut"]):
+        dz = reference.before_activation(norm, *operands, shortcut)
+    if wants["dshortcut"]:
         assert shortcut is not None
         results["dshortcut"] = dz.reshape(x.shape).astype(shortcut.dtype)
-    if call.wanted[0]:
-        dz = dz.reshape(x.shape)
-        c1, c2 = (results.get(name) for name in ("c1", "c2"))
-        assert c1 is not None
+    if wants["dx"]:
+        dz, c1, c2 = dz.reshape(x.shape), results["c1"], results.get("c2")
         results["dx"] = reference.input_gradient(
-            call.norm,
-            dz,
-            x,
-            scale,
-            mean,
-            var,
-            c1,
-            c2,
-            dh=dh,
+            norm, dz, x, scale, mean, var, c1, c2, dh=dh
         )
     return _wanted(call, results)
 
 
 def sums(
     config: Config,
-    last: Config,
+    combine_config: Config,
     call: Call,
     dy: jax.Array,
     x: jax.Array,
@@ -492,14 +685,14 @@ def sums(
       dbias, each if wanted.
     """
     operands = (dy, x, scale, bias, mean, var)
-    results = gradient_sums(config, last, call, *operands, shortcut)
+    results = gradient_sums(config, combine_config, call, *operands, shortcut)
     inner_products = [results[name] for name in ("c1", "c2") if name in results]
-    return [*inner_products, *_over_samples(call, results)]
+    return [*inner_products, *_over_samples(call, results).values()]
 
 
 def gradient_sums(
     config: Config,
-    last: Config,
+    combine_config: Config,
     call: Call,
     dy: jax.Array,
     x: jax.Array,
@@ -520,266 +713,79 @@ def gradient_sums(
       dz: if dshortcut is wanted and dz is exact in dy's dtype; (samples, pixels,
         channels).
     """
-    norm, view = call.norm, _view(call)
-    samples, _, channels = _shape(call)
-    inputs = _inputs(
-        call,
-        **{"dy": dy, "x": x, "shortcut": shortcut},
-        **{"scale": scale, "bias": bias, "mean": mean, "var": var},
-    )
-    names = _summed(call)
-    partials = (samples, config.blocks, len(names), channels)
-    outputs = {"partials": jax.ShapeDtypeStruct(partials, jnp.float32)}
+    norm, group = call.norm, _view(call).k
+    tensors = {"dy": dy, "x": x, "shortcut": shortcut}
+    values = {"scale": scale, "bias": bias, "mean": mean, "var": var}
+    inputs = _inputs(call, **tensors, **values)
+    read = ["dy", "x", "shortcut", "mean"]
+    read += ["var", "scale", "bias"] if call.slopes else []
+    operands = {name: inputs[name] for name in read if name in inputs}
+    for name in ("mean", "var"):
+        if name in operands and group > 1:  # strips may cut through groups
+            operands[name] = jnp.repeat(operands[name], group, axis=1)
+    outputs = {"partials": _partials(call, config, len(_summed(call)))}
     if call.wants["dshortcut"] and call.dy_kept == dy.dtype:
-        outputs["dz"] = jax.ShapeDtypeStruct(_shape(call), dy.dtype)
-
-    def body(ref: dict[str, Any], part: Part) -> None:
-        mean, rstd = [], None
-        if "mean" in ref:
-            mean = [part.load_channels(ref["mean"], part.sample)]
-        if "var" in ref:
-            rstd = _rstd(part.load_channels(ref["var"], part.sample), norm.epsilon)
-        dz = _before_activation(norm, part, ref, rstd)
-        seen = _gradient_terms(part, names, ref, mean, dz, keep=False)
-        for i, sums in enumerate(part.add_up(*seen)):
-            at = (part.sample, part.block, i)
-            part.store_channels(ref["partials"], part.total(sums), *at)
-
-    taken = ["dy", "x", "shortcut", "mean"]
-    taken += ["var", "scale", "bias"] if call.slopes else []
-
-    def of_channels(name: str) -> jax.Array:
-        if name in ("mean", "var") and view.k > 1:  # strips may cut through groups
-            return jnp.repeat(inputs[name], view.k, axis=1)
-        return inputs[name]
-
-    found = _launch(
+        outputs["dz"] = _like_x(call, dy.dtype)
+    results = _launch(
         "fusednorm_channelwise_sums",
-        body,
+        functools.partial(_sums_kernel, call),
         config,
-        inputs={name: of_channels(name) for name in taken if name in inputs},
+        inputs=operands,
         outputs=outputs,
     )
-    exact = {name: found.pop(name) for name in ("dz",) if name in found}
 
-    outputs = {name: _of_each_sample(call) for name in names if call.wants[name]}
-    if call.wanted[0]:
-        outputs |= _statistics(call, *(("c1", "c2") if norm.center else ("c1",)))
-
-    def combine(ref: dict[str, Any], part: Part) -> None:
-        *_, rstd = part.by_group(_given_statistics(call, ref))
-        found = _sums_of_blocks(part, ref["partials"])
-        terms = _store_gradients(norm, part, names, ref, rstd, found)
-        if call.wanted[0]:
-            part.by_group(_inner_products(config, ref), *terms)
-
-    needed = ("scale", "mean", "var")
-    results = _launch(
+    read = ["scale", "mean", "var"]
+    operands = {"partials": results.pop("partials")}
+    operands |= {name: inputs[name] for name in read if name in inputs}
+    outputs = _per_channel(call)
+    if call.wants["dx"]:
+        outputs |= _per_group(call, ("c1", "c2")[: 1 + norm.center])
+    results |= _launch(
         "fusednorm_channelwise_combine",
-        combine,
-        last,
-        inputs=found | {name: inputs[name] for name in needed if name in inputs},
+        functools.partial(_combine_sums_kernel, call, config),
+        combine_config,
+        inputs=operands,
         outputs=outputs,
     )
     shape = norm.statistic_shape(x.shape)
     for name in ("c1", "c2"):
         if name in results:
             results[name] = results[name].reshape(shape)
-    return results | exact
+    return results
 
 
 def _summed(call: Call) -> tuple[str, ...]:
     """Returns the sums that the backward takes: for dx both, uncentred only dscale."""
-    both = call.wanted[2] or (call.wanted[0] and call.norm.center)
+    both = call.wants["dbias"] or (call.wants["dx"] and call.norm.center)
     return ("dscale", "dbias") if both else ("dscale",)
-
-
-def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
-    """Returns the operands that are given, in the shapes that the kernels see.
-
-    - Arrays of x's size are (samples, pixels, channels). Callers name them first.
-    - Statistics are (samples, groups).
-    - Scale and bias are (channels,), or (n, channels) if each of n serves an equal
-      number of consecutive samples.
-    """
-    view = _view(call)
-
-    def seen(name: str, array: jax.Array) -> jax.Array:
-        if name in ("mean", "var"):
-            return array.reshape(view.n, view.g)
-        if name in ("scale", "bias"):
-            return array if array.ndim == 1 else array.reshape(-1, view.features)
-        return array.reshape(_shape(call))
-
-    return {name: seen(name, array) for name, array in present(**operands).items()}
-
-
-def _of_sample(part: Part, ref: Any) -> Columns:
-    """Loads scale or bias of the part's sample, for the strip's channels."""
-    if len(ref.shape) == 1:
-        return part.load_channels(ref)
-    return part.load_channels(ref, lax.div(part.sample, part.samples // ref.shape[0]))
-
-
-def _given_statistics(call: Call, ref: dict[str, Any]) -> Callable[..., list[Any]]:
-    """Returns the formula that loads the forward's mean (if centred) and rstd."""
-
-    def formula(groups: Any) -> list[Any]:
-        mean = [groups.load(ref["mean"])] if call.norm.center else []
-        return [*mean, _rstd(groups.load(ref["var"]), call.norm.epsilon)]
-
-    return formula
-
-
-def _weight(norm: Norm, part: Part, ref: dict[str, Any]) -> Columns | float:
-    """Returns the scale of the strip's channels, or 1 if there is none."""
-    return norm.weight(_of_sample(part, ref["scale"])) if "scale" in ref else 1.0
-
-
-def _before_activation(
-    norm: Norm, part: Part, ref: dict[str, Any], rstd: Any
-) -> Callable[..., Columns]:
-    """Returns the function that computes dz = dy * act'(z) for a line.
-
-    It takes the line's dy and x - mean, and its shortcut if there is one.
-    """
-    if norm.activation is None:
-        return lambda dy, centred: dy
-    factor = rstd * _weight(norm, part, ref)
-    bias = _of_sample(part, ref["bias"]) if "bias" in ref else 0.0
-    of_z = functools.partial(slope, norm.activation)
-
-    def dz(dy: Columns, centred: Columns, *shortcut: Columns) -> Columns:
-        return dy * strips.add([centred * factor + bias, *shortcut]).map(of_z)
-
-    return dz
-
-
-def _gradient_terms(
-    part: Part,
-    names: Sequence[str],
-    ref: dict[str, Any],
-    mean: Sequence[Columns],
-    dz: Callable[..., Columns],
-    *,
-    keep: bool,
-) -> list[Columns]:
-    """Returns each lane's partial sums of `names`, for each place in a line.
-
-    dscale still lacks the factor rstd. `dz` is the function from `_before_activation`.
-    If there is a shortcut, its values go to the reference dshortcut or dz, if there is
-    one. If `keep`, they are also kept in the place of dy.
-    """
-    streamed = [name for name in ("dy", "x", "shortcut") if name in ref]
-
-    def terms(line: Any, dy: Columns, x: Columns, *shortcut: Columns) -> list[Columns]:
-        centred = x - mean[0] if mean else x
-        dy = dz(dy, centred, *shortcut)
-        for name in ("dshortcut", "dz"):
-            if name in ref:
-                part.store(ref[name], line, dy)
-        if keep and shortcut:
-            part.keep("dy", line, dy)
-        both = {"dscale": dy * centred, "dbias": dy}
-        return [part.zero_repeats(line, both[name]) for name in names]
-
-    def step(lines: Sequence[Any], seen: list[Columns]) -> list[Columns]:
-        loaded = [[part.load(ref[name], line) for name in streamed] for line in lines]
-        if keep:
-            for line, (dy, x, *shortcut) in zip(lines, loaded, strict=True):
-                if not shortcut:
-                    part.keep("dy", line, dy)
-                part.keep("x", line, x)
-        # Add pairs of lines, then the pairs: short sums have less rounding error than
-        # one long sum.
-        pairs = (
-            [terms(line, *(a.float32() for a in arrays)) for line, arrays in two]
-            for two in itertools.batched(zip(lines, loaded, strict=True), 2)
-        )
-        sums = (functools.reduce(_plus, pair) for pair in pairs)
-        return _plus(seen, functools.reduce(_plus, sums))
-
-    return part.over_lines(step, [part.zeros() for _ in names])
-
-
-def _plus(a: Sequence[Columns], b: Sequence[Columns]) -> list[Columns]:
-    return [x + y for x, y in zip(a, b, strict=True)]
-
-
-def _sums_of_blocks(part: Part, partials: Any, to: Part | None = None) -> list[Columns]:
-    """Sums the results of a strip's blocks. Takes `_merged_moments`' arguments."""
-    sums = [
-        strips.add(
-            part.zero_repeats(line, part.load(partials, line, i).float32())
-            for line in range(part.config.lines)
-        )
-        for i in range(partials.shape[2])
-    ]
-    return [(to or part).total(place) for place in part.add_up(*sums)]
-
-
-def _store_gradients(
-    norm: Norm,
-    part: Part,
-    names: Sequence[str],
-    ref: dict[str, Any],
-    rstd: Columns,
-    found: Sequence[Columns],
-) -> list[Columns]:
-    """Stores dscale and dbias of the sample if they are wanted.
-
-    Returns:
-      The terms of dx's inner products: both sums times scale.
-    """
-    scale = _weight(norm, part, ref)
-    found = [found[0] * rstd, *found[1:]]
-    for name, value in zip(names, found, strict=True):
-        if name in ref:
-            store = functools.partial(
-                part.store_channels, ref[name], value, part.sample
-            )
-            part.one_block(store)
-    return [value * scale for value in found]
-
-
-def _inner_products(config: Config, ref: dict[str, Any]) -> Callable[..., list[Any]]:
-    """Returns the formula of c1 = mean(w * x_hat) and c2 = mean(w), w = dz * scale.
-
-    The formula also writes them to the references of these names, if any.
-    """
-    count = config.pixels * config.group
-
-    def formula(groups: Any, *terms: Columns) -> list[Any]:
-        found = [groups.sum(term) / count for term in terms]
-        for name, value in zip(("c1", "c2"), found, strict=False):
-            if name in ref:
-                groups.store(ref[name], value)
-        return found
-
-    return formula
 
 
 def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
     """Returns the wanted gradients in order, dx and dshortcut in x's shape."""
-    of_x = [
-        results[name].reshape(call.x.shape)
+    gradients = {
+        name: results[name].reshape(call.x.shape)
         for name in ("dx", "dshortcut")
         if call.wants[name]
-    ]
-    first = int(call.wanted[0])
-    return of_x[:first] + _over_samples(call, results) + of_x[first:]
+    }
+    gradients |= _over_samples(call, results)
+    return [gradients[name] for name, wanted in call.wants.items() if wanted]
 
 
-def _over_samples(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
+def _over_samples(call: Call, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Sums dscale and dbias over the samples of each example, each if wanted."""
     names = [name for name in ("dscale", "dbias") if call.wants[name]]
     samples, _, channels = _shape(call)
-    lead = call.x.shape[: call.own_params]
-    examples = math.prod(lead)
-    each = [results[n].reshape(examples, samples // examples, channels) for n in names]
-    if samples > examples:
-        each = list(memory.sum_over_blocks(*each)) if each else []
-    return [total.reshape(*lead, channels) for total in each]
+    leading = call.x.shape[: call.own_params]
+    examples = math.prod(leading)
+    totals = [
+        results[n].reshape(examples, samples // examples, channels) for n in names
+    ]
+    if samples > examples and names:
+        totals = list(memory.sum_over_blocks(*totals))
+    return {
+        name: total.reshape(*leading, channels)
+        for name, total in zip(names, totals, strict=True)
+    }
 
 
 # --- launches -------------------------------------------------------------------------
@@ -798,97 +804,96 @@ def _shape(call: Call) -> tuple[int, int, int]:
     return view.n, view.s, view.features
 
 
-def _statistics(call: Call, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
+    """Returns the operands that are given, in the shapes that `Refs` lists.
+
+    Callers name the arrays of x's size first.
+    """
     view = _view(call)
-    shape = jax.ShapeDtypeStruct((view.n, view.g), jnp.float32)
-    return dict.fromkeys(names, shape)
+    inputs = present(**operands)
+    for name, array in inputs.items():
+        if name in ("mean", "var"):
+            inputs[name] = array.reshape(view.n, view.g)
+        elif name not in ("scale", "bias"):
+            inputs[name] = array.reshape(_shape(call))
+        elif array.ndim > 1:
+            inputs[name] = array.reshape(-1, view.features)
+    return inputs
 
 
-def _moments(call: Call) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of mean (if centred) and var, by name."""
-    return _statistics(call, *(("mean", "var") if call.norm.center else ("var",)))
+def _like_x(call: Call, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(_shape(call), dtype)
 
 
-def _of_each_sample(call: Call) -> jax.ShapeDtypeStruct:
-    """Returns the shape of one value per channel of each sample."""
+def _per_group(call: Call, names: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of statistics, or of c1 and c2, by name."""
+    view = _view(call)
+    return dict.fromkeys(names, jax.ShapeDtypeStruct((view.n, view.g), jnp.float32))
+
+
+def _statistic_names(norm: Norm) -> tuple[str, ...]:
+    return ("mean", "var") if norm.center else ("var",)
+
+
+def _per_channel(call: Call) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of dscale and dbias of each sample, each if wanted."""
     samples, _, channels = _shape(call)
-    return jax.ShapeDtypeStruct((samples, channels), jnp.float32)
+    names = [name for name in ("dscale", "dbias") if call.wants[name]]
+    return dict.fromkeys(names, jax.ShapeDtypeStruct((samples, channels), jnp.float32))
 
 
-def _as_call(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
-    shapes = {"y": call.x.shape}
-    statistic = call.norm.statistic_shape(call.x.shape)
-    return [r.reshape(shapes.get(name, statistic)) for name, r in results.items()]
+def _partials(call: Call, config: Config, values: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of what each block computes: `values` values per channel."""
+    samples, _, channels = _shape(call)
+    shape = (samples, config.blocks, values, channels)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _launch(
     name: str,
-    body: Callable[[dict[str, Any], Part], None],
+    kernel: Callable[[Refs, Part], None],
     config: Config,
     *,
     inputs: dict[str, jax.Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
-    exchanged: int = 0,
     kept: dict[str, Any] | None = None,
 ) -> dict[str, jax.Array]:
-    """Runs body(references by name, part) on every part of every block.
+    """Runs kernel(references by name, part) in every warpgroup of every block.
 
     Args:
-      exchanged: values per channel that the blocks of a cluster exchange.
+      inputs: operands by name. The first axis of the first one is the samples.
       kept: dtypes of the arrays that stay in shared memory, by name.
     """
-    scratch: dict[str, Any] = {
-        "sums": plgpu.SMEM(
-            (PLACES, config.warpgroups * WARPS, config.pitch), jnp.float32
-        ),
-        "in_block": plgpu.Barrier(num_arrivals=config.warpgroups),
-    }
-    for array, dtype in (kept or {}).items():
-        for i, chunk in enumerate(config.chunks):
-            columns = config.lanes * chunk.vector
-            shape = (config.warpgroups, config.lines, *config.line_shape, columns)
-            scratch[f"{array}_{i}"] = plgpu.SMEM(shape, dtype)
+    samples = next(iter(inputs.values())).shape[0]
+    blocks = 1 if config.resident else config.blocks  # programs per strip
+    programs = samples * config.strips * blocks
     mesh: dict[str, Any] = {}
-    outputs = dict(outputs)
-    first = next(iter(inputs.values()))  # an array with all samples and channels
-    samples, channels = first.shape[0], first.shape[-1]
-    if config.group > 1:
-        scratch["groups"] = plgpu.SMEM((PLACES, config.width), jnp.float32)
     if config.warpgroups > 1:
         mesh |= {"num_threads": config.warpgroups, "thread_name": "warpgroup"}
-    programs = samples * config.strips
-    if config.resident and config.blocks > 1:
+    if config.clustered:
         mesh |= {"cluster": (config.blocks,), "cluster_names": ("cluster",)}
-        scratch["in_cluster"] = plgpu.ClusterBarrier(
-            collective_axes=("cluster",), num_arrivals=config.warpgroups
-        )
-        partials = (samples, config.blocks, exchanged, channels)
-        outputs["partials"] = jax.ShapeDtypeStruct(partials, jnp.float32)
-    elif not config.resident:
-        programs *= config.blocks
 
-    def kernel(*refs: Any, **scratch: Any) -> None:
-        ref = dict(zip([*inputs, *outputs], refs, strict=True))
+    def body(*refs: Any, **scratch: Any) -> None:
         program = lax.axis_index("program")
         block: Any = 0
-        if "in_cluster" in scratch:
+        if config.clustered:
             block = lax.axis_index("cluster")
-            scratch["partials"] = ref["partials"]
         elif not config.resident:  # from the end: see the module's docstring
             program = programs - 1 - program
-        rest, strip = lax.div(program, config.strips), lax.rem(program, config.strips)
+        sample, strip = lax.div(program, config.strips), lax.rem(program, config.strips)
         if not config.resident:
-            rest, block = lax.div(rest, config.blocks), lax.rem(rest, config.blocks)
+            sample, block = lax.div(sample, blocks), lax.rem(sample, blocks)
         warpgroup: Any = 0
         if config.warpgroups > 1:
             warpgroup = lax.axis_index("warpgroup")
-        body(ref, Part(config, rest, strip, block, warpgroup, scratch, samples))
+        part = Part(config, sample, strip, block, warpgroup, scratch, samples)
+        kernel(dict(zip([*inputs, *outputs], refs, strict=True)), part)
 
-    kernel.__name__ = name
+    body.__name__ = name
     run = plgpu.kernel(
-        kernel,
+        body,
         out_type=list(outputs.values()),
-        scratch_types=scratch,
+        scratch_types=strips.scratch_types(config, kept or {}),
         grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(
@@ -905,10 +910,7 @@ def _launch(
         **memory.cost([*inputs.values(), *outputs.values()]),
         **mesh,
     )
-    results = dict(zip(outputs, run(*inputs.values()), strict=True))
-    if config.resident:
-        results.pop("partials", None)
-    return results
+    return dict(zip(outputs, run(*inputs.values()), strict=True))
 
 
 # --- which calls they take ------------------------------------------------------------
@@ -923,12 +925,12 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
     """
     if _view(call).features == 1:
         return Fallback("one channel")
-    alone = 0 in call.norm.reduction_axes
+    one_sample = 0 in call.norm.reduction_axes
     cluster = strips.MAX_CLUSTER
-    if call.op == "backward" and not alone:
+    if call.op == "backward" and not one_sample:
         cluster = 2  # larger clusters gain nothing over two reads
-    if call.wanted[0] and not call.half:
-        kernel = _in_one_read(call, shared, cluster=cluster, alone=alone)
+    if call.wants["dx"] and not call.half:
+        kernel = _in_one_read(call, shared, cluster=cluster, one_sample=one_sample)
         if kernel is not None:
             return kernel
     # Either the pixels do not fit, or the kernels make neither y nor dx, so that one
@@ -937,18 +939,18 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
 
 
 def _in_one_read(
-    call: Call, shared: int, *, cluster: int, alone: bool
+    call: Call, shared: int, *, cluster: int, one_sample: bool
 ) -> Kernel | None:
     """Plans a kernel with the pixels in shared memory, or None if they do not fit."""
-    view = _view(call)
-    kept = call.kept_bytes
+    view, kept = _view(call), call.kept_bytes
     arrays = [a for a in (call.x, call.dy, call.addend, call.shortcut) if a is not None]
     dtypes = [array.dtype for array in arrays]
     if call.op == "forward":
         dtypes.append(call.norm.dtype)
     widest = max(dtype.itemsize for dtype in dtypes)
     cut = functools.partial(strips.resident, view, widest, kept, shared)
-    configs = (cut(cluster=cluster, alone=alone, load=n) for n in _loads(call, widest))
+    loads = _loads(call, widest)
+    configs = (cut(cluster=cluster, one_sample=one_sample, load=n) for n in loads)
     config = next(filter(None, configs), None)
     if config is None:
         return None
@@ -988,10 +990,11 @@ def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
     """Plans kernels that do the first of two reads, or the only one."""
     view = _view(call)
     arrays = [call.x, call.dy, None if call.dy is None else call.shortcut]
-    loaded = [array.dtype.itemsize for array in arrays if array is not None]
-    widest = max(loaded)
-    load, *_ = _loads(call, widest)
-    configs = strips.in_two_reads(view, widest, shared, arrays=len(loaded), load=load)
+    sizes = [array.dtype.itemsize for array in arrays if array is not None]
+    load, *_ = _loads(call, max(sizes))
+    configs = strips.in_two_reads(
+        view, max(sizes), shared, arrays=len(sizes), load=load
+    )
     if configs is None:
         return Fallback(
             f"{view.features} channels in groups of {view.k}: no strip of "
@@ -999,12 +1002,13 @@ def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
             f"them, or a group takes more than {MAX_CHUNKS} loads or {shared:,} bytes "
             "of shared memory"
         )
-    config, last = (_at_once(call, config) for config in configs)
-    forwards = call.op == "forward"
-    launch: Any = forward_in_two_reads if forwards else backward_in_two_reads
-    if call.half:
-        launch = moments if forwards else sums
-    if not call.wanted[0]:
+    config, combine_config = (_at_once(call, config) for config in configs)
+    launch: Any
+    if call.op == "forward":
+        launch = moments if call.half else forward_in_two_reads
+    else:
+        launch = sums if call.half else backward_in_two_reads
+    if not call.wants["dx"]:
         variant, why = ", sums", "only sums are wanted: one read"
     elif call.half:
         variant = call.half_name
@@ -1016,7 +1020,7 @@ def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
             "blocks at two blocks per multiprocessor: two reads, the second by XLA, "
             "which fuses the normalization with what follows"
         )
-    run = functools.partial(launch, config, last, call)
+    run = functools.partial(launch, config, combine_config, call)
     return _kernel(call, config, run, variant, why)
 
 
@@ -1069,7 +1073,8 @@ def _bytes_moved(call: Call, config: Config) -> int:
     """
     samples, _, channels = _shape(call)
     size, x_size = call.x.size, call.x.dtype.itemsize
-    reads = 1 if config.resident or call.half or not call.wanted[0] else 2
+    wants_dx, wants_dshortcut = call.wants["dx"], call.wants["dshortcut"]
+    reads = 1 if config.resident or call.half or not wants_dx else 2
     statistics = 4 * samples * _view(call).g * (1 + call.norm.center)
     params = [p for p in (call.scale, call.bias) if p is not None]
     moved = sum(param.size * param.dtype.itemsize for param in params)
@@ -1081,9 +1086,9 @@ def _bytes_moved(call: Call, config: Config) -> int:
     else:
         values = len(_summed(call))
         moved += size * reads * (x_size + call.dy.dtype.itemsize)
-        moved += size * x_size * (call.wanted[0] and not call.half)
+        moved += size * x_size * (wants_dx and not call.half)
         # For `call.half` the kernel writes c1 and c2, from which XLA makes dx.
-        moved += statistics * (1 + (call.half and call.wanted[0]))
+        moved += statistics * (1 + (call.half and wants_dx))
         if call.addend is not None:
             moved += size * call.addend.dtype.itemsize
         examples = math.prod(call.x.shape[: call.own_params])
@@ -1091,11 +1096,11 @@ def _bytes_moved(call: Call, config: Config) -> int:
         moved += 4 * channels * len(call.summed) * rows
     if call.shortcut is not None:
         # XLA computes dz again if the kernel did not write it.
-        again = call.dy is not None and not (
-            call.wanted[3] and call.dy_kept == call.dy.dtype
+        dz_again = call.dy is not None and not (
+            wants_dshortcut and call.dy_kept == call.dy.dtype
         )
-        moved += size * call.shortcut.dtype.itemsize * (reads if again else 1)
-        moved += size * call.shortcut.dtype.itemsize * call.wanted[3]
+        moved += size * call.shortcut.dtype.itemsize * (reads if dz_again else 1)
+        moved += size * call.shortcut.dtype.itemsize * wants_dshortcut
     if config.blocks > 1 or not config.resident:  # written and read
         moved += 2 * values * 4 * samples * channels * config.blocks
     return moved

@@ -83,6 +83,11 @@ class Config:
         return self.blocks * self.warpgroups
 
     @property
+    def clustered(self) -> bool:
+        """Whether a strip's blocks form a cluster."""
+        return self.resident and self.blocks > 1
+
+    @property
     def line_shape(self) -> tuple[int, ...]:
         """(warps, pixels per warp), or (warps,) if the latter is 1."""
         in_warp = self.line // self.warps
@@ -143,11 +148,11 @@ class Config:
 
     def first(self, worker: Any) -> Any:
         """Returns the worker's first pixel. The last worker ends with the sample."""
-        each, more = divmod(self.pixels, self.workers)
-        if not more:
+        each, remainder = divmod(self.pixels, self.workers)
+        if not remainder:
             return worker * each
-        smaller = min if isinstance(worker, int) else jnp.minimum
-        return worker * each + smaller(worker, more)
+        minimum = min if isinstance(worker, int) else jnp.minimum
+        return worker * each + minimum(worker, remainder)
 
     def count(self, block: Any) -> Any:
         """Returns the number of pixels of a block."""
@@ -167,7 +172,7 @@ def resident(
     shared: int,
     *,
     cluster: int,
-    alone: bool,
+    one_sample: bool,
     load: int,
 ) -> Config | None:
     """Cuts a sample into strips that stay in a cluster's shared memory, if they fit.
@@ -195,15 +200,15 @@ def resident(
       kept: bytes per element, summed over all arrays that are kept.
       shared: bytes of shared memory that a block may have.
       cluster: most blocks that may share a strip.
-      alone: whether there is one sample whatever the batch. Its blocks then have the
-        GPU to themselves, so the cut prefers many blocks to large ones.
+      one_sample: whether there is one sample whatever the batch. Its blocks then have
+        the GPU to themselves, so the cut prefers many blocks to large ones.
       load: most bytes that a lane may load at once.
     """
     # At least two blocks fit an SM, so that one loads while the other accumulates or
     # stores. An SM has 1 KB more than a block may have, and CUDA takes 1 KB per block.
     limit = (shared - KB) // 2
-    large = (32 if alone else 96) * KB
-    found = []
+    large = (32 if one_sample else 96) * KB
+    configs = []
     for width in _multiples(view.k, view.g):
         strip = width * view.s * kept
         if strip > cluster * limit:
@@ -215,38 +220,40 @@ def resident(
                 view, width, itemsize, warpgroups, blocks, resident=True, load=load
             )
             if config.shared(kept) <= limit and len(config.chunks) <= MAX_CHUNKS:
-                found.append(config)
+                configs.append(config)
                 break
             blocks *= 2
 
-    def narrowest(sectors: int, configs: Sequence[Config]) -> list[Config]:
-        """Returns the narrowest config with at least `sectors` sectors per pixel.
-
-        The list has one config or none. Whole sectors are preferred.
-        """
-        wide = [c for c in configs if c.width * itemsize >= sectors * SECTOR]
-        wide = wide or [c for c in configs if c.strips == 1]
-        return ([c for c in wide if c.width * itemsize % SECTOR == 0] or wide)[:1]
-
-    # Half a line of the L1 cache per pixel, or one sector if that makes more blocks.
-    if alone:
-        small = [c for c in found if c.width * view.s * kept <= c.blocks * large]
-        best = narrowest(2, found) + narrowest(1, small)
+    if one_sample:
+        # Half a line of the L1 cache per pixel; one sector if that makes more blocks.
+        small = [c for c in configs if c.width * view.s * kept <= c.blocks * large]
+        best = (_narrowest(configs, 2, itemsize), _narrowest(small, 1, itemsize))
         return max(
-            best,
+            filter(None, best),
             key=lambda c: (min(c.strips * c.blocks, ENOUGH), c.blocks == 1),
             default=None,
         )
     # One warpgroup works through a strip's groups one by one, so a strip of more than
     # two sectors may have only a few groups.
-    few = [
+    few_groups = [
         c
-        for c in found
+        for c in configs
         if c.group == 1 or c.width <= 8 * c.group or c.width * itemsize <= 2 * SECTOR
     ]
-    large_enough = [c for c in few if c.width * view.s * itemsize >= 20 * KB]
-    few = large_enough or few[-1:]
-    return next(iter(narrowest(4, few) or narrowest(2, few)), None)
+    wide = [c for c in few_groups if c.width * view.s * itemsize >= 20 * KB]
+    wide = wide or few_groups[-1:]
+    return _narrowest(wide, 4, itemsize) or _narrowest(wide, 2, itemsize)
+
+
+def _narrowest(configs: Sequence[Config], sectors: int, itemsize: int) -> Config | None:
+    """Returns the narrowest config with at least `sectors` sectors per pixel, if any.
+
+    Whole sectors are preferred.
+    """
+    wide = [c for c in configs if c.width * itemsize >= sectors * SECTOR]
+    wide = wide or [c for c in configs if c.strips == 1]
+    whole = [c for c in wide if c.width * itemsize % SECTOR == 0]
+    return next(iter(whole or wide), None)
 
 
 def in_two_reads(
@@ -277,8 +284,8 @@ def in_two_reads(
     # whether 2, 3 or 4 of them are resident, the last wave is full. A block may have as
     # few as 256 pixels if that gives each SM one.
     strips = view.features // width
-    many = min(view.s // 512, 12 * 132 // strips)
-    blocks = max(many, min(view.s // 256, ENOUGH // strips), 1)
+    full_blocks = min(view.s // 512, 12 * 132 // strips)
+    blocks = max(full_blocks, min(view.s // 256, ENOUGH // strips), 1)
     # Each warpgroup has 16 KB or more of loads in flight. For x alone in 16 bits, one
     # warpgroup per block keeps as much in flight and has half as much to reduce: it
     # takes 45 to 48 us for 160 MB on an H200, two take 52.
@@ -286,17 +293,17 @@ def in_two_reads(
     config = _config(
         view, width, itemsize, warpgroups, blocks, resident=False, load=load
     )
-    groups = [width for width in _multiples(view.k, view.g) if width >= 32]
-    last = _config(
+    whole_groups = (width for width in _multiples(view.k, view.g) if width >= 32)
+    combine_config = _config(
         dataclasses.replace(view, s=blocks),
-        groups[0] if groups else view.features,
-        4,
-        4 if blocks > 64 else 1,
-        1,
+        width=next(whole_groups, view.features),
+        itemsize=4,
+        warpgroups=4 if blocks > 64 else 1,
+        blocks=1,
         resident=True,
         load=16,
     )
-    both = (config, last)
+    both = (config, combine_config)
     fit = all(c.shared(0) <= shared and len(c.chunks) <= MAX_CHUNKS for c in both)
     return both if fit else None
 
@@ -422,6 +429,32 @@ def _broadcast_together(a: Any, b: Any, layout: Any) -> tuple[Any, Any]:
 # --- inside a kernel ------------------------------------------------------------------
 
 
+def scratch_types(config: Config, kept: dict[str, Any]) -> dict[str, Any]:
+    """Returns the shared memory and the barriers of a block, which `Part` uses.
+
+    Args:
+      config: how a sample is cut.
+      kept: dtypes of the arrays that `Part.keep` keeps, by name.
+    """
+    warps = config.warpgroups * WARPS
+    types: dict[str, Any] = {
+        "sums": plgpu.SMEM((PLACES, warps, config.pitch), jnp.float32),
+        "in_block": plgpu.Barrier(num_arrivals=config.warpgroups),
+    }
+    if config.group > 1:
+        types["groups"] = plgpu.SMEM((PLACES, config.width), jnp.float32)
+    if config.clustered:
+        types["in_cluster"] = plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=config.warpgroups
+        )
+    for name, dtype in kept.items():
+        for i, chunk in enumerate(config.chunks):
+            columns = config.lanes * chunk.vector
+            shape = (config.warpgroups, config.lines, *config.line_shape, columns)
+            types[f"{name}_{i}"] = plgpu.SMEM(shape, dtype)
+    return types
+
+
 class Part:
     """One warpgroup's pixels of one strip of one sample.
 
@@ -449,8 +482,9 @@ class Part:
         self.warpgroup = warpgroup
         self.pixels = config.count(block)
         worker = block * config.warpgroups + (warpgroup if config.warpgroups > 1 else 0)
+        # First one and number of the warpgroup's pixels.
         self._first = config.first(worker)
-        self._own = config.first(worker + 1) - self._first  # pixels of this warpgroup
+        self._count = config.first(worker + 1) - self._first
         self._scratch = scratch
         self._places = 0
         pixels = config.line_shape
@@ -482,27 +516,21 @@ class Part:
     def load(self, ref: Any, line: Any, *which: Any) -> Columns:
         """Loads a line of ref[sample, pixels, *which, channels], in ref's dtype."""
         first = self._first + self._start(line)
-        return Columns(
-            [
-                memory.load_as(
-                    ref,
-                    (self.sample, pl.ds(first, self.config.line), *which, columns),
-                    shape,
-                    layout,
-                )
-                for columns, shape, layout in zip(
-                    self._columns(), self._shapes, self._layouts, strict=True
-                )
-            ],
-            self._layouts,
-        )
+        at = (self.sample, pl.ds(first, self.config.line), *which)
+        arrays = [
+            memory.load_as(ref, (*at, columns), shape, layout)
+            for columns, shape, layout in zip(
+                self._columns(), self._shapes, self._layouts, strict=True
+            )
+        ]
+        return Columns(arrays, self._layouts)
 
     def store(self, ref: Any, line: Any, value: Columns) -> None:
         """Stores a line to ref[sample, pixels, channels]."""
         first = self._first + self._start(line)
+        at = (self.sample, pl.ds(first, self.config.line))
         for columns, array in zip(self._columns(), value.arrays, strict=True):
-            at = (self.sample, pl.ds(first, self.config.line), columns)
-            memory.store_as(ref, at, array)
+            memory.store_as(ref, (*at, columns), array)
 
     def over_lines[T](
         self,
@@ -520,65 +548,63 @@ class Part:
           start: initial carry.
           last: replacement of `step` for the lines after the loop.
         """
-        held = self.config.lines_at_once
-        whole = self.whole_lines // held
+        at_once = self.config.lines_at_once
+        steps = self.whole_lines // at_once
 
         def in_loop(i: Any, carry: T) -> T:
-            return step([i * held + j for j in range(held)], carry)
+            return step([i * at_once + j for j in range(at_once)], carry)
 
-        carry = lax.fori_loop(0, whole, in_loop, start)
-        for first in range(whole * held, self.config.lines, held):
-            lines = range(first, min(first + held, self.config.lines))
+        carry = lax.fori_loop(0, steps, in_loop, start)
+        for first in range(steps * at_once, self.config.lines, at_once):
+            lines = range(first, min(first + at_once, self.config.lines))
             carry = (last or step)(lines, carry)
         return carry
 
     def keep(self, name: str, line: Any, value: Columns) -> None:
         """Keeps a line unchanged in shared memory. Each lane reads what it wrote."""
+        at = (self.warpgroup, line)
         for i, array in enumerate(value.arrays):
-            at = (self.warpgroup, line)
             memory.store(self._scratch[f"{name}_{i}"], at, array)
 
     def kept(self, name: str, line: Any) -> Columns:
         """Returns a line that `keep` stored, in float32."""
-        return Columns(
-            [
-                memory.load(self._scratch[f"{name}_{i}"], (self.warpgroup, line), a)
-                for i, a in enumerate(self._layouts)
-            ],
-            self._layouts,
-        )
+        at = (self.warpgroup, line)
+        arrays = [
+            memory.load(self._scratch[f"{name}_{i}"], at, layout)
+            for i, layout in enumerate(self._layouts)
+        ]
+        return Columns(arrays, self._layouts)
 
     def zero_repeats(self, line: Any, value: Columns) -> Columns:
         """Zeroes the pixels of a ragged line that the line before it also has."""
         if self._is_whole(line):
             return value
-        mask = self._counts(line)
-        return Columns(
-            [
-                jnp.where(here, array, 0.0)
-                for here, array in zip(mask.arrays, value.arrays, strict=True)
-            ],
-            self._layouts,
-        )
+        masked = [
+            jnp.where(is_new, array, 0.0)
+            for is_new, array in zip(self._new(line).arrays, value.arrays, strict=True)
+        ]
+        return Columns(masked, self._layouts)
 
     def counted(self, line: Any) -> Any:
         """Returns 1 for pixels of the line that no line before it has, else 0."""
         if self._is_whole(line):
             return 1.0
-        return self._counts(line).map(lambda here: jnp.where(here, 1.0, 0.0))
+        return self._new(line).map(lambda is_new: jnp.where(is_new, 1.0, 0.0))
 
     def _is_whole(self, line: Any) -> bool:
         """Returns whether the line is whole for every warpgroup; in a loop, all are."""
         return not isinstance(line, int) or line < self.whole_lines
 
     def _start(self, line: Any) -> Any:
+        """Returns the line's first pixel, relative to the warpgroup's."""
         if self._is_whole(line):
             return line * self.config.line
-        return jnp.minimum(line * self.config.line, self._own - self.config.line)
+        return jnp.minimum(line * self.config.line, self._count - self.config.line)
 
-    def _counts(self, line: int) -> Columns:
-        seen = line * self.config.line - self._start(line)
-        return self._places_in_line().map(lambda place: place >= seen)
+    def _new(self, line: int) -> Columns:
+        """Returns the mask of a ragged line's pixels that no line before it has."""
+        repeated = line * self.config.line - self._start(line)
+        return self._places_in_line().map(lambda place: place >= repeated)
 
     def _places_in_line(self) -> Columns:
         """Returns the number of each pixel in its line."""
@@ -595,13 +621,11 @@ class Part:
 
     def zeros(self) -> Columns:
         """Returns a line of zeros."""
-        return Columns(
-            [
-                plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-                for shape, layout in zip(self._shapes, self._layouts, strict=True)
-            ],
-            self._layouts,
-        )
+        arrays = [
+            plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+            for shape, layout in zip(self._shapes, self._layouts, strict=True)
+        ]
+        return Columns(arrays, self._layouts)
 
     # Channels.
 
@@ -621,13 +645,11 @@ class Part:
     def _load_channels(
         self, ref: Any, at: Sequence[Any], columns: Sequence[pl.Slice]
     ) -> Columns:
-        return Columns(
-            [
-                memory.load(ref, (*at, chunk), layout)
-                for chunk, layout in zip(columns, self._channel_layouts, strict=True)
-            ],
-            self._layouts,
-        )
+        arrays = [
+            memory.load(ref, (*at, chunk), layout)
+            for chunk, layout in zip(columns, self._channel_layouts, strict=True)
+        ]
+        return Columns(arrays, self._layouts)
 
     def store_channels(self, ref: Any, value: Columns, *at: Any) -> None:
         """Stores value to ref[*at, channels of the strip], by one warpgroup."""
@@ -646,14 +668,14 @@ class Part:
 
     def one_block(self, do: Callable[[], None]) -> None:
         """Runs `do` in the first block of a cluster; without one, in every block."""
-        if self.config.blocks == 1 or not self.config.resident:
-            do()
-        else:
+        if self.config.clustered:
             pl.when(self.block == 0)(do)
+        else:
+            do()
 
     # Sums.
 
-    def add_up(self, *terms: Columns) -> list["Sums"]:
+    def sum_pixels(self, *terms: Columns) -> list["Sums"]:
         """Reduces lines over all pixels of the block, channel by channel.
 
         Each warp reduces its own pixels by shuffles and leaves its sums in shared
@@ -661,28 +683,28 @@ class Part:
         """
         sums = self._scratch["sums"]  # (places, warps of the block, channels)
         warps = self.config.warps
-        own = self.warpgroup * warps
-        first, self._places = self._places, self._places + len(terms)
-        for place, term in enumerate(terms, first):
+        first_warp = self.warpgroup * warps  # of this warpgroup
+        first_place, self._places = self._places, self._places + len(terms)
+        for place, term in enumerate(terms, first_place):
             for columns, array in zip(self._columns_here, term.arrays, strict=True):
-                at = (place, pl.ds(own, warps), columns)
+                at = (place, pl.ds(first_warp, warps), columns)
                 if array.ndim == 3:
                     array = memory.sum_lanes(array, 1)
                 memory.store(sums, at, array)
         self.block_barrier()
         # After `exchange`, each warpgroup reduces all pixels for itself.
-        begin = 0 if self.config.warpgroups > 1 else own
+        first = 0 if self.config.warpgroups > 1 else first_warp
         count = self.config.warpgroups * warps
-        return [Sums(place, begin, count) for place in range(first, self._places)]
+        return [Sums(place, first, count) for place in range(first_place, self._places)]
 
     def total(self, sums: "Sums") -> Columns:
         """Returns the total of the warps' sums, channel by channel."""
-        found = functools.partial(self._load_here, self._scratch["sums"], sums.place)
+        of_warp = functools.partial(self._load_here, self._scratch["sums"], sums.place)
         return lax.fori_loop(
             1,
             sums.count,
-            lambda i, total: total + found(sums.first + i),
-            found(sums.first),
+            lambda i, total: total + of_warp(sums.first + i),
+            of_warp(sums.first),
         )
 
     def block_barrier(self) -> None:
@@ -690,16 +712,17 @@ class Part:
         plgpu.barrier_arrive(self._scratch["in_block"])
         plgpu.barrier_wait(self._scratch["in_block"])
 
-    def exchange(self, values: Sequence[Columns]) -> "Part":
+    def exchange(self, values: Sequence[Columns], partials: Any) -> "Part":
         """Exchanges values per channel with the other blocks of the cluster.
 
+        They meet in `partials`, (samples, blocks, values, channels).
+
         Returns:
-          A part that reads "partials". Its pixels are the blocks of this strip, and
+          A part that reads `partials`. Its pixels are the blocks of this strip, and
           each warpgroup reads all of them.
         """
         for i, value in enumerate(values):
-            at = (self.sample, self.block, i)
-            self.store_channels(self._scratch["partials"], value, *at)
+            self.store_channels(partials, value, self.sample, self.block, i)
         self.one_warpgroup(memory.fence)
         plgpu.barrier_arrive(self._scratch["in_cluster"])
         plgpu.barrier_wait(self._scratch["in_cluster"])
@@ -732,12 +755,12 @@ class Part:
         if self.config.group == 1:
             return list(formula(EachChannel(self), *terms))
         scratch = self._scratch["groups"]  # (places, channels of the strip)
-        given, found = 0, 2
-        count = 0
+        terms_at, results_at = 0, 2  # first places
+        count = 0  # of results
 
         @self.one_warpgroup
         def _() -> None:
-            for place, term in enumerate(terms, given):
+            for place, term in enumerate(terms, terms_at):
                 for columns, array in zip(self._columns_here, term.arrays, strict=True):
                     memory.store(scratch, (place, columns), array)
 
@@ -749,14 +772,12 @@ class Part:
             nonlocal count
             for number in range(self.config.width // self.config.group):
                 group = Group(self, number)
-                results = formula(group, *group.terms(scratch, given, len(terms)))
-                group.spread(scratch, found, results)
+                results = formula(group, *group.terms(scratch, terms_at, len(terms)))
+                group.spread(scratch, results_at, results)
                 count = len(results)
 
         self.block_barrier()
-        return [
-            self._load_here(scratch, place) for place in range(found, found + count)
-        ]
+        return [self._load_here(scratch, results_at + i) for i in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -815,18 +836,14 @@ class Group:
 
     def terms(self, scratch: Any, first: int, count: int) -> list[Columns]:
         """Loads scratch[place, channels of the group] for `count` places."""
-        return [
-            Columns(
-                [
-                    memory.load(scratch, (place, columns), layout)
-                    for columns, layout in zip(
-                        self._columns(), self._layouts, strict=True
-                    )
-                ],
-                self._layouts,
-            )
-            for place in range(first, first + count)
-        ]
+        terms = []
+        for place in range(first, first + count):
+            arrays = [
+                memory.load(scratch, (place, columns), layout)
+                for columns, layout in zip(self._columns(), self._layouts, strict=True)
+            ]
+            terms.append(Columns(arrays, self._layouts))
+        return terms
 
     def spread(self, scratch: Any, first: int, values: Sequence[jax.Array]) -> None:
         """Broadcasts each value to scratch[place, channels of the group]."""
