@@ -59,8 +59,8 @@ def take_small(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if variant == "two reads":
         real = channelwise._vmem
 
-        def vmem(call: Call, cut: Any, *, whole: bool) -> int:
-            return 2**50 if whole else real(call, cut, whole=False)
+        def vmem(call: Call, cut: Any, *, normalizes: bool) -> int:
+            return 2**50 if normalizes else real(call, cut, normalizes=False)
 
         monkeypatch.setattr(channelwise, "_vmem", vmem)
 
@@ -284,7 +284,9 @@ def test_the_cut_does_not_depend_on_the_number_of_samples(
         for call in calls(norm, (n, *shape), dtype):
             launch = planned(call)
             one = dataclasses.replace(launch.cut, samples=1, cores=1)
-            cuts.add((call.op, dtype, launch.order, launch.deferred, launch.whole, one))
+            cuts.add(
+                (call.op, dtype, launch.order, launch.deferred, launch.normalizes, one)
+            )
     assert len(cuts) == 4
 
 

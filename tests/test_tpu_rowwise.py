@@ -120,7 +120,7 @@ def test_chunks_of_a_turn(
         kernel = tpu.plan(call, None)
         assert isinstance(kernel, Kernel)
         (_, blocks) = kernel.launch.args  # type: ignore[attr-defined]
-        assert blocks.together == together
+        assert blocks.chunks_per_turn == together
         assert blocks.looks_ahead == (together == 1)
         assert blocks.keeps == (dtype != "float32")
     run(Case(kind, shape), (dtype, "float32", dtype))
@@ -302,7 +302,7 @@ def test_two_cores_and_examples(two_cores: None, shape: tuple[int, ...]) -> None
 def test_two_cores_have_examples_each(two_cores: None) -> None:
     """Cores share out the examples if one example has too few rows for both."""
     _, backward = calls((4, 5, 300), "float32")
-    assert planned(dataclasses.replace(backward, own_params=1)).apart == 2
+    assert planned(dataclasses.replace(backward, own_params=1)).example_cores == 2
     run_each_example(Case("layer_norm", (5, 300)), examples=4)
 
 
@@ -408,7 +408,7 @@ def test_two_cores_and_heads(
 ) -> None:
     case = Case(kind, shape, OF_HEADS)
     blocks = planned(call_of(case))
-    assert blocks.cores * blocks.apart == 2
+    assert blocks.cores * blocks.example_cores == 2
     run(case)
 
 
@@ -573,7 +573,7 @@ def test_how_long_a_row_may_be() -> None:
 def test_axes_come_in_the_order_of_memory(
     shape: tuple[int, ...], order: tuple[int, ...]
 ) -> None:
-    assert order_of_axes(shape, itemsize=4, first=0) == order
+    assert order_of_axes(shape, itemsize=4, leading=0) == order
 
 
 @pytest.mark.parametrize(
@@ -588,7 +588,7 @@ def test_axes_come_in_the_order_of_memory(
     ids=str,
 )
 def test_examples_stay_in_front(shape: tuple[int, ...], order: tuple[int, ...]) -> None:
-    assert order_of_axes(shape, itemsize=4, first=1) == order
+    assert order_of_axes(shape, itemsize=4, leading=1) == order
 
 
 def down(call: Call, kind: str = "TPU v4") -> bool:

@@ -12,8 +12,9 @@ features, which the norm reduces over, therefore have one of two layouts:
 Each layout is a class. Both classes have the same methods, so rowwise.py defines each
 kernel once for both. A chunk is [rows, features] across the lanes and [features, rows]
 down the sublanes. A value per row is replicated over registers that span LANES (or
-SUBLANES) features, so no step has to broadcast it. A third class, `Turned`, takes rows
-of up to 128 features that lie across the lanes and transposes them in registers.
+SUBLANES) features, so `broadcast` only repeats registers. A third class, `Turned`,
+takes rows of up to 128 features that lie across the lanes and transposes them in
+registers.
 
 The same features may lie across the lanes in one array and down the sublanes in another
 that has more rows. A row's result is bitwise the same in both, because both sum its
@@ -58,7 +59,7 @@ NEGATIVE_ZERO = -0.0
 # --- in memory ------------------------------------------------------------------------
 
 
-def order_of_axes(shape: Sequence[int], itemsize: int, first: int) -> tuple[int, ...]:
+def order_of_axes(shape: Sequence[int], itemsize: int, leading: int) -> tuple[int, ...]:
     """Returns the axes in the order in which XLA stores them, from slowest to fastest.
 
     The fastest axis fills lanes, the one before it sublanes. XLA picks the two axes
@@ -71,12 +72,12 @@ def order_of_axes(shape: Sequence[int], itemsize: int, first: int) -> tuple[int,
     Args:
       shape: shape of x, features last.
       itemsize: bytes per element.
-      first: number of leading axes that stay in front. The features are always among
+      leading: number of axes that stay in front. The features are always among
         the last two axes. XLA itself observes neither restriction.
     """
     features = len(shape) - 1
 
-    def padded(pair: tuple[int, int]) -> int:
+    def padded_size(pair: tuple[int, int]) -> int:
         sublane, lane = pair
         tile = SUBLANES
         while tile // 2 >= max(shape[sublane], 4 // itemsize):
@@ -84,7 +85,7 @@ def order_of_axes(shape: Sequence[int], itemsize: int, first: int) -> tuple[int,
         rest = math.prod(shape) // (shape[sublane] * shape[lane])
         return rest * round_up(shape[sublane], tile) * round_up(shape[lane], LANES)
 
-    axes = range(features, first - 1, -1)
+    axes = range(features, leading - 1, -1)
     pairs = [
         (sublane, lane)
         for lane, sublane in itertools.permutations(axes, 2)
@@ -92,7 +93,7 @@ def order_of_axes(shape: Sequence[int], itemsize: int, first: int) -> tuple[int,
     ]
     if not pairs:
         return tuple(range(len(shape)))
-    last_two = min(pairs, key=padded)
+    last_two = min(pairs, key=padded_size)
     others = [axis for axis in range(len(shape)) if axis not in last_two]
     return (*others, *last_two)
 
@@ -112,26 +113,26 @@ class Piece:
     Attributes:
       number: index of the piece; inside a loop, its index in the loop's first turn.
       width: features of each preceding piece.
-      group: turn of the loop, which begins after piece 0 and covers UNROLLED features
+      turn: turn of the loop, which begins after piece 0 and covers UNROLLED features
         per turn; None outside a loop.
     """
 
     number: int
     width: int
-    group: Any = None
+    turn: Any = None
 
-    def of(self, ref: Any, axis: int, size: int) -> Any:
+    def cut(self, ref: Any, axis: int, size: int) -> Any:
         """Returns the part of `ref` that holds the piece's features, `size` of them
         along `axis`."""
 
-        def cut(ref: Any, start: Any, size: int) -> Any:
+        def slice_of(ref: Any, start: Any, size: int) -> Any:
             return ref.at[(slice(None),) * axis + (pl.ds(start, size),)]
 
-        if self.group is None:
-            return cut(ref, self.number * self.width, size)
-        first = pl.multiple_of(self.width + self.group * UNROLLED, LANES)
-        group = cut(ref, first, UNROLLED)  # one address for all pieces of the group
-        return cut(group, (self.number - 1) * self.width, size)
+        if self.turn is None:
+            return slice_of(ref, self.number * self.width, size)
+        first = pl.multiple_of(self.width + self.turn * UNROLLED, LANES)
+        of_turn = slice_of(ref, first, UNROLLED)  # one address for the turn's pieces
+        return slice_of(of_turn, (self.number - 1) * self.width, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,8 @@ class Chunks:
       features: length of a row.
       block_rows: rows of a slab in VMEM at a time; a multiple of chunk_rows.
       chunk_rows: rows that are normalized together.
-      apart: cores that each have examples of their own; 1 where cores share examples.
+      example_cores: cores that each have examples of their own; 1 where cores share
+        examples.
       groups: number of groups that take turns with a scale and bias of their own, as
         heads do. Adjacent rows take turns, or adjacent examples where memory has the
         rows of a group together. The value is 1 where rows or examples share a scale
@@ -166,7 +168,7 @@ class Chunks:
     features: int
     block_rows: int
     chunk_rows: int
-    apart: int = dataclasses.field(default=1, kw_only=True)
+    example_cores: int = dataclasses.field(default=1, kw_only=True)
     groups: int = dataclasses.field(default=1, kw_only=True)
     period: int = dataclasses.field(default=1, kw_only=True)
 
@@ -185,11 +187,12 @@ class Chunks:
         if slabs > 1:
             slabs = pl.cdiv(slabs, self.cores)
         elif self.cores > 1:
-            rows = round_up(pl.cdiv(rows, self.cores), self.blocks_together)
-        return self.cores * self.apart, self.examples // self.apart, slabs, rows
+            rows = round_up(pl.cdiv(rows, self.cores), self.consecutive_blocks)
+        examples = self.examples // self.example_cores
+        return self.cores * self.example_cores, examples, slabs, rows
 
     @property
-    def blocks_together(self) -> int:
+    def consecutive_blocks(self) -> int:
         """Consecutive blocks that one core must have, since they write one block of
         statistics."""
         return 1
@@ -206,13 +209,13 @@ class Chunks:
         if all(i < n for i, n in zip(first, self.blocks, strict=True)):
             return shared
         if self.examples % cores == 0:
-            return dataclasses.replace(self, apart=cores)
+            return dataclasses.replace(self, example_cores=cores)
         return self
 
     def example_at(self, core: Any, example: Any) -> Any:
         """Returns the index, over all cores, of the example that a grid step has."""
-        if self.apart > 1:
-            example += core * (self.examples // self.apart)
+        if self.example_cores > 1:
+            example += core * (self.examples // self.example_cores)
         return example
 
     def block_at(self, core: Any, slab: Any, row: Any) -> tuple[Any, Any]:
@@ -246,6 +249,11 @@ class Chunks:
         return pl.BlockSpec(tuple(shape), index)
 
     @property
+    def statistic_view(self) -> tuple[int, int, int, int]:
+        """Shape in which kernels see mean, variance, c1 and c2."""
+        return self.examples, self.slabs, 1, self.rows
+
+    @property
     def param_lanes(self) -> int:
         """Lanes of a row that holds one value per feature."""
         return round_up(self.features, LANES)
@@ -268,8 +276,13 @@ class Chunks:
         return pl.BlockSpec((None, self.period, self.param_lanes), index)
 
     @property
-    def of_param_gradient(self) -> pl.BlockSpec:
-        """Spec of dscale and dbias [cores, examples, period, features]."""
+    def param_gradient_view(self) -> tuple[int, int, int, int]:
+        """Shape of the partial dscale and dbias, which `sum_partials` sums."""
+        return self.cores, self.examples, self.period, self.features
+
+    @property
+    def param_gradient_spec(self) -> pl.BlockSpec:
+        """Spec of the partial dscale and dbias."""
 
         def index(core: Any, example: Any, *_: Any) -> Any:
             sharer = core if self.cores > 1 else 0
@@ -277,23 +290,21 @@ class Chunks:
 
         return pl.BlockSpec((None, None, self.period, self.param_lanes), index)
 
-    def add_parts(self, parts: jax.Array | None, count: int) -> jax.Array | None:
+    def sum_partials(self, partials: jax.Array, count: int) -> jax.Array:
         """Sums the partial dscale or dbias of all cores, and of the examples or rows
         that share one.
 
         Args:
-          parts: [cores, examples, period, features], or None.
+          partials: [cores, examples, period, features].
           count: number of results, each of an equal number of consecutive examples.
         """
-        if parts is None:
-            return None
         if self.cores > 1:
-            parts = parts.sum(0)
+            partials = partials.sum(0)
         if self.groups > 1:
-            return parts.reshape(-1, self.groups, self.features).sum(0)
+            return partials.reshape(-1, self.groups, self.features).sum(0)
         if count < self.examples:
-            parts = parts.reshape(count, -1, self.features).sum(1)
-        return parts
+            partials = partials.reshape(count, -1, self.features).sum(1)
+        return partials
 
     # --- chunks ---
 
@@ -334,7 +345,7 @@ class Chunks:
         return self.rows % self.chunk_rows > 0
 
     @property
-    def together(self) -> int:
+    def chunks_per_turn(self) -> int:
         """Chunks per turn of the loop."""
         return 1
 
@@ -350,7 +361,7 @@ class Chunks:
         return LANES
 
     @property
-    def filled(self) -> int:
+    def padded_features(self) -> int:
         """Features plus the garbage that fills their last tile or register."""
         raise NotImplementedError
 
@@ -358,12 +369,13 @@ class Chunks:
     def pieces(self) -> int:
         """Pieces per chunk, each of `piece_width` features; the last one has the
         remainder."""
-        return pl.cdiv(self.filled, self.piece_width)
+        return pl.cdiv(self.padded_features, self.piece_width)
 
     def _size(self, piece: Piece) -> int:
-        is_last = piece.number == self.pieces - 1 and piece.group is None
-        left = self.filled - (self.pieces - 1) * self.piece_width
-        return left if is_last else self.piece_width
+        """Returns the features of a piece."""
+        if piece.number == self.pieces - 1 and piece.turn is None:
+            return self.padded_features - piece.number * self.piece_width
+        return self.piece_width
 
     def place(self, index: Any) -> Any:
         """Returns where a chunk lies in a block."""
@@ -378,10 +390,10 @@ class Chunks:
         chunk: Callable[[Any, int, bool, Any], None],
         *,
         masks: bool,
-        given: Callable[[Any], Any] = lambda _: None,
+        statistics: Callable[[Any], Any] = lambda _: None,
     ) -> None:
-        """Calls chunk(index, slot, masked, told) for each chunk of this block that has
-        rows.
+        """Calls chunk(index, slot, masked, statistics) for each chunk of this block
+        that has rows.
 
         Each chunk of a turn has a slot of its own.
 
@@ -390,36 +402,37 @@ class Chunks:
           masks: whether the function must know, by `masked`, that a chunk's last rows
             may be garbage. A mask costs one operation per element, so if only one chunk
             may have garbage, that chunk has code of its own.
-          given: (index) -> what the chunk is told. With `looks_ahead` it is called one
-            turn early, and once more than there are chunks.
+          statistics: (index) -> the chunk's statistics. With `looks_ahead` it is called
+            one turn early, and once more than there are chunks.
         """
         masks = masks and self.is_ragged
-        apart = masks and self.slabs_of_block == 1
-        count = self.together
-        turns = lax.div(self.whole_chunks if apart else self.chunks, count)
+        # Whether only the last chunk may have garbage.
+        only_last = masks and self.slabs_of_block == 1
+        count = self.chunks_per_turn
+        turns = lax.div(self.whole_chunks if only_last else self.chunks, count)
 
         ahead = self.looks_ahead  # then count is 1
 
-        def turn(number: Any, told: Any) -> Any:
-            for i in range(count):
-                index = number * count + i
-                now = told if ahead else given(index)
-                chunk(index, i, masks and not apart, now)
-            return given(number + 1) if ahead else None
+        def turn(number: Any, loaded: Any) -> Any:
+            for slot in range(count):
+                index = number * count + slot
+                current = loaded if ahead else statistics(index)
+                chunk(index, slot, masks and not only_last, current)
+            return statistics(number + 1) if ahead else None
 
-        lax.fori_loop(0, turns, turn, given(0) if ahead else None)
-        if count > 1 or apart:
+        lax.fori_loop(0, turns, turn, statistics(0) if ahead else None)
+        if count > 1 or only_last:
 
-            def alone(index: Any, _: None) -> None:
-                chunk(index, 0, masks, given(index))
+            def single(index: Any, _: None) -> None:
+                chunk(index, 0, masks, statistics(index))
 
-            lax.fori_loop(turns * count, self.chunks, alone, None)
+            lax.fori_loop(turns * count, self.chunks, single, None)
 
     def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
         """Returns a function that reads a piece of a chunk, in float32, from VMEM. Each
         call loads again, because the registers cannot hold all pieces."""
-        here = self.place(index)
-        return lambda piece: memory.load(self.part(ref, piece), here)
+        place = self.place(index)
+        return lambda piece: memory.load(self.part(ref, piece), place)
 
     @property
     def kept_chunks(self) -> Any:
@@ -432,7 +445,7 @@ class Chunks:
         """Returns functions that keep a value from one pass over a chunk to the next.
 
         Args:
-          ref: scratch [together, chunk_rows, lanes] float32, or None.
+          ref: scratch [chunks_per_turn, chunk_rows, lanes] float32, or None.
           slot: index of the chunk in its turn.
           compute: (piece) -> the value.
 
@@ -464,19 +477,19 @@ class Chunks:
         """
         width = self.piece_width
         carry = step(Piece(0, width), None)
-        begun = 1
-        of_turn = UNROLLED // width
-        if self.pieces > of_turn:
-            groups = (self.pieces - 2) // of_turn
+        next_piece = 1
+        turn_pieces = UNROLLED // width
+        if self.pieces > turn_pieces:
+            turns = (self.pieces - 2) // turn_pieces
 
-            def of_group(group: Any, carry: Any) -> Any:
-                for number in range(1, 1 + of_turn):
-                    carry = step(Piece(number, width, group), carry)
+            def over_turn(turn: Any, carry: Any) -> Any:
+                for number in range(1, 1 + turn_pieces):
+                    carry = step(Piece(number, width, turn), carry)
                 return carry
 
-            carry = lax.fori_loop(0, groups, of_group, carry)
-            begun = 1 + groups * of_turn
-        for number in range(begun, self.pieces):
+            carry = lax.fori_loop(0, turns, over_turn, carry)
+            next_piece = 1 + turns * turn_pieces
+        for number in range(next_piece, self.pieces):
             carry = step(Piece(number, width), carry)
         return carry
 
@@ -493,13 +506,13 @@ class AcrossLanes(Chunks):
     Attributes:
       piece_width: features per piece. A tile of 16-bit values in memory is 8 rows by
         128 features, which is half a register; two adjacent tiles fill one.
-      together: chunks per turn of the loop.
+      chunks_per_turn: chunks per turn of the loop.
       keeps: whether there is scratch for `keep`. It spares 16-bit values a second
         conversion, which costs more than to store and load them in 32 bits.
     """
 
     piece_width: int = LANES
-    together: int = 1
+    chunks_per_turn: int = 1
     keeps: bool = False
 
     @property
@@ -507,7 +520,8 @@ class AcrossLanes(Chunks):
         """Scratch for `keep`, or None."""
         if not self.keeps:
             return None
-        return pltpu.VMEM((self.together, self.chunk_rows, self.lanes), jnp.float32)
+        shape = self.chunks_per_turn, self.chunk_rows, self.lanes
+        return pltpu.VMEM(shape, jnp.float32)
 
     @property
     def view(self) -> tuple[int, int, int, int]:
@@ -530,7 +544,7 @@ class AcrossLanes(Chunks):
     def __str__(self) -> str:
         return f"{self.block_rows} rows of {self.features} features"
 
-    # --- one number a feature ---
+    # --- one value per feature ---
 
     @property
     def kept_param(self) -> None:
@@ -566,14 +580,14 @@ class AcrossLanes(Chunks):
         else:
             result[...] = jnp.sum(total[...], 0, keepdims=True)
 
-    # --- one number a row: in all lanes of its sublane ---
+    # --- one value per row: in all lanes of its sublane ---
 
     @property
-    def of_rows_shape(self) -> tuple[int, int]:
+    def row_values_shape(self) -> tuple[int, int]:
         """Shape of one value per row of a chunk."""
         return self.chunk_rows, LANES
 
-    def widen(self, value: jax.Array, piece: Piece) -> jax.Array:
+    def broadcast(self, value: jax.Array, piece: Piece) -> jax.Array:
         """Repeats the registers of one value per row for a piece: [chunk_rows, its
         lanes]."""
         return jnp.concatenate([value] * (self._size(piece) // LANES), 1)
@@ -587,7 +601,7 @@ class AcrossLanes(Chunks):
             # instead, a step of 64 rows of 760 features took 717 cycles on a v5e
             # instead of 467.
             total = _halve(total.T).T[:, :1]
-        return jnp.broadcast_to(total, self.of_rows_shape)
+        return jnp.broadcast_to(total, self.row_values_shape)
 
     @property
     def looks_ahead(self) -> bool:
@@ -599,21 +613,21 @@ class AcrossLanes(Chunks):
         look ahead in vain, and several chunks per turn wait together anyway.
         """
         turns = min(self.rows, self.block_rows) // self.chunk_rows
-        return self.together == 1 and turns > 1
+        return self.chunks_per_turn == 1 and turns > 1
 
     # A statistic is [examples, slabs, 1, rows], with its rows along the lanes: 4 bytes
     # per row. In the shape that it has outside the kernel, [rows, 1], each number would
     # fill 128 lanes of a block: 512 bytes per row, as much as 256 features in bfloat16.
 
     @property
-    def blocks_together(self) -> int:
+    def consecutive_blocks(self) -> int:
         """Consecutive blocks that one core must have, since they write one block of
         statistics."""
         return max(LANES // self.block_rows, 1)
 
     @property
     def statistic_spec(self) -> pl.BlockSpec:
-        blocks = self.blocks_together
+        blocks = self.consecutive_blocks
         return self.spec(
             (None, None, 1, blocks * self.block_rows),
             lambda example, slab, row: (example, slab, 0, lax.div(row, blocks)),
@@ -621,29 +635,28 @@ class AcrossLanes(Chunks):
 
     def put_statistic(self, ref: Any, index: Any, column: jax.Array) -> None:
         """Writes a chunk's statistic [chunk_rows, LANES] to its lanes of [1, lanes]."""
-        for rows, tile, mine, diagonal in self._tiles_of(index):
+        for rows, tile, inside, diagonal in self._row_tiles(index):
             spread = jnp.where(diagonal, column[rows], 0)  # [tile_rows, LANES]
             row = jnp.sum(spread, 0, keepdims=True)  # [1, LANES]
-            ref[:, tile] = jnp.where(mine, row, ref[:, tile])
+            ref[:, tile] = jnp.where(inside, row, ref[:, tile])
 
     def get_statistic(
-        self, ref: Any, index: Any, of: Callable[[jax.Array], jax.Array] = lambda s: s
+        self, ref: Any, index: Any, f: Callable[[jax.Array], jax.Array] = lambda s: s
     ) -> jax.Array:
-        """Reads a chunk's statistic, after `of` is applied to it, as [chunk_rows,
-        LANES]."""
+        """Returns f(statistic) of a chunk: [chunk_rows, LANES]."""
         columns = [
-            jnp.sum(jnp.where(diagonal, of(ref[:, tile]), 0), 1, keepdims=True)
-            for _, tile, _, diagonal in self._tiles_of(index)
+            jnp.sum(jnp.where(diagonal, f(ref[:, tile]), 0), 1, keepdims=True)
+            for _, tile, _, diagonal in self._row_tiles(index)
         ]
-        return jnp.broadcast_to(jnp.concatenate(columns, 0), self.of_rows_shape)
+        return jnp.broadcast_to(jnp.concatenate(columns, 0), self.row_values_shape)
 
-    def _tiles_of(self, index: Any) -> Iterator[tuple[slice, Any, Any, jax.Array]]:
+    def _row_tiles(self, index: Any) -> Iterator[tuple[slice, Any, Any, jax.Array]]:
         """Yields where a chunk's statistics lie, one tile of LANES at a time.
 
         Yields:
           rows: rows of the chunk with their statistic in this tile.
           tile: lanes of the tile.
-          mine: bool [1, LANES], which of the tile's lanes belong to these rows.
+          inside: bool [1, LANES], which of the tile's lanes belong to these rows.
           diagonal: bool [tile_rows, LANES], which lane belongs to each row.
         """
         tile_rows = min(self.chunk_rows, LANES)
@@ -654,20 +667,20 @@ class AcrossLanes(Chunks):
             first = lax.rem(row, LANES)
             tile = pl.ds(pl.multiple_of(row - first, LANES), LANES)
             shape = tile_rows, LANES
-            own = lax.broadcasted_iota(jnp.int32, shape, 1) - first
-            diagonal = own == lax.broadcasted_iota(jnp.int32, shape, 0)
-            mine = (own[:1] >= 0) & (own[:1] < tile_rows)
-            yield slice(start, start + tile_rows), tile, mine, diagonal
+            lane_row = lax.broadcasted_iota(jnp.int32, shape, 1) - first
+            diagonal = lane_row == lax.broadcasted_iota(jnp.int32, shape, 0)
+            inside = (lane_row[:1] >= 0) & (lane_row[:1] < tile_rows)
+            yield slice(start, start + tile_rows), tile, inside, diagonal
 
     # --- chunks ---
 
     @property
-    def filled(self) -> int:
+    def padded_features(self) -> int:
         return self.lanes
 
     def part(self, ref: Any, piece: Piece) -> Any:
         """Returns the part of `ref` that holds the piece's lanes."""
-        return piece.of(ref, ref.ndim - 1, self._size(piece))
+        return piece.cut(ref, ref.ndim - 1, self._size(piece))
 
     def place(self, index: Any) -> Any:
         """Returns where a chunk lies in a block."""
@@ -684,10 +697,10 @@ class AcrossLanes(Chunks):
         at a time."""
         for start in range(0, self._size(piece), LANES):
             terms = [value[:, start : start + LANES] for value in values]
-            left = self.features - piece.number * self.piece_width - start
-            if piece.group is None and left < LANES:
+            count = self.features - piece.number * self.piece_width - start
+            if piece.turn is None and count < LANES:
                 lane = lax.broadcasted_iota(jnp.int32, terms[0].shape, 1)
-                terms = [jnp.where(lane < left, term, NEGATIVE_ZERO) for term in terms]
+                terms = [jnp.where(lane < count, term, NEGATIVE_ZERO) for term in terms]
             totals = terms if totals is None else [*map(operator.add, totals, terms)]
         assert totals is not None
         return list(totals)
@@ -746,7 +759,7 @@ class DownSublanes(Chunks):
     def __str__(self) -> str:
         return f"{self.block_slabs * self.block_rows} rows of {self.features} features"
 
-    # --- one number a feature ---
+    # --- one value per feature ---
 
     @property
     def kept_rows(self) -> int:
@@ -787,19 +800,19 @@ class DownSublanes(Chunks):
     def finish_sum(self, total: Any, result: Any) -> None:
         """Sums [sublanes, kept_rows] to [period, features]."""
         if self.period > 1:
-            more = self.param_lanes - self.sublanes
-            result[...] = jnp.pad(total[...], ((0, more), (0, 0))).T
+            padding = self.param_lanes - self.sublanes
+            result[...] = jnp.pad(total[...], ((0, padding), (0, 0))).T
         else:
             result[...] = memory.as_row(jnp.sum(total[...], 1, keepdims=True))
 
-    # --- one number a row: in all sublanes of its lane ---
+    # --- one value per row: in all sublanes of its lane ---
 
     @property
-    def of_rows_shape(self) -> tuple[int, int]:
+    def row_values_shape(self) -> tuple[int, int]:
         """Shape of one value per row of a chunk."""
         return SUBLANES, self.chunk_rows
 
-    def widen(self, value: jax.Array, piece: Piece) -> jax.Array:
+    def broadcast(self, value: jax.Array, piece: Piece) -> jax.Array:
         """Repeats the registers of one value per row for a piece: [its sublanes,
         chunk_rows]."""
         return jnp.concatenate([value] * (self._size(piece) // SUBLANES), 0)
@@ -822,20 +835,19 @@ class DownSublanes(Chunks):
         ref[slab, :, pl.ds(first, self.chunk_rows)] = row[:1]
 
     def get_statistic(
-        self, ref: Any, index: Any, of: Callable[[jax.Array], jax.Array] = lambda s: s
+        self, ref: Any, index: Any, f: Callable[[jax.Array], jax.Array] = lambda s: s
     ) -> jax.Array:
-        """Reads a chunk's statistic, after `of` is applied to it, as [SUBLANES,
-        chunk_rows]."""
+        """Returns f(statistic) of a chunk: [SUBLANES, chunk_rows]."""
         slab, first = self._slab_and_row(index)
-        row = of(ref[slab, :, pl.ds(first, self.chunk_rows)])
-        return jnp.broadcast_to(row, self.of_rows_shape)
+        row = f(ref[slab, :, pl.ds(first, self.chunk_rows)])
+        return jnp.broadcast_to(row, self.row_values_shape)
 
     # --- chunks ---
 
     turn_registers = 168  # registers that the chunks of one turn would fill
 
     @property
-    def together(self) -> int:
+    def chunks_per_turn(self) -> int:
         """Chunks per turn of the loop. Small chunks wait for their sums together.
 
         A turn has somewhat fewer chunks than it could if that leaves no chunk of a
@@ -846,8 +858,8 @@ class DownSublanes(Chunks):
         and 1.01 with all of them.
         """
         registers = self.sublanes // SUBLANES * (self.chunk_rows // LANES)
-        of_slab = pl.cdiv(min(self.rows, self.block_rows), self.chunk_rows)
-        chunks = of_slab * min(self.slabs, self.block_slabs)
+        slab_chunks = pl.cdiv(min(self.rows, self.block_rows), self.chunk_rows)
+        chunks = slab_chunks * min(self.slabs, self.block_slabs)
         most = max(min(chunks, self.turn_registers // registers), 1)
         even = max(n for n in range(1, most + 1) if chunks % n == 0)
         return even if 2 * even > most else most
@@ -865,17 +877,17 @@ class DownSublanes(Chunks):
         """Returns the slab and the row at which a chunk begins in a block."""
         slab: Any = 0
         if self.block_slabs > 1:
-            of_slab = self.chunks_of_slab
-            slab, index = lax.div(index, of_slab), lax.rem(index, of_slab)
+            slab_chunks = self.chunks_of_slab
+            slab, index = lax.div(index, slab_chunks), lax.rem(index, slab_chunks)
         return slab, pl.multiple_of(index * self.chunk_rows, LANES)
 
     @property
-    def filled(self) -> int:
+    def padded_features(self) -> int:
         return self.sublanes
 
     def part(self, ref: Any, piece: Piece) -> Any:
         """Returns the part of `ref` that holds the piece's sublanes."""
-        return piece.of(ref, ref.ndim - 2, self._size(piece))
+        return piece.cut(ref, ref.ndim - 2, self._size(piece))
 
     def place(self, index: Any) -> Any:
         """Returns where a chunk lies in a block."""
@@ -892,9 +904,9 @@ class DownSublanes(Chunks):
         element."""
         if piece.number == self.pieces - 1 and self.features % SUBLANES:
             feature = lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
-            left = self.features - piece.number * LANES
+            count = self.features - piece.number * LANES
             values = [
-                jnp.where(feature < left, value, NEGATIVE_ZERO) for value in values
+                jnp.where(feature < count, value, NEGATIVE_ZERO) for value in values
             ]
         return list(values if totals is None else map(_add_to_first, totals, values))
 
@@ -948,20 +960,20 @@ class Turned(DownSublanes):
     def reader(self, ref: Any, index: Any) -> Callable[[Piece], jax.Array]:
         """Returns a function that reads a chunk and transposes it once. It transposes
         values in their dtype in memory, so that 16-bit values move two at a time."""
-        here = self.place(index)
+        place = self.place(index)
 
         def transposed(_: Piece) -> jax.Array:
-            return memory.widened(ref[here].T)[: self.sublanes]
+            return memory.widened(ref[place].T)[: self.sublanes]
 
         return functools.cache(transposed)
 
     def write(self, ref: Any, index: Any, _: Piece, value: jax.Array) -> None:
         """Transposes a chunk back and writes it."""
-        more = LANES - self.sublanes
-        if more:
-            value = jnp.pad(value, ((0, more), (0, 0)))
-        turned = memory.narrowed(value, ref.dtype).T
-        memory.store_narrowed(ref, self.place(index), turned)
+        padding = LANES - self.sublanes
+        if padding:
+            value = jnp.pad(value, ((0, padding), (0, 0)))
+        transposed = memory.narrowed(value, ref.dtype).T
+        memory.store_narrowed(ref, self.place(index), transposed)
 
 
 Blocks = AcrossLanes | DownSublanes  # Turned is a DownSublanes
@@ -992,9 +1004,9 @@ def _halve(total: jax.Array) -> jax.Array:
     return total
 
 
-def _add_to_first(total: jax.Array, more: jax.Array) -> jax.Array:
-    """Adds `more` to the leading sublanes of `total`."""
-    count = more.shape[0]
+def _add_to_first(total: jax.Array, value: jax.Array) -> jax.Array:
+    """Adds `value` to the leading sublanes of `total`."""
+    count = value.shape[0]
     if count == total.shape[0]:
-        return total + more
-    return jnp.concatenate([total[:count] + more, total[count:]], 0)
+        return total + value
+    return jnp.concatenate([total[:count] + value, total[count:]], 0)

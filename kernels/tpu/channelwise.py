@@ -57,13 +57,8 @@ from fusednorm.kernels.geometry import Geometry, power_of_two
 from fusednorm.kernels.tpu import memory
 from fusednorm.kernels.tpu.blocks import inverse, order_of_axes
 from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
-from fusednorm.kernels.tpu.pixels import (
-    AcrossLanes,
-    AnyCut,
-    Block,
-    DownSublanes,
-    loop,
-)
+from fusednorm.kernels.tpu.pixels import AcrossLanes, AnyCut, Block, DownSublanes
+from fusednorm.reference import Norm
 
 MOST_SAMPLES = 8  # per unit: one sublane for the statistics of each
 
@@ -117,88 +112,58 @@ def _forward_kernel(
     y_ref: Any,  # a block of the unit that is normalized, or None for statistics only
     mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
     var_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
-    kept_x: Any,  # all blocks of a unit, or None
-    seen: Any,  # [3, unit, *places] float32: count, mean, sum of squares about the mean
-    found: Any,  # [3, unit, *values] float32: mean, rstd * scale, bias; or None
+    kept_x: Any,  # [blocks, *x_ref.shape]: all blocks of a unit; or None
+    partials: Any,  # [3, unit, *places] float32: `Moments` of a unit, place by place
+    coefficients: Any,  # [3, unit, *values] float32: mean, rstd * scale, bias; or None
     *,
     cut: AnyCut,
-    center: bool,
-    epsilon: float,
-    activation: str | None,
-    weight: Callable[[Any], Any],
+    norm: Norm,
 ) -> None:
     """Computes y, mean and variance, as far as they have a ref."""
+    center = norm.center
 
-    def add_up(block: Block, sample: Any, tile: Any) -> None:
-        def step(chunks: Any, rows: int, before: Moments) -> Moments:
-            def read(chunk: Any) -> jax.Array:
-                here = cut.at(sample, chunk, tile)
-                if kept_x is not None:
-                    kept_x[cut.number(block), *here] = x_ref[here]
-                return cut.as_places(memory.load(x_ref, here))
-
-            return _add_chunks(cut, before, map(read, chunks), rows, center)
-
-        at = cut.places_at(sample, tile)
-        zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
-        first = zero
-        if center:  # the first pixels are near enough to the mean
-            first = cut.as_places(memory.load(x_ref, cut.at(sample, (0, 0), tile)))
-            left = cut.rows - block[1] * cut.block_rows
-            first = jnp.where(cut.first_places(left), first[0, 0], 0)
-        of_block = cut.over_chunks(block, step, (zero, first, zero))
+    def accumulate(block: Block, sample: Any, tile: Any) -> None:
+        at = cut.places_index(sample, tile)
+        moments = _block_moments(cut, x_ref, kept_x, block, sample, tile, center)
         if cut.blocks > 1:
-            of_block = _merge(tuple(seen[i, *at] for i in range(3)), of_block)
-        for i, value in enumerate(of_block):
-            seen[i, *at] = value
+            moments = _merge(tuple(partials[i, *at] for i in range(3)), moments)
+        for i, value in enumerate(moments):
+            partials[i, *at] = value
 
     def complete(_: Any) -> None:
-        means, m2s = (functools.partial(cut.by_place, seen.at[i]) for i in (1, 2))
-        if center:
-            of_places = zip(cut.counts, means(), strict=True)
-            mean = cut.sum_places(n * mean for n, mean in of_places) * (1 / cut.pixels)
-            m2 = cut.sum_places(
-                m2 + n * ((of_place - mean) * (of_place - mean))
-                for n, of_place, m2 in zip(cut.counts, means(), m2s(), strict=True)
-            )
-            mean, m2 = cut.merge_groups(mean, m2)
-        else:
-            m2 = cut.sum_groups(cut.sum_places(m2s()))
-        var = m2 * (1 / (cut.pixels * cut.group))
-        if mean_ref is not None:
-            mean_ref[...] = cut.to_row(mean)
-        if var_ref is not None:
-            var_ref[...] = cut.to_row(var)
+        mean, var = _statistics(cut, partials, center)
+        _store_row(cut, mean_ref, mean)
+        _store_row(cut, var_ref, var)
         if y_ref is not None:
             if center:
-                cut.keep(found.at[0], mean)
-            rstd = lax.rsqrt(var + epsilon)
-            _keep_affine(cut, found, 1, rstd, scale_ref, bias_ref, weight)
+                cut.store_values(coefficients.at[0], mean)
+            rstd = lax.rsqrt(var + norm.epsilon)
+            _store_affine(cut, norm, coefficients, 1, rstd, scale_ref, bias_ref)
 
     def normalize(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.places_at(sample, tile)
-        source = x_ref if kept_x is None else kept_x.at[cut.number(block)]
+        at = cut.places_index(sample, tile)
+        x_source = x_ref if kept_x is None else kept_x.at[cut.block_index(block)]
 
-        def step(chunks: Any, _: int, __: None) -> None:
+        def normalize_chunks(chunks: Sequence[Any], *_: Any) -> None:
             for chunk in chunks:
-                mean, factor, bias = (found[i, *at] for i in range(3))
-                here = cut.at(sample, chunk, tile)
-                y = cut.as_places(memory.load(source, here))
+                mean, factor, bias = (coefficients[i, *at] for i in range(3))
+                index = cut.chunk_index(sample, chunk, tile)
+                y = cut.load(x_source, index)
                 if center:
                     y = y - mean
                 y = y * factor
                 if bias_ref is not None:
                     y = y + bias
                 if shortcut_ref is not None:
-                    y = y + cut.as_places(memory.load(shortcut_ref, here))
-                memory.store(y_ref, here, cut.as_block(activate(activation, y)))
+                    y = y + cut.load(shortcut_ref, index)
+                cut.store(y_ref, index, activate(norm.activation, y))
 
-        cut.over_chunks(block, step, None)
+        cut.over_chunks(block, normalize_chunks, None)
 
-    _for_each_unit(
+    _run_step(
         cut,
-        seen,
-        add_up,
+        partials,
+        accumulate,
         complete,
         normalize if y_ref is not None else None,
         deferred=kept_x is not None,
@@ -208,6 +173,37 @@ def _forward_kernel(
 # Count, mean, and sum of squares about the mean, of some pixels, place by place.
 # Without centring, the squares are about 0.
 Moments = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _block_moments(
+    cut: AnyCut,
+    x_ref: Any,
+    kept_x: Any,
+    block: Block,
+    sample: Any,
+    tile: Any,
+    center: bool,
+) -> Moments:
+    """Returns the moments, each [*places], of a block's chunks of one sample and tile.
+
+    It also copies these chunks to `kept_x`, if there is one.
+    """
+
+    def load(chunk: Any) -> jax.Array:
+        index = cut.chunk_index(sample, chunk, tile)
+        _keep(cut, block, index, (x_ref, kept_x))
+        return cut.load(x_ref, index)
+
+    def add_chunks(chunks: Sequence[Any], rows: int, before: Moments) -> Moments:
+        return _add_chunks(cut, before, map(load, chunks), rows, center)
+
+    mean = zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
+    if center:  # the first pixels are near enough to the mean
+        first = cut.load(x_ref, cut.chunk_index(sample, (0, 0), tile))
+        rows_left = cut.rows - block[1] * cut.block_rows
+        mean = jnp.where(cut.first_places(rows_left), first[0, 0], 0)
+    moments: Moments = cut.over_chunks(block, add_chunks, (zero, mean, zero))
+    return moments
 
 
 def _add_chunks(
@@ -227,11 +223,11 @@ def _add_chunks(
     count, mean, m2 = before
     s1 = s2 = jnp.zeros_like(mean)
     for x in chunks:
-        count = count + cut.count(rows)
-        apart = x - mean if center else x
-        s2 = s2 + cut.add_registers(apart * apart, rows)
+        count = count + cut.count_pixels(rows)
+        centred = x - mean if center else x
+        s2 = s2 + cut.add_registers(centred * centred, rows)
         if center:
-            s1 = s1 + cut.add_registers(apart, rows)
+            s1 = s1 + cut.add_registers(centred, rows)
     if not center:
         return count, mean, m2 + s2
     shift = s1 / jnp.maximum(count, 1)
@@ -243,8 +239,27 @@ def _merge(a: Moments, b: Moments) -> Moments:
     (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
     n = n_a + n_b
     share = n_b / jnp.maximum(n, 1)
-    apart = mean_b - mean_a
-    return n, mean_a + apart * share, m2_a + m2_b + apart * apart * (n_a * share)
+    delta = mean_b - mean_a
+    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * (n_a * share)
+
+
+def _statistics(cut: AnyCut, partials: Any, center: bool) -> tuple[Any, Any]:
+    """Reduces a unit's moments to values per channel: its group's mean and variance.
+
+    The mean is None without centring.
+    """
+    means, m2s = (functools.partial(cut.by_place, partials.at[i]) for i in (1, 2))
+    if center:
+        weighted = zip(cut.pixels_by_place, means(), strict=True)
+        mean = cut.sum_places(n * each for n, each in weighted) * (1 / cut.pixels)
+        moments = zip(cut.pixels_by_place, means(), m2s(), strict=True)
+        m2 = cut.sum_places(
+            m2 + n * ((each - mean) * (each - mean)) for n, each, m2 in moments
+        )
+        mean, m2 = cut.merge_groups(mean, m2)
+    else:
+        mean, m2 = None, cut.sum_groups(cut.sum_places(m2s()))
+    return mean, m2 * (1 / (cut.pixels * cut.group))
 
 
 # --- backward -------------------------------------------------------------------------
@@ -264,130 +279,116 @@ def _backward_kernel(
     dbias_ref: Any,  # [1, lanes] float32, or None
     c1_ref: Any,  # [unit, lanes] float32: mean(w * x_hat); or None
     c2_ref: Any,  # [unit, lanes] float32: mean(w); or None
-    kept_dy: Any,  # all blocks of a unit: dy, or dz if there is a shortcut; or None
-    kept_x: Any,  # all blocks of a unit: x; or None
-    center_at: Any,  # [unit, *values] float32: mean of the unit being summed; or None
-    affine_at: Any,  # [2, unit, *values] float32: factor and bias of z; or None
-    seen: Any,  # [2, unit, *places] float32: sum(dz * (x - mean)), sum(dz)
-    found: Any,  # [4, or 6, unit, *values] float32: mean, factors of dx, affine_at
+    kept_gradient: Any,  # [blocks, *dy_ref.shape]: dy, dz with a shortcut; or None
+    kept_x: Any,  # [blocks, *x_ref.shape]: all blocks of a unit; or None
+    mean_values: Any,  # [unit, *values] float32: mean of the unit being summed; or None
+    affine_values: Any,  # [2, unit, *values] float32: its factor and bias of z; or None
+    partials: Any,  # [2, unit, *places] float32: sum(dz * (x - mean)), sum(dz)
+    coefficients: Any,  # [4 or 6, unit, *values] float32: mean, a, b, c, affine; None
     *,
     cut: AnyCut,
-    epsilon: float,
-    activation: str | None,
-    weight: Callable[[Any], Any],
+    norm: Norm,
 ) -> None:
-    """Computes dx, dz, dscale, dbias, c1 and c2, as far as they have a ref."""
-    center = mean_ref is not None
+    """Computes dx, dz, dscale, dbias, c1 and c2, as far as they have a ref.
+
+    dx = dz * a - (x - mean) * b - c,  a = rstd * scale, b = rstd^2 * c1, c = rstd * c2
+    """
+    center = norm.center
+    # With a shortcut, dz is kept in the place of dy, because the shortcut is not kept.
+    kept_dy = kept_gradient if shortcut_ref is None else None
+    kept_dz = kept_gradient if shortcut_ref is not None else None
+    before_activation = functools.partial(
+        _before_activation, cut, norm, bias_ref is not None, shortcut_ref
+    )
 
     def begin() -> None:
         if center:
-            cut.keep(center_at, cut.from_row(mean_ref[...]))
-        if affine_at is not None:
-            rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
-            _keep_affine(cut, affine_at, 0, rstd, scale_ref, bias_ref, weight)
+            cut.store_values(mean_values, cut.from_row(mean_ref[...]))
+        if affine_values is not None:
+            rstd = lax.rsqrt(cut.from_row(var_ref[...]) + norm.epsilon)
+            _store_affine(cut, norm, affine_values, 0, rstd, scale_ref, bias_ref)
 
-    def before_activation(
-        dy: jax.Array, centred: jax.Array, affine: Any, here: Any
-    ) -> jax.Array:
-        """Returns dz = dy * act'(z)."""
-        if activation is None:
-            return dy
-        factor, bias = affine
-        z = centred * factor
-        if bias_ref is not None:
-            z = z + bias
-        if shortcut_ref is not None:
-            z = z + cut.as_places(memory.load(shortcut_ref, here))
-        return dy * slope(activation, z)
+    def accumulate(block: Block, sample: Any, tile: Any) -> None:
+        at = cut.places_index(sample, tile)
+        mean: Any = mean_values[at] if center else None
+        affine = None
+        if affine_values is not None:
+            affine = affine_values[0, *at], affine_values[1, *at]
 
-    def add_up(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.places_at(sample, tile)
-        mean = center_at[at] if center else None
-        affine = None if affine_at is None else (affine_at[0, *at], affine_at[1, *at])
-
-        def step(
-            chunks: Any, rows: int, totals: Sequence[jax.Array]
-        ) -> Sequence[jax.Array]:
+        def add_chunks(chunks: Sequence[Any], rows: int, sums: Any) -> Any:
             for chunk in chunks:
-                here = cut.at(sample, chunk, tile)
-                if kept_x is not None:
-                    kept_x[cut.number(block), *here] = x_ref[here]
-                    if shortcut_ref is None:
-                        kept_dy[cut.number(block), *here] = dy_ref[here]
-                x = cut.as_places(memory.load(x_ref, here))
-                dy = cut.as_places(memory.load(dy_ref, here))
-                centred = x if mean is None else x - mean
-                dz = before_activation(dy, centred, affine, here)
+                index = cut.chunk_index(sample, chunk, tile)
+                _keep(cut, block, index, (x_ref, kept_x), (dy_ref, kept_dy))
+                x, dy = cut.load(x_ref, index), cut.load(dy_ref, index)
+                centred = x - mean if center else x
+                dz = before_activation(affine, dy, centred, index)
                 if dz_ref is not None:
-                    memory.store(dz_ref, here, cut.as_block(dz))
-                if kept_dy is not None and shortcut_ref is not None:
-                    kept = kept_dy.at[cut.number(block)]
-                    memory.store(kept, here, cut.as_block(dz))
-                terms = dz * centred, dz
-                totals = [
+                    cut.store(dz_ref, index, dz)
+                if kept_dz is not None:
+                    cut.store(kept_dz.at[cut.block_index(block)], index, dz)
+                sums = [
                     total + cut.add_registers(term, rows)
-                    for total, term in zip(totals, terms, strict=True)
+                    for total, term in zip(sums, (dz * centred, dz), strict=True)
                 ]
-            return totals
+            return sums
 
         zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
-        for i, value in enumerate(cut.over_chunks(block, step, [zero, zero])):
-            seen[i, *at] = value if cut.blocks == 1 else seen[i, *at] + value
+        for i, value in enumerate(cut.over_chunks(block, add_chunks, [zero, zero])):
+            partials[i, *at] = value if cut.blocks == 1 else partials[i, *at] + value
 
     def complete(unit: Any) -> None:
-        rstd = lax.rsqrt(cut.from_row(var_ref[...]) + epsilon)
-        dscale, dbias = (cut.sum_places(cut.by_place(seen.at[i])) for i in range(2))
+        rstd = lax.rsqrt(cut.from_row(var_ref[...]) + norm.epsilon)
+        dscale, dbias = (cut.sum_places(cut.by_place(partials.at[i])) for i in range(2))
         dscale = dscale * rstd
-        for ref, value in ((dscale_ref, dscale), (dbias_ref, dbias)):
-            if ref is not None:
-                _add_samples(cut, unit, ref, cut.to_row(value))
+        _add_samples(cut, unit, dscale_ref, dscale)
+        _add_samples(cut, unit, dbias_ref, dbias)
         scale: Any = 1.0
         if scale_ref is not None:
-            scale = weight(cut.from_row(memory.load(scale_ref)))
+            scale = norm.weight(cut.from_row(memory.load(scale_ref)))
         per_group = 1 / (cut.pixels * cut.group)
         c1 = cut.sum_groups(dscale * scale) * per_group
         c2 = cut.sum_groups(dbias * scale) * per_group
-        for ref, mean in ((c1_ref, c1), (c2_ref, c2)):
-            if ref is not None:
-                ref[...] = cut.to_row(mean)
+        _store_row(cut, c1_ref, c1)
+        _store_row(cut, c2_ref, c2)
         if dx_ref is not None:
             if center:
-                found[0] = center_at[...]
-                cut.keep(found.at[3], rstd * c2)
-            cut.keep(found.at[1], rstd * scale)
-            cut.keep(found.at[2], rstd * rstd * c1)
-            if affine_at is not None:
-                found[4], found[5] = affine_at[0], affine_at[1]
+                coefficients[0] = mean_values[...]
+                cut.store_values(coefficients.at[3], rstd * c2)
+            cut.store_values(coefficients.at[1], rstd * scale)
+            cut.store_values(coefficients.at[2], rstd * rstd * c1)
+            if affine_values is not None:
+                coefficients[4], coefficients[5] = affine_values[0], affine_values[1]
 
     def store_dx(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.places_at(sample, tile)
-        from_x = x_ref if kept_x is None else kept_x.at[cut.number(block)]
-        from_dy = dy_ref if kept_dy is None else kept_dy.at[cut.number(block)]
+        at = cut.places_index(sample, tile)
+        x_source, dy_source = x_ref, dy_ref
+        if kept_x is not None:
+            x_source = kept_x.at[cut.block_index(block)]
+            dy_source = kept_gradient.at[cut.block_index(block)]
 
-        def step(chunks: Any, _: int, __: None) -> None:
+        def store_chunks(chunks: Sequence[Any], *_: Any) -> None:
             for chunk in chunks:
-                mean, of_dy, of_x, rest = (found[i, *at] for i in range(4))
-                here = cut.at(sample, chunk, tile)
-                x = cut.as_places(memory.load(from_x, here))
-                dy = cut.as_places(memory.load(from_dy, here))
+                mean, a, b, c = (coefficients[i, *at] for i in range(4))
+                index = cut.chunk_index(sample, chunk, tile)
+                x, dy = cut.load(x_source, index), cut.load(dy_source, index)
                 centred = x - mean if center else x
                 affine = None
-                if affine_at is not None:
-                    affine = found[4, *at], found[5, *at]
+                if affine_values is not None:
+                    affine = coefficients[4, *at], coefficients[5, *at]
                 dz = dy
-                if kept_dy is None or shortcut_ref is None:
-                    dz = before_activation(dy, centred, affine, here)
-                dx = dz * of_dy - centred * of_x
+                if kept_dz is None:
+                    dz = before_activation(affine, dy, centred, index)
+                dx = dz * a - centred * b
                 if center:
-                    dx = dx - rest
-                memory.store(dx_ref, here, cut.as_block(dx))
+                    dx = dx - c
+                cut.store(dx_ref, index, dx)
 
-        cut.over_chunks(block, step, None)
+        cut.over_chunks(block, store_chunks, None)
 
-    _for_each_unit(
+    _run_step(
         cut,
-        seen,
-        add_up,
+        partials,
+        accumulate,
         complete,
         store_dx if dx_ref is not None else None,
         deferred=kept_x is not None,
@@ -395,42 +396,87 @@ def _backward_kernel(
     )
 
 
-def _add_samples(cut: AnyCut, unit: Any, total: Any, rows: jax.Array) -> None:
-    """Adds a unit's rows to `total`; a core's first unit of a strip overwrites it."""
+def _before_activation(
+    cut: AnyCut,
+    norm: Norm,
+    has_bias: bool,
+    shortcut_ref: Any,
+    affine: Any,
+    dy: jax.Array,
+    centred: jax.Array,
+    index: Any,
+) -> jax.Array:
+    """Returns dz = dy * act'(z), z = centred * factor + bias + shortcut, of a chunk.
+
+    dy, centred (x - mean) and dz are [slabs, tiles, *places]; `affine` is factor and
+    bias, [*places], or None without an activation.
+    """
+    if norm.activation is None:
+        return dy
+    factor, bias = affine
+    z = centred * factor
+    if has_bias:
+        z = z + bias
+    if shortcut_ref is not None:
+        z = z + cut.load(shortcut_ref, index)
+    return dy * slope(norm.activation, z)
+
+
+def _add_samples(cut: AnyCut, unit: Any, ref: Any, value: jax.Array) -> None:
+    """Adds a unit's values per channel to dscale or dbias, [1, lanes], if wanted.
+
+    A core's first unit of a strip overwrites what is there.
+    """
+    if ref is None:
+        return
+    rows = cut.to_row(value)  # [unit, lanes]
     if cut.samples % cut.unit:
         sample = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
         rows = jnp.where(sample < cut.samples_in(unit), rows, 0)
     row = jnp.sum(rows, 0, keepdims=True)
-    total[...] = jnp.where(cut.is_first(unit), row, total[...] + row)
+    ref[...] = jnp.where(cut.is_first(unit), row, ref[...] + row)
 
 
 # --- both -----------------------------------------------------------------------------
 
 
-def _keep_affine(
+def _keep(cut: AnyCut, block: Block, index: Any, *refs: tuple[Any, Any]) -> None:
+    """Copies a chunk of each (ref, kept) to the unit's kept blocks, if it has any."""
+    for ref, kept in refs:
+        if kept is not None:
+            kept[cut.block_index(block), *index] = ref[index]
+
+
+def _store_row(cut: AnyCut, ref: Any, value: jax.Array) -> None:
+    """Stores values per channel as [unit, lanes], if there is a ref."""
+    if ref is not None:
+        ref[...] = cut.to_row(value)
+
+
+def _store_affine(
     cut: AnyCut,
-    kept: Any,
+    norm: Norm,
+    ref: Any,
     first: int,
     rstd: Any,
     scale_ref: Any,
     bias_ref: Any,
-    weight: Callable[[Any], Any],
 ) -> None:
-    """Stores, from kept[first] on, the factor and bias that turn x - mean into z."""
+    """Stores, from ref[first] on, the factor and bias that turn x - mean into z."""
     factor = rstd
     if scale_ref is not None:
-        factor = factor * weight(cut.from_row(memory.load(scale_ref)))
-    cut.keep(kept.at[first], factor)
+        factor = factor * norm.weight(cut.from_row(memory.load(scale_ref)))
+    cut.store_values(ref.at[first], factor)
     if bias_ref is not None:
-        cut.keep(kept.at[first + 1], cut.from_row(memory.load(bias_ref)))
+        cut.store_values(ref.at[first + 1], cut.from_row(memory.load(bias_ref)))
 
 
-def _for_each_unit(
+def _run_step(
     cut: AnyCut,
-    seen: Any,
-    add_up: Callable[[Block, Any, Any], None],
+    partials: Any,
+    accumulate: Callable[[Block, Any, Any], None],
     complete: Callable[[Any], None],
-    finish: Callable[[Block, Any, Any], None] | None,
+    normalize: Callable[[Block, Any, Any], None] | None,
     *,
     deferred: bool,
     begin: Callable[[], None] | None = None,
@@ -439,59 +485,48 @@ def _for_each_unit(
 
     Args:
       cut: how the array is cut.
-      seen: scratch for a unit's sums, set to zero before the first of several blocks.
-      add_up: takes (block, sample, tile); adds each sample and tile to the sums.
+      partials: scratch for a unit's sums, zeroed before the first of several blocks.
+      accumulate: takes (block, sample, tile); adds each sample and tile to the sums.
       complete: takes (unit); runs after the unit's last block is added.
-      finish: takes (block, sample, tile); stores a complete unit's results; or None.
-      deferred: whether `finish` works on the previous unit, from its kept blocks.
+      normalize: takes (block, sample, tile); stores a complete unit's results; or None.
+      deferred: whether `normalize` works on the previous unit, from its kept blocks.
       begin: runs before a unit's first block, or None.
     """
     core, turn = pl.program_id(0), pl.program_id(1)
     block = pl.program_id(2), pl.program_id(3)
     unit, units = core * cut.units_of_core + turn, cut.units_in(core)
-    number = cut.number(block)
+    block_index = cut.block_index(block)
 
-    def over(unit: Any, do: Callable[[Block, Any, Any], None]) -> None:
-        *_, tiles_at_once, samples_at_once = cut.at_once
-
-        def of_samples(samples: Sequence[Any], _: None) -> None:
-            def of_tiles(tiles: Sequence[Any], _: None) -> None:
-                for sample, tile in itertools.product(samples, tiles):
-                    do(block, sample, tile)
-
-            loop(cut.tiles, tiles_at_once, of_tiles, None)
-
-        loop(cut.samples_in(unit), samples_at_once, of_samples, None)
-
-    def gather() -> None:
-        @pl.when(number == 0)
+    def accumulate_block() -> None:
+        @pl.when(block_index == 0)
         def _() -> None:
             if cut.blocks > 1:
-                seen[...] = jnp.zeros_like(seen)
+                partials[...] = jnp.zeros_like(partials)
             if begin is not None:
                 begin()
 
-        over(unit, add_up)
+        cut.over_tiles(unit, functools.partial(accumulate, block))
 
-        @pl.when(number == cut.blocks - 1)
+        @pl.when(block_index == cut.blocks - 1)
         def _() -> None:
             complete(unit)
 
-    if deferred and finish is not None:
-        # Finish the kept block before the next unit's block takes its place.
-        pl.when((turn > 0) & (turn <= units))(lambda: over(unit - 1, finish))
-        pl.when(turn < units)(gather)
-        return
+    def normalize_block(unit: Any) -> None:
+        if normalize is not None:
+            cut.over_tiles(unit, functools.partial(normalize, block))
 
-    def at_once() -> None:
-        gather()
-        if finish is not None:
-            over(unit, finish)
+    def do_both() -> None:
+        accumulate_block()
+        normalize_block(unit)
 
-    if cut.is_even:
-        at_once()
+    if deferred:
+        # Normalize the kept block before the next unit's block takes its place.
+        pl.when((turn > 0) & (turn <= units))(lambda: normalize_block(unit - 1))
+        pl.when(turn < units)(accumulate_block)
+    elif cut.is_even:
+        do_both()
     else:
-        pl.when(turn < units)(at_once)
+        pl.when(turn < units)(do_both)
 
 
 # --- the launch -----------------------------------------------------------------------
@@ -505,20 +540,20 @@ class Launch:
       call: the call.
       order: x's axes in memory order, from slowest to fastest.
       cut: how the array in that order is cut.
-      whole: whether the kernel normalizes; otherwise XLA does.
+      normalizes: whether the kernel normalizes; otherwise XLA does.
       vmem: bytes of VMEM that the kernel needs.
     """
 
     call: Call
     order: tuple[int, ...]
     cut: AnyCut
-    whole: bool
+    normalizes: bool
     vmem: int
 
     @property
     def deferred(self) -> bool:
         """Whether blocks are kept, and normalized once their unit is complete."""
-        return self.whole and self.cut.blocks > 1
+        return self.normalizes and self.cut.blocks > 1
 
     def forward(
         self,
@@ -539,64 +574,58 @@ class Launch:
           mask: None.
           shortcut: x's shape, or None.
         """
-        norm, statistics = self.call.norm, self.call.statistics
-        if not self.whole:
-            *mean, var = self.moments(x)
-            mean_or_none = mean[0] if mean else None
-            y = reference.apply(norm, x, mean_or_none, var, scale, bias, shortcut)
-            return [y, *mean, var] if statistics else [y]
-        y, mean, var = self._forward(x, scale, bias, shortcut, statistics=statistics)
-        found = [self._from_view(y), self._of_groups(mean), self._of_groups(var)]
-        return [array for array in found if array is not None]
+        if self.normalizes:
+            y, mean, var = self._forward(x, scale, bias, shortcut)
+        else:
+            _, mean, var = self._forward(x)
+            norm = self.call.norm
+            y = reference.apply(norm, x, mean, var, scale, bias, shortcut)
+        results = (y, mean, var) if self.call.statistics else (y,)
+        return [array for array in results if array is not None]
 
     def moments(self, x: jax.Array, *others: None) -> list[jax.Array]:
         """Computes mean (if centred) and var in the statistics' shape; reads x once."""
-        _, *found = self._forward(x, None, None, None, statistics=True)
-        of_groups = map(self._of_groups, found)
-        return [array for array in of_groups if array is not None]
+        _, mean, var = self._forward(x)
+        return [var] if mean is None else [mean, var]
 
     def _forward(
         self,
         x: jax.Array,
-        scale: jax.Array | None,
-        bias: jax.Array | None,
-        shortcut: jax.Array | None,
-        *,
-        statistics: bool,
-    ) -> Any:
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        shortcut: jax.Array | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Runs the forward kernel: y, mean and var, each None if it is not wanted."""
         cut, norm = self.cut, self.call.norm
+        summed, normalized = self._summed, self._normalized
         x = self._to_view(x)
-        beside = None if shortcut is None else self._to_view(shortcut)
-        y = memory.result(x, cut.view, norm.dtype) if self.whole else None
-        statistic = self._of_channels_like(x) if statistics else None
-        return self._pallas_call(
-            functools.partial(
-                _forward_kernel,
-                cut=cut,
-                center=norm.center,
-                epsilon=norm.epsilon,
-                activation=norm.activation,
-                weight=norm.weight,
-            ),
+        if shortcut is not None:
+            shortcut = self._to_view(shortcut)
+        y = memory.result(x, cut.view, norm.dtype) if self.normalizes else None
+        statistic = None
+        if self.call.statistics or not self.normalizes:
+            statistic = self._statistic_like(x)
+        y, mean, var = self._pallas_call(
+            functools.partial(_forward_kernel, cut=cut, norm=norm),
             "channelwise_forward",
             operands=[
-                (x, cut.spec),
-                (memory.row(scale), cut.spec_of_params),
-                (memory.row(bias), cut.spec_of_params),
-                (beside, cut.spec),
+                (x, cut.view_spec(summed)),
+                (memory.row(scale), cut.param_spec(summed)),
+                (memory.row(bias), cut.param_spec(summed)),
+                (shortcut, cut.view_spec(normalized)),
             ],
             results=[
-                (y, cut.spec),
-                (statistic if norm.center else None, cut.spec_of_statistics),
-                (statistic, cut.spec_of_statistics),
+                (y, cut.view_spec(normalized)),
+                (statistic if norm.center else None, cut.statistic_spec(summed)),
+                (statistic, cut.statistic_spec(summed)),
             ],
-            finished=[beside, y],
-            kept=[x.dtype],
             scratch=[
+                self._kept_blocks(x.dtype),
                 pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32),
-                self._values(3) if self.whole else None,
+                self._values(3) if self.normalizes else None,
             ],
         )
+        return self._from_view(y), self._per_group(mean), self._per_group(var)
 
     def backward(
         self,
@@ -630,34 +659,24 @@ class Launch:
           after the leading axes of x that `call.own_params` counts; dshortcut in the
           shortcut's shape and dtype.
         """
-        wants_dx, wants_dscale, wants_dbias, wants_dshortcut = self.call.wanted
+        norm = self.call.norm
+        wants_dx, _, _, wants_dshortcut = self.call.wanted
         operands = (dy, x, scale, bias, mean, var)
-        dx, dz, dscale, dbias, c1, c2 = self._backward(*operands, shortcut)
-        if dz is not None:
-            dz = self._from_view(dz)
-        elif not self.whole:
-            dz = reference.before_activation(self.call.norm, *operands, shortcut)
-        found = []
-        if wants_dx:
-            if self.whole:
-                dx = self._from_view(dx)
-                if dh is not None:
-                    dx = dx.astype(jnp.float32) + dh.astype(jnp.float32)
-                found = [dx.astype(x.dtype)]
-            else:
-                found = [
-                    reference.input_gradient(
-                        self.call.norm, dz, x, scale, mean, var, c1, c2, dh=dh
-                    )
-                ]
-        if wants_dscale:
-            found.append(dscale)
-        if wants_dbias:
-            found.append(dbias)
+        dscale, dbias, c1, c2, dz, dx = self._backward(*operands, shortcut)
+        if dz is None and not self.normalizes:
+            dz = reference.before_activation(norm, *operands, shortcut)
+        if self.normalizes:
+            if dh is not None:
+                dx = dx.astype(jnp.float32) + dh.astype(jnp.float32)
+            dx = dx.astype(x.dtype)
+        elif wants_dx:
+            dx = reference.input_gradient(norm, dz, x, scale, mean, var, c1, c2, dh=dh)
+        dshortcut = None
         if wants_dshortcut:
             assert shortcut is not None
-            found.append(dz.astype(shortcut.dtype))
-        return found
+            dshortcut = dz.astype(shortcut.dtype)
+        gradients = (dx, dscale, dbias, dshortcut)
+        return list(itertools.compress(gradients, self.call.wanted))
 
     def sums(
         self,
@@ -677,7 +696,7 @@ class Launch:
           and dbias, as far as they are wanted.
         """
         operands = (dy, x, scale, bias, mean, var)
-        *_, dscale, dbias, c1, c2 = self._backward(*operands, shortcut)
+        dscale, dbias, c1, c2, *_ = self._backward(*operands, shortcut)
         return [array for array in (c1, c2, dscale, dbias) if array is not None]
 
     def _backward(
@@ -689,180 +708,172 @@ class Launch:
         mean: jax.Array | None,
         var: jax.Array,
         shortcut: jax.Array | None,
-    ) -> Any:
-        cut, norm = self.cut, self.call.norm
+    ) -> tuple[Any, ...]:
+        """Runs the backward kernel: dscale, dbias, c1, c2, dz and dx, or None for each.
+
+        c1 and c2 are None with one read, dx with two reads; for dz see `_dz_dtype`.
+        """
+        cut, norm, slopes = self.cut, self.call.norm, self.call.slopes
+        summed, normalized = self._summed, self._normalized
         wants_dx, wants_dscale, wants_dbias, _ = self.call.wanted
-        slopes = self.call.slopes
-        beside = None if shortcut is None else self._to_view(shortcut)
+        if shortcut is not None:
+            shortcut = self._to_view(shortcut)
         dy, x = self._to_view(dy), self._to_view(x)
-        gradient = memory.result(
+        dparam = memory.result(
             x, (cut.cores, cut.examples, 1, cut.channels), jnp.float32
         )
-        inner = self._of_channels_like(x) if wants_dx and not self.whole else None
-        dx = memory.result(x, cut.view, self.call.x.dtype) if self.whole else None
-        dz = None
-        if (dtype := _dz_dtype(self.call, whole=self.whole)) is not None:
-            dz = memory.result(x, cut.view, dtype)
+        c = self._statistic_like(x) if wants_dx and not self.normalizes else None
+        dx = memory.result(x, cut.view, x.dtype) if self.normalizes else None
+        dz_dtype = _dz_dtype(self.call, normalizes=self.normalizes)
+        dz = None if dz_dtype is None else memory.result(x, cut.view, dz_dtype)
+        scale_row = memory.row(scale) if wants_dx or slopes else None
 
         dx, dz, dscale, dbias, c1, c2 = self._pallas_call(
-            functools.partial(
-                _backward_kernel,
-                cut=cut,
-                epsilon=norm.epsilon,
-                activation=norm.activation,
-                weight=norm.weight,
-            ),
+            functools.partial(_backward_kernel, cut=cut, norm=norm),
             "channelwise_backward",
             operands=[
-                (dy, cut.spec),
-                (x, cut.spec),
-                (memory.row(scale) if wants_dx or slopes else None, cut.spec_of_params),
-                (memory.row(bias), cut.spec_of_params),
-                (self._of_channels(mean), cut.spec_of_statistics),
-                (self._of_channels(var), cut.spec_of_statistics),
-                (beside, cut.spec),
+                (dy, cut.view_spec(summed)),
+                (x, cut.view_spec(summed)),
+                (scale_row, cut.param_spec(summed)),
+                (memory.row(bias), cut.param_spec(summed)),
+                (self._per_channel(mean), cut.statistic_spec(summed)),
+                (self._per_channel(var), cut.statistic_spec(summed)),
+                (shortcut, cut.view_spec(summed)),
             ],
             results=[
-                (dx, cut.spec),
-                (dz, cut.spec),
-                (gradient if wants_dscale else None, cut.spec_of_gradients),
-                (gradient if wants_dbias else None, cut.spec_of_gradients),
-                (inner, cut.spec_of_statistics),
-                (inner if norm.center else None, cut.spec_of_statistics),
+                (dx, cut.view_spec(normalized)),
+                (dz, cut.view_spec(summed)),
+                (dparam if wants_dscale else None, cut.gradient_spec(summed)),
+                (dparam if wants_dbias else None, cut.gradient_spec(summed)),
+                (c, cut.statistic_spec(summed)),
+                (c if norm.center else None, cut.statistic_spec(summed)),
             ],
-            finished=[dx],
-            kept=[self.call.dy_kept, x.dtype],
             scratch=[
+                self._kept_blocks(self.call.dy_kept),
+                self._kept_blocks(x.dtype),
                 self._values() if norm.center else None,
                 self._values(2) if slopes else None,
                 pltpu.VMEM((2, cut.unit, *cut.places), jnp.float32),
-                self._values(4 + 2 * slopes) if self.whole else None,
+                self._values(4 + 2 * slopes) if self.normalizes else None,
             ],
         )
-        params = map(self._of_params, (dscale, dbias))
-        return dx, dz, *params, self._of_groups(c1), self._of_groups(c2)
+        params = self._sum_cores(dscale), self._sum_cores(dbias)
+        means = self._per_group(c1), self._per_group(c2)
+        return *params, *means, self._from_view(dz), self._from_view(dx)
 
-    def _of_params(self, of_cores: jax.Array | None) -> jax.Array | None:
-        """Returns dscale or dbias, after the axes of x that keep one of their own."""
-        if of_cores is None:
+    def _sum_cores(self, partials: jax.Array | None) -> jax.Array | None:
+        """Reduces dscale or dbias [cores, examples, 1, channels] to its own shape.
+
+        That is (channels,) after the leading axes of x that `call.own_params` counts.
+        """
+        if partials is None:
             return None
-        own = self.call.x.shape[: self.call.own_params]
-        return self._add_cores(of_cores).reshape(*own, self.cut.channels)
-
-    def _add_cores(self, of_cores: jax.Array) -> jax.Array:
-        """Reduces dscale or dbias over the cores to [examples, 1, channels]."""
-        if self.cut.cores == 1:
-            return of_cores
-        visited = self.cut.visited
-        if not visited.all():  # a core leaves the others unwritten
-            visited = visited.repeat(self.cut.strip, -1)[:, :, None]
-            of_cores = jnp.where(visited, of_cores, 0)
-        return of_cores.sum(0)
+        if self.cut.cores > 1:
+            visited = self.cut.visited
+            if not visited.all():  # a core leaves the others unwritten
+                visited = visited.repeat(self.cut.strip, -1)[:, :, None]
+                partials = jnp.where(visited, partials, 0)
+            partials = partials.sum(0)
+        leading = self.call.x.shape[: self.call.own_params]
+        return partials.reshape(*leading, self.cut.channels)
 
     def _pallas_call(
         self,
         kernel: Callable[..., None],
         name: str,
         *,
-        operands: Sequence[tuple[jax.Array | None, Any]],
-        results: Sequence[tuple[jax.ShapeDtypeStruct | None, Any]],
-        finished: Sequence[Any],
-        kept: Sequence[Any],
+        operands: Sequence[tuple[jax.Array | None, pl.BlockSpec]],
+        results: Sequence[tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
         scratch: Sequence[Any],
     ) -> Any:
-        """Runs a kernel over operands, results and scratch; None stays None.
-
-        Args:
-          operands, results: each with the method that makes its block spec.
-          finished: the operands and results that belong to a complete unit.
-          kept: dtypes of the arrays whose blocks stay in VMEM; their scratch comes
-            before the rest.
-        """
-        cut = self.cut
-
-        def now(core: Any, turn: Any, *block: Any) -> tuple[Any, ...]:
-            """Returns the unit and the block of a step.
-
-            For a turn before a core's first unit, or after its last one, this is the
-            nearest block, so that nothing is moved.
-            """
-            first = core * cut.units_of_core
-            if cut.is_even and not self.deferred:
-                return first + turn, *block
-            last = cut.units_in(core) - 1
-            nearest = [
-                jnp.where(turn < 0, 0, jnp.where(turn > last, n - 1, i))
-                for n, i in zip(cut.grid, block, strict=True)
-            ]
-            return first + jnp.clip(turn, 0, last), *nearest
-
-        def before(core: Any, turn: Any, *block: Any) -> tuple[Any, ...]:
-            return now(core, turn - 1, *block)
-
-        def spec_of(array: Any, spec: Any) -> Any:
-            if array is None:
-                return None
-            is_finished = any(array is one for one in finished)
-            return spec(before if self.deferred and is_finished else now)
-
-        keep = [
-            pltpu.VMEM((cut.blocks, cut.unit, *cut.block), memory.kept_as(dtype))
-            if self.deferred
-            else None
-            for dtype in kept
-        ]
-        grid = (cut.cores, cut.units_of_core + self.deferred, *cut.grid)
+        """Runs a kernel over operands, results and scratch; None stays None."""
+        grid = (self.cut.cores, self.cut.units_of_core + self.deferred, *self.cut.grid)
         return pl.pallas_call(
             kernel,
             name=name,
             grid=grid,
-            in_specs=tuple(itertools.starmap(spec_of, operands)),
-            out_shape=tuple(shape for shape, _ in results),
-            out_specs=tuple(itertools.starmap(spec_of, results)),
-            scratch_shapes=(*keep, *scratch),
+            in_specs=[None if array is None else spec for array, spec in operands],
+            out_shape=[shape for shape, _ in results],
+            out_specs=[None if shape is None else spec for shape, spec in results],
+            scratch_shapes=scratch,
             compiler_params=memory.compiler_params(grid, self.vmem + SPILLED_BYTES),
             cost_estimate=cost.estimate(array for array, _ in (*operands, *results)),
         )(*[memory.bits(array) for array, _ in operands])
+
+    # Grid steps: (core, turn, *block).
+
+    def _summed(self, core: Any, turn: Any, *block: Any) -> tuple[Any, ...]:
+        """Returns the unit and the block that a grid step adds to the sums.
+
+        For a turn before a core's first unit, or after its last one, this is the
+        nearest block, so that nothing is moved.
+        """
+        cut = self.cut
+        first = core * cut.units_of_core
+        if cut.is_even and not self.deferred:
+            return first + turn, *block
+        last = cut.units_in(core) - 1
+        nearest = [
+            jnp.where(turn < 0, 0, jnp.where(turn > last, n - 1, i))
+            for n, i in zip(cut.grid, block, strict=True)
+        ]
+        return first + jnp.clip(turn, 0, last), *nearest
+
+    def _normalized(self, core: Any, turn: Any, *block: Any) -> tuple[Any, ...]:
+        """Returns the unit and the block that a grid step normalizes."""
+        return self._summed(core, turn - 1 if self.deferred else turn, *block)
+
+    # Scratch.
+
+    def _kept_blocks(self, dtype: Any) -> Any:
+        """Returns scratch for all blocks of a unit, or None if they are not kept."""
+        if not self.deferred:
+            return None
+        shape = (self.cut.blocks, self.cut.unit, *self.cut.block)
+        return pltpu.VMEM(shape, memory.kept_as(dtype))
+
+    def _values(self, *count: int) -> Any:
+        """Returns scratch for values per channel of a unit."""
+        return pltpu.VMEM((*count, self.cut.unit, *self.cut.values), jnp.float32)
 
     # Conversions of x, y, dy and dx, and of values per channel.
 
     def _to_view(self, array: jax.Array) -> jax.Array:
         return lax.transpose(array, self.order).reshape(self.cut.view)
 
-    def _from_view(self, array: jax.Array) -> jax.Array:
+    def _from_view(self, array: jax.Array | None) -> jax.Array | None:
+        if array is None:
+            return None
         shape = [self.call.x.shape[axis] for axis in self.order]
         return lax.transpose(array.reshape(shape), inverse(self.order))
 
-    def _values(self, *count: int) -> Any:
-        """Returns scratch for values per channel of a unit."""
-        return pltpu.VMEM((*count, self.cut.unit, *self.cut.values), jnp.float32)
-
-    def _of_channels_like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
+    def _statistic_like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
+        """Describes mean, var, c1 or c2: [examples * sets, unit, channels]."""
         cut = self.cut
         shape = (cut.examples * cut.sets, cut.unit, cut.channels)
         return memory.result(x, shape, jnp.float32)
 
-    def _of_groups(self, of_channels: jax.Array | None) -> jax.Array | None:
+    def _per_group(self, values: jax.Array | None) -> jax.Array | None:
         """Picks one value per group from values per channel, in statistics' shape."""
-        if of_channels is None:
+        if values is None:
             return None
         cut = self.cut
-        shape = (cut.examples, cut.sets * cut.unit, cut.channels)
-        of_groups = of_channels.reshape(shape)[:, : cut.samples, :: cut.group]
-        return of_groups.reshape(self.call.norm.statistic_shape(self.call.x.shape))
+        values = values.reshape(cut.examples, cut.sets * cut.unit, cut.channels)
+        values = values[:, : cut.samples, :: cut.group]
+        return values.reshape(self.call.norm.statistic_shape(self.call.x.shape))
 
-    def _of_channels(self, of_groups: jax.Array | None) -> jax.Array | None:
+    def _per_channel(self, statistic: jax.Array | None) -> jax.Array | None:
         """Broadcasts statistics per group to [examples * sets, unit, channels]."""
-        if of_groups is None:
+        if statistic is None:
             return None
         cut = self.cut
-        shape = (cut.examples, cut.samples, cut.channels // cut.group, 1)
-        of_groups = jnp.broadcast_to(
-            of_groups.reshape(shape), (*shape[:-1], cut.group)
+        groups = (cut.examples, cut.samples, cut.channels // cut.group)
+        values = jnp.broadcast_to(
+            statistic.reshape(*groups, 1), (*groups, cut.group)
         ).reshape(cut.examples, cut.samples, cut.channels)
-        more = cut.sets * cut.unit - cut.samples
-        of_groups = jnp.pad(of_groups, ((0, 0), (0, more), (0, 0)))
-        return of_groups.reshape(cut.examples * cut.sets, cut.unit, cut.channels)
+        padding = cut.sets * cut.unit - cut.samples
+        values = jnp.pad(values, ((0, 0), (0, padding), (0, 0)))
+        return values.reshape(cut.examples * cut.sets, cut.unit, cut.channels)
 
 
 # --- the plan -------------------------------------------------------------------------
@@ -883,54 +894,65 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
                 f"from sample to sample: it has shape {param.shape}, a shared one is "
                 f"({view.features},)"
             )
-    shape = _in_memory(call, view)
+    layout = _layout(call, view)
     cuts = [
-        _cut(call, shape, view, strip, chip.blocks)
-        for strip in _strips(shape, view, chip.cores)
+        _cut(call, layout, view, strip, chip.blocks)
+        for strip in _strips(layout, view, chip.cores)
     ]
-    fit = (_fit(call, cut, chip.vmem, whole=True) for cut in cuts)
-    one_read = call.wanted[0] and not call.half
-    kept = next(filter(None, fit), None) if one_read else None
-    whole = kept is not None
-    fits = kept or _fit(call, cuts[0], chip.vmem, whole=False)
-    if fits is None:
-        least = _vmem(call, dataclasses.replace(cuts[0], unit=1), whole=False)
+    fit = None
+    if call.wanted[0] and not call.half:  # one read, in the widest strips that fit VMEM
+        whole_units = (_fit(call, cut, chip.vmem, normalizes=True) for cut in cuts)
+        fit = next(filter(None, whole_units), None)
+    normalizes = fit is not None
+    fit = fit or _fit(call, cuts[0], chip.vmem, normalizes=False)
+    if fit is None:
+        smallest = dataclasses.replace(cuts[0], unit=1)
+        least = _vmem(call, smallest, normalizes=False)
         return Fallback(
             f"{view.features} channels: a block takes {least:,} bytes of VMEM, a "
             f"kernel may use {chip.vmem:,}"
         )
-    cut = cast(AnyCut, fits.shared_by(chip.cores))
-    launch = Launch(call, shape.order, cut, whole, _vmem(call, cut, whole=whole))
-    size = view.s * cut.strip * call.kept_bytes / 2**20
-    lie = "down the sublanes" if shape.down else "across the lanes"
-    variant, why = "", f"a unit of {size:.1f} MiB stays in VMEM: one read"
+    cut = cast(AnyCut, fit.shared_by(chip.cores))
+    vmem = _vmem(call, cut, normalizes=normalizes)
+    launch = Launch(call, layout.order, cut, normalizes, vmem)
     run: Callable[..., list[jax.Array]]
-    run = launch.forward if call.op == "forward" else launch.backward
-    if call.half:
-        run = launch.moments if call.op == "forward" else launch.sums
-        variant = call.half_name
-        why = "statistics cross devices: XLA normalizes in a second read"
-    elif not call.wanted[0]:
-        variant, why = ", sums", "only sums are wanted: one read"
-    elif not whole:
-        variant = ", two reads"
-        why = (
-            f"a unit of {size:.1f} MiB does not fit in VMEM: two reads, the second by "
-            "XLA, which fuses the normalization with what follows"
-        )
-    elif cut.blocks == 1:
-        why = "a block holds whole samples: one read"
+    if call.op == "forward":
+        run = launch.moments if call.half else launch.forward
+    else:
+        run = launch.sums if call.half else launch.backward
+    variant, why = _variant(launch)
+    direction = "down the sublanes" if layout.down else "across the lanes"
+    unless_named = COPIED if layout.copied else ""
+    if _is_of_images(call):
+        unless_named = BETWEEN_CONVOLUTIONS
     return Kernel(
         backend="mosaic_tpu",
         name=f"channelwise {call.op}{variant}",
         launch=run,
         block=str(cut),
-        why=f"channels {lie}; {why}",
-        bytes_moved=_bytes_moved(call, cut, whole=whole),
-        unless_named=BETWEEN_CONVOLUTIONS
-        if _is_of_images(call)
-        else (COPIED if shape.copied else ""),
+        why=f"channels {direction}; {why}",
+        bytes_moved=_bytes_moved(call, cut, normalizes=normalizes),
+        unless_named=unless_named,
     )
+
+
+def _variant(launch: Launch) -> tuple[str, str]:
+    """Returns the suffix of the kernel's name, and the reason for its variant."""
+    call, cut = launch.call, launch.cut
+    mib = cut.pixels * cut.strip * call.kept_bytes / 2**20
+    if call.half:
+        why = "statistics cross devices: XLA normalizes in a second read"
+        return call.half_name, why
+    if not call.wanted[0]:
+        return ", sums", "only sums are wanted: one read"
+    if not launch.normalizes:
+        return ", two reads", (
+            f"a unit of {mib:.1f} MiB does not fit in VMEM: two reads, the second by "
+            "XLA, which fuses the normalization with what follows"
+        )
+    if cut.blocks == 1:
+        return "", "a block holds whole samples: one read"
+    return "", f"a unit of {mib:.1f} MiB stays in VMEM: one read"
 
 
 def _is_of_images(call: Call) -> bool:
@@ -939,14 +961,14 @@ def _is_of_images(call: Call) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class _Layout:
     """The memory layout of an array.
 
     Attributes:
       order: its axes, from slowest to fastest.
       examples, samples, slabs, rows: sizes, as in `Cut`.
       down: whether channels lie down the sublanes, and rows along the lanes.
-      is_one: whether an example is one sample whatever its size, as in BatchNorm.
+      one_sample: whether an example is one sample whatever its size, as in BatchNorm.
       copied: whether the order differs from XLA's, so that XLA copies the array.
     """
 
@@ -956,16 +978,16 @@ class _Shape:
     slabs: int
     rows: int
     down: bool
-    is_one: bool
+    one_sample: bool = False
     copied: bool = False
 
 
-def _in_memory(call: Call, view: Geometry) -> _Shape:
-    shape, own = call.x.shape, call.own_params
+def _layout(call: Call, view: Geometry) -> _Layout:
+    shape, lead = call.x.shape, call.own_params
     last = len(shape) - 1
-    examples = math.prod(shape[:own])
+    examples = math.prod(shape[:lead])
     samples = view.n // examples
-    reduced = [axis for axis in range(own, last) if axis in call.norm.reduction_axes]
+    reduced = [axis for axis in range(lead, last) if axis in call.norm.reduction_axes]
     # The first axis of pixels. The samples' axis stays before it even if it has size 1,
     # so that a single sample is cut like one of several.
     first = min(reduced, default=last)
@@ -976,10 +998,10 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
     simple = (
         call.norm.feature_axes == (last,)
         and shape[-1] == view.features
-        and math.prod(shape[own:first]) == samples
+        and math.prod(shape[lead:first]) == samples
     )
     if not simple:  # only the view tells the axes apart
-        return _Shape(natural, examples, samples, 1, view.s, down=False, is_one=False)
+        return _Layout(natural, examples, samples, 1, view.s, down=False)
     xla_order = order_of_axes(shape, call.x.dtype.itemsize, first)
     order = _with_full_sublanes(xla_order, shape, first)
     down = order[-1] != last
@@ -988,9 +1010,9 @@ def _in_memory(call: Call, view: Geometry) -> _Shape:
     slabs = view.s // rows
     if not down and rows % SUBLANES == 0:  # joined slabs fill the same tiles
         slabs, rows = 1, view.s
-    is_one = set(range(own, last)) <= set(call.norm.reduction_axes)
+    one_sample = set(range(lead, last)) <= set(call.norm.reduction_axes)
     copied = order != xla_order
-    return _Shape(order, examples, samples, slabs, rows, down, is_one, copied)
+    return _Layout(order, examples, samples, slabs, rows, down, one_sample, copied)
 
 
 def _with_full_sublanes(
@@ -1013,67 +1035,59 @@ def _with_full_sublanes(
     return (*others, full[-1], lane)
 
 
-def _strips(shape: _Shape, view: Geometry, cores: int) -> list[int]:
+def _strips(layout: _Layout, view: Geometry, cores: int) -> list[int]:
     """Returns widths of strips, from all channels down: whole groups and whole tiles.
 
     A single sample is split into at least one strip per core, if it has that many.
     """
     widths = [view.features]
     least = math.lcm(view.k, LANES)
-    if not shape.down and view.features % least == 0:
+    if not layout.down and view.features % least == 0:
         count = view.features // least
         widths += [least * n for n in range(count - 1, 0, -1) if count % n == 0]
-    most = view.features // cores if shape.is_one else view.features
+    most = view.features // cores if layout.one_sample else view.features
     return [width for width in widths if width <= most] or widths
 
 
 def _cut(
-    call: Call, shape: _Shape, view: Geometry, strip: int, blocks_bytes: int
+    call: Call, layout: _Layout, view: Geometry, strip: int, blocks_bytes: int
 ) -> AnyCut:
-    streamed = [dtype.itemsize for dtype in _streamed(call)]
-    packed = SUBLANES * 4 // min(streamed)  # sublanes of one register
-    if shape.down:
+    """Cuts an array into strips of `strip` channels; all blocks take `blocks_bytes`."""
+    itemsizes = [dtype.itemsize for dtype in _streamed(call)]
+    packed = SUBLANES * 4 // min(itemsizes)  # sublanes of one register
+    if layout.down:
         rows_tile, channels_tile = LANES, packed
     else:
         rows_tile, channels_tile = packed, LANES
     channels = round_up(strip, channels_tile)
-    rows = round_up(shape.rows, rows_tile)
+    rows = round_up(layout.rows, rows_tile)
 
     # Rows of a chunk: a divisor of the array's rows, unless that is too small.
-    chunk = REGISTERS[call.op] * SUBLANES * LANES
-    chunk_channels = WIDE if min(streamed) == 2 and channels % WIDE == 0 else LANES
-    if shape.down:
+    chunk = REGISTERS[call.op] * SUBLANES * LANES  # elements
+    chunk_channels = WIDE if min(itemsizes) == 2 and channels % WIDE == 0 else LANES
+    if layout.down:
         chunk_channels = _divisor(channels, channels_tile, LANES // 2)
     most_rows = max(chunk // chunk_channels, rows_tile)
     chunk_rows = _divisor(rows, rows_tile, most_rows)
     if 2 * chunk_rows < min(most_rows, rows):
         chunk_rows = round_up(_even_part(rows, most_rows), rows_tile)
 
-    # Samples and pixels of a block.
-    most = max(blocks_bytes // (2 * sum(streamed)), 1)  # elements
-    slabs, unit = shape.slabs, 1
-    sample = slabs * rows * channels
-    if sample <= most:
-        unit = min(power_of_two(most // sample), MOST_SAMPLES)
-    elif slabs > 1 and rows * channels <= most:
-        slabs = _even_part(slabs, most // (rows * channels))
-    else:
-        slabs = 1
-        rows = _even_part(rows, max(most // channels, chunk_rows))
+    block = max(blocks_bytes // (2 * sum(itemsizes)), 1)  # elements
+    unit, slabs, rows = _block_size(layout.slabs, rows, channels, block, chunk_rows)
 
     # Where rows are few, a chunk has several slabs, or more channels side by side.
-    fits = chunk // (chunk_rows * chunk_channels)
-    chunk_slabs = _divisor(shape.slabs, 1, min(fits, slabs))
-    if not shape.down:
-        fits = chunk // (chunk_rows * chunk_slabs)
-        chunk_channels = _divisor(channels, channels_tile, fits)
-    kind = DownSublanes if shape.down else AcrossLanes
+    most_slabs = min(chunk // (chunk_rows * chunk_channels), slabs)
+    chunk_slabs = _divisor(layout.slabs, 1, most_slabs)
+    if not layout.down:
+        most_channels = chunk // (chunk_rows * chunk_slabs)
+        chunk_channels = _divisor(channels, channels_tile, most_channels)
+    kind = DownSublanes if layout.down else AcrossLanes
     return kind(
         cores=1,
-        examples=shape.examples,
-        samples=shape.samples,
-        slabs=shape.slabs,
-        rows=shape.rows,
+        examples=layout.examples,
+        samples=layout.samples,
+        slabs=layout.slabs,
+        rows=layout.rows,
         channels=view.features,
         group=view.k,
         strip=strip,
@@ -1084,6 +1098,23 @@ def _cut(
         chunk_rows=chunk_rows,
         chunk_channels=chunk_channels,
     )
+
+
+def _block_size(
+    slabs: int, rows: int, channels: int, most: int, least_rows: int
+) -> tuple[int, int, int]:
+    """Returns the samples, slabs and rows of a block of up to `most` elements.
+
+    A sample's strip has [slabs, rows, channels]. Part of a slab may have `least_rows`
+    rows even if these are more elements.
+    """
+    slab = rows * channels
+    if slabs * slab <= most:
+        unit = min(power_of_two(most // (slabs * slab)), MOST_SAMPLES)
+        return unit, slabs, rows
+    if slabs > 1 and slab <= most:
+        return 1, _even_part(slabs, most // slab), rows
+    return 1, 1, _even_part(rows, max(most // channels, least_rows))
 
 
 def _even_part(size: int, most: int) -> int:
@@ -1103,20 +1134,21 @@ def _divisor(size: int, step: int, most: int) -> int:
     return max(n for n in multiples if size % n == 0)
 
 
-def _fit(call: Call, cut: AnyCut, vmem: int, *, whole: bool) -> AnyCut | None:
+def _fit(call: Call, cut: AnyCut, vmem: int, *, normalizes: bool) -> AnyCut | None:
     """Halves a unit's samples until it fits `vmem`; None if one sample does not."""
-    while _vmem(call, cut, whole=whole) > vmem:
+    while _vmem(call, cut, normalizes=normalizes) > vmem:
         if cut.unit == 1:
             return None
         cut = dataclasses.replace(cut, unit=cut.unit // 2)
     return cut
 
 
-def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
+def _vmem(call: Call, cut: AnyCut, *, normalizes: bool) -> int:
     """Returns the bytes of VMEM that a kernel needs."""
     block = cut.unit * math.prod(cut.block)
-    need = 2 * block * sum(dtype.itemsize for dtype in _streamed(call, whole=whole))
-    if whole and cut.blocks > 1:
+    streamed = _streamed(call, normalizes=normalizes)
+    need = 2 * block * sum(dtype.itemsize for dtype in streamed)
+    if normalizes and cut.blocks > 1:
         need += cut.blocks * block * call.kept_bytes
     # Scratch, and the values of `complete`: registers hold only a few of them.
     places = cut.unit * math.prod(cut.places) * 4
@@ -1125,29 +1157,29 @@ def _vmem(call: Call, cut: AnyCut, *, whole: bool) -> int:
     return need + OTHER_BYTES
 
 
-def _read(call: Call, *, whole: bool = True) -> list[jnp.dtype]:
+def _read(call: Call, *, normalizes: bool = True) -> list[jnp.dtype]:
     """Returns the dtypes of the arrays of x's size that the kernel reads.
 
     Args:
-      whole: whether the kernel normalizes.
+      normalizes: whether the kernel normalizes.
     """
     arrays = [call.x, call.dy]
-    if whole or call.op == "backward":
+    if normalizes or call.op == "backward":
         arrays.append(call.shortcut)
     return [array.dtype for array in arrays if array is not None]
 
 
-def _streamed(call: Call, *, whole: bool = True) -> list[jnp.dtype]:
+def _streamed(call: Call, *, normalizes: bool = True) -> list[jnp.dtype]:
     """Returns the dtypes of all arrays of x's size that the kernel reads or writes."""
     written = []
-    if whole:
+    if normalizes:
         written.append(call.norm.dtype if call.op == "forward" else call.x.dtype)
-    if (dtype := _dz_dtype(call, whole=whole)) is not None:
+    if (dtype := _dz_dtype(call, normalizes=normalizes)) is not None:
         written.append(dtype)
-    return [*_read(call, whole=whole), *written]
+    return [*_read(call, normalizes=normalizes), *written]
 
 
-def _dz_dtype(call: Call, *, whole: bool) -> jnp.dtype | None:
+def _dz_dtype(call: Call, *, normalizes: bool) -> jnp.dtype | None:
     """Returns the dtype in which a backward writes dz, or None if it does not.
 
     In one read, dz is dshortcut. In two reads, XLA reads dz in the place of dy, if dy's
@@ -1155,40 +1187,37 @@ def _dz_dtype(call: Call, *, whole: bool) -> jnp.dtype | None:
     """
     if call.shortcut is None or not call.wanted[3]:
         return None
-    if whole:
+    if normalizes:
         return call.shortcut.dtype
     assert call.dy is not None
     return call.dy.dtype if call.dy_kept == call.dy.dtype else None
 
 
-def _bytes_moved(call: Call, cut: AnyCut, *, whole: bool) -> int:
+def _bytes_moved(call: Call, cut: AnyCut, *, normalizes: bool) -> int:
     """Returns the bytes read from and written to HBM."""
     wants_dx, wants_dscale, wants_dbias, wants_dshortcut = call.wanted
     x_size, size = call.x.dtype.itemsize, math.prod(call.x.shape)
-    each = sum(dtype.itemsize for dtype in _read(call))
-    if call.half:
-        pass
-    elif call.op == "forward":
-        each += call.norm.dtype.itemsize + (0 if whole else x_size)
-    elif wants_dx:
-        each += x_size
-        if not whole:  # x again, and dy, or dz in its place
+    streamed = _read(call)
+    if call.op == "forward" and not call.half:
+        streamed += [call.norm.dtype] if normalizes else [call.x.dtype, call.norm.dtype]
+    elif wants_dx and not call.half:
+        streamed.append(call.x.dtype)
+        if not normalizes:  # x again, and dy, or dz in its place
             assert call.dy is not None
-            each += x_size + call.dy.dtype.itemsize
-    if call.shortcut is not None:
-        each += call.shortcut.dtype.itemsize * wants_dshortcut
-        again = call.op == "backward" and wants_dx and not (whole or call.half)
-        if again and _dz_dtype(call, whole=False) is None:
-            each += call.shortcut.dtype.itemsize
-    moved = size * each
-    of_channels = 4 * cut.examples * cut.samples * cut.channels * (1 + call.norm.center)
+            streamed += [call.x.dtype, call.dy.dtype]
+            if call.shortcut is not None and _dz_dtype(call, normalizes=False) is None:
+                streamed.append(call.shortcut.dtype)
+    if call.shortcut is not None and wants_dshortcut:
+        streamed.append(call.shortcut.dtype)
+    moved = size * sum(dtype.itemsize for dtype in streamed)
+    statistics = 4 * cut.examples * cut.samples * cut.channels * (1 + call.norm.center)
     params = [p for p in (call.scale, call.bias) if p is not None]
     if call.op == "forward":
-        moved += of_channels * (call.statistics or not whole)
+        moved += statistics * (call.statistics or not normalizes)
     else:
         if call.addend is not None:
-            moved += size * (call.addend.dtype.itemsize + 2 * x_size * whole)
-        moved += of_channels * (2 if wants_dx and not whole else 1)
+            moved += size * (call.addend.dtype.itemsize + 2 * x_size * normalizes)
+        moved += statistics * (2 if wants_dx and not normalizes else 1)
         params = params if wants_dx or call.slopes else []
         # Several cores write partial sums, which are read and reduced.
         sums = 1 if cut.cores == 1 else 2 * cut.cores + 1

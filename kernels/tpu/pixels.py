@@ -23,6 +23,7 @@ channels of each group.
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,8 @@ from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 AT_ONCE = 4
 
 Block = tuple[Any, Any]  # indices of a block, along the slabs and along the rows
+ChunkStep = Callable[[Sequence[Any], int, Any], Any]  # see `Cut.over_chunks`
+StepMap = Callable[..., tuple[Any, ...]]  # from (core, turn, *block), a grid step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +130,9 @@ class Cut:
     def visited(self) -> np.ndarray:
         """Which cores have units of which strips: bool [cores, examples, strips]."""
         unit = np.arange(self.units)
-        found = np.zeros((self.cores, self.examples * self.strips), bool)
-        found[unit // self.units_of_core, unit // self.sets] = True
-        return found.reshape(self.cores, self.examples, self.strips)
+        visited = np.zeros((self.cores, self.examples * self.strips), bool)
+        visited[unit // self.units_of_core, unit // self.sets] = True
+        return visited.reshape(self.cores, self.examples, self.strips)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,7 +145,7 @@ class Cut:
         """Number of blocks of a unit."""
         return math.prod(self.grid)
 
-    def number(self, block: Block) -> Any:
+    def block_index(self, block: Block) -> Any:
         """Returns a block's index in its unit."""
         return block[0] * self.grid[1] + block[1]
 
@@ -151,60 +154,59 @@ class Cut:
 
         The set varies fastest, so that units that share a dscale are consecutive.
         """
-        rest, of_strip = _divide(unit, self.sets)
-        return *_divide(rest, self.strips), of_strip
+        strip, set_index = _divide(unit, self.sets)
+        return *_divide(strip, self.strips), set_index
 
     def samples_in(self, unit: Any) -> Any:
         """Returns the samples of a unit; the last unit of a strip may have fewer."""
         if self.samples % self.unit == 0:
             return self.unit
-        _, _, of_strip = self.position_of(unit)
-        return jnp.minimum(self.samples - of_strip * self.unit, self.unit)
+        _, _, set_index = self.position_of(unit)
+        return jnp.minimum(self.samples - set_index * self.unit, self.unit)
 
     def is_first(self, unit: Any) -> Any:
         """Returns whether a unit is its core's first one of its example and strip."""
-        _, _, of_strip = self.position_of(unit)
+        _, _, set_index = self.position_of(unit)
         if self.cores == 1:
-            return of_strip == 0
-        return (of_strip == 0) | (lax.rem(unit, self.units_of_core) == 0)
+            return set_index == 0
+        return (set_index == 0) | (lax.rem(unit, self.units_of_core) == 0)
 
-    def spec(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
-        """Returns the block spec of arrays of the view.
+    # Block specs. `unit_and_block` maps a grid step to (unit, *block), its work.
 
-        Args:
-          where: maps a grid step to the unit and the block that it works on.
-        """
+    def view_spec(self, unit_and_block: StepMap) -> pl.BlockSpec:
+        """Returns the block spec of arrays of the view."""
 
         def index(*step: Any) -> tuple[Any, ...]:
-            unit, slab, row = where(*step)
-            example, strip, of_strip = self.position_of(unit)
-            return example, of_strip, *self.in_order(slab, row, strip)
+            unit, slab, row = unit_and_block(*step)
+            example, strip, set_index = self.position_of(unit)
+            return example, set_index, *self.in_order(slab, row, strip)
 
         return pl.BlockSpec((None, self.unit, *self.block), index)
 
-    def spec_of_params(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+    def param_spec(self, unit_and_block: StepMap) -> pl.BlockSpec:
         """Returns the block spec of scale and bias, [1, channels]."""
 
         def index(*step: Any) -> tuple[Any, ...]:
-            return 0, self.position_of(where(*step)[0])[1]
+            _, strip, _ = self.position_of(unit_and_block(*step)[0])
+            return 0, strip
 
         return pl.BlockSpec((1, self.lanes), index)
 
-    def spec_of_gradients(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+    def gradient_spec(self, unit_and_block: StepMap) -> pl.BlockSpec:
         """Returns the block spec of dscale, dbias: [cores, examples, 1, channels]."""
 
         def index(core: Any, *step: Any) -> tuple[Any, ...]:
-            example, strip, _ = self.position_of(where(core, *step)[0])
+            example, strip, _ = self.position_of(unit_and_block(core, *step)[0])
             return core, example, 0, strip
 
         return pl.BlockSpec((None, None, 1, self.lanes), index)
 
-    def spec_of_statistics(self, where: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+    def statistic_spec(self, unit_and_block: StepMap) -> pl.BlockSpec:
         """Returns the block spec of statistics, [examples * sets, unit, channels]."""
 
         def index(*step: Any) -> tuple[Any, ...]:
-            example, strip, of_strip = self.position_of(where(*step)[0])
-            return example * self.sets + of_strip, 0, strip
+            example, strip, set_index = self.position_of(unit_and_block(*step)[0])
+            return example * self.sets + set_index, 0, strip
 
         return pl.BlockSpec((None, self.unit, self.lanes), index)
 
@@ -219,63 +221,84 @@ class Cut:
         of = "" if pixels == self.pixels else f" of {self.pixels}"
         return f"{samples}{self.strip} channels of {pixels}{of} pixels"
 
-    # --- chunks ---
+    # --- loops ---
 
-    def over_chunks(
-        self, block: Block, step: Callable[[Sequence[Any], int, Any], Any], carry: Any
-    ) -> Any:
+    def over_tiles(self, unit: Any, step: Callable[[Any, Any], None]) -> None:
+        """Runs step(sample, tile) for a unit's samples and the tiles of its strip."""
+        *_, tiles_at_once, samples_at_once = self.at_once
+
+        def over_samples(samples: Sequence[Any], _: None) -> None:
+            def over_tiles(tiles: Sequence[Any], _: None) -> None:
+                for sample, tile in itertools.product(samples, tiles):
+                    step(sample, tile)
+
+            loop(self.tiles, tiles_at_once, over_tiles, None)
+
+        loop(self.samples_in(unit), samples_at_once, over_samples, None)
+
+    def over_chunks(self, block: Block, step: ChunkStep, carry: Any) -> Any:
         """Runs carry = step([(slab, row), ...], rows, carry) over the block's chunks.
 
         Each call of `step` takes several chunks. `rows` is the number of rows of each,
         which is smaller for the last chunk of the array's rows.
         """
+        slab_block, row_block = block
         slabs: Any = self.block_slabs // self.chunk_slabs
         if self.slabs % self.block_slabs:
-            last = self.grid[0] - 1
-            left = self.slabs % self.block_slabs // self.chunk_slabs
-            slabs = jnp.where(block[0] == last, left, slabs)
-        whole = self.block_rows // self.chunk_rows
-        more = self.rows % self.chunk_rows
+            in_last = self.slabs % self.block_slabs // self.chunk_slabs
+            slabs = jnp.where(slab_block == self.grid[0] - 1, in_last, slabs)
+        is_last = row_block == self.grid[1] - 1
+        over_rows = functools.partial(self._over_rows, is_last, step)
+        _, slabs_at_once, *_ = self.at_once
+        return loop(slabs, slabs_at_once, over_rows, carry)
+
+    def _over_rows(
+        self, is_last: Any, step: ChunkStep, slabs: Sequence[Any], carry: Any
+    ) -> Any:
+        """Runs `over_chunks` in some slabs of a block.
+
+        The last block along the rows may have fewer chunks, and the array's last chunk
+        fewer rows.
+        """
+        full = self.block_rows // self.chunk_rows
         in_last = (self.rows - (self.grid[1] - 1) * self.block_rows) // self.chunk_rows
-        is_last = block[1] == self.grid[1] - 1
+        tail = self.rows % self.chunk_rows
+        rows_at_once, *_ = self.at_once
 
-        def of_slabs(slabs: Sequence[Any], carry: Any) -> Any:
-            def of_rows(rows: Sequence[Any], carry: Any) -> Any:
-                chunks = [(slab, row) for slab in slabs for row in rows]
-                return step(chunks, self.chunk_rows, carry)
+        def full_chunks(rows: Sequence[Any], carry: Any) -> Any:
+            chunks = [(slab, row) for slab in slabs for row in rows]
+            return step(chunks, self.chunk_rows, carry)
 
-            def of_last(carry: Any) -> Any:
-                carry = loop(in_last, rows_at_once, of_rows, carry)
-                if more:
-                    carry = step([(slab, in_last) for slab in slabs], more, carry)
-                return carry
+        def full_block(carry: Any) -> Any:
+            return loop(full, rows_at_once, full_chunks, carry)
 
-            if self.grid[1] == 1:
-                return of_last(carry)
+        def last_block(carry: Any) -> Any:
+            carry = loop(in_last, rows_at_once, full_chunks, carry)
+            if tail:
+                carry = step([(slab, in_last) for slab in slabs], tail, carry)
+            return carry
 
-            def of_whole(carry: Any) -> Any:
-                return loop(whole, rows_at_once, of_rows, carry)
-
-            if in_last == whole:
-                return of_whole(carry)
-            return lax.cond(is_last, of_last, of_whole, carry)
-
-        rows_at_once, slabs_at_once, *_ = self.at_once
-        return loop(slabs, slabs_at_once, of_slabs, carry)
+        if self.grid[1] == 1:
+            return last_block(carry)
+        if in_last == full:
+            return full_block(carry)
+        return lax.cond(is_last, last_block, full_block, carry)
 
     @property
     def at_once(self) -> list[int]:
         """Chunks per loop iteration, along each of rows, slabs, tiles and samples."""
-        left, found = AT_ONCE, []
-        for count in (
+        left, counts = AT_ONCE, []
+        for chunks in (
             pl.cdiv(min(self.rows, self.block_rows), self.chunk_rows),
             min(self.slabs, self.block_slabs) // self.chunk_slabs,
             self.tiles,
             self.unit,
         ):
-            found.append(min(count, left))
-            left //= found[-1]
-        return found
+            counts.append(min(chunks, left))
+            left //= counts[-1]
+        return counts
+
+    # --- chunks ---
 
     def add_registers(self, chunk: jax.Array, rows: int) -> jax.Array:
         """Sums the pixels of a chunk: [slabs, tiles, *places] -> [*places].
@@ -283,29 +306,28 @@ class Cut:
         Only the first `rows` rows of the chunk are pixels. The sum runs over pairs,
         pairs of pairs, and so on, because an addition waits for the one it depends on.
         """
-        size = chunk.shape[self.pixel_axis]
-        whole, more = divmod(rows, size)
-        found = []
-        if whole:
-            found = [chunk[:, :whole].reshape(-1, *chunk.shape[2:])]
-        if more:
-            found += [jnp.where(self.first_places(more), chunk[:, whole], 0)]
-        parts = found[0] if len(found) == 1 else jnp.concatenate(found, 0)
-        while (count := parts.shape[0]) > 1:
+        full, tail = divmod(rows, chunk.shape[self.pixel_axis])
+        parts = []
+        if full:
+            parts = [chunk[:, :full].reshape(-1, *chunk.shape[2:])]
+        if tail:
+            parts += [jnp.where(self.first_places(tail), chunk[:, full], 0)]
+        registers = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)
+        while (count := registers.shape[0]) > 1:
             half = count // 2
-            pairs = parts[:half] + parts[half : 2 * half]
+            pairs = registers[:half] + registers[half : 2 * half]
             if count % 2:
-                pairs = jnp.concatenate([pairs, parts[2 * half :]], 0)
-            parts = pairs
-        return parts[0]
+                pairs = jnp.concatenate([pairs, registers[2 * half :]], 0)
+            registers = pairs
+        return registers[0]
 
-    def count(self, rows: int) -> jax.Array:
+    def count_pixels(self, rows: int) -> jax.Array:
         """Counts the pixels at each place of a chunk with `rows` rows: [*places]."""
         shape = self.chunk_shape
-        whole, more = divmod(rows, shape[self.pixel_axis])
-        count = jnp.full(shape[2:], self.chunk_slabs * whole, jnp.float32)
-        if more:
-            count = jnp.where(self.first_places(more), count + self.chunk_slabs, count)
+        full, tail = divmod(rows, shape[self.pixel_axis])
+        count = jnp.full(shape[2:], self.chunk_slabs * full, jnp.float32)
+        if tail:
+            count = jnp.where(self.first_places(tail), count + self.chunk_slabs, count)
         return count
 
     def first_places(self, count: Any) -> jax.Array:
@@ -321,7 +343,7 @@ class Cut:
         """Gives each channel its group's mean, and sum of squares about that mean."""
         return merge_groups(mean, m2, self.pixels, self.strip, self.group)
 
-    # --- in the order of a way of lying ---
+    # --- shapes and indices in memory order ---
 
     @property
     def view(self) -> tuple[int, ...]:
@@ -334,7 +356,7 @@ class Cut:
         """Shape of a block of one sample in VMEM."""
         return self.in_order(self.block_slabs, self.block_rows, self.padded)
 
-    def at(self, sample: Any, chunk: Any, tile: Any) -> tuple[Any, ...]:
+    def chunk_index(self, sample: Any, chunk: Any, tile: Any) -> tuple[Any, ...]:
         """Returns the index of a chunk in a block."""
         slab, row = chunk
         return sample, *self.in_order(
@@ -348,7 +370,7 @@ class Cut:
         """Chunks side by side that cover a strip's channels."""
         return self.padded // self.chunk_channels
 
-    # --- what a way of lying has of its own ---
+    # --- what the two layouts define ---
 
     pixel_axis = -1  # the axis of a chunk, among its places, along which pixels lie
 
@@ -395,17 +417,18 @@ def loop(
     if `count` is traced.
     """
 
-    def of_group(group: Any, carry: Any) -> Any:
-        return step([group * at_once + i for i in range(at_once)], carry)
+    def full_step(number: Any, carry: Any) -> Any:
+        return step([number * at_once + i for i in range(at_once)], carry)
 
-    groups, rest = _divide(count, at_once)
-    carry = _for(groups, of_group, carry)
+    full_steps, rest = _divide(count, at_once)
+    carry = _for(full_steps, full_step, carry)
     if isinstance(rest, int):
         return step([*range(count - rest, count)], carry) if rest else carry
-    return _for(rest, lambda i, carry: step([groups * at_once + i], carry), carry)
+    return _for(rest, lambda i, carry: step([full_steps * at_once + i], carry), carry)
 
 
 def _for(count: Any, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Runs carry = step(i, carry) for `count` indices."""
     if isinstance(count, int) and count < 2:
         return step(0, carry) if count else carry
     return lax.fori_loop(0, count, step, carry)
@@ -435,15 +458,17 @@ class AcrossLanes(Cut):
     def places(self) -> tuple[int, int]:
         return SUBLANES, self.lanes
 
-    def as_places(self, value: jax.Array) -> jax.Array:
-        """Views [slabs, rows, channels] as a chunk; no register is touched."""
-        return value.reshape(self.chunk_shape)
+    def load(self, ref: Any, index: Any) -> jax.Array:
+        """Loads the chunk at a `chunk_index`: float32 [slabs, tiles, *places]."""
+        # [slabs, rows, channels]; the reshape touches no register.
+        return memory.load(ref, index).reshape(self.chunk_shape)
 
-    def as_block(self, chunk: jax.Array) -> jax.Array:
-        """Undoes `as_places`."""
-        return chunk.reshape(self.chunk_slabs, self.chunk_rows, self.chunk_channels)
+    def store(self, ref: Any, index: Any, chunk: jax.Array) -> None:
+        """Stores a chunk [slabs, tiles, *places] at a `chunk_index`."""
+        shape = self.chunk_slabs, self.chunk_rows, self.chunk_channels
+        memory.store(ref, index, chunk.reshape(shape))
 
-    def places_at(self, sample: Any, tile: Any) -> tuple[Any, ...]:
+    def places_index(self, sample: Any, tile: Any) -> tuple[Any, ...]:
         """Returns a chunk's index in [unit, *places] or [unit, *values]."""
         return sample, slice(None), _slice(tile, self.chunk_channels)
 
@@ -453,7 +478,7 @@ class AcrossLanes(Cut):
     def values(self) -> tuple[int, ...]:
         return 1, self.lanes
 
-    def keep(self, values_ref: Any, value: jax.Array) -> None:
+    def store_values(self, values_ref: Any, value: jax.Array) -> None:
         """Stores values per channel in [unit, *values]."""
         values_ref[:, 0] = jnp.broadcast_to(value, (self.unit, self.lanes))
 
@@ -465,10 +490,10 @@ class AcrossLanes(Cut):
         return (places_ref[:, place] for place in range(SUBLANES))
 
     @property
-    def counts(self) -> list[Any]:
+    def pixels_by_place(self) -> list[Any]:
         """Pixels of a sample at each place, in the order of `by_place`."""
-        whole, more = divmod(self.rows, SUBLANES)
-        return [self.slabs * (whole + (place < more)) for place in range(SUBLANES)]
+        full, tail = divmod(self.rows, SUBLANES)
+        return [self.slabs * (full + (place < tail)) for place in range(SUBLANES)]
 
     def sum_places(self, of_places: Iterable[jax.Array]) -> jax.Array:
         """Sums over each channel's places."""
@@ -507,19 +532,22 @@ class DownSublanes(Cut):
     def places(self) -> tuple[int, int]:
         return self.padded, LANES
 
-    def as_places(self, value: jax.Array) -> jax.Array:
-        """Views [slabs, channels, rows] as a chunk; no register is touched."""
+    def load(self, ref: Any, index: Any) -> jax.Array:
+        """Loads the chunk at a `chunk_index`: float32 [slabs, tiles, *places]."""
+        # The slices and their concatenation touch no register.
+        value = memory.load(ref, index)  # [slabs, channels, rows]
         tiles = [
             value[:, None, :, start : start + LANES]
             for start in range(0, self.chunk_rows, LANES)
         ]
         return jnp.concatenate(tiles, 1)
 
-    def as_block(self, chunk: jax.Array) -> jax.Array:
-        """Undoes `as_places`."""
-        return jnp.concatenate([chunk[:, i] for i in range(chunk.shape[1])], -1)
+    def store(self, ref: Any, index: Any, chunk: jax.Array) -> None:
+        """Stores a chunk [slabs, tiles, *places] at a `chunk_index`."""
+        tiles = [chunk[:, i] for i in range(chunk.shape[1])]
+        memory.store(ref, index, jnp.concatenate(tiles, -1))
 
-    def places_at(self, sample: Any, tile: Any) -> tuple[Any, ...]:
+    def places_index(self, sample: Any, tile: Any) -> tuple[Any, ...]:
         """Returns a chunk's index in [unit, *places] or [unit, *values]."""
         return sample, _slice(tile, self.chunk_channels), slice(None)
 
@@ -530,7 +558,7 @@ class DownSublanes(Cut):
     def values(self) -> tuple[int, ...]:
         return self.places
 
-    def keep(self, values_ref: Any, value: jax.Array) -> None:
+    def store_values(self, values_ref: Any, value: jax.Array) -> None:
         """Stores values per channel in [unit, *values]."""
         values_ref[...] = jnp.broadcast_to(value, values_ref.shape)
 
@@ -539,11 +567,11 @@ class DownSublanes(Cut):
         yield places_ref[...]
 
     @property
-    def counts(self) -> list[Any]:
+    def pixels_by_place(self) -> list[Any]:
         """Pixels of a sample at each place, in the order of `by_place`."""
-        whole, more = divmod(self.rows, LANES)
+        full, tail = divmod(self.rows, LANES)
         place = lax.broadcasted_iota(jnp.int32, self.places, 1)
-        return [(self.slabs * (whole + (place < more))).astype(jnp.float32)]
+        return [(self.slabs * (full + (place < tail))).astype(jnp.float32)]
 
     def sum_places(self, of_places: Iterable[jax.Array]) -> jax.Array:
         """Sums over each channel's places."""
@@ -615,16 +643,16 @@ def merge_groups(
       group: channels per group.
     """
     if group == 1 or _is_summed(channels, group):
-        total = sum_groups(mean, channels, group) * (1 / group)
-        apart = mean - total
-        return total, sum_groups(m2 + apart * apart * pixels, channels, group)
+        group_mean = sum_groups(mean, channels, group) * (1 / group)
+        delta = mean - group_mean
+        return group_mean, sum_groups(m2 + delta * delta * pixels, channels, group)
     # Merge both at once: otherwise the squares would wait for the whole group's mean.
     for width, count in _windows(group):
         means = _neighbours(mean, width, count, ahead=True)
         mean = _add(means) * (1 / count)
-        apart = _add([(each - mean) * (each - mean) for each in means])
+        squares = _add([(each - mean) * (each - mean) for each in means])
         m2 = _add(_neighbours(m2, width, count, ahead=True))
-        m2 = m2 + apart * (width * pixels)
+        m2 = m2 + squares * (width * pixels)
     return _from_first(mean, channels, group), _from_first(m2, channels, group)
 
 
@@ -640,16 +668,16 @@ def _sums(value: jax.Array, channels: int, group: int) -> jax.Array:
     sums = [jnp.zeros(channel.shape, value.dtype)] * (value.shape[1] // size)
     for begin in range(0, channels, group):
         end = begin + group
-        inside = {
+        masks = {  # of each register that holds channels of the group
             i: (channel >= begin - i * size) & (channel < end - i * size)
             for i in range(begin // size, pl.cdiv(end, size))
         }
         parts = [
             jnp.where(mask, value[:, i * size : (i + 1) * size], 0)
-            for i, mask in inside.items()
+            for i, mask in masks.items()
         ]
         total = jnp.sum(_add(parts), 1, keepdims=True)
-        for i, mask in inside.items():
+        for i, mask in masks.items():
             sums[i] = jnp.where(mask, total, sums[i])
     return jnp.concatenate(sums, 1)
 
@@ -688,8 +716,8 @@ def _neighbours(
     """
     length = value.shape[1]
     sign = -1 if ahead else 1
-    others = [pltpu.roll(value, sign * i * width % length, 1) for i in range(1, count)]
-    return [value, *others]
+    rolled = [pltpu.roll(value, sign * i * width % length, 1) for i in range(1, count)]
+    return [value, *rolled]
 
 
 def _add(parts: Iterable[jax.Array]) -> jax.Array:

@@ -123,6 +123,9 @@ TURNED_REGISTERS = {
     ("backward", 4): 128,
 }
 
+# Elements of a vector register.
+REGISTER = SUBLANES * LANES
+
 # VMEM for statistics, for Mosaic itself and for spilled registers, which take up to 2
 # MiB with 256 features in float32.
 OTHER_BYTES = 4 * 2**20
@@ -136,273 +139,310 @@ SLAB_BYTES = 64 * 2**10
 
 # --- forward --------------------------------------------------------------------------
 
+# A kernel's refs by name. An absent operand has none, and neither has a result that is
+# not wanted.
+Refs = dict[str, Any]
 
-def _forward_kernel(
-    x_ref: Any,  # a block, [block_rows, lanes] or as `DownSublanes` or `Turned` cut it
-    scale_ref: Any,  # [period or 1, lanes], or a block if `scales_each`, or None
-    bias_ref: Any,  # [period or 1, lanes], or None
-    residual_ref: Any,  # a block, or None
-    shortcut_ref: Any,  # a block, or None
-    y_ref: Any,  # a block, or None if only statistics are wanted
-    h_ref: Any,  # x + residual: a block, or None
-    mean_ref: Any,  # float32, one per row of a block, or None
-    var_ref: Any,  # like mean_ref
-    scale_kept: Any,  # [sublanes, kept_rows] float32, or None
-    bias_kept: Any,  # like scale_kept
-    centred_kept: Any,  # chunks of one turn, float32, or None
-    *,
-    center: bool,
-    epsilon: float,
-    activation: str | None,
-    weight: Callable[[Any], Any],
-    scales_each: bool,
-    blocks: Blocks,
+# Reads a piece of a chunk, in float32: [chunk_rows, its lanes], or down the sublanes
+# [its sublanes, chunk_rows]. A value per row, for example its mean, is [chunk_rows,
+# LANES] or [SUBLANES, chunk_rows], and `blocks.broadcast` repeats it for a piece.
+Reader = Callable[[Piece], jax.Array]
+
+
+def _forward_kernel(ref: Refs, call: Call, blocks: Blocks) -> None:
+    """Computes those results among y, h, mean and var that have a ref.
+
+    Shapes of the refs:
+      x, residual, shortcut, y, h: a block, [block_rows, lanes] or as `DownSublanes` or
+        `Turned` cut it.
+      scale, bias: [period, lanes]. A scale is a block if `call.scales_each`.
+      mean, var: float32, one per row of a block.
+      scale_kept, bias_kept: [sublanes, kept_rows] float32.
+      centred_kept: chunks of one turn, float32.
+    """
+    _keep_params(ref, blocks)
+    chunk = functools.partial(_forward_chunk, ref, call, blocks)
+    blocks.for_each_chunk(chunk, masks=False)
+
+
+def _forward_chunk(
+    ref: Refs, call: Call, blocks: Blocks, index: Any, slot: int, _: bool, __: None
 ) -> None:
-    """Computes those outputs among y, h, mean and variance that have a ref."""
-    per_feature = 1 / blocks.features
-    _keep_params([(scale_ref, scale_kept), (bias_ref, bias_kept)], blocks)
-
-    def chunk(index: Any, slot: int, _: bool, __: None) -> None:
-        read = blocks.reader(x_ref, index)
-        read_shortcut = blocks.reader(shortcut_ref, index)
-        read_scale = _scale_reader(scale_ref, scale_kept, index, scales_each, blocks)
-        if residual_ref is not None:
-            read_x, read_residual = read, blocks.reader(residual_ref, index)
-
-            def add_residual(piece: Piece, _: None) -> None:
-                h = read_x(piece) + read_residual(piece)
-                blocks.write(h_ref, index, piece, h)
-
-            # Normalize h as rounded, because that is what a backward reads.
-            blocks.over_pieces(add_residual)
-            read = blocks.reader(h_ref, index)
-
-        put_x, get_x = blocks.keep(centred_kept, slot, read)
-
-        def add_up(piece: Piece, totals: Any) -> list[jax.Array]:
-            x = read(piece)
-            put_x(piece, x)
-            return blocks.add(totals, [x], piece)
-
-        def read_centred(piece: Piece) -> jax.Array:
-            return get_x(piece) - blocks.widen(mean, piece) if center else read(piece)
-
-        put_centred, get_centred = blocks.keep(centred_kept, slot, read_centred)
-
-        def add_up_centred(piece: Piece, totals: Any) -> list[jax.Array]:
-            x = read_centred(piece)
-            put_centred(piece, x)
-            return blocks.add(totals, [x * x, x][: 1 + center], piece)
+    """Computes y = act(x_hat * scale + bias + shortcut) of one chunk."""
+    norm = call.norm
+    read = _readers(ref, call, blocks, index)
+    if "residual" in ref:
+        read["x"] = _add_residual(read, ref["h"], blocks, index)
+    with jax.named_scope("statistics"):
+        mean, mean_error, var, read_centred = _statistics(
+            read["x"], ref.get("centred_kept"), blocks, slot, center=norm.center
+        )
+    if "y" in ref:
+        rstd = lax.rsqrt(var + norm.epsilon)
 
         def normalize(piece: Piece, _: None) -> None:
-            y = get_centred(piece)
-            if center:
-                y = y - blocks.widen(shift, piece)
-            y = y * blocks.widen(rstd, piece)
-            if scale_ref is not None:
-                y = y * weight(read_scale(piece))
-            if bias_ref is not None:
-                y = y + blocks.param(bias_ref, bias_kept, piece)
-            if shortcut_ref is not None:
-                y = y + read_shortcut(piece)
-            blocks.write(y_ref, index, piece, activate(activation, y))
+            centred = read_centred(piece)
+            if norm.center:
+                centred = centred - blocks.broadcast(mean_error, piece)
+            z = _affine(centred * blocks.broadcast(rstd, piece), piece, read)
+            blocks.write(ref["y"], index, piece, activate(norm.activation, z))
 
-        with jax.named_scope("statistics"):
-            if center:
-                # Compute the mean, and later correct it by the mean of x - mean. A
-                # float32 sum of large numbers is off by several rounding errors, the
-                # sum of the differences by none.
-                (total,) = blocks.over_pieces(add_up)
-                mean = blocks.sum_features(total) * per_feature
-            squares, *rest = blocks.over_pieces(add_up_centred)
-            var = blocks.sum_features(squares) * per_feature
-            if center:
-                shift = blocks.sum_features(rest[0]) * per_feature
-                var = jnp.maximum(var - shift * shift, 0)
-        if y_ref is not None:
-            rstd = lax.rsqrt(var + epsilon)
-            with jax.named_scope("normalize"):
-                blocks.over_pieces(normalize)
-        if mean_ref is not None:
-            blocks.put_statistic(mean_ref, index, mean + shift)
-        if var_ref is not None:
-            blocks.put_statistic(var_ref, index, var)
+        with jax.named_scope("normalize"):
+            blocks.over_pieces(normalize)
+    if "mean" in ref:
+        blocks.put_statistic(ref["mean"], index, mean + mean_error)
+    if "var" in ref:
+        blocks.put_statistic(ref["var"], index, var)
 
-    blocks.for_each_chunk(chunk, masks=False)
+
+def _add_residual(
+    read: dict[str, Reader], h_ref: Any, blocks: Blocks, index: Any
+) -> Reader:
+    """Writes h = x + residual and returns its reader. The norm is of h as rounded,
+    because that is what a backward reads."""
+
+    def add_piece(piece: Piece, _: None) -> None:
+        h = read["x"](piece) + read["residual"](piece)
+        blocks.write(h_ref, index, piece, h)
+
+    blocks.over_pieces(add_piece)
+    return blocks.reader(h_ref, index)
+
+
+def _statistics(
+    read_x: Reader, kept: Any, blocks: Blocks, slot: int, *, center: bool
+) -> tuple[Any, Any, jax.Array, Reader]:
+    """Sums the features of each row of a chunk.
+
+    A float32 sum of large numbers is off by several rounding errors, the sum of their
+    differences from the mean by none. So the second pass also finds the mean's error.
+
+    Returns:
+      mean, mean_error: the sum of both is the row's mean. Each is None if not centred.
+      var: variance, or mean of x * x if not centred.
+      read_centred: reader of x - mean, or of x if not centred.
+    """
+    mean: Any = None
+    mean_error: Any = None
+    put_x, get_x = blocks.keep(kept, slot, read_x)
+
+    def sum_x(piece: Piece, totals: Any) -> list[jax.Array]:
+        x = read_x(piece)
+        put_x(piece, x)
+        return blocks.add(totals, [x], piece)
+
+    def center_x(piece: Piece) -> jax.Array:
+        return get_x(piece) - blocks.broadcast(mean, piece) if center else read_x(piece)
+
+    put_centred, get_centred = blocks.keep(kept, slot, center_x)
+
+    def sum_squares(piece: Piece, totals: Any) -> list[jax.Array]:
+        centred = center_x(piece)
+        put_centred(piece, centred)
+        return blocks.add(totals, [centred * centred, centred][: 1 + center], piece)
+
+    if center:
+        (total,) = blocks.over_pieces(sum_x)
+        mean = _row_mean(total, blocks)
+    squares, *rest = blocks.over_pieces(sum_squares)
+    var = _row_mean(squares, blocks)
+    if center:
+        mean_error = _row_mean(rest[0], blocks)
+        var = jnp.maximum(var - mean_error * mean_error, 0)
+    return mean, mean_error, var, get_centred
 
 
 # --- backward -------------------------------------------------------------------------
 
 
-def _backward_kernel(
-    dy_ref: Any,  # a block, [block_rows, lanes] or as `DownSublanes` or `Turned` cut it
-    x_ref: Any,  # a block, or None if only dbias is wanted
-    scale_ref: Any,  # [period or 1, lanes], or a block if `scales_each`, or None
-    bias_ref: Any,  # [period or 1, lanes], or None; for an activation
-    mean_ref: Any,  # float32, one per row of a block, or None
-    var_ref: Any,  # like mean_ref
-    dh_ref: Any,  # a block, or None
-    shortcut_ref: Any,  # a block, or None; for an activation
-    dx_ref: Any,  # a block, or None
-    dscale_ref: Any,  # [period or 1, lanes] float32, a block if `scales_each`, or None
-    dbias_ref: Any,  # [period or 1, lanes] float32, or None
-    dshortcut_ref: Any,  # a block, or None
-    c1_ref: Any,  # float32, one per row of a block, or None
-    c2_ref: Any,  # same shape and dtype, or None
-    scale_kept: Any,  # [sublanes, kept_rows] float32, or None
-    bias_kept: Any,  # like scale_kept
-    centred_kept: Any,  # chunks of one turn, float32, or None
-    weighted_kept: Any,  # like centred_kept
-    dscale_sum: Any,  # float32, [SUBLANES or period, lanes] or [sublanes, kept_rows]
-    dbias_sum: Any,  # like dscale_sum; each is None or accumulates over steps
-    *,
-    center: bool,
-    epsilon: float,
-    activation: str | None,
-    weight: Callable[[Any], Any],
-    scales_each: bool,
-    blocks: Blocks,
-) -> None:
-    """Computes those outputs among dx, dscale, dbias, dshortcut, c1 and c2 that have a
-    ref."""
-    per_feature = 1 / blocks.features
-    sums = [
-        (total, result)
-        for total, result in ((dscale_sum, dscale_ref), (dbias_sum, dbias_ref))
-        if total is not None
-    ]
+def _backward_kernel(ref: Refs, call: Call, blocks: Blocks) -> None:
+    """Computes those results among dx, dscale, dbias, dshortcut, c1 and c2 that have a
+    ref.
 
-    _keep_params([(scale_ref, scale_kept), (bias_ref, bias_kept)], blocks)
+    Shapes of the refs:
+      dy, x, dh, shortcut, dx, dshortcut: a block, [block_rows, lanes] or as
+        `DownSublanes` or `Turned` cut it. If only dbias is wanted, x is absent.
+      scale, bias: [period, lanes]. A scale is a block if `call.scales_each`.
+      mean, var, c1, c2: float32, one per row of a block.
+      dscale, dbias: [period, lanes] float32. A dscale is a block if `call.scales_each`.
+      scale_kept, bias_kept: [sublanes, kept_rows] float32.
+      centred_kept, rstd_w_kept: chunks of one turn, float32.
+      dscale_sum, dbias_sum: float32, accumulated over the steps of an example:
+        [SUBLANES or period, lanes] or [sublanes, kept_rows].
+    """
+    _keep_params(ref, blocks)
 
     @pl.when(_is_first_step())
     def _() -> None:
-        for total, _ in sums:
+        for name in call.summed:
+            total = ref[f"{name}_sum"]
             total[...] = jnp.zeros_like(total)
 
     def statistics(index: Any) -> tuple[Any, Any]:
         """Returns mean and rstd of each row of a chunk."""
         mean: Any = None
         rstd: Any = None
-        if x_ref is not None:
+        if "var" in ref:
             rstd = blocks.get_statistic(
-                var_ref, index, lambda v: lax.rsqrt(v + epsilon)
+                ref["var"], index, lambda var: lax.rsqrt(var + call.norm.epsilon)
             )
-        if mean_ref is not None:
-            mean = blocks.get_statistic(mean_ref, index)
+        if "mean" in ref:
+            mean = blocks.get_statistic(ref["mean"], index)
         return mean, rstd
 
-    def chunk(index: Any, slot: int, masked: bool, given: tuple[Any, Any]) -> None:
-        mean, rstd = given
-        inside = blocks.is_inside(index) if masked else None
-        read_x, read_dy = blocks.reader(x_ref, index), blocks.reader(dy_ref, index)
-        read_dh = blocks.reader(dh_ref, index)
-        read_shortcut = blocks.reader(shortcut_ref, index)
-        read_scale = _scale_reader(scale_ref, scale_kept, index, scales_each, blocks)
-
-        def read_centred(piece: Piece) -> jax.Array:
-            x = read_x(piece)
-            return x if mean is None else x - blocks.widen(mean, piece)
-
-        def read_dz(piece: Piece) -> jax.Array:
-            dy = read_dy(piece)
-            if activation is None:
-                return dy
-            z = read_centred(piece) * blocks.widen(rstd, piece)
-            if scale_ref is not None:
-                z = z * weight(read_scale(piece))
-            if bias_ref is not None:
-                z = z + blocks.param(bias_ref, bias_kept, piece)
-            if shortcut_ref is not None:
-                z = z + read_shortcut(piece)
-            return dy * slope(activation, z)
-
-        def weigh(dz: jax.Array, piece: Piece) -> jax.Array:
-            return dz if scale_ref is None else dz * weight(read_scale(piece))
-
-        def compute_weighted(piece: Piece) -> jax.Array:
-            return weigh(read_dz(piece) * blocks.widen(rstd, piece), piece)
-
-        put_centred, get_centred = blocks.keep(centred_kept, slot, read_centred)
-        put_weighted, get_weighted = blocks.keep(weighted_kept, slot, compute_weighted)
-
-        def add_rows(total: Any, value: jax.Array, piece: Piece) -> None:
-            if inside is not None:  # rows past the last one are garbage
-                value = jnp.where(inside, value, 0)
-            blocks.part(total, piece)[...] += blocks.sum_rows(value)
-
-        def add_up(piece: Piece, totals: Any) -> list[jax.Array]:
-            dz = read_dz(piece)
-            if dbias_sum is not None:
-                add_rows(dbias_sum, dz, piece)
-            if dshortcut_ref is not None:
-                blocks.write(dshortcut_ref, index, piece, dz)
-            if x_ref is None:
-                return []
-            centred = read_centred(piece)
-            rstd_dz = dz * blocks.widen(rstd, piece)
-            of_scale = rstd_dz * centred
-            if dscale_sum is not None:
-                add_rows(dscale_sum, of_scale, piece)
-            elif dscale_ref is not None:
-                blocks.write(dscale_ref, index, piece, of_scale)
-            if dx_ref is None and c1_ref is None:
-                return []
-            weighted = weigh(rstd_dz, piece)  # rstd * w
-            put_centred(piece, centred)
-            put_weighted(piece, weighted)
-            terms = [weighted * centred]
-            if center:
-                terms.append(weighted if c2_ref is None else weigh(dz, piece))
-            return blocks.add(totals, terms, piece)
-
-        def store_dx(piece: Piece, _: None) -> None:
-            dx = get_weighted(piece) - get_centred(piece) * blocks.widen(factor, piece)
-            for rstd_c2 in rest:
-                dx = dx - blocks.widen(rstd_c2, piece)
-            if dh_ref is not None:
-                dx = dx + read_dh(piece)
-            blocks.write(dx_ref, index, piece, dx)
-
-        totals = blocks.over_pieces(add_up)
-        means = [blocks.sum_features(total) * per_feature for total in totals]
-        for ref, mean_of_row in zip((c1_ref, c2_ref), means, strict=False):
-            if ref is not None:
-                blocks.put_statistic(ref, index, mean_of_row)
-        if dx_ref is not None:
-            c1, *rest = means  # the rest: rstd * c2
-            factor = rstd * rstd * c1
-            blocks.over_pieces(store_dx)
-
-    blocks.for_each_chunk(chunk, masks=bool(sums), given=statistics)
+    chunk = functools.partial(_backward_chunk, ref, call, blocks)
+    blocks.for_each_chunk(chunk, masks=bool(call.summed), statistics=statistics)
 
     @pl.when(_is_last_step(blocks))
     def _() -> None:
-        for total, result in sums:
-            blocks.finish_sum(total, result)
+        for name in call.summed:
+            blocks.finish_sum(ref[f"{name}_sum"], ref[name])
+
+
+def _backward_chunk(
+    ref: Refs,
+    call: Call,
+    blocks: Blocks,
+    index: Any,
+    slot: int,
+    masked: bool,
+    statistics: tuple[Any, Any],
+) -> None:
+    """Computes the gradients of one chunk: the sums in a first pass over its pieces, dx
+    in a second one.
+
+    With centred = x - mean, so that x_hat = centred * rstd, and w = dz * scale:
+
+        c1 = mean(rstd * w * centred),  c2 = mean(w)
+        dx = rstd * w - centred * rstd * rstd * c1 - rstd * c2
+    """
+    mean, rstd = statistics
+    inside = blocks.is_inside(index) if masked else None
+    read = _readers(ref, call, blocks, index)
+    center_x, compute_dz = _through_activation(read, call, blocks, mean, rstd)
+
+    def compute_rstd_w(piece: Piece) -> jax.Array:
+        return _scaled(compute_dz(piece) * blocks.broadcast(rstd, piece), piece, read)
+
+    put_centred, get_centred = blocks.keep(ref.get("centred_kept"), slot, center_x)
+    put_rstd_w, get_rstd_w = blocks.keep(ref.get("rstd_w_kept"), slot, compute_rstd_w)
+
+    def accumulate(name: str, value: jax.Array, piece: Piece) -> None:
+        if inside is not None:  # rows past the last one are garbage
+            value = jnp.where(inside, value, 0)
+        blocks.part(ref[f"{name}_sum"], piece)[...] += blocks.sum_rows(value)
+
+    def sum_piece(piece: Piece, totals: Any) -> list[jax.Array]:
+        """Adds a piece to dscale, dbias and the sums over its features."""
+        dz = compute_dz(piece)
+        if "dbias" in call.summed:
+            accumulate("dbias", dz, piece)
+        if "dshortcut" in ref:
+            blocks.write(ref["dshortcut"], index, piece, dz)
+        if "x" not in ref:
+            return []
+        centred = center_x(piece)
+        rstd_dz = dz * blocks.broadcast(rstd, piece)
+        dscale = rstd_dz * centred  # dz * x_hat
+        if "dscale" in call.summed:
+            accumulate("dscale", dscale, piece)
+        elif "dscale" in ref:
+            blocks.write(ref["dscale"], index, piece, dscale)
+        if not call.wants["dx"]:
+            return []
+        rstd_w = _scaled(rstd_dz, piece, read)
+        put_centred(piece, centred)
+        put_rstd_w(piece, rstd_w)
+        terms = [rstd_w * centred]
+        if call.norm.center:
+            terms.append(_scaled(dz, piece, read) if call.half else rstd_w)
+        return blocks.add(totals, terms, piece)
+
+    totals = blocks.over_pieces(sum_piece)
+    means = [_row_mean(total, blocks) for total in totals]
+    if call.half:
+        for name, row_mean in zip(("c1", "c2"), means, strict=False):
+            blocks.put_statistic(ref[name], index, row_mean)
+    if "dx" in ref:
+        c1, *rstd_c2 = means
+        factor = rstd * rstd * c1
+
+        def write_dx(piece: Piece, _: None) -> None:
+            dx = get_rstd_w(piece)
+            dx = dx - get_centred(piece) * blocks.broadcast(factor, piece)
+            if call.norm.center:
+                dx = dx - blocks.broadcast(rstd_c2[0], piece)
+            if "dh" in ref:
+                dx = dx + read["dh"](piece)
+            blocks.write(ref["dx"], index, piece, dx)
+
+        blocks.over_pieces(write_dx)
+
+
+def _through_activation(
+    read: dict[str, Reader], call: Call, blocks: Blocks, mean: Any, rstd: Any
+) -> tuple[Reader, Reader]:
+    """Returns functions that compute a piece of x - mean, and of dz = dy * act'(z)."""
+    activation = call.norm.activation
+
+    def center_x(piece: Piece) -> jax.Array:
+        x = read["x"](piece)
+        return x - blocks.broadcast(mean, piece) if call.norm.center else x
+
+    def compute_dz(piece: Piece) -> jax.Array:
+        dy = read["dy"](piece)
+        if activation is None:
+            return dy
+        x_hat = center_x(piece) * blocks.broadcast(rstd, piece)
+        return dy * slope(activation, _affine(x_hat, piece, read))
+
+    return center_x, compute_dz
 
 
 # --- both -----------------------------------------------------------------------------
 
 
-def _keep_params(pairs: Sequence[tuple[Any, Any]], blocks: Blocks) -> None:
+def _keep_params(ref: Refs, blocks: Blocks) -> None:
     """Copies scale and bias to their scratch, if they have any."""
-    kept = [(ref, scratch) for ref, scratch in pairs if scratch is not None]
-    if kept:
+    names = [name for name in ("scale", "bias") if f"{name}_kept" in ref]
+    if names:
 
         @pl.when(_is_first_step())
         def _() -> None:
-            for ref, scratch in kept:
-                blocks.keep_param(scratch, memory.load(ref))
+            for name in names:
+                blocks.keep_param(ref[f"{name}_kept"], memory.load(ref[name]))
 
 
-def _scale_reader(
-    ref: Any, kept: Any, index: Any, each: bool, blocks: Blocks
-) -> Callable[[Piece], jax.Array]:
-    """Returns a function that reads a piece of a chunk's scale: each row's own, or the
-    one that rows share."""
-    if each:
-        return blocks.reader(ref, index)
-    return lambda piece: blocks.param(ref, kept, piece)
+def _readers(ref: Refs, call: Call, blocks: Blocks, index: Any) -> dict[str, Reader]:
+    """Returns readers of a chunk's operands. The scale's adds its offset to it."""
+    streamed = ["x", "dy", "dh", "shortcut", *["scale"] * call.scales_each, "residual"]
+    read = {name: blocks.reader(ref[name], index) for name in streamed if name in ref}
+    for name in ("scale", "bias"):
+        if name in ref and name not in read:
+            kept = ref.get(f"{name}_kept")
+            read[name] = functools.partial(blocks.param, ref[name], kept)
+    if "scale" in read:
+        stored = read["scale"]
+        read["scale"] = lambda piece: call.norm.weight(stored(piece))
+    return read
+
+
+def _affine(x_hat: jax.Array, piece: Piece, read: dict[str, Reader]) -> jax.Array:
+    """Returns a piece of z = x_hat * scale + bias + shortcut."""
+    z = _scaled(x_hat, piece, read)
+    for name in ("bias", "shortcut"):
+        if name in read:
+            z = z + read[name](piece)
+    return z
+
+
+def _scaled(value: jax.Array, piece: Piece, read: dict[str, Reader]) -> jax.Array:
+    return value * read["scale"](piece) if "scale" in read else value
+
+
+def _row_mean(total: jax.Array, blocks: Blocks) -> jax.Array:
+    """Returns each row's mean, given the totals over its pieces."""
+    return blocks.sum_features(total) * (1 / blocks.features)
 
 
 def _is_first_step() -> jax.Array:
@@ -416,6 +456,9 @@ def _is_last_step(blocks: Blocks) -> jax.Array:
 
 
 # --- the launch -----------------------------------------------------------------------
+
+# An operand (or None), or a result's shape and dtype; and the spec of its blocks.
+Cut = tuple[Any, pl.BlockSpec]
 
 
 def forward(
@@ -441,52 +484,39 @@ def forward(
       residual, shortcut: x's shape, or None.
     """
     norm = call.norm
-    view = blocks.view
-    h_shape = None
+    results: dict[str, Cut] = {}
+    if not call.half:
+        results["y"] = memory.result(x, blocks.view, norm.dtype), blocks.rows_spec
     if residual is not None:
-        h_shape = memory.result(x, view, memory.kept_as(call.sum_dtype))
-    row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
-    statistic = (
-        memory.result(x, row_of_statistics, jnp.float32) if call.statistics else None
+        h = memory.result(x, blocks.view, memory.kept_as(call.sum_dtype))
+        results["h"] = h, blocks.rows_spec
+    if call.statistics:
+        statistic = memory.result(x, blocks.statistic_view, jnp.float32)
+        names = ("mean", "var") if norm.center else ("var",)
+        results |= dict.fromkeys(names, (statistic, blocks.statistic_spec))
+    computed = _pallas_call(
+        _forward_kernel,
+        "rowwise_forward",
+        call,
+        blocks,
+        operands={
+            "x": _rows(x, blocks),
+            "scale": (_rows if call.scales_each else _param)(scale, blocks),
+            "bias": _param(bias, blocks),
+            "residual": _rows(residual, blocks),
+            "shortcut": _rows(shortcut, blocks),
+        },
+        results=results,
+        scratch={
+            **_kept_params(call, blocks, scale, bias),
+            "centred_kept": None if call.half else blocks.kept_chunks,
+        },
     )
-    y, h, *statistics = _pallas_call(
-        functools.partial(
-            _forward_kernel,
-            center=norm.center,
-            epsilon=norm.epsilon,
-            activation=norm.activation,
-            weight=norm.weight,
-            scales_each=call.scales_each,
-            blocks=blocks,
-        ),
-        name="rowwise_forward",
-        blocks=blocks,
-        operands=[
-            _rows(x, blocks),
-            (_rows if call.scales_each else _param)(scale, blocks),
-            _param(bias, blocks),
-            _rows(residual, blocks),
-            _rows(shortcut, blocks),
-        ],
-        results=[
-            (
-                None if call.half else memory.result(x, view, norm.dtype),
-                blocks.rows_spec,
-            ),
-            (h_shape, blocks.rows_spec),
-            (statistic if norm.center else None, blocks.statistic_spec),
-            (statistic, blocks.statistic_spec),
-        ],
-        scratch=[
-            None if scale is None or call.scales_each else blocks.kept_param,
-            None if bias is None else blocks.kept_param,
-            None if call.half else blocks.kept_chunks,
-        ],
-    )
-    if h is not None and h.dtype == jnp.int16:
-        h = lax.bitcast_convert_type(h, jnp.float16)
-    shapes = [x.shape, x.shape, *[norm.statistic_shape(x.shape)] * 2]
-    return _present([y, h, *statistics], shapes)
+    if "h" in computed and computed["h"].dtype == jnp.int16:
+        computed["h"] = lax.bitcast_convert_type(computed["h"], jnp.float16)
+    shapes = dict.fromkeys(("y", "h"), x.shape)
+    shapes |= dict.fromkeys(("mean", "var"), norm.statistic_shape(x.shape))
+    return [result.reshape(shapes[name]) for name, result in computed.items()]
 
 
 def backward(
@@ -522,89 +552,69 @@ def backward(
       the leading axes of x that `call.own_params` counts, or dscale in the shape and
       dtype of a scale of x's shape; dshortcut in the shortcut's shape and dtype.
     """
-    dx, dscale, dbias, dshortcut = call.wanted
+    sums_only = call.half and call.wants["dx"]  # c1 and c2 instead of dx
+    results: dict[str, Cut] = {}
+    partials = memory.result(x, blocks.param_gradient_view, jnp.float32)
+    for name, like in zip(call.wants, (x, scale, bias, shortcut), strict=True):
+        if name in call.summed:
+            results[name] = partials, blocks.param_gradient_spec
+        elif call.wants[name] and not (name == "dx" and sums_only):
+            assert like is not None
+            results[name] = memory.result(x, blocks.view, like.dtype), blocks.rows_spec
+    if sums_only:
+        statistic = memory.result(x, blocks.statistic_view, jnp.float32)
+        names = ("c1", "c2") if call.norm.center else ("c1",)
+        results |= dict.fromkeys(names, (statistic, blocks.statistic_spec))
     reads_x = _reads_x(call)
-    scale_given = scale if _reads_scale(call) else None
-    view = blocks.view
-    row_of_statistics = (blocks.examples, blocks.slabs, 1, blocks.rows)
-    param = memory.result(
-        x, (blocks.cores, blocks.examples, blocks.period, blocks.features), jnp.float32
-    )
-    of_scale = param if dscale else None, blocks.of_param_gradient
-    if dscale and call.scales_each:
-        assert scale is not None
-        of_scale = memory.result(x, view, scale.dtype), blocks.rows_spec
-    of_shortcut = None
-    if dshortcut:
-        assert shortcut is not None
-        of_shortcut = memory.result(x, view, shortcut.dtype)
+    if not _reads_scale(call):
+        scale = None
     if mean is not None:
-        mean = mean.reshape(row_of_statistics)
-    whole = dx and not call.half
-    inner = None
-    if dx and call.half:
-        inner = memory.result(x, row_of_statistics, jnp.float32)
-    *results, c1, c2 = _pallas_call(
-        functools.partial(
-            _backward_kernel,
-            center=call.norm.center,
-            epsilon=call.norm.epsilon,
-            activation=call.norm.activation,
-            weight=call.norm.weight,
-            scales_each=call.scales_each,
-            blocks=blocks,
-        ),
-        name="rowwise_backward",
-        blocks=blocks,
-        operands=[
-            _rows(dy, blocks),
-            _rows(x if reads_x else None, blocks),
-            (_rows if call.scales_each else _param)(scale_given, blocks),
-            _param(bias, blocks),
-            (mean if reads_x else None, blocks.statistic_spec),
-            (
-                var.reshape(row_of_statistics) if reads_x else None,
+        mean = mean.reshape(blocks.statistic_view)
+    computed = _pallas_call(
+        _backward_kernel,
+        "rowwise_backward",
+        call,
+        blocks,
+        operands={
+            "dy": _rows(dy, blocks),
+            "x": _rows(x if reads_x else None, blocks),
+            "scale": (_rows if call.scales_each else _param)(scale, blocks),
+            "bias": _param(bias, blocks),
+            "mean": (mean if reads_x else None, blocks.statistic_spec),
+            "var": (
+                var.reshape(blocks.statistic_view) if reads_x else None,
                 blocks.statistic_spec,
             ),
-            _rows(dh, blocks),
-            _rows(shortcut, blocks),
-        ],
-        results=[
-            (memory.result(x, view, x.dtype) if whole else None, blocks.rows_spec),
-            of_scale,
-            (param if dbias else None, blocks.of_param_gradient),
-            (of_shortcut, blocks.rows_spec),
-            (inner, blocks.statistic_spec),
-            (inner if call.norm.center else None, blocks.statistic_spec),
-        ],
-        scratch=[
-            None if scale_given is None or call.scales_each else blocks.kept_param,
-            None if bias is None else blocks.kept_param,
-            *[blocks.kept_chunks if whole else None] * 2,
-            *[
-                blocks.kept_sum if n in call.summed else None
-                for n in ("dscale", "dbias")
-            ],
-        ],
+            "dh": _rows(dh, blocks),
+            "shortcut": _rows(shortcut, blocks),
+        },
+        results=results,
+        scratch={
+            **_kept_params(call, blocks, scale, bias),
+            "centred_kept": blocks.kept_chunks if "dx" in results else None,
+            "rstd_w_kept": blocks.kept_chunks if "dx" in results else None,
+            **{f"{name}_sum": blocks.kept_sum for name in call.summed},
+        },
     )
-    found = dict(zip(call.wants, results, strict=True))
-    shapes = dict.fromkeys(found, x.shape)
-    own = x.shape[: call.own_params]
+    leading = x.shape[: call.own_params]
     for name in call.summed:
-        found[name] = blocks.add_parts(found[name], math.prod(own))
-        shapes[name] = (*own, blocks.groups * blocks.features)
-    statistic_shape = call.norm.statistic_shape(x.shape)
-    return _present(
-        [c1, c2, *found.values()], [*[statistic_shape] * 2, *shapes.values()]
-    )
+        computed[name] = blocks.sum_partials(computed[name], math.prod(leading))
+    shapes = dict.fromkeys(("c1", "c2"), call.norm.statistic_shape(x.shape))
+    shapes |= dict.fromkeys(call.wants, x.shape)
+    shapes |= dict.fromkeys(call.summed, (*leading, blocks.groups * blocks.features))
+    return [
+        computed[name].reshape(shape)
+        for name, shape in shapes.items()
+        if name in computed
+    ]
 
 
-def _rows(array: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
+def _rows(array: jax.Array | None, blocks: Blocks) -> Cut:
     """Returns an operand of x's size and its block spec."""
     return None if array is None else array.reshape(blocks.view), blocks.rows_spec
 
 
-def _param(param: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
+def _param(param: jax.Array | None, blocks: Blocks) -> Cut:
     """Returns scale or bias as [n, period, features], each entry for an equal number of
     examples, and its block spec."""
     if param is None:
@@ -618,38 +628,47 @@ def _param(param: jax.Array | None, blocks: Blocks) -> tuple[Any, pl.BlockSpec]:
     return rows, blocks.param_spec(len(rows))
 
 
-def _present(
-    arrays: Sequence[jax.Array | None], shapes: Sequence[tuple[int, ...]]
-) -> list[jax.Array]:
-    """Returns the arrays that are not None, each in its shape."""
-    pairs = zip(arrays, shapes, strict=True)
-    return [array.reshape(shape) for array, shape in pairs if array is not None]
+def _kept_params(call: Call, blocks: Blocks, scale: Any, bias: Any) -> dict[str, Any]:
+    """Returns the scratch for scale and bias, unless each row has its own scale."""
+    shared = {"scale_kept": None if call.scales_each else scale, "bias_kept": bias}
+    return {k: blocks.kept_param for k, p in shared.items() if p is not None}
 
 
 def _pallas_call(
-    kernel: Callable[..., None],
-    *,
+    kernel: Callable[[Refs, Call, Blocks], None],
     name: str,
+    call: Call,
     blocks: Blocks,
-    operands: Sequence[tuple[jax.Array | None, pl.BlockSpec]],
-    results: Sequence[tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
-    scratch: Sequence[Any],
-) -> tuple[jax.Array | None, ...]:
-    """Runs a kernel over operands, results and scratch. None stays None, and so does
-    its ref."""
-    return pl.pallas_call(
-        kernel,
+    *,
+    operands: dict[str, Cut],
+    results: dict[str, Cut],
+    scratch: dict[str, Any],
+) -> dict[str, jax.Array]:
+    """Runs kernel(refs by name, call, blocks) and returns its results by name. Operands
+    and scratch that are None have no ref."""
+    operands = {name: cut for name, cut in operands.items() if cut[0] is not None}
+    scratch = {name: kept for name, kept in scratch.items() if kept is not None}
+
+    def body(*refs: Any) -> None:
+        names = (*operands, *results, *scratch)
+        kernel(dict(zip(names, refs, strict=True)), call, blocks)
+
+    arrays, in_specs = zip(*operands.values(), strict=True)
+    shapes, out_specs = zip(*results.values(), strict=True)
+    computed = pl.pallas_call(
+        body,
         name=name,
         grid=blocks.grid,
-        in_specs=tuple(None if array is None else spec for array, spec in operands),
-        out_shape=tuple(shape for shape, _ in results),
-        out_specs=tuple(None if shape is None else spec for shape, spec in results),
-        scratch_shapes=tuple(scratch),
+        in_specs=in_specs,
+        out_shape=shapes,
+        out_specs=out_specs,
+        scratch_shapes=tuple(scratch.values()),
         compiler_params=memory.compiler_params(
             blocks.grid, max(blocks.vmem, VMEM_BYTES)
         ),
-        cost_estimate=cost.estimate(array for array, _ in (*operands, *results)),
-    )(*[memory.bits(array) for array, _ in operands])
+        cost_estimate=cost.estimate((*arrays, *shapes)),
+    )(*map(memory.bits, arrays))
+    return dict(zip(results, computed, strict=True))
 
 
 # --- the plan -------------------------------------------------------------------------
@@ -663,28 +682,28 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
     order = natural
     if call.norm.reduction_axes == natural[-1:]:  # neither groups nor several axes
         order = order_of_axes(call.x.shape, call.x.dtype.itemsize, call.own)
-    groups, own = call.row_groups, call.own
+    groups, param_axes = call.row_groups, call.own
     if groups > 1 and order != natural:
         # The groups lie in front of the rows: each group of a sample is an example.
-        own = len(order) - 2
+        param_axes = len(order) - 2
         axes = call.norm.feature_axes[:-1]
-        if order[own - len(axes) : own] != axes:
-            return _in_groups(
+        if order[param_axes - len(axes) : param_axes] != axes:
+            return _groups_fallback(
                 groups, "some groups do not lie in front of the rows in memory"
             )
     down = None
     if order[-1] != natural[-1]:
-        down = down_sublanes(_transposed(call, order), chip, groups, own)
+        down = down_sublanes(_transposed(call, order), chip, groups, param_axes)
         if down is None:
-            order, own = natural, call.own
+            order, param_axes = natural, call.own
     call = _transposed(call, order)
-    blocks = down or across_lanes(call, view, chip, groups, own)
+    blocks = down or across_lanes(call, view, chip, groups, param_axes)
     if isinstance(blocks, Fallback):
         return blocks
     blocks = blocks.shared_by(chip.cores)
-    lie = "features down the sublanes" if down else "rows are contiguous"
+    layout = "features down the sublanes" if down else "rows are contiguous"
     if isinstance(blocks, Turned):
-        lie += ", transposed in registers"
+        layout += ", transposed in registers"
     launch: Callable[..., list[jax.Array]]
     launch = forward if call.op == "forward" else backward
     launch = functools.partial(launch, call, blocks)
@@ -695,13 +714,13 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         name=f"rowwise {call.op}{call.half_name}",
         launch=launch,
         block=str(blocks),
-        why=f"{lie}; {blocks.chunk_rows} rows at a time",
+        why=f"{layout}; {blocks.chunk_rows} rows at a time",
         bytes_moved=bytes_moved(call, blocks),
         unless_named=_not_worth_it(call, blocks),
     )
 
 
-def _in_groups(groups: int, why: str) -> Fallback:
+def _groups_fallback(groups: int, why: str) -> Fallback:
     return Fallback(f"scale differs from row to row, in {groups} groups: {why}")
 
 
@@ -741,7 +760,7 @@ def _launch_transposed(
     launch: Callable[..., list[jax.Array]],
     order: Sequence[int],
     *operands: jax.Array | None,
-    **beside: jax.Array,
+    **by_name: jax.Array,
 ) -> list[jax.Array]:
     """Launches with arrays of x's rank transposed to `order`, and transposes results
     back."""
@@ -755,13 +774,13 @@ def _launch_transposed(
 
     results = launch(
         *[transpose(operand, order) for operand in operands],
-        **{name: transpose(array, order) for name, array in beside.items()},
+        **{name: transpose(array, order) for name, array in by_name.items()},
     )
     return [transpose(result, back) for result in results]
 
 
 def across_lanes(
-    call: Call, view: Geometry, chip: memory.Chip, groups: int, own: int
+    call: Call, view: Geometry, chip: memory.Chip, groups: int, param_axes: int
 ) -> AcrossLanes | Turned | Fallback:
     """Chooses the blocks for features across the lanes.
 
@@ -773,105 +792,110 @@ def across_lanes(
       view: view of x before it was transposed.
       chip: chip with the VMEM to use.
       groups: number of row groups, each with a scale and bias of its own.
-      own: leading axes along which scale, bias or their gradients vary.
+      param_axes: leading axes along which scale, bias or their gradients vary.
     """
     features = view.k
     lanes = round_up(features, LANES)
-    streamed = _streamed(call)
-    itemsizes = [dtype.itemsize for dtype in streamed]
-    least = SUBLANES * 4 // min(itemsizes)  # rows per register
+    turned = lanes == LANES
+    itemsizes = [dtype.itemsize for dtype in _streamed(call)]
+    itemsize = min(itemsizes)
+    register_rows = SUBLANES * 4 // itemsize
 
-    row_bytes = 2 * lanes * sum(itemsizes)
+    row_bytes = 2 * lanes * sum(itemsizes)  # two buffers per array
     block_rows = power_of_two(max(chip.blocks // row_bytes, 1))
-    block_rows = min(max(block_rows, least), MOST_ROWS)
-    narrow = min(itemsizes) == 2
-    register = SUBLANES * LANES
-    kind = call.op, 2 if narrow else 4
-    registers, least_rows = REGISTERS[kind]
-    if lanes == LANES:
-        registers = TURNED_REGISTERS[kind]
-    chunk_rows = max(registers * register // lanes, least_rows)
-    chunk_rows = min(power_of_two(chunk_rows), block_rows)
+    block_rows = min(max(block_rows, register_rows), MOST_ROWS)
+    chunk_rows = min(_chunk_rows(call.op, itemsize, lanes), block_rows)
     period = 1
-    if groups > 1 and own == 0:
+    if groups > 1 and param_axes == 0:
         if call.x.shape[-1] != features:
-            return _in_groups(groups, "the groups share the lanes")
-        period = math.lcm(groups, LANES if lanes == LANES else SUBLANES)
-        if lanes == LANES:
+            return _groups_fallback(groups, "the groups share the lanes")
+        period = math.lcm(groups, LANES if turned else SUBLANES)
+        if turned:
             chunk_rows -= chunk_rows % period
         if chunk_rows == 0 or chunk_rows % period:
-            return _in_groups(
+            return _groups_fallback(
                 groups, "no whole number of groups fills a chunk's registers"
             )
-    # Values per feature: for each row of a period, two buffers each for scale, bias (in
-    # a backward only before an activation) and results; then the accumulators of dscale
-    # and dbias.
-    of_feature = (6 + 2 * call.slopes if call.op == "backward" else 4) * period
-    of_feature += 2 * max(SUBLANES, period) * (call.op == "backward")
-    if period > 1 and lanes == LANES:  # scale and bias once more, transposed
-        of_feature += 2 * period
-    need = block_rows * row_bytes + lanes * of_feature * 4 + OTHER_BYTES
-    if need > chip.vmem:
+    vmem = block_rows * row_bytes + _params_bytes(call, lanes, period) + OTHER_BYTES
+    if vmem > chip.vmem:
         return Fallback(
-            f"{features} features: {block_rows} rows take {need:,} bytes of VMEM, a "
+            f"{features} features: {block_rows} rows take {vmem:,} bytes of VMEM, a "
             f"kernel may use {chip.vmem:,}"
         )
 
-    examples = math.prod(call.x.shape[:own])
-    rows = view.n * view.g // examples
-    slabs = 1
-    # Joining axes before the last is free if the second to last fills its tiles.
-    if call.x.ndim - own > 2 and call.x.shape[-1] == features:
-        inner = call.x.shape[-2]
-        slab_bytes = inner * features * call.x.dtype.itemsize
-        if inner % least and slab_bytes >= SLAB_BYTES:
-            rows, slabs = inner, rows // inner
-            if period > 1 and inner % groups:
-                return _in_groups(groups, "the groups span several axes")
-    if lanes > LANES:
-        chunk_rows = min(chunk_rows, max(pl.next_power_of_2(rows), least, period))
-        together = 1
-        if lanes <= UNROLLED:
-            chunks = min(rows, block_rows) // chunk_rows
-            together = max(
-                min(chunks, TURN_REGISTERS * register // (chunk_rows * lanes)), 1
-            )
-        kept = (1 if call.op == "forward" else 2) * together * chunk_rows * lanes * 4
-        keeps = narrow and need + kept <= chip.vmem
-        return AcrossLanes(
-            vmem=need + kept * keeps,
-            cores=1,
-            examples=examples,
-            slabs=slabs,
-            rows=rows,
-            features=features,
+    examples, slabs, rows = _slabs(call, view, param_axes, register_rows)
+    if period > 1 and rows % groups:
+        return _groups_fallback(groups, "the groups span several axes")
+    cut = {"cores": 1, "examples": examples, "slabs": slabs, "rows": rows}
+    cut |= {"features": features, "groups": groups, "period": period}
+    if turned:
+        chunk_rows = min(chunk_rows, round_up(rows, max(LANES, period)))
+        block_rows -= block_rows % chunk_rows
+        return Turned(
+            vmem=vmem,
+            block_slabs=1,
             block_rows=block_rows,
             chunk_rows=chunk_rows,
-            piece_width=2 * LANES if narrow else LANES,
-            together=together,
-            keeps=keeps,
-            groups=groups,
-            period=period,
+            **cut,
         )
-    chunk_rows = min(chunk_rows, round_up(rows, max(LANES, period)))
-    block_rows -= block_rows % chunk_rows
-    return Turned(
-        vmem=need,
-        cores=1,
-        examples=examples,
-        slabs=slabs,
-        rows=rows,
-        features=features,
-        block_slabs=1,
+    chunk_rows = min(chunk_rows, max(pl.next_power_of_2(rows), register_rows, period))
+    chunks_per_turn = 1
+    if lanes <= UNROLLED:
+        chunks = min(rows, block_rows) // chunk_rows
+        most = TURN_REGISTERS * REGISTER // (chunk_rows * lanes)
+        chunks_per_turn = max(min(chunks, most), 1)
+    kept_bytes = chunks_per_turn * chunk_rows * lanes * 4
+    if call.op == "backward":
+        kept_bytes *= 2
+    keeps = itemsize == 2 and vmem + kept_bytes <= chip.vmem
+    return AcrossLanes(
+        vmem=vmem + kept_bytes * keeps,
         block_rows=block_rows,
         chunk_rows=chunk_rows,
-        groups=groups,
-        period=period,
+        piece_width=2 * LANES if itemsize == 2 else LANES,
+        chunks_per_turn=chunks_per_turn,
+        keeps=keeps,
+        **cut,
     )
 
 
+def _chunk_rows(op: str, itemsize: int, lanes: int) -> int:
+    """Returns the rows of a chunk by the registers that it may fill."""
+    registers, least_rows = REGISTERS[op, itemsize]
+    if lanes == LANES:
+        registers = TURNED_REGISTERS[op, itemsize]
+    return power_of_two(max(registers * REGISTER // lanes, least_rows))
+
+
+def _params_bytes(call: Call, lanes: int, period: int) -> int:
+    """Returns the VMEM for scale, bias and their gradients, each [period, lanes]."""
+    # Two buffers each for scale, bias (in a backward only before an activation) and
+    # results; then the accumulators of dscale and dbias.
+    rows = 4 * period
+    if call.op == "backward":
+        rows = (6 + 2 * call.slopes) * period + 2 * max(SUBLANES, period)
+    if period > 1 and lanes == LANES:  # scale and bias once more, transposed
+        rows += 2 * period
+    return rows * lanes * 4
+
+
+def _slabs(
+    call: Call, view: Geometry, param_axes: int, register_rows: int
+) -> tuple[int, int, int]:
+    """Returns the number of examples, of slabs per example and of rows per slab."""
+    examples = math.prod(call.x.shape[:param_axes])
+    rows = view.n * view.g // examples
+    # Joining axes before the last is free if the second to last fills its tiles.
+    if call.x.ndim - param_axes > 2 and call.x.shape[-1] == view.k:
+        slab_rows = call.x.shape[-2]
+        slab_bytes = slab_rows * view.k * call.x.dtype.itemsize
+        if slab_rows % register_rows and slab_bytes >= SLAB_BYTES:
+            return examples, rows // slab_rows, slab_rows
+    return examples, 1, rows
+
+
 def down_sublanes(
-    call: Call, chip: memory.Chip, groups: int, own: int
+    call: Call, chip: memory.Chip, groups: int, param_axes: int
 ) -> DownSublanes | None:
     """Chooses the blocks for features down the sublanes; None if VMEM has no room.
 
@@ -885,41 +909,39 @@ def down_sublanes(
     Args:
       call: a call with an x of shape (..., features, rows), as are all arrays of its
         size.
-      chip, groups, own: same as for `across_lanes`.
+      chip, groups, param_axes: same as for `across_lanes`.
     """
     *leading, features, rows = call.x.shape
-    examples = math.prod(leading[:own])
-    slabs = math.prod(leading[own:])
+    examples = math.prod(leading[:param_axes])
+    slabs = math.prod(leading[param_axes:])
     sublanes = round_up(features, SUBLANES)
     tile = sublanes * LANES  # elements of LANES rows
     tile_bytes = 2 * tile * sum(dtype.itemsize for dtype in _streamed(call))
     tile_bytes += 2 * 2 * SUBLANES * LANES * 4  # mean and variance, as whole registers
-    most = min(chip.blocks // tile_bytes, MOST_ROWS * LANES // tile)
-    most = max(most, 1)
+    most_tiles = max(min(chip.blocks // tile_bytes, MOST_ROWS * LANES // tile), 1)
     # Scale and bias; or scale, dscale and dbias, plus bias before an activation.
-    kept = (3 + (call.norm.activation is not None)) * tile * 4
-    need = most * tile_bytes + kept + OTHER_BYTES
-    if need > chip.vmem:
+    kept_bytes = (3 + (call.norm.activation is not None)) * tile * 4
+    vmem = most_tiles * tile_bytes + kept_bytes + OTHER_BYTES
+    if vmem > chip.vmem:
         return None
 
     # From here on, sizes are in tiles of LANES rows.
-    registers = sublanes // SUBLANES
-    tiles, chunk = pl.cdiv(rows, LANES), DOWN_REGISTERS[call.op] // registers
-    chunk = min(max(chunk, 1), most)
-    if tiles <= most:  # all rows of a slab in one block, in equal chunks
+    tiles = pl.cdiv(rows, LANES)
+    chunk = min(max(DOWN_REGISTERS[call.op] * REGISTER // tile, 1), most_tiles)
+    if tiles <= most_tiles:  # all rows of a slab in one block, in equal chunks
         chunks = pl.cdiv(tiles, chunk)
         chunk = pl.cdiv(tiles, chunks)
     else:
-        chunks = most // chunk
+        chunks = most_tiles // chunk
     block_rows = chunks * chunk * LANES
     return DownSublanes(
-        vmem=need,
+        vmem=vmem,
         cores=1,
         examples=examples,
         slabs=slabs,
         rows=rows,
         features=features,
-        block_slabs=min(max(most * LANES // block_rows, 1), slabs),
+        block_slabs=min(max(most_tiles * LANES // block_rows, 1), slabs),
         block_rows=block_rows,
         chunk_rows=chunk * LANES,
         groups=groups,
@@ -934,16 +956,15 @@ def _params_differ(call: Call) -> bool:
 
 def _streamed(call: Call) -> list[jnp.dtype]:
     """Returns the dtypes of the arrays of x's size that the kernel reads or writes."""
-    own_scale = [call.scale] if call.scales_each and _reads_scale(call) else []
-    others = [a for a in (call.addend, call.shortcut, *own_scale) if a is not None]
-    beside = [a.dtype for a in others]
+    scale = call.scale if call.scales_each and _reads_scale(call) else None
+    read = [a.dtype for a in (call.addend, call.shortcut, scale) if a is not None]
     if call.op == "forward":
         written = [] if call.half else [call.norm.dtype]
         written += [] if call.addend is None else [call.sum_dtype]
-        return [call.x.dtype, *beside, *written]
+        return [call.x.dtype, *read, *written]
     assert call.dy is not None
     dx, dscale, _, dshortcut = call.wanted
-    streamed = [call.dy.dtype, *beside]
+    streamed = [call.dy.dtype, *read]
     streamed += [call.x.dtype] * (_reads_x(call) + (dx and not call.half))
     if dscale and call.scales_each:
         assert call.scale is not None
