@@ -354,16 +354,22 @@ def moments(
         mean = _divided(total(x, mask), count)
         return count, mean, squares(x, mask, mean)
     sum_x, about_0 = add_up(both, x, mask)
-    mean = _divided(sum_x, count)
-    square = _abs_squared(mean) * count
-    about_0 = about_0 - square
-    far = square > _NEAR * about_0
 
+    def shifted() -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the mean, m2 from the squares about 0, and where that is inexact."""
+        mean = _divided(sum_x, count)
+        # The product has one use, so that it becomes part of an FMA in every branch.
+        m2 = about_0 - _abs_squared(mean) * count
+        return mean, m2, about_0 > (1 + _NEAR) * m2
+
+    # A branch recomputes what it needs from x and the sums, because its operands are
+    # arrays in memory, and each would be a loop of its own.
     def centred() -> jax.Array:
-        # Recompute from x in the branch: operands of a branch are kept in memory.
-        return jnp.where(far, add_up(squares, x, mask, mean), about_0)
+        mean, m2, far = shifted()
+        return jnp.where(far, add_up(squares, x, mask, mean), m2)
 
-    return count, mean, lax.cond(jnp.any(far), centred, lambda: about_0)
+    mean, _, far = shifted()
+    return count, mean, lax.cond(jnp.any(far), centred, lambda: shifted()[1])
 
 
 def variance(count: Count, m2: jax.Array) -> jax.Array:
