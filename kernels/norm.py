@@ -460,10 +460,6 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
     - groups of (64, 128): 1.48 vs 1.04; with 2048 statistics of only 4 numbers each,
       the branch does not pay off
 
-    Nor is it tuned for an x of up to 128 KB without a residual. A second read of x hits
-    the cache then, while the branch takes four more small loops: LayerNorm of 8 x 768
-    in float32 1.12 vs 1.07, of 4 x 16 x 16 x 64 over pixels in bfloat16 1.46 vs 1.00.
-
     On a CPU the backward of rows is not tuned if only dx is wanted, or only dscale
     and dbias: XLA makes one loop of that too. But the tuned code is faster for dx with
     fewer rows or in half precision, and in groups, where the loop is slow. Times as
@@ -487,10 +483,6 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
         return "cpu" if target == dispatch.ONE_CPU and not one_loop else None
     if target != dispatch.ONE_CPU:
         return "tpu" if target == dispatch.ONE_TPU else None
-    x_bytes = math.prod(call.x.shape) * call.x.dtype.itemsize
-    small = isinstance(x_bytes, int) and x_bytes <= 2**17
-    if small and call.addend is None:
-        return None
     one_loop = many and call.x.dtype != jnp.float16
     if in_groups:
         one_loop = rowwise and not many
@@ -549,7 +541,7 @@ def _backward_halves(
         inner, outer = results[:products], results[products:]
         channelwise = _mean_per_feature(params, x, scale)
         if channelwise and scale is not None and wants_dscale and wants_dbias:
-            count = x.size // var.size * lax.axis_size(norm.over)
+            count = float(x.size // var.size * lax.axis_size(norm.over))
             weight = norm.weight(scale.astype(var.dtype))
             totals = lax.psum(outer[:products], norm.over)
             means = [(weight * total / count).reshape(var.shape) for total in totals]

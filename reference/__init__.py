@@ -4,7 +4,7 @@ Every kernel is checked against these functions, and every call that no kernel t
 runs them. The functions themselves are checked against float64 NumPy and against flax.
 """
 
-from fusednorm.reference.activation import ACTIVATIONS, activate, slope
+from fusednorm.reference.activation import ACTIVATIONS, activate, slope, through
 from fusednorm.reference.norm import (
     Norm,
     TunedFor,
@@ -43,5 +43,6 @@ __all__ = [
     "over_devices",
     "slope",
     "tangent",
+    "through",
     "variance",
 ]

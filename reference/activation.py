@@ -83,5 +83,18 @@ def slope(name: str, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -> Any:
     raise ValueError(f"no activation {name!r}")
 
 
+def through(name: str, z: Any, dy: Any, cdf: Callable[[Any], Any] = normal_cdf) -> Any:
+    """Computes dy * act'(z), the cotangent of z.
+
+    Relu selects dy, as `jax.nn.relu` does: where its slope is 0, an infinite dy (that
+    of a square root at 0) has no effect, whereas their product is NaN.
+
+    Arguments and errors are those of `slope`.
+    """
+    if name == "relu":
+        return jnp.where(z > 0.0, dy, 0.0)
+    return dy * slope(name, z, cdf)
+
+
 def _tanh_of(z: Any) -> Any:
     return z * (_ROOT + (_ROOT * _CUBIC) * z * z)

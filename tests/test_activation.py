@@ -1,14 +1,19 @@
 """Activations and their slopes, as in jax.nn and as kernels compute them."""
 
+import contextlib
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fusednorm
 from fusednorm import reference
 from fusednorm.kernels import activation
+from tests import interpreters
 from tests.helpers import activated
 
 Z = np.linspace(-9, 9, 20001)  # includes 0
@@ -43,7 +48,11 @@ def test_in_a_kernel(name: str) -> None:
     eps = float(jnp.finfo(jnp.float32).eps)
     for actual, expected, bound in (
         (activation.activate(name, z), value, 4 * eps * np.abs(z)),
-        (activation.slope(name, z), slope, 8 * eps * np.maximum(np.abs(z), 1)),
+        (
+            activation.through(name, z, jnp.ones_like(z)),
+            slope,
+            8 * eps * np.maximum(np.abs(z), 1),
+        ),
     ):
         assert actual.dtype == jnp.float32
         error = np.abs(np.asarray(actual, np.float64) - expected)
@@ -68,3 +77,24 @@ def test_unknown() -> None:
     for function in (reference.activate, reference.slope):
         with pytest.raises(ValueError, match="no activation 'swish'"):
             function("swish", jnp.zeros(3))
+
+
+@pytest.mark.parametrize("backend", ["reference", "mosaic_gpu", "mosaic_tpu"])
+@pytest.mark.parametrize("shape", [(8, 128), (2, 9, 128)], ids=str)
+def test_relu_selects_its_cotangent(backend: str, shape: tuple[int, ...]) -> None:
+    """An infinite cotangent below 0, that of a square root, has no effect."""
+    x = jax.random.normal(jax.random.key(0), shape)
+    names = ("layer_norm", {}) if len(shape) == 2 else ("group_norm", {"num_groups": 4})
+    norm = functools.partial(getattr(fusednorm, names[0]), **names[1])
+
+    def gradient(relu: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return jax.grad(lambda x: jnp.sqrt(relu(x)).sum())(x)
+
+    expected = gradient(lambda x: jax.nn.relu(norm(x)))
+    kernels: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if backend != "reference":
+        kernels = interpreters.interpreted(backend)
+    with kernels, fusednorm.use_backend(backend):
+        found = gradient(lambda x: norm(x, activation="relu"))
+    assert np.all(np.isfinite(expected))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -631,3 +631,20 @@ def test_bytes_of_a_shortcut_in_two_reads(
     assert kernel.name.endswith("two reads")
     x = backward.x.size * 2
     assert tensors <= kernel.bytes_moved / x < tensors + 0.1
+
+
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "mosaic_tpu"])
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 8, 32), (1, 9, 5, 32), (1, 40, 20, 32)], ids=str
+)
+def test_a_mean_whose_square_is_infinite(backend: str, shape: tuple[int, ...]) -> None:
+    """Lanes that have seen no pixel count 0 times, not infinity times 0."""
+    case = Case("group_norm", shape, (("num_groups", 8),))
+    x, scale, bias, dy = case.data(15, "float32", "float32")
+    x = (3e19 + 5e16 * x).astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    with interpreters.interpreted(backend), fusednorm.use_backend(backend):
+        y, vjp = jax.vjp(lambda x: case.run(x, scale, bias), jnp.asarray(x))
+        (dx,) = vjp(jnp.asarray(dy))
+    assert_close(y, truth.y, truth.bounds["y"])
+    assert np.all(np.isfinite(dx))

@@ -384,6 +384,27 @@ def test_blocks_of_examples_are_even(examples: int, rows: int, expected: int) ->
     assert blocks == expected
 
 
+@pytest.mark.parametrize(
+    ("features", "cluster", "processors", "clusters"),
+    [
+        (12288, 1, 132, 132),
+        (16384, 2, 132, 66),
+        (32768, 4, 132, 32),  # of an H100's 132 multiprocessors, 8 GPCs have 16 or 18
+        (32768, 4, 148, 32),
+        (65536, 8, 132, 16),
+    ],
+)
+def test_all_clusters_of_a_grid_are_resident(
+    features: int, cluster: int, processors: int, clusters: int
+) -> None:
+    """A cluster runs on one GPC, so that those of 4 do not fill all multiprocessors."""
+    config = tiles.configure(
+        features, 4, per_lane=24, of_long=16 if cluster > 1 else 24, in_warp=512
+    )
+    assert config.cluster == cluster
+    assert tiles.grid(config, 10**5, 1, processors, 512)[2] == clusters
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("features", [8, 64, 256, 512, 1024, 4096])
 def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:

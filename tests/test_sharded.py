@@ -194,7 +194,7 @@ def inner_products(norm: reference.Norm, *operands: Any) -> list[jax.Array]:
     dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
     weight = 1 if scale is None else norm.weight(of._spread(norm, scale, x))
     rstd = jax.lax.rsqrt(var + norm.epsilon)
-    w, x_hat = weight * dz, of._about(norm, x, mean) * of._channels(norm, rstd, x)
+    w, x_hat = weight * dz, of._centred(norm, x, mean) * of._channels(norm, rstd, x)
     found = [w * x_hat, w] if norm.center else [w * x_hat]
     return [of._total(norm, a) / of._count(norm, x, None) for a in found]
 

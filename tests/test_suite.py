@@ -420,11 +420,14 @@ def test_shapes_of_real_models(backend: str, case: Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES[:2] + MASKED[2:], ids=str)
-def test_the_tuned_variance_is_right_and_keeps_to_itself(case: Case) -> None:
+def test_the_tuned_variance_is_right_and_keeps_to_itself(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On one CPU device, squares are centred where a mean is far from 0, nowhere else.
 
     A statistic far from 0 is right, and others are bitwise the same as without it.
     """
+    monkeypatch.setattr("fusednorm.reference.norm._SMALL_BYTES", 0)
     x, scale, bias, dy = case.data(14, "float32", "float32")
     spec = norm_of(case)
     far = x.copy()
@@ -451,6 +454,40 @@ def test_squares_are_centred_before_they_lose_digits() -> None:
     )
     expected = np.var(x.astype("float64"), axis=1, keepdims=True)
     np.testing.assert_allclose(found[2] / 4096, expected, rtol=4 * EPS32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_squares_that_overflow_are_centred(dtype: str) -> None:
+    x = 1e18 + 1e17 * np.random.default_rng(26).normal(size=(256, 1024))
+    x = jnp.asarray(x, dtype)
+    var = jax.jit(lambda x: fusednorm.batch_norm(x, axis=0)[2])(x)
+    expected = np.var(np.asarray(x, "float64"), axis=1)
+    np.testing.assert_allclose(var, expected, rtol=1e-5)
+
+
+def test_statistics_of_more_elements_than_an_int32_counts() -> None:
+    x = jax.ShapeDtypeStruct((128, 256, 256, 256, 16), "bfloat16")
+
+    def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def loss(x: jax.Array) -> jax.Array:
+            y, mean, var = fusednorm.batch_norm(x)
+            return (y * y).sum() + mean.sum() + var.sum()
+
+        return jax.value_and_grad(loss)(x)
+
+    assert jax.eval_shape(run, x)[1].shape == x.shape
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_subnormal_numbers_of_float16_are_added(norm: str) -> None:
+    """An explicit rounding would set them to 0, where more devices or no jit use it."""
+    x = jnp.asarray([[1e-5, 2e-5, 3e-5, -4e-5]], "float16")
+    run = functools.partial(getattr(fusednorm, norm), residual=x)
+    _, h = run(x)
+    with jax.disable_jit():
+        _, eager = run(x)
+    np.testing.assert_array_equal(h, np.asarray(x) + np.asarray(x))
+    np.testing.assert_array_equal(eager, h)
 
 
 def test_a_barrier_keeps_the_rounding_of_a_sum() -> None:
@@ -498,6 +535,7 @@ def test_chunks_are_put_together_and_added_up(
     float32.
     """
     monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 8 * 24 * 4)
+    monkeypatch.setattr("fusednorm.reference.norm._SMALL_BYTES", 0)
     spec = norm_of(case)
     x, scale, bias, dy = case.data(21, jnp.dtype(dtype), "float32")
     dy = dy.astype("float32")

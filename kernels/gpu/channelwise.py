@@ -52,7 +52,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm import reference
-from fusednorm.kernels.activation import activate, slope
+from fusednorm.kernels.activation import activate, through
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
 from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.gpu import memory, strips
@@ -102,9 +102,11 @@ def _warpgroup_moments(part: Part, center: bool, x: Any, *, keep: bool) -> Momen
                 part.keep("x", line, value)
         return _lane_moments(part, center, lines, [value.float32() for value in loaded])
 
+    # In the loop, all earlier lines are whole, and a lane has counted each once. Only
+    # the ragged lines of `last` count place by place, so the loop carries no count.
     def step(lines: Sequence[Any], before: Moments) -> Moments:
         _, mean, m2 = before
-        count = _float(lines[0])  # all earlier lines are whole: each counts once
+        count = _float(lines[0])
         _, mean, m2 = _merge((count, mean, m2), load_moments(lines))
         return None, mean, m2
 
@@ -122,7 +124,8 @@ def _warpgroup_moments(part: Part, center: bool, x: Any, *, keep: bool) -> Momen
 def _merge(a: Moments, b: Moments) -> Moments:
     """Merges the moments of two sets of pixels (Chan et al. 1983, eq. 2.1).
 
-    A count may be 0.
+    A count may be 0, so delta is multiplied by counts before it is squared: the square
+    of a mean of 2e19 would be infinite, and infinity times 0 is NaN.
     """
     (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
     n = n_a + n_b
@@ -130,7 +133,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
         return n, None, m2_a + m2_b
     share = n_b / _at_least_1(n)
     delta = mean_b - mean_a
-    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * (n_a * share)
+    return n, mean_a + delta * share, m2_a + m2_b + delta * (delta * (n_a * share))
 
 
 def _block_moments(
@@ -150,7 +153,7 @@ def _block_moments(
         return [to.total(sums) for sums in part.sum_pixels(m2)]
     (x_sums,) = part.sum_pixels(mean * count)
     delta = mean - part.total(x_sums) / pixels
-    (m2_sums,) = part.sum_pixels(m2 + delta * delta * count)
+    (m2_sums,) = part.sum_pixels(m2 + delta * (delta * count))
     return [to.total(x_sums) / pixels, to.total(m2_sums)]
 
 
@@ -476,11 +479,11 @@ def _before_activation(
         return lambda dy, centred: dy
     factor = rstd * _scale(norm, part, ref)
     bias = _bias(part, ref)
-    act_slope = functools.partial(slope, norm.activation)
+    through_act = functools.partial(through, norm.activation)
 
     def dz_of(dy: Columns, centred: Columns, *shortcut: Columns) -> Columns:
         z = strips.add([centred * factor + bias, *shortcut])
-        return dy * z.map(act_slope)
+        return z.map(through_act, dy)
 
     return dz_of
 

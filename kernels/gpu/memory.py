@@ -111,8 +111,8 @@ def sum_lanes(value: jax.Array, axis: int) -> jax.Array:
 def fence(_: Any) -> None:
     """Orders accesses to device memory, as other multiprocessors see them.
 
-    A cluster barrier orders shared memory only: its arrive is a release for its own
-    block.
+    A cluster barrier does not: its arrive is a release at the scope of its own block
+    only.
     """
     mosaic.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
 

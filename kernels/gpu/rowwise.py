@@ -48,7 +48,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fusednorm.kernels.activation import activate, slope
+from fusednorm.kernels.activation import activate, through
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
 from fusednorm.kernels.geometry import LONGEST_ROW, power_of_two
 from fusednorm.kernels.gpu import memory, tiles
@@ -84,9 +84,9 @@ def forward(
 
     Bytes: x and y once each, and the residual, h, the shortcut and a scale of each row
     where there are any. Other scales and biases are read once per tile, from the
-    caches. 4 bytes per statistic. In a cluster, each block also writes a sector of 32
-    bytes per row for each sum (LayerNorm has three, RMSNorm one) and reads the others'
-    from the L2 cache.
+    caches. 4 bytes per statistic. A cluster also writes a sector of 32 bytes per row
+    for each sum (LayerNorm has three, RMSNorm one), and its blocks read it from the L2
+    cache.
 
     The mean is corrected by the mean of the centred row, which makes it right to the
     last bit but one: x_hat keeps its digits even at mean/std of 5000.
@@ -216,8 +216,8 @@ def backward(
     Bytes: x, dy and dx once each, and dh, the shortcut, a scale of each row and the
     gradients of the latter two where there are any. 4 bytes per statistic. For each of
     dscale and dbias that is summed over rows, 8 * features per block, with as many
-    blocks as are resident (`tiles.grid`). In a cluster, each block also writes 32 bytes
-    per row for each of two sums (RMSNorm: one).
+    blocks as are resident (`tiles.grid`). A cluster also writes 32 bytes per row for
+    each of two sums (RMSNorm: one).
 
     A block is persistent: it works on every `blocks`-th tile and accumulates the dscale
     and dbias of its rows in registers, 1 to 32 columns per lane, or in shared memory
@@ -317,7 +317,7 @@ def backward(
                     z = z + params("bias")
                 if "shortcut" in ref:
                     z = z + loaded["shortcut"].float32()
-                dz = dz * z.map(functools.partial(slope, norm.activation))
+                dz = z.map(functools.partial(through, norm.activation), dz)
 
             terms = {"dscale": dz * x_hat, "dbias": dz, "dshortcut": dz}
             for name in ("dscale", "dshortcut"):
@@ -445,8 +445,9 @@ def _launch(
         scratch["in_cluster"] = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=config.warpgroups
         )
-        # Each sum of each row has a 128-byte line of its own. No line is written twice,
-        # so no first-level cache can hold a stale one.
+        # Each sum of each row has a 128-byte line of its own, which the blocks of one
+        # cluster write once, before the barrier behind which they read it. So no
+        # first-level cache holds a stale line.
         rows = inputs["x"].size // config.features
         outputs["sums"] = jax.ShapeDtypeStruct((rows, places, 32), jnp.float32)
 

@@ -379,8 +379,9 @@ class Columns:
     def tree_unflatten(cls, layouts: Any, arrays: Any) -> "Columns":
         return cls(arrays, layouts)
 
-    def map(self, function: Callable[[Any], Any]) -> "Columns":
-        return Columns([function(array) for array in self.arrays], self.layouts)
+    def map(self, function: Callable[..., Any], *others: "Columns") -> "Columns":
+        arrays = (other.arrays for other in others)
+        return Columns(list(map(function, self.arrays, *arrays)), self.layouts)
 
     def float32(self) -> "Columns":
         return self.map(lambda array: array.astype(jnp.float32))
@@ -511,7 +512,7 @@ class Part:
     def index(self, line: int) -> Columns:
         """Returns the number of each pixel of a line in the sample."""
         first = self._first + self._start(line)
-        return self._places_in_line().map(lambda place: first + place)
+        return self._positions_in_line().map(lambda place: first + place)
 
     def load(self, ref: Any, line: Any, *which: Any) -> Columns:
         """Loads a line of ref[sample, pixels, *which, channels], in ref's dtype."""
@@ -604,9 +605,9 @@ class Part:
     def _new(self, line: int) -> Columns:
         """Returns the mask of a ragged line's pixels that no line before it has."""
         repeated = line * self.config.line - self._start(line)
-        return self._places_in_line().map(lambda place: place >= repeated)
+        return self._positions_in_line().map(lambda place: place >= repeated)
 
-    def _places_in_line(self) -> Columns:
+    def _positions_in_line(self) -> Columns:
         """Returns the number of each pixel in its line."""
         places = []
         for shape, layout in zip(self._shapes, self._layouts, strict=True):
@@ -692,7 +693,8 @@ class Part:
                     array = memory.sum_lanes(array, 1)
                 memory.store(sums, at, array)
         self.block_barrier()
-        # After `exchange`, each warpgroup reduces all pixels for itself.
+        # A part that merges blocks (`for_merge`) has one warpgroup: each warpgroup of
+        # the block has read all of the cluster's blocks for itself.
         first = 0 if self.config.warpgroups > 1 else first_warp
         count = self.config.warpgroups * warps
         return [Sums(place, first, count) for place in range(first_place, self._places)]
@@ -723,6 +725,8 @@ class Part:
         """
         for i, value in enumerate(values):
             self.store_channels(partials, value, self.sample, self.block, i)
+        # Some lanes of the warpgroup arrive for all of it. They do not wait for the
+        # others' stores: each warp stores all values, and its lanes run together.
         self.one_warpgroup(memory.fence)
         plgpu.barrier_arrive(self._scratch["in_cluster"])
         plgpu.barrier_wait(self._scratch["in_cluster"])
@@ -756,7 +760,7 @@ class Part:
             return list(formula(EachChannel(self), *terms))
         scratch = self._scratch["groups"]  # (places, channels of the strip)
         terms_at, results_at = 0, 2  # first places
-        count = 0  # of results
+        count = 0  # results; known once the code of the warpgroup is traced
 
         @self.one_warpgroup
         def _() -> None:

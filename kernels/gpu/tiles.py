@@ -34,6 +34,11 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 # 1.6 times the rounding error of XLA's.
 IN_A_ROW = 16
 
+# The blocks of a cluster run on one GPC. An H100, H200 and B200 have 8 GPCs, of up to
+# 18 (B200: 20) multiprocessors. With 132 multiprocessors and a block on each, 32
+# clusters of 4 are resident; a 33rd would be a second wave.
+GPCS = 8
+
 # Shared memory of a block: two levels of dscale and dbias sums over 12288 features
 # (RMSNorm has 16384 features and no dbias), and the barriers and buffers in which row
 # sums meet.
@@ -324,21 +329,24 @@ def grid(
     per example, and blocks per example.
 
     The grid has as many blocks as are resident with `threads` threads per
-    multiprocessor. It has fewer where a block would get fewer than 32 rows, because its
-    partial sums would exceed a tenth of its traffic; but every multiprocessor gets
-    work. A block works on one example. The grid has more blocks than are resident where
-    the busiest multiprocessor would otherwise have over a tenth more of them than the
-    mean. DiT-XL/2, for instance, has 271 samples: with one block each, some of 132
-    multiprocessors get three and most two; with four blocks each, nine and eight.
+    multiprocessor, where a cluster counts as one block. It has fewer where a block
+    would get fewer than 32 rows, because its partial sums would exceed a tenth of its
+    traffic; but every multiprocessor gets work. A block works on one example. The grid
+    has more blocks than are resident where the busiest multiprocessor would otherwise
+    have over a tenth more of them than the mean. DiT-XL/2, for instance, has 271
+    samples: with one block each, some of 132 multiprocessors get three and most two;
+    with four blocks each, nine and eight.
     """
     tile = min(config.rows, power_of_two(rows))
     tiles = rows // tile
     block = WARPS * LANES * config.warpgroups
     assert threads >= block, "no block of the grid would be resident"
-    resident = processors * (threads // block)
+    resident = processors * (threads // block) // config.cluster
+    if config.cluster > 2:  # two multiprocessors share a cluster of 2 whatever the GPC
+        resident = GPCS * (processors // GPCS * (threads // block) // config.cluster)
     least = pl.cdiv(processors, examples)
-    most = max(min(max(rows // 32, least) // config.cluster, tiles), 1)
-    blocks = max(min(resident // config.cluster // examples, most), 1)
+    most = max(min(max(rows // 32, least // config.cluster), tiles), 1)
+    blocks = max(min(resident // examples, most), 1)
     if examples > 1:
         clusters = max(processors // config.cluster, 1)
 
@@ -476,8 +484,9 @@ class Values:
     def __getitem__(self, number: int) -> Any:
         return self.chunks[number]
 
-    def map(self, function: Callable[[Any], Any]) -> "Values":
-        return Values(tuple(map(function, self.chunks)))
+    def map(self, function: Callable[..., Any], *others: "Values") -> "Values":
+        chunks = (other.chunks for other in others)
+        return Values(tuple(map(function, self.chunks, *chunks)))
 
     def astype(self, dtype: Any) -> "Values":
         return self.map(lambda chunk: chunk.astype(dtype))
@@ -727,7 +736,8 @@ class Part:
           terms: values of the tile.
           row: the current row.
           place: first of the slots, one per term, in which the sums of a long row's
-            warps meet. Consecutive calls must use different slots.
+            warps meet. Consecutive calls for one long row, or for two, must use
+            different slots.
         """
         own = [self._sum(values) for values in terms]
         if not self.config.long:
@@ -862,38 +872,40 @@ class Totals:
           ahead: whether tile i + 1 is loaded while tile i is computed.
         """
 
-        def in_a_row(first: Any, number: Any, following: Any) -> tuple[Any, Any]:
-            """Sums `number` tiles from tile `first`, which `following` holds."""
+        def sum_run(first: Any, number: Any, loaded: Any) -> tuple[Any, Any]:
+            """Sums `number` consecutive tiles; `loaded` holds the first of them."""
 
-            def one(j: Any, carry: Any) -> Any:
+            def do_tile(j: Any, carry: Any) -> Any:
                 i = first + j
                 if not ahead:
                     return step(i, carry, load(i))
                 carried, loaded = carry
-                following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
-                return step(i, carried, loaded), following
+                next_loaded = lax.cond(
+                    i + 1 < count, lambda: load(i + 1), lambda: loaded
+                )
+                return step(i, carried, loaded), next_loaded
 
             carried = self.begin()
             if not ahead:
-                return self.end(lax.fori_loop(0, number, one, carried)), None
-            carried, following = lax.fori_loop(0, number, one, (carried, following))
-            return self.end(carried), following
+                return self.end(lax.fori_loop(0, number, do_tile, carried)), None
+            carried, loaded = lax.fori_loop(0, number, do_tile, (carried, loaded))
+            return self.end(carried), loaded
 
-        following = load(0) if ahead else None
+        loaded = load(0) if ahead else None
         if not self.twice:
-            return in_a_row(0, count, following)[0]
+            return sum_run(0, count, loaded)[0]
 
-        def some(n: Any, following: Any) -> Any:
+        def add_run(n: Any, loaded: Any) -> Any:
             first = n * IN_A_ROW
             number = jnp.minimum(count - first, IN_A_ROW)
-            totals, following = in_a_row(first, number, following)
+            totals, loaded = sum_run(first, number, loaded)
             for name, total in totals.items():
                 self._add(name, total)
-            return following
+            return loaded
 
         for name in self.names:
             self.part.keep(name, self.part.zeros)
-        lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, some, following)
+        lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, add_run, loaded)
         return {name: self.part.kept(name) for name in self.names}
 
 

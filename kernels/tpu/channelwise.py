@@ -51,7 +51,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm import reference
 from fusednorm.kernels import cost
-from fusednorm.kernels.activation import activate, slope
+from fusednorm.kernels.activation import activate, through
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry, power_of_two
 from fusednorm.kernels.tpu import memory
@@ -235,12 +235,16 @@ def _add_chunks(
 
 
 def _merge(a: Moments, b: Moments) -> Moments:
-    """Merges two sets of moments (Chan et al. 1983, eq. 2.1); a count may be 0."""
+    """Merges two sets of moments (Chan et al. 1983, eq. 2.1); a count may be 0.
+
+    So delta is multiplied by counts before it is squared: the square of a mean of 2e19
+    would be infinite, and infinity times 0 is NaN.
+    """
     (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
     n = n_a + n_b
     share = n_b / jnp.maximum(n, 1)
     delta = mean_b - mean_a
-    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * (n_a * share)
+    return n, mean_a + delta * share, m2_a + m2_b + delta * (delta * (n_a * share))
 
 
 def _statistics(cut: AnyCut, partials: Any, center: bool) -> tuple[Any, Any]:
@@ -254,7 +258,7 @@ def _statistics(cut: AnyCut, partials: Any, center: bool) -> tuple[Any, Any]:
         mean = cut.sum_places(n * each for n, each in weighted) * (1 / cut.pixels)
         moments = zip(cut.pixels_by_place, means(), m2s(), strict=True)
         m2 = cut.sum_places(
-            m2 + n * ((each - mean) * (each - mean)) for n, each, m2 in moments
+            m2 + (each - mean) * (n * (each - mean)) for n, each, m2 in moments
         )
         mean, m2 = cut.merge_groups(mean, m2)
     else:
@@ -419,7 +423,7 @@ def _before_activation(
         z = z + bias
     if shortcut_ref is not None:
         z = z + cut.load(shortcut_ref, index)
-    return dy * slope(norm.activation, z)
+    return through(norm.activation, z, dy)
 
 
 def _add_samples(cut: AnyCut, unit: Any, ref: Any, value: jax.Array) -> None:

@@ -57,7 +57,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fusednorm.kernels import cost
-from fusednorm.kernels.activation import activate, slope
+from fusednorm.kernels.activation import activate, through
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry, power_of_two
 from fusednorm.kernels.tpu import memory
@@ -394,7 +394,7 @@ def _through_activation(
         if activation is None:
             return dy
         x_hat = center_x(piece) * blocks.broadcast(rstd, piece)
-        return dy * slope(activation, _affine(x_hat, piece, read))
+        return through(activation, _affine(x_hat, piece, read), dy)
 
     return center_x, compute_dz
 
