@@ -324,9 +324,14 @@ def plan(call: Call, target: Target, backend: str = "auto") -> Kernel | Fallback
         if isinstance(answer, Fallback)
         else f"this platform's kernels are {answer.backend}"
     )
-    raise NotImplementedError(
-        f"The backend {backend!r} was named but cannot run this {call.op}: {why}. "
-        "Name 'auto' to fall back to the reference."
+    raise refusal(backend, call.op, why)
+
+
+def refusal(backend: str, op: str, why: str) -> NotImplementedError:
+    """Returns the error of a backend that was named and cannot take a call."""
+    return NotImplementedError(
+        f"The backend {backend!r} was named but cannot run this {op}: {why}. Name "
+        "'auto' to fall back to the reference."
     )
 
 
@@ -440,14 +445,15 @@ def target_of(ctx: mlir.LoweringRuleContext) -> Target:
     return Target(platforms, devices, None if exported else asking(platforms, devices))
 
 
-def asking(platforms: Sequence[str], devices: int) -> Any:
-    """Returns the mesh of `jax.set_mesh` if XLA asks what each device should do.
+def asking(platforms: Sequence[str], devices: int, mesh: Any = None) -> Any:
+    """Returns the mesh, or that of `jax.set_mesh`, if XLA asks what each device should
+    do.
 
     XLA asks on NVIDIA GPUs (`custom_partitioning`), about axes that it partitions over.
     """
     if devices == 1 or "tpu" in platforms:
         return None
-    mesh = jax.sharding.get_mesh()
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
     auto = all(kind is AxisType.Auto for kind in mesh.axis_types)
     return mesh if mesh.size == devices and auto else None
 

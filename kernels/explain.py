@@ -1,7 +1,9 @@
 """Finds out which implementation each normalization in a jaxpr gets."""
 
 import dataclasses
+import functools
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +51,8 @@ class Choice:
         return self.plan.backend if isinstance(self.plan, Kernel) else "reference"
 
     def __str__(self) -> str:
-        behind = "  residual" if self.residual else ""
+        added = "residual" if self.op == "forward" else "dh"
+        behind = f"  {added}" if self.residual else ""
         behind += f"  {self.scale_offset:g} + scale" if self.scale_offset else ""
         behind += f"  scale or bias {self.own}" if self.own else ""
         behind += "  shortcut" if self.shortcut else ""
@@ -69,16 +72,23 @@ class Choice:
 class Explanation:
     """Implementations that the normalizations in a call get, in program order.
 
+    Printing it, or reading `choices`, raises NotImplementedError if a named backend
+    cannot run one of them on this platform, as the call itself does.
+
     Attributes:
-      choices: one entry per normalization in the traced code. One inside a
-        `jax.lax.scan` counts once.
-      target: platforms and devices that the choices hold for.
       jaxpr: the traced code.
+      target: platforms and devices that the choices hold for.
+      mesh: the mesh of `jax.set_mesh` in which the code was traced.
     """
 
-    choices: tuple[Choice, ...]
-    target: Target = dataclasses.field(repr=False)
-    jaxpr: Any = dataclasses.field(repr=False, compare=False)
+    jaxpr: Any = dataclasses.field(repr=False)
+    target: Target
+    mesh: Any = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        """One entry per normalization in the code; one inside a scan counts once."""
+        return tuple(_choices(self.jaxpr, self.target))
 
     def __str__(self) -> str:
         if not self.choices:
@@ -99,20 +109,34 @@ class Explanation:
 
         Raises:
           ValueError: there is no such platform.
-          NotImplementedError: `fn` names a backend that cannot run on that platform.
         """
         if platform not in PLATFORMS:
             raise ValueError(
                 f"No platform {platform!r}; the platforms are {', '.join(PLATFORMS)}."
             )
         platforms = ("cuda" if platform == "gpu" else platform,)
-        target = _target(platforms, self.target.partitioned)
-        return explain_jaxpr(self.jaxpr, target)
+        target = _target(platforms, self.target.partitioned, self.mesh)
+        return dataclasses.replace(self, target=target)
 
 
-def explain_jaxpr(jaxpr: Any, target: Target) -> Explanation:
-    """Explains what each normalization in a jaxpr gets when lowered for `target`."""
-    return Explanation(tuple(_choices(jaxpr, target)), target, jaxpr)
+def explain_jaxpr(jaxpr: Any, arguments: Any) -> Explanation:
+    """Explains what each normalization in a jaxpr gets on the default platform.
+
+    The devices are as many as the largest number over which one of the arguments, or
+    its `jax.ShapeDtypeStruct`, is sharded.
+    """
+    leaves = jax.tree.leaves(arguments)
+    shardings = [
+        leaf.sharding
+        for leaf in leaves
+        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+        and not isinstance(leaf, jax.core.Tracer)
+        and leaf.sharding is not None
+    ]
+    devices = max((len(sharding.device_set) for sharding in shardings), default=1)
+    mesh = jax.sharding.get_mesh()
+    target = _target(Target.default().platforms, devices, mesh)
+    return Explanation(jaxpr, target, mesh)
 
 
 def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
@@ -159,7 +183,8 @@ def _choice_of_formula(eqn: Any, reason: str) -> Choice:
     op = "forward"
     # In `jax.checkpoint` the name does not tell, and the first operand is a scale.
     is_other = x.ndim == y.ndim and x.shape != y.shape
-    if "transpose" in str(eqn.source_info.name_stack) or is_other:
+    transposed = re.search(r"\btranspose\(", str(eqn.source_info.name_stack))
+    if transposed or is_other:
         op, x = "backward", max(every, key=lambda aval: aval.size)
     return Choice(op, _described(x), "", Fallback(reason))
 
@@ -180,14 +205,14 @@ def _never_a_kernel(eqn: Any) -> str | None:
             "neighbours"
         )
     if name == "fusednorm_computed_epsilon":
-        return "an epsilon that the program computes"
+        return norm.COMPUTED_EPSILON
     if name == "fusednorm_plain":
         if any(
             jnp.issubdtype(var.aval.dtype, jnp.complexfloating)
             for var in (*eqn.invars, *eqn.outvars)
         ):
-            return "complex numbers"
-        return "statistics that cross an axis of jax.vmap, or groups (axis_name)"
+            return norm.COMPLEX
+        return norm.CROSSES_VMAP
     return None
 
 
@@ -201,19 +226,5 @@ def _left_to_xla(params: dict[str, Any]) -> int:
     )
 
 
-def target_of_arguments(arguments: Any) -> Target:
-    """Returns the default platform, with as many devices as the arrays lie on.
-
-    It is one device if no array is given.
-    """
-    shardings = [
-        leaf.sharding
-        for leaf in jax.tree.leaves(arguments)
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    ]
-    devices = max((len(sharding.device_set) for sharding in shardings), default=1)
-    return _target(Target.default().platforms, devices)
-
-
-def _target(platforms: tuple[str, ...], devices: int) -> Target:
-    return Target(platforms, devices, dispatch.asking(platforms, devices))
+def _target(platforms: tuple[str, ...], devices: int, mesh: Any) -> Target:
+    return Target(platforms, devices, dispatch.asking(platforms, devices, mesh))

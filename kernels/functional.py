@@ -84,7 +84,7 @@ def layer_norm(
       reduction_axes: axes that share one mean and variance.
       feature_axes: axes along which scale and bias vary.
       dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
-        residual: see the module's docstring.
+        residual: see `help(fusednorm.kernels.functional)`.
 
     Returns:
       Array y of x's shape; (y, h) if there is a residual.
@@ -183,7 +183,7 @@ def group_norm(
       reduction_axes: axes that share one mean and variance. They must include the last
         axis, the channels. None means all axes but the first.
       dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
-        residual: see the module's docstring.
+        residual: see `help(fusednorm.kernels.functional)`.
 
     Returns:
       Array of x's shape.
@@ -252,7 +252,7 @@ def instance_norm(
       epsilon: added to the variance, inside the square root.
       feature_axes: axes of the channels. All other axes except the first are reduced.
       dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
-        residual: see the module's docstring.
+        residual: see `help(fusednorm.kernels.functional)`.
 
     Returns:
       Array of x's shape.
@@ -313,7 +313,7 @@ def batch_norm(
       epsilon: added to the variance, inside the square root.
       axis: one or several axes of the features. All other axes are reduced.
       dtype, mask, axis_name, axis_index_groups, activation, scale_offset,
-        residual: see the module's docstring.
+        residual: see `help(fusednorm.kernels.functional)`.
 
     Returns:
       y: x's shape.
@@ -508,6 +508,8 @@ def _offset(offset: float, scale: Maybe) -> float:
 
 def _epsilon(epsilon: Any) -> Any:
     """Returns epsilon as a float, or as a scalar array if the program computes it."""
+    if hasattr(epsilon, "__jax_array__"):  # a Variable
+        epsilon = jnp.asarray(epsilon)
     if np.size(epsilon) != 1:
         raise ValueError(
             "epsilon must be one number, added to every variance; got an array of "

@@ -55,6 +55,11 @@ from fusednorm.reference import Norm
 # An array, or None if it is absent: no bias, or a tangent that is zero.
 Maybe = jax.Array | None
 
+# Why a call runs the reference with JAX's own derivatives, and no primitive.
+COMPLEX = "complex numbers"
+COMPUTED_EPSILON = "an epsilon that the program computes"
+CROSSES_VMAP = "statistics that cross an axis of jax.vmap, or groups (axis_name)"
+
 
 def normalize(
     norm: Norm,
@@ -83,8 +88,8 @@ def normalize(
       Array of x's shape, dtype `norm.dtype`.
     """
     norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
-    if _is_plain(norm, x.dtype):
-        return _plain(norm, x, scale, bias, mask, shortcut)[0]
+    if why := _why_plain(norm, x.dtype):
+        return _plain(why, norm, x, scale, bias, mask, shortcut)[0]
     operands = _varying_alike(norm, x, scale, bias, mask, None, shortcut)
     return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
 
@@ -110,8 +115,8 @@ def normalize_with_moments(
         centring.
     """
     norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
-    if _is_plain(norm, x.dtype):
-        return _plain(norm, x, scale, bias, mask, shortcut)
+    if why := _why_plain(norm, x.dtype):
+        return _plain(why, norm, x, scale, bias, mask, shortcut)
     operands = _varying_alike(norm, x, scale, bias, mask, None, shortcut)
     y, *statistics = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, statistics=True
@@ -141,7 +146,7 @@ def normalize_sum(
     has_params = scale is not None or bias is not None
     rowwise = is_rowwise(norm, x.shape, has_params=has_params)
     crosses = axis_name is not None
-    if not rowwise or crosses or _is_plain(norm, x.dtype, residual.dtype):
+    if not rowwise or crosses or _why_plain(norm, x.dtype, residual.dtype):
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         return normalize(norm, h, scale, bias, mask, shortcut, **crossing), h
@@ -179,20 +184,19 @@ def _over(
     )
 
 
-def _is_plain(norm: Norm, *dtypes: Any) -> bool:
-    """Returns whether the reference takes the call without a primitive.
+def _why_plain(norm: Norm, *dtypes: Any) -> str:
+    """Returns why the reference takes the call without a primitive, or "".
 
-    It does for complex numbers, for an epsilon that the program computes, for
-    `axis_index_groups`, and for mapped axes that are not manual axes of a
-    `jax.shard_map` (axes of a vmap).
+    Mapped axes that are not manual axes of a `jax.shard_map` are axes of a vmap.
     """
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in (norm.dtype, *dtypes)):
+        return COMPLEX
+    if not isinstance(norm.epsilon, float):
+        return COMPUTED_EPSILON
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    return (
-        norm.groups is not None
-        or not isinstance(norm.epsilon, float)
-        or not set(norm.over) <= set(manual)
-        or any(jnp.issubdtype(d, jnp.complexfloating) for d in (norm.dtype, *dtypes))
-    )
+    if norm.groups is not None or not set(norm.over) <= set(manual):
+        return CROSSES_VMAP
+    return ""
 
 
 def _varying_alike(norm: Norm, x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
@@ -246,7 +250,12 @@ def fusednorm_normalize(
     )
 
 
-def _plain(norm: Norm, *operands: Maybe) -> tuple[jax.Array, Maybe, jax.Array]:
+def _plain(
+    why: str, norm: Norm, *operands: Maybe
+) -> tuple[jax.Array, Maybe, jax.Array]:
+    backend = dispatch.current_backend()
+    if backend not in ("auto", "reference"):
+        raise dispatch.refusal(backend, "forward", why)
     norm, epsilon = _without_epsilon(norm)
     if epsilon is None:
         return fusednorm_plain(norm, *operands)
@@ -260,7 +269,7 @@ def _without_epsilon(norm: Norm) -> tuple[Norm, Maybe]:
     return dataclasses.replace(norm, epsilon=math.nan), norm.epsilon
 
 
-# Calls for which `_is_plain` holds run the reference with JAX's own derivatives.
+# Calls for which `_why_plain` has a reason run the reference with JAX's derivatives.
 # `explain` recognizes these functions by their names.
 @functools.partial(jax.jit, static_argnames="norm")
 def fusednorm_plain(

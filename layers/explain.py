@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from fusednorm.kernels.explain import Explanation, explain_jaxpr, target_of_arguments
+from fusednorm.kernels.explain import Explanation, explain_jaxpr
 from fusednorm.layers.calls import ArrayCall
 
 
@@ -13,8 +13,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Tells which implementation each normalization inside a call gets, and why.
 
     The call is traced, not run, so no state changes. The answer holds for jax's default
-    platform, and for as many devices as the arrays lie on. `.on("cuda")` or
-    `.on("tpu")` of it holds for a platform that is not on this machine.
+    platform, and for as many devices as the arguments are sharded over. `.on("cuda")`
+    or `.on("tpu")` of it holds for a platform that is not on this machine: an H100, or
+    a v4.
 
     Args:
       fn: a layer, a model or its method, or any function that calls them, for example a
@@ -32,8 +33,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     Raises:
       TypeError: `fn` cannot be called.
-      NotImplementedError: the named backend cannot run a normalization in the call. The
-        call itself raises the same error.
+      NotImplementedError: printed, if the named backend cannot run a normalization in
+        the call on this platform. The call itself raises the same error.
 
     >>> import fusednorm, jax
     >>> from flax import nnx
@@ -54,4 +55,4 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
             call(*operands)
 
         jaxpr = jax.make_jaxpr(run)(*call.operands)
-        return explain_jaxpr(jaxpr, target_of_arguments(call.operands))
+        return explain_jaxpr(jaxpr, call.operands)

@@ -6,7 +6,7 @@ unfuse(model) moves them back.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -106,13 +106,19 @@ def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
     1 replaced, 0 left
       (the model)  Norm -> fused Norm
     """
+    if not isinstance(calls, Mapping):
+        raise TypeError(
+            "Expected calls to be a dict from classes to the functions that replace "
+            f"their `__call__`, got {type(calls).__name__}."
+        )
     for cls, call in calls.items():
         is_layer = isinstance(cls, type) and issubclass(cls, nnx.Module)
         is_called = is_layer and any("__call__" in vars(base) for base in cls.__mro__)
-        if not is_called or not callable(call) or isinstance(call, type):
+        is_function = callable(call) and not isinstance(call, type)
+        if not (is_called and is_function and isinstance(call, Hashable)):
             raise TypeError(
                 "Expected calls to map classes of nnx Modules with a `__call__` to the "
-                "functions that replace it, which take the layer first; got "
+                "hashable functions that replace it, which take the layer first; got "
                 f"{cls!r}: {call!r}."
             )
     return _convert(model, functools.partial(_fused_class, calls=calls))
@@ -183,7 +189,9 @@ def _fused_class(module: Any, calls: Calls) -> type | str | None:
     """Returns the class to change to, or why not; None for a module that is no norm."""
     cls: Any = type(module)
     if hasattr(cls, "_unfused") or isinstance(module, tuple(_FUSED.values())):
-        return "fused already"
+        call = calls.get(getattr(cls, "_unfused", None))
+        another = call not in (None, getattr(cls.__call__, "__wrapped__", None))
+        return f"fused already{'; unfuse it first' * another}"
     known = {**_FUSED, **calls}
     base = next((base for base in cls.__mro__ if base in known), None)
     if isinstance(module, _WEIGHT_NORMS):

@@ -28,7 +28,7 @@ it returns are normalized.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,16 @@ def _shared(
         "axis_name": layer.axis_name,
         "axis_index_groups": layer.axis_index_groups,
     }
+
+
+class _Options(TypedDict, total=False):
+    """What a call of RMSNorm takes beside x and mask; see `LayerNorm.__call__`."""
+
+    activation: str | None
+    scale_offset: float
+    residual: Any
+    scale: Any
+    bias: Any
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -199,9 +209,20 @@ class RMSNorm(nnx.RMSNorm):
     """
 
     def __call__(
+        self, x: Any, mask: jax.Array | None = None, **options: Unpack[_Options]
+    ) -> Any:
+        """Normalizes x. Arguments, result and errors are those of `LayerNorm`.
+
+        The options are `activation`, `scale_offset`, `residual`, `scale` and `bias`.
+        """
+        # As keywords with defaults they would keep `nnx.vmap` and `nnx.remat` from
+        # taking the layer, as flax's `mask` does in the other layers.
+        return self._normalize(x, mask, **options)
+
+    def _normalize(
         self,
         x: Any,
-        mask: jax.Array | None = None,
+        mask: jax.Array | None,
         *,
         activation: str | None = None,
         scale_offset: float = 0.0,
@@ -209,7 +230,6 @@ class RMSNorm(nnx.RMSNorm):
         scale: Any = None,
         bias: Any = None,
     ) -> Any:
-        """Normalizes x. Arguments, result and errors are those of `LayerNorm`."""
         scale = _own_or_given(self, "scale", scale)
         (x, scale, bias, residual), dtype = _promote(
             self, x, scale, given=[bias, residual]

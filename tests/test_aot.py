@@ -71,15 +71,16 @@ RAGGED = [
     )
 ]
 # A row on four warpgroups, or on a cluster of blocks, which meet in device memory. Its
-# parts are equal, or end in narrower chunks, or the last part is shorter (with 512 rows
-# the latter spills 12 bytes). Where the number of features is odd, no load covers two.
+# parts are equal, or end in narrower chunks, or the last part is shorter. (With 1024
+# rows, 32 of each cluster, the backward of 40952 features spills 24 bytes.) Where the
+# number of features is odd, no load covers two.
 WIDE = [
     workload
     for rows, features in (
         (512, 65536),
         (2048, 13824),
         (2048, 20488),
-        (1024, 40952),
+        (1000, 40952),
         (610, 65512),
         (4097, 4095),
     )

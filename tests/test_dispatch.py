@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -544,3 +544,31 @@ def test_half_of_a_call_reads_nothing_for_its_other_half(platform: str) -> None:
     assert moved(dy=x, scale=param) == moved(dy=x, scale=param, addend=x)
     behind = {"dy": x, "scale": param, "shortcut": x}
     assert moved(**behind) == moved(**behind, wanted=(True, True, True, True))
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (lambda: fusednorm.layer_norm(X.astype("complex64")), "complex numbers"),
+        (
+            lambda: jax.jit(lambda e: fusednorm.layer_norm(X, epsilon=e))(1e-5),
+            "an epsilon that the program computes",
+        ),
+        (
+            lambda: jax.vmap(
+                lambda x: fusednorm.layer_norm(x, axis_name="d"), axis_name="d"
+            )(X),
+            "statistics that cross an axis of jax.vmap",
+        ),
+    ],
+    ids=["complex", "epsilon", "vmap"],
+)
+def test_what_is_no_primitive_is_refused_by_name(
+    run: Callable[[], jax.Array], why: str
+) -> None:
+    with (
+        fusednorm.use_backend("mosaic_gpu"),
+        pytest.raises(NotImplementedError, match=f"'mosaic_gpu' was named.*{why}"),
+    ):
+        run()
+    run()

@@ -1,5 +1,6 @@
 """explain(): what it reports on layers, models and functions; it changes nothing."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -270,20 +271,23 @@ def test_a_gradient_through_running_statistics() -> None:
 
 
 def test_on_another_platform_as_many_devices(kernels: None) -> None:
-    """The explanation of a sharded array keeps its number of devices.
+    """The explanation of a sharded array keeps its number of devices, and its mesh.
 
     For NVIDIA GPUs, XLA asks for each device's part under `jax.set_mesh`.
     """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     x = jax.device_put(jnp.ones((8, 64)), NamedSharding(mesh, P("data")))
-    explanation = fusednorm.explain(fusednorm.layer_norm, x)
+    without = fusednorm.explain(fusednorm.layer_norm, x)
+    with jax.set_mesh(mesh):
+        within = fusednorm.explain(fusednorm.layer_norm, x)
 
-    def backends() -> list[str]:
+    def backends(explanation: Any) -> list[str]:
         return [explanation.on(to).choices[0].backend for to in ("cuda", "tpu")]
 
-    assert backends() == ["reference", "reference"]
-    with jax.set_mesh(mesh):
-        assert backends() == ["mosaic_gpu", "reference"]
+    for context in (jax.set_mesh(mesh), contextlib.nullcontext()):
+        with context:
+            assert backends(without) == ["reference", "reference"]
+            assert backends(within) == ["mosaic_gpu", "reference"]
 
 
 def test_on_a_platform_where_the_named_backend_cannot_run() -> None:
@@ -502,3 +506,39 @@ def test_a_keyword_of_the_call_goes_before_that_of_a_partial() -> None:
     x = jnp.ones((2, 12))
     (choice,) = fusednorm.explain(norm, x, activation="silu").choices
     assert choice.activation == "silu"
+
+
+def test_a_named_backend_can_be_asked_for_its_platform() -> None:
+    """No kernel runs here, so printing the answer raises, but not asking for it."""
+    with fusednorm.use_backend("mosaic_tpu"):
+        explanation = fusednorm.explain(layer_of("LayerNorm"), data())
+    (choice,) = explanation.on("tpu").choices
+    assert choice.backend == "mosaic_tpu"
+    with pytest.raises(NotImplementedError, match="'mosaic_tpu' was named"):
+        print(explanation)
+
+
+def test_shapes_with_a_sharding_are_as_arrays() -> None:
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P("d"))
+    shape = jax.ShapeDtypeStruct((8, FEATURES), "float32", sharding=sharding)
+    array = jax.device_put(jnp.ones((8, FEATURES)), sharding)
+    layer = layer_of("LayerNorm")
+    for x in (shape, array):
+        explanation = fusednorm.explain(layer, x)
+        assert explanation.target.partitioned == 4
+        assert "over 4 devices" in str(explanation.on("cuda"))
+        with jax.set_mesh(mesh):
+            explanation = fusednorm.explain(layer, x)
+        assert explanation.on("cuda").choices[0].backend == "mosaic_gpu"
+
+
+def test_a_scope_s_name_makes_no_backward() -> None:
+    layer = fusednorm.BatchNorm(FEATURES, use_running_average=True, rngs=nnx.Rngs(0))
+
+    def run(layer: fusednorm.BatchNorm, x: jax.Array) -> jax.Array:
+        with jax.named_scope("transposed_conv"):
+            return layer(x)
+
+    (choice,) = fusednorm.explain(run, layer, data()).choices
+    assert choice.op == "forward"

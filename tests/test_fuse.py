@@ -957,3 +957,19 @@ def test_a_subclass_that_inherits_a_call_of_its_own_is_left() -> None:
     ((_, _, reason),) = fusednorm.fuse(layer).left
     assert "its own __call__" in reason
     assert type(layer) is MoreDoubled
+
+
+def test_calls_that_are_no_dict_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"Expected calls to be a dict.*got function"):
+        fusednorm.fuse(build(nnx, "LayerNorm"), fusednorm.rms_norm)  # type: ignore[arg-type]
+
+
+def test_another_call_for_a_fused_class_asks_for_unfuse() -> None:
+    class Norm(nnx.Module):
+        def __call__(self, x: Any) -> Any:
+            return x
+
+    model = nnx.Sequential(Norm())
+    fusednorm.fuse(model, {Norm: lambda norm, x: x})
+    (left,) = fusednorm.fuse(model, {Norm: lambda norm, x: 2 * x}).left
+    assert left[2] == "fused already; unfuse it first"

@@ -139,9 +139,11 @@ def test_signatures_are_those_of_flax(name: str, method: str) -> None:
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
     ours = parameters(fusednorm)
-    if method == "__call__":  # our extra options, which flax's callers never give
+    if method == "__call__" and name == "RMSNorm":
+        assert ours.pop()[:2] == ("options", inspect.Parameter.VAR_KEYWORD)
+    elif method == "__call__":  # our extra options, which flax's callers never give
         more = [("activation", None), ("scale_offset", 0.0), ("residual", None)]
-        if name in ("LayerNorm", "RMSNorm"):
+        if name == "LayerNorm":
             more += [("scale", None), ("bias", None)]
         for option, off in reversed(more):
             assert ours.pop() == (option, inspect.Parameter.KEYWORD_ONLY, off)
@@ -1371,3 +1373,20 @@ def test_nothing_counted_has_a_mean_of_0() -> None:
         _, mean, var = fusednorm.batch_norm(x)
         np.testing.assert_array_equal(mean, np.zeros(12))
         np.testing.assert_array_equal(var, np.ones(12))
+
+
+@pytest.mark.parametrize("transform", [nnx.vmap, nnx.remat])
+def test_transforms_of_an_rms_norm_itself(transform: Any) -> None:
+    """They pass every argument that has a default by position."""
+    layer, plain = build(fusednorm, "RMSNorm"), build(nnx, "RMSNorm")
+    assert_agrees(transform(layer)(data()), transform(plain)(data()))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bais'"):
+        layer(data(), bais=None)
+
+
+def test_an_epsilon_that_is_a_variable() -> None:
+    epsilon = nnx.Param(jnp.asarray(0.5))
+    expected = fusednorm.layer_norm(data(), epsilon=0.5)
+    found = nnx.jit(lambda e: fusednorm.layer_norm(data(), epsilon=e))(epsilon)
+    assert_agrees(found, expected)
+    assert_agrees(fusednorm.layer_norm(data(), epsilon=epsilon), expected)

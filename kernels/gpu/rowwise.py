@@ -329,7 +329,7 @@ def backward(
                     terms[name] = part.rows_from(unseen - first, terms[name])
             totals = sums_over_rows.add(totals, terms)
             if wants["dx"]:
-                finish(row, 2 * (i % 2), dz, scale, x_hat, rstd)
+                finish(row, 2 * lax.rem(i, 2), dz, scale, x_hat, rstd)
             return totals
 
         def finish(
@@ -360,7 +360,7 @@ def backward(
 
         # This block has tiles block, block + blocks, ...; the ragged tile goes to the
         # block of the last whole tile, which it overlaps.
-        count = (whole_tiles - block + blocks - 1) // blocks
+        count = lax.div(whole_tiles - block + blocks - 1, blocks)
         if rows % tile:
             count = count + (block == (whole_tiles - 1) % blocks)
 
