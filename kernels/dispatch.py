@@ -414,7 +414,7 @@ def _refusal(call: Call) -> str | None:
         return (
             f"reduction axes {call.norm.reduction_axes} and feature axes "
             f"{call.norm.feature_axes} of shape {call.x.shape} need a transpose; put "
-            "reduced axes behind the others and channels last"
+            "the channels last (axis=-1), and reduced axes just before them"
         )
     view = call.geometry
     rows = view.n * (view.g if view.family == "rowwise" else view.s)

@@ -405,32 +405,32 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
         return jax.make_jaxpr(functools.partial(meaning, **params))(*avals).out_avals
 
     def lower(ctx: Any, *flat: Any, backend: str, **params: Any) -> Any:
-        implementation: Callable[..., Any] = functools.partial(meaning, **params)
-        if primitive is not tangent_p:
-            target = dispatch.target_of(ctx)
-            call, answer, spread = choose(
-                primitive, ctx.avals_in, params, target, backend
+        reference_run = functools.partial(meaning, **params)
+        if primitive is tangent_p:
+            return mlir.lower_fun(reference_run, multiple_results=True)(ctx, *flat)
+        target = dispatch.target_of(ctx)
+        call, answer, spread = choose(primitive, ctx.avals_in, params, target, backend)
+        bind = functools.partial(primitive.bind, **{**params, "backend": backend})
+        if tuned_for := _tuned_for(call, target):
+            reference_run = functools.partial(reference_run, tuned_for=tuned_for)
+        run: Callable[..., Any]
+        if isinstance(answer, dispatch.Fallback):
+            run = reference_run
+        elif spread is not None:
+            run = parts.mapped(spread, bind, ctx.avals_out)
+        elif target.partitioned > 1:
+            ctx = parts.lowering_on(target.mesh, ctx)
+            run = parts.by_xla(
+                params["norm"],
+                shapes_of(primitive, ctx.avals_in, params),
+                call.x,
+                reference_run,
+                bind,
+                f"{primitive} {params} {backend}",
             )
-            bind = functools.partial(primitive.bind, **{**params, "backend": backend})
-            if tuned_for := _tuned_for(call, target):
-                implementation = functools.partial(implementation, tuned_for=tuned_for)
-            if isinstance(answer, dispatch.Fallback):
-                pass
-            elif spread is not None:
-                implementation = parts.mapped(spread, bind, ctx.avals_out)
-            elif target.partitioned > 1:
-                ctx = parts.lowering_on(target.mesh, ctx)
-                implementation = parts.by_xla(
-                    params["norm"],
-                    shapes_of(primitive, ctx.avals_in, params),
-                    call.x,
-                    implementation,
-                    bind,
-                    f"{primitive} {params} {backend}",
-                )
-            else:
-                implementation = functools.partial(_launch, answer, params)
-        return mlir.lower_fun(implementation, multiple_results=True)(ctx, *flat)
+        else:
+            run = functools.partial(_launch, answer, params)
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
 
     def taylor(primals_in: Any, series_in: Any, **params: Any) -> Any:
         del params["backend"]  # jet's rules take and return unscaled coefficients
@@ -457,10 +457,21 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
     that makes x, and x is read once less. A norm of 200 x 28 x 28 x 512 in bfloat16
     between two convolutions, compiled for a v5e, then moves 4.3 tensors rather than
     5.3; flax's moves 4.3.
+    """
+    forward = call.op == "forward"
+    if target == dispatch.ONE_TPU:
+        return "tpu" if forward else None
+    if target != dispatch.ONE_CPU:
+        return None
+    one_loop = _forward_is_one_loop(call) if forward else _backward_is_one_loop(call)
+    return None if one_loop else "cpu"
 
-    On a CPU the forward is not tuned where XLA makes one loop of the whole norm,
-    which a branch would break up. XLA does so from 4096 statistics on, except in
-    groups. Times relative to flax, tuned vs not tuned:
+
+def _forward_is_one_loop(call: dispatch.Call) -> bool:
+    """Returns whether a CPU's forward is faster as one loop, which tuning breaks up.
+
+    XLA makes one loop of the whole norm from 4096 statistics on, except in groups.
+    Times relative to flax, tuned vs not tuned:
 
     - float32: 4095 rows of 512 features: 0.97 vs 1.26; 100000 of 64: 1.25 vs 1.01
     - bfloat16: 732 rows of 8192: 1.07 vs 1.25; 16384 of 1024: 2.89 vs 1.26
@@ -468,11 +479,18 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
     - groups: 512 images of 2 x 2 x 512: 0.41 vs 1.06; (1024, 1024): 0.31 vs 1.17
     - groups of (64, 128): 1.48 vs 1.04; with 2048 statistics of only 4 numbers each,
       the branch does not pay off
+    """
+    if _in_groups(call):
+        return _is_rowwise(call) and not _has_many_statistics(call)
+    return _has_many_statistics(call) and call.x.dtype != jnp.float16
 
-    On a CPU the backward of rows is not tuned if only dx is wanted, or only dscale
-    and dbias: XLA makes one loop of that too. But the tuned code is faster for dx with
-    fewer rows or in half precision, and in groups, where the loop is slow. Times as
-    above:
+
+def _backward_is_one_loop(call: dispatch.Call) -> bool:
+    """Returns whether a CPU's backward is faster as one loop, which tuning breaks up.
+
+    XLA makes one loop of rows if only dx is wanted, or only dscale and dbias. The tuned
+    code is faster all the same for dx with fewer rows or in half precision, and in
+    groups, where the loop is slow. Times relative to flax, tuned vs not tuned:
 
     - 4096 rows of 512, dx of LayerNorm: 1.52 vs 0.76; dx of RMSNorm: 1.22 vs 0.88;
       dscale of RMSNorm: 2.2 vs 0.94
@@ -480,22 +498,26 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
     - bfloat16, 3940 rows of 768, dx: 0.22 vs 1.12; dx and dscale: 0.1 vs 0.31
     - groups, dx of (8192, 256) in 64: 0.90 vs 1.63
     """
-    rowwise = is_rowwise(call.norm, call.x.shape, has_params=call.has_params)
-    in_groups = call.norm.num_groups not in (None, 1)
-    statistics = math.prod(call.norm.statistic_shape(call.x.shape))
-    known = isinstance(statistics, int)  # it is symbolic in an export for any shape
-    many = known and statistics >= 4096
-    if call.op != "forward":
-        dx, *params, _ = call.wanted
-        one_loop = not dx or (many and call.x.dtype.itemsize > 2 and not any(params))
-        one_loop = one_loop and rowwise and not in_groups
-        return "cpu" if target == dispatch.ONE_CPU and not one_loop else None
-    if target != dispatch.ONE_CPU:
-        return "tpu" if target == dispatch.ONE_TPU else None
-    one_loop = many and call.x.dtype != jnp.float16
-    if in_groups:
-        one_loop = rowwise and not many
-    return None if one_loop else "cpu"
+    if _in_groups(call) or not _is_rowwise(call):
+        return False
+    dx, dscale, dbias, _ = call.wanted
+    if not dx:
+        return True
+    alone = not (dscale or dbias)
+    return alone and _has_many_statistics(call) and call.x.dtype.itemsize > 2
+
+
+def _in_groups(call: dispatch.Call) -> bool:
+    return call.norm.num_groups not in (None, 1)
+
+
+def _is_rowwise(call: dispatch.Call) -> bool:
+    return is_rowwise(call.norm, call.x.shape, has_params=call.has_params)
+
+
+def _has_many_statistics(call: dispatch.Call) -> bool:
+    count = math.prod(call.norm.statistic_shape(call.x.shape))
+    return isinstance(count, int) and count >= 4096  # else symbolic, in an export
 
 
 def _launch(
@@ -769,8 +791,8 @@ def _tangent_transpose(
 def _sum_to(value: jax.Array, aval: Any) -> jax.Array:
     """Sums a gradient (*own, features) over the axes along which its parameter is
     shared. In explicit mode the result is sharded as the type of the parameter says."""
-    *lead, features = aval.shape
     if value.ndim > 1 and value.shape != aval.shape:
+        *lead, features = aval.shape
         aligned = (*lead, *[1] * (value.ndim - len(aval.shape)), features)
         shared = [
             axis

@@ -322,7 +322,7 @@ def explicit_devices(mesh: Any) -> int:
 def resharded_like(like: Any, array: jax.Array) -> jax.Array:
     """Returns the array, sharded as the type of `like` says."""
     spec, sharding = like.sharding.spec, jax.typeof(array).sharding
-    if spec == sharding.spec:
+    if spec == sharding.spec or sharding.mesh.empty:
         return array
     return jax.sharding.reshard(array, sharding.update(spec=spec))
 

@@ -189,7 +189,8 @@ def _fused_class(module: Any, calls: Calls) -> type | str | None:
     """Returns the class to change to, or why not; None for a module that is no norm."""
     cls: Any = type(module)
     if hasattr(cls, "_unfused") or isinstance(module, tuple(_FUSED.values())):
-        call = calls.get(getattr(cls, "_unfused", None))
+        original: Any = getattr(cls, "_unfused", None)
+        call = calls.get(original)
         another = call not in (None, getattr(cls.__call__, "__wrapped__", None))
         return f"fused already{'; unfuse it first' * another}"
     known = {**_FUSED, **calls}

@@ -56,6 +56,9 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
       A function with the same arguments and results. Results are trees of arrays and
       nnx objects.
 
+    Raises:
+      TypeError: `fn` cannot be called.
+
     >>> import fusednorm, jax
     >>> from flax import nnx
     >>> norm = fusednorm.GroupNorm(64, num_groups=8, rngs=nnx.Rngs(0))
@@ -65,7 +68,11 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     forward   float32[2, 16, 16, 64]  N=2 S=256 G=8 K=8  silu
       reference: CPU: the kernels are for NVIDIA GPUs and TPUs
     """
-
+    if not callable(fn):
+        raise TypeError(
+            "Expected a model, its method or a function, got an object of type "
+            f"{type(fn).__name__}: fuse_neighbours(model)(x), not of model(x)."
+        )
     inner, args, kwargs = unbound(fn)
     fused: Any = _Fused(_run, inner, *args, **kwargs)
     return functools.update_wrapper(fused, fn, updated=())

@@ -303,7 +303,7 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
     )
     assert refusal(transposed) == (
         "reduction axes (0, 2, 3) and feature axes (1,) of shape (4, 8, 5, 5) need a "
-        "transpose; put reduced axes behind the others and channels last"
+        "transpose; put the channels last (axis=-1), and reduced axes just before them"
     )
 
 

@@ -371,11 +371,10 @@ def test_axes_that_need_a_transpose(kernels: None) -> None:
     (reason,) = reasons(layer_of("InstanceNorm", 4, feature_axes=1), data())
     assert reason == (
         "reduction axes (2, 3) and feature axes (1,) of shape (5, 4, 3, 12) need a "
-        "transpose; put reduced axes behind the others and channels last"
+        "transpose; put the channels last (axis=-1), and reduced axes just before them"
     )
-    assert reasons(layer_of("BatchNorm", 4, axis=1), data())[0].endswith(
-        "channels last"
-    )
+    (reason,) = reasons(layer_of("BatchNorm", 4, axis=1), data())
+    assert "channels last (axis=-1)" in reason
     assert reasons(layer_of("LayerNorm", reduction_axes=(1, 2, 3)), data()) == [None]
 
 

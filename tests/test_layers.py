@@ -1390,3 +1390,13 @@ def test_an_epsilon_that_is_a_variable() -> None:
     found = nnx.jit(lambda e: fusednorm.layer_norm(data(), epsilon=e))(epsilon)
     assert_agrees(found, expected)
     assert_agrees(fusednorm.layer_norm(data(), epsilon=epsilon), expected)
+
+
+def test_a_scalar_and_a_batch_norm_of_all_axes() -> None:
+    settings = {"reduction_axes": (), "feature_axes": ()}
+    for library in (nnx, fusednorm):
+        layer = library.LayerNorm(1, **settings, rngs=nnx.Rngs(0))
+        assert jax.grad(lambda x, layer=layer: layer(x))(jnp.float32(3)) == 0
+    ours, theirs = (build(m, "BatchNorm", 1, axis=()) for m in (fusednorm, nnx))
+    assert_agrees(ours(data()), theirs(data()))
+    assert_agrees(ours.var[...], theirs.var[...])

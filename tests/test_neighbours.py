@@ -1351,3 +1351,8 @@ def test_any_keyword_is_the_function_s() -> None:
     x = data(SHAPE)
     y = fusednorm.fuse_neighbours(forward)(x, fn=nnx.relu)
     assert_agrees(y, forward(x, nnx.relu), 3)
+
+
+def test_what_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"fuse_neighbours\(model\)\(x\)"):
+        fusednorm.fuse_neighbours(jnp.ones(3))  # type: ignore[arg-type]
