@@ -34,9 +34,10 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 # 1.6 times the rounding error of XLA's.
 IN_A_ROW = 16
 
-# The blocks of a cluster run on one GPC. An H100, H200 and B200 have 8 GPCs, of up to
-# 18 (B200: 20) multiprocessors. With 132 multiprocessors and a block on each, 32
-# clusters of 4 are resident; a 33rd would be a second wave.
+# The blocks of a cluster run on one GPC. An H100 and H200 have 8 GPCs, of up to 18
+# multiprocessors (NVIDIA's "H100 Tensor Core GPU Architecture"); a B200 is taken to
+# have 8 too. With 132 multiprocessors and a block on each, 32 clusters of 4 are
+# resident; a 33rd would be a second wave.
 GPCS = 8
 
 # Shared memory of a block: two levels of dscale and dbias sums over 12288 features
