@@ -179,13 +179,13 @@ def _choice_of_formula(eqn: Any, reason: str) -> Choice:
 
     The formula takes x as its first operand and returns y as its first result.
     """
-    x, y, *_ = every = [var.aval for var in (eqn.invars[0], *eqn.outvars, *eqn.invars)]
-    op = "forward"
+    operands, results = ([var.aval for var in v] for v in (eqn.invars, eqn.outvars))
+    op, x, y = "forward", operands[0], results[0]
     # In `jax.checkpoint` the name does not tell, and the first operand is a scale.
     is_other = x.ndim == y.ndim and x.shape != y.shape
     transposed = re.search(r"\btranspose\(", str(eqn.source_info.name_stack))
     if transposed or is_other:
-        op, x = "backward", max(every, key=lambda aval: aval.size)
+        op, x = "backward", max(operands + results, key=lambda aval: aval.size)
     return Choice(op, _described(x), "", Fallback(reason))
 
 

@@ -23,6 +23,7 @@ How x is sharded is known from:
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -433,10 +434,10 @@ def _spec_of(sharding: Any, ndim: int, mesh: Any) -> PartitionSpec:
     mesh cannot express counts as whole."""
     # The start of each device's part, if each axis had as many elements as the mesh has
     # devices.
-    parts = sharding.devices_indices_map((mesh.size,) * ndim)
+    slices = sharding.devices_indices_map((mesh.size,) * ndim)
     entries: list[Names | None] = []
     for axis in range(ndim):
-        begins = np.array([parts[d][axis].start or 0 for d in mesh.devices.flat])
+        begins = np.array([slices[d][axis].start or 0 for d in mesh.devices.flat])
         begins = begins.reshape(mesh.devices.shape)
         origin = (0,) * begins.ndim
         strides = {
@@ -447,7 +448,7 @@ def _spec_of(sharding: Any, ndim: int, mesh: Any) -> PartitionSpec:
         names = sorted((n for n in strides if strides[n]), key=lambda n: -strides[n])
         placed = NamedSharding(mesh, PartitionSpec(*[None] * axis, tuple(names)))
         again = placed.devices_indices_map((mesh.size,) * ndim)
-        same = all(again[d][axis] == parts[d][axis] for d in mesh.devices.flat)
+        same = all(again[d][axis] == slices[d][axis] for d in mesh.devices.flat)
         entries.append(tuple(names) if names and same else None)
     return PartitionSpec(*entries)
 
@@ -467,7 +468,7 @@ def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:
     elif groups > 1 and any(GROUPS in follows for follows in arrays):
         names |= {last: "(g k)", GROUPS: "g"}
         sizes = {"k": x.shape[last] // groups}
-    own = (f"u{i}" for i in range(1000))
+    own = (f"u{i}" for i in itertools.count())
 
     def factors(follows: Follows) -> str:
         return " ".join(names.get(axis) or next(own) for axis in follows)
