@@ -527,7 +527,8 @@ def _warpgroup_sums(
                 part.keep("x", line, x)
         # Add pairs of lines, then the pairs: short sums have less rounding error than
         # one long sum.
-        pairs = itertools.batched(map(terms, lines, loaded), 2)
+        each = itertools.starmap(terms, zip(lines, loaded, strict=True))
+        pairs = itertools.batched(each, 2)
         pair_sums = (functools.reduce(_plus, pair) for pair in pairs)
         return _plus(sums, functools.reduce(_plus, pair_sums))
 

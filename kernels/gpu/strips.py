@@ -14,6 +14,7 @@ warpgroup touches the pixels of another one.
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -380,8 +381,8 @@ class Columns:
         return cls(arrays, layouts)
 
     def map(self, function: Callable[..., Any], *others: "Columns") -> "Columns":
-        arrays = (other.arrays for other in others)
-        return Columns(list(map(function, self.arrays, *arrays)), self.layouts)
+        arrays = zip(self.arrays, *(other.arrays for other in others), strict=True)
+        return Columns(list(itertools.starmap(function, arrays)), self.layouts)
 
     def float32(self) -> "Columns":
         return self.map(lambda array: array.astype(jnp.float32))

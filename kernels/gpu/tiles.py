@@ -13,6 +13,7 @@ the same element.
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -486,8 +487,8 @@ class Values:
         return self.chunks[number]
 
     def map(self, function: Callable[..., Any], *others: "Values") -> "Values":
-        chunks = (other.chunks for other in others)
-        return Values(tuple(map(function, self.chunks, *chunks)))
+        chunks = zip(self.chunks, *(other.chunks for other in others), strict=True)
+        return Values(tuple(itertools.starmap(function, chunks)))
 
     def astype(self, dtype: Any) -> "Values":
         return self.map(lambda chunk: chunk.astype(dtype))
@@ -497,7 +498,7 @@ class Values:
 
     def _with(self, other: Any, operation: Callable[[Any, Any], Any]) -> "Values":
         if isinstance(other, Values):
-            return Values(tuple(map(operation, self.chunks, other.chunks)))
+            return self.map(operation, other)
         if not isinstance(other, jax.Array):
             return self.map(lambda chunk: operation(chunk, other))
         return self.map(lambda chunk: operation(chunk, across(other, chunk)))
