@@ -68,7 +68,7 @@ class Choice:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """Implementations that the normalizations in a call get, in program order.
 
@@ -81,14 +81,25 @@ class Explanation:
       mesh: the mesh of `jax.set_mesh` in which the code was traced.
     """
 
-    jaxpr: Any = dataclasses.field(repr=False)
+    jaxpr: Any
     target: Target
-    mesh: Any = dataclasses.field(repr=False)
+    mesh: Any
 
     @functools.cached_property
     def choices(self) -> tuple[Choice, ...]:
         """One entry per normalization in the code; one inside a scan counts once."""
         return tuple(_choices(self.jaxpr, self.target))
+
+    def __repr__(self) -> str:
+        return f"Explanation(choices={self.choices!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Explanation):
+            return NotImplemented
+        return (self.choices, self.target) == (other.choices, other.target)
+
+    def __hash__(self) -> int:
+        return hash((self.choices, self.target))
 
     def __str__(self) -> str:
         if not self.choices:

@@ -541,3 +541,12 @@ def test_a_scope_s_name_makes_no_backward() -> None:
 
     (choice,) = fusednorm.explain(run, layer, data()).choices
     assert choice.op == "forward"
+
+
+def test_explanations_are_what_they_say() -> None:
+    layer = layer_of("LayerNorm")
+    one, same = (fusednorm.explain(layer, data()) for _ in range(2))
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != one.on("cuda")
+    assert repr(one) == f"Explanation(choices={one.choices!r})"
