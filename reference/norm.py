@@ -226,7 +226,7 @@ def _masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 def _divided(total: jax.Array, count: Count) -> jax.Array:
     """Returns total / count, or 0 where nothing was counted."""
     if isinstance(count, int):
-        return total / float(max(count, 1))  # an int may be too large for an array
+        return total / _factor(max(count, 1))
     count = jnp.asarray(count, total.real.dtype)
     return total / jnp.maximum(count, jnp.ones_like(count))
 
@@ -254,7 +254,7 @@ def _count(norm: Norm, x: jax.Array, mask: jax.Array | None) -> Count:
     return count
 
 
-def _weight_of(count: Count) -> Any:
+def _factor(count: Count) -> Any:
     """Returns a count as a factor; an int may be too large for an array of int32."""
     return float(count) if isinstance(count, int) else count
 
@@ -370,7 +370,7 @@ def moments(
         """Returns the mean, m2 from the squares about 0, and where that is inexact."""
         mean = _divided(sum_x, count)
         # The product has one use, so that it becomes part of an FMA in every branch.
-        m2 = about_0 - _abs_squared(mean) * _weight_of(count)
+        m2 = about_0 - _abs_squared(mean) * _factor(count)
         far = about_0 > (1 + _NEAR) * m2
         return mean, m2, far | ~jnp.isfinite(about_0)
 
@@ -395,7 +395,7 @@ def variance(count: Count, m2: jax.Array) -> jax.Array:
     Nothing is counted if the mask is all false, or if the batch is empty.
     """
     if isinstance(count, int):
-        return m2 / float(count) if count else jnp.ones_like(m2)
+        return m2 / _factor(count) if count else jnp.ones_like(m2)
     var = _divided(m2, count)
     return jnp.where(jnp.asarray(count, var.dtype) > 0, var, 1)
 
@@ -417,7 +417,7 @@ def combine(
     """
     if not norm.over:
         return count, mean, m2
-    weight = jnp.asarray(_weight_of(count), m2.dtype)
+    weight = jnp.asarray(_factor(count), m2.dtype)
     total = _across(norm, count if isinstance(count, int) else weight)
     if mean is None:
         return total, None, _across(norm, m2)
@@ -431,7 +431,7 @@ def over_devices(
 ) -> tuple[jax.Array | None, jax.Array]:
     """Combines the mean and var of each device's x over all devices that combine."""
     count = _count(norm, x, None)
-    count, mean, m2 = combine(norm, count, mean, var * _weight_of(count))
+    count, mean, m2 = combine(norm, count, mean, var * _factor(count))
     return mean, variance(count, m2)
 
 
