@@ -366,7 +366,9 @@ def moments(
         return count, mean, squares(x, mask, mean)
     sum_x, about_0 = add_up(both, x, mask)
 
-    def shifted() -> tuple[jax.Array, jax.Array, jax.Array]:
+    def shifted(
+        sum_x: jax.Array, about_0: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the mean, m2 from the squares about 0, and where that is inexact."""
         mean = _divided(sum_x, count)
         # The product has one use, so that it becomes part of an FMA in every branch.
@@ -377,11 +379,36 @@ def moments(
     # A branch recomputes what it needs from x and the sums, because its operands are
     # arrays in memory, and each would be a loop of its own.
     def centred() -> jax.Array:
-        mean, m2, far = shifted()
+        mean, m2, far = shifted(sum_x, about_0)
         return jnp.where(far, add_up(squares, x, mask, mean), m2)
 
-    mean, _, far = shifted()
-    return count, mean, lax.cond(jnp.any(far), centred, lambda: shifted()[1])
+    def near() -> jax.Array:
+        return shifted(sum_x, about_0)[1]
+
+    mean, *_ = shifted(sum_x, about_0)
+    sums = (sum_x, about_0)
+    *_, far = shifted(*(_in_short_axes(*sums) if tuned_for == "cpu" else sums))
+    return count, mean, lax.cond(jnp.any(far), centred, near)
+
+
+def _in_short_axes(*arrays: jax.Array) -> Sequence[jax.Array]:
+    """Splits arrays of one shape into axes of at most 32, where factors allow it.
+
+    XLA's CPU code makes one loop of an elementwise function and a sum over such axes,
+    and three where an axis is longer. It runs up to 8 loops in sequence, and schedules
+    more of them anew in each call: BatchNorm of 4 x 14 x 14 x 128 in float32 takes 1.1
+    times flax's time with 8 loops, and took 2.0 with 10.
+    """
+    size: Any = arrays[0].size
+    axes: list[int] = []
+    while isinstance(size, int) and size > 32:  # it may be symbolic, in an export
+        part = max(n for n in range(1, 33) if size % n == 0)
+        if part == 1:
+            break
+        axes.append(part)
+        size //= part
+    # The barrier keeps XLA from joining the axes again.
+    return lax.optimization_barrier([a.reshape(*axes, size) for a in arrays])
 
 
 def _is_small(x: jax.Array) -> bool:
