@@ -3,10 +3,13 @@
 import textwrap
 
 import pytest
+from flax import nnx
 
 from bench.aot import hlo
-from bench.aot.chips import H100, RTX5090, Gpu, device
+from bench.aot.chips import A100, H100, RTX5090, Gpu
 from bench.aot.compile import parse_ptxas
+from bench.aot.measure import measure, measure_kernel, plan, workloads
+from fusednorm.kernels.dispatch import Kernel
 
 KB = 1024
 
@@ -87,9 +90,12 @@ def test_a_fusion_reads_its_operands_and_writes_its_results() -> None:
             "%h = f32[2,4]{1,0} bitcast(%g)",
             "ROOT %t = (f32[2,4]{1,0}) tuple(%h)",
             before="""
-            %inner (p: f32[1024]) -> f32[8] {
+            %inner (p: f32[1024], q: bf16[1024], r: f32[]) -> (f32[8], f32[8]) {
+              %q = bf16[1024]{0} parameter(1)
               %p = f32[1024]{0} parameter(0)
-              ROOT %r = f32[8]{0} add(%p, %p)
+              %r = f32[] parameter(2)
+              %s = f32[8]{0} reduce(%p, %q, %r), dimensions={0}
+              ROOT %t = (f32[8]{0}, f32[8]{0}) tuple(%s, %s)
             }
             """,
         )
@@ -97,6 +103,30 @@ def test_a_fusion_reads_its_operands_and_writes_its_results() -> None:
     assert [(k.name, k.opcode, k.nbytes, k.ours) for k in found] == [
         ("two", "fusion", 4096 + 2048 + 4 + 64, False)
     ]
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [("negate(%t)", 2 * 128), ("negate(%p)", 4096), ("slice(%p)", 3 * 128)],
+    ids=["two slices", "a slice and all", "three slices"],
+)
+def test_a_fusion_of_slices_reads_only_these(other: str, expected: int) -> None:
+    (found,) = nbytes(
+        "%a = f32[] parameter(0)",
+        "%b = f32[1024]{0} parameter(1)",
+        "%f = f32[32]{0} fusion(%a, %b), kind=kLoop, calls=%inner",
+        before=f"""
+        %inner (q: f32[], p: f32[1024]) -> f32[32] {{
+          %p = f32[1024]{{0}} parameter(1)
+          %q = f32[] parameter(0)
+          %s = f32[32]{{0}} slice(%p), slice={{[0:32]}}
+          %t = f32[32]{{0}} dynamic-slice(%p, %q), dynamic_slice_sizes={{32}}
+          %u = f32[32]{{0}} {other}
+          ROOT %v = f32[32]{{0}} add(%s, %t)
+        }}
+        """,
+    )
+    assert found == 4 + expected + 128
 
 
 def test_our_kernels_and_what_stands_around_them() -> None:
@@ -328,7 +358,11 @@ def test_resident_blocks(
 
 
 def test_ampere_is_refused() -> None:
-    """Compiling for it would terminate this process."""
-    ampere = Gpu("A100", "NVIDIA A100", (8, 0), 108, 1, 1, 1, 1.4, 1)
-    with pytest.raises(ValueError, match="8"):
-        device(ampere)
+    """Compiling a kernel for it would terminate this process."""
+    (work,) = workloads("rows", nnx.LayerNorm, (37, 64), "float32", ops=["forward"])
+    with pytest.raises(LookupError, match=r"compute capability 8\.0"):
+        measure(A100, work)
+    taken = plan(H100, work.call)
+    assert isinstance(taken, Kernel)
+    with pytest.raises(ValueError, match=r"A100 has compute capability 8\.0"):
+        measure_kernel(A100, work, taken)

@@ -6,6 +6,7 @@ the rounding of the mean itself.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import fusednorm
 from fusednorm import reference
 from fusednorm.kernels import norm as op
 from fusednorm.reference import Norm
+from fusednorm.reference import norm as reference_norm
 from tests.helpers import EPS32, Case, Truth, assert_close, ulp
 
 CASES = [
@@ -448,6 +450,75 @@ def test_the_tuned_variance_is_right_and_keeps_to_itself(
     np.testing.assert_array_equal(np.asarray(m2)[same], np.asarray(near_m2)[same])
 
 
+@pytest.mark.parametrize("tuned_for", ["gpu", "gpus"])
+@pytest.mark.parametrize("mean", [0, 3000], ids="mean={}".format)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_variance_of_a_gpus_reference(
+    case: Case, dtype: str, mean: float, tuned_for: reference.TunedFor
+) -> None:
+    x, scale, bias, dy = case.data(27, "float32", "float32")
+    x = (x + mean).astype(dtype)
+    truth = case.truth(x, scale, bias, dy)
+    run = functools.partial(reference.forward, norm_of(case), tuned_for=tuned_for)
+    y, found_mean, var = jax.jit(run)(x, scale, bias)
+    assert_close(y, truth.y, truth.bounds["y"])
+    assert_close(var, truth.var, truth.bounds["var"])
+    if found_mean is not None:
+        assert_close(found_mean, truth.mean, truth.bounds["mean"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "far"),
+    [
+        # All elements that the mean is estimated from, or one of them.
+        ((3, 4096), (1,), np.s_[:, :128]),
+        ((3, 4096), (1,), np.s_[:, :1]),
+        ((3, 64, 64, 5), (1, 2), np.s_[:, 16::32]),
+        ((3, 64, 64, 5), (1, 2), np.s_[:, 16, :2]),
+        ((40, 7, 7, 5), (0, 1, 2), np.s_[7::32]),
+        ((3, 7, 7, 5), (1, 2), np.s_[:, 3::7, 2::4]),
+    ],
+    ids=str,
+)
+def test_an_estimate_that_is_far_off_costs_five_bits(
+    shape: tuple[int, ...], axes: tuple[int, ...], far: Any
+) -> None:
+    x = np.random.default_rng(28).normal(1, 0.001, shape)
+    x[far] += 1000
+    x = x.astype("float32")
+    spec = Norm(axes, (len(shape) - 1,))
+    run = functools.partial(reference.forward, spec, tuned_for="gpu")
+    _, mean, var = jax.jit(run)(x, None, None)
+    wide = x.astype("float64")
+    kept = {"axis": axes, "keepdims": True}
+    off = np.abs(np.asarray(mean) - wide.mean(**kept))
+    assert np.all(off <= 16 * EPS32 * wide.std(**kept))
+    np.testing.assert_allclose(var, wide.var(**kept), rtol=8 * 2**5 * EPS32)
+
+
+@pytest.mark.parametrize("size", [2, 31, 32, 33, 40, 63, 1000, 4095])
+def test_an_estimate_is_of_one_in_32(size: int) -> None:
+    for shape in ((size, 5), (5, size), (7, size, 3), (size, 7, 3)):
+        axes = tuple(range(len(shape) - 1)) if len(shape) == 3 else (shape.index(size),)
+        few = reference_norm._a_few(Norm(axes, (0,)), jnp.zeros(shape))
+        assert few is not None
+        total = math.prod(shape)
+        assert total / 32 <= few.size <= max(total / 16, total / size)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -12345.678, 3e20])
+def test_a_constant_has_no_variance_on_a_gpu(value: float) -> None:
+    x = jnp.full((2, 37, 11, 8), value)
+    spec = Norm((1, 2), (3,), num_groups=2)
+    run = functools.partial(reference.forward, spec, tuned_for="gpu")
+    y, mean, var = jax.jit(run)(x, None, None)
+    np.testing.assert_allclose(mean, np.full(mean.shape, value), rtol=2 * EPS32)
+    assert np.all(var >= 0)
+    assert np.all(var <= (2 * EPS32 * abs(value)) ** 2)
+    assert np.all(np.isfinite(y))
+
+
 def test_squares_are_centred_before_they_lose_digits() -> None:
     """Squares are centred from a mean of two deviations on."""
     x = np.random.default_rng(25).normal(6, 1, (64, 4096)).astype("float32")
@@ -734,11 +805,13 @@ def test_dy_is_kept_where_several_loops_read_it(
     assert text.count("optimization_barrier") == barriers
 
 
-@pytest.mark.parametrize(("platform", "branches"), [("tpu", 1), ("cuda", 0)])
-def test_a_forward_is_tuned_where_a_branch_is_cheap(
-    platform: str, branches: int
+@pytest.mark.parametrize(
+    ("platform", "branches", "slices"), [("tpu", 1, 0), ("cuda", 0, 1), ("rocm", 0, 1)]
+)
+def test_a_forward_is_tuned_for_its_compiler(
+    platform: str, branches: int, slices: int
 ) -> None:
-    """The forward is tuned for a TPU, but the backward is not.
+    """The forward is tuned for a TPU and for a GPU, but the backward is not.
 
     Without a barrier, dy may be computed where it is used.
     """
@@ -751,4 +824,38 @@ def test_a_forward_is_tuned_where_a_branch_is_cheap(
         traced = jax.jit(both).trace(jnp.zeros((2, 8, 8, 64)))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.case") == branches
+    assert text.count("stablehlo.slice") == slices
     assert "optimization_barrier" not in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "statistics", "slices", "barriers"),
+    [
+        ((64, 128), 1, False, 0, 0),  # XLA makes one kernel of y alone
+        ((64, 128), 1, True, 1, 0),
+        ((64, 128), 8, False, 0, 0),
+        ((64, 128), 8, True, 0, 1),  # a slice might lie on several devices
+        ((8, 4, 128), 1, False, 1, 0),
+        ((8, 4, 128), 8, True, 0, 0),
+    ],
+    ids=str,
+)
+def test_how_gpus_find_a_mean(
+    shape: tuple[int, ...], devices: int, statistics: bool, slices: int, barriers: int
+) -> None:
+    mesh = jax.make_mesh((devices,), ("d",), (jax.sharding.AxisType.Auto,))
+    placed = jax.NamedSharding(mesh, jax.P("d"))
+    x = jax.ShapeDtypeStruct(shape, "float32", sharding=placed)
+    norm = (
+        fusednorm.layer_norm
+        if len(shape) == 2
+        else functools.partial(fusednorm.group_norm, num_groups=8)
+    )
+
+    def run(x: jax.Array) -> Any:
+        return jax.vjp(norm, x) if statistics else norm(x)
+
+    with fusednorm.use_backend("reference"):
+        text = jax.jit(run).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.slice") == slices
+    assert text.count("optimization_barrier") == barriers

@@ -27,6 +27,8 @@ _FREE = {
     "tuple",
 }
 
+_SLICES = ("slice", "dynamic-slice")
+
 _CHIP = re.compile(r"S\([1-9]\d*\)")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(
@@ -165,13 +167,15 @@ def _run(
             ]
             yield from min(branches, key=total)
         else:
-            one, where = _unwrapped(computations, one, types)
+            fused = one.opcode == "fusion"
+            inside = computations[_called(one, "calls")] if fused else []
+            one, where = _unwrapped(one, types, inside)
             target = re.search(r'custom_call_target="([^"]*)"', one.rest)
             yield Kernel(
                 name=one.name,
                 opcode=one.opcode,
                 target=target[1] if target else "",
-                nbytes=_moved(one, where),
+                nbytes=_moved(one, where, inside),
                 times=times,
                 loop=loop,
                 prefetch=one.opcode in ("copy-start", "slice-start")
@@ -182,9 +186,7 @@ def _run(
 
 
 def _unwrapped(
-    computations: dict[str, list[_Instruction]],
-    one: _Instruction,
-    types: dict[str, str],
+    one: _Instruction, types: dict[str, str], inside: list[_Instruction]
 ) -> tuple[_Instruction, dict[str, str]]:
     """Replaces a custom fusion by the custom call inside it, if it has one.
 
@@ -194,7 +196,6 @@ def _unwrapped(
       The instruction, and the types of the instructions around it.
     """
     if "kind=kCustom" in one.rest:
-        inside = computations[_called(one, "calls")]
         for each in inside:
             if each.opcode == "custom-call":
                 return each, {other.name: other.type for other in inside}
@@ -214,13 +215,15 @@ def _branches(conditional: _Instruction) -> list[str]:
     return [_called(conditional, f"{side}_computation") for side in ("true", "false")]
 
 
-def _moved(one: _Instruction, types: dict[str, str]) -> int:
+def _moved(one: _Instruction, types: dict[str, str], inside: list[_Instruction]) -> int:
     operands = [hbm_bytes(types[name]) for name in one.operands if name in types]
+    if one.opcode == "fusion":
+        operands = [_used(inside, n, whole) for n, whole in enumerate(operands)]
     result = hbm_bytes(one.type)
     match one.opcode:
         case "dynamic-update-slice":  # in place: reads the update and writes it
             return 2 * operands[1]
-        case "slice" | "dynamic-slice" | "gather":
+        case _ if one.opcode in (*_SLICES, "gather"):
             return 2 * result
         case "copy-start":  # (target, source, context)
             return hbm_bytes(_parts(one.type)[0]) + hbm_bytes(_parts(one.type)[1])
@@ -232,6 +235,22 @@ def _moved(one: _Instruction, types: dict[str, str]) -> int:
         case "custom-call" if "__cublas" in one.rest:
             result = hbm_bytes(_parts(one.type)[0])  # without the workspace
     return sum(operands) + result
+
+
+def _used(inside: list[_Instruction], number: int, whole: int) -> int:
+    """Returns the bytes that a fusion reads of its operand of this number.
+
+    They are all of its bytes, `whole`, unless only slices of it are used.
+    """
+    parameter = next(
+        one.name
+        for one in inside
+        if one.opcode == "parameter" and one.operands == (str(number),)
+    )
+    users = [one for one in inside if parameter in one.operands]
+    if not users or any(one.opcode not in _SLICES for one in users):
+        return whole
+    return min(sum(hbm_bytes(one.type) for one in users), whole)
 
 
 # --- types ----------------------------------------------------------------------------
@@ -319,6 +338,8 @@ def _instruction(name: str, text: str) -> _Instruction:
     text = text[len(opcode) :]
     end = _close(text)
     operands = re.findall(r"%([\w.\-]+)", text[:end])
+    if opcode == "parameter":  # its number
+        operands = [text[1 : end - 1]]
     return _Instruction(name, type_, opcode, tuple(operands), text[end:])
 
 

@@ -354,7 +354,16 @@ def measure_kernel(chip: Chip, workload: Workload, answer: Kernel) -> Measuremen
       chip: the chip.
       workload: the work that the kernel does.
       answer: the kernel, chosen by our `plan` or not.
+
+    Raises:
+      ValueError: Mosaic GPU cannot compile for the chip.
     """
+    if isinstance(chip, Gpu) and not chip.has_kernels:
+        raise ValueError(
+            f"{chip.name} has compute capability {chip.compute_capability}; Mosaic GPU "
+            "compiles for 9.0 and newer, and aborts the process for older ones. Its "
+            "plan is the reference."
+        )
     arrays = workload.named, *workload.operands
 
     def launch(named: dict[str, Any], *operands: Any) -> Any:
