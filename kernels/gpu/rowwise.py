@@ -98,9 +98,10 @@ def forward(
     A lane holds 17 to 160 columns (`tiles.columns_of_long`). By the registers of the
     compiled code, this leaves 36 KB (96 features, bfloat16) to 224 KB of loads in
     flight per multiprocessor, in at least two blocks up to 20480 features. Bandwidth
-    times latency asks for 9 KB (H100: 3.35 TB/s / 2 * 700 ns / 132; half of the traffic
-    is loads) to 13 KB (H200), but a block spends at most half of its time loading. On
-    an H200, relative to a copy: 2.2 times as long with 24 KB in one block per SM (12288
+    times latency asks for 5 KB (H100: 3.35 TB/s / 2 * 375 ns / 132; half of the traffic
+    is loads) to 7 KB (H200). But 375 ns is the latency of an idle H100 (Jarmusch et al.
+    2025, arXiv:2507.10789), and a block spends at most half of its time loading. On an
+    H200, relative to a copy: 2.2 times as long with 24 KB in one block per SM (12288
     features on 4 warpgroups), 1.14 times with 42 KB in three blocks (7168 features),
     and at most 1.07 times with 56 KB or more in five to nine blocks.
     """
@@ -226,7 +227,7 @@ def backward(
     kernel, in a fixed order. There are no atomics.
 
     Loads in flight are 10 KB (1128 features, bfloat16) to 128 KB per multiprocessor;
-    bandwidth times latency asks for 12 KB (H100) to 17 KB (H200).
+    bandwidth times latency asks for 6 KB (H100) to 9 KB (H200), as in `forward`.
     """
     norm, features = call.norm, config.features
     examples = Examples.of(call, features)

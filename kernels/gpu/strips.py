@@ -106,7 +106,7 @@ class Config:
         Depending on `at_once`, these are 16 to 256 bytes of each array. In the
         benchmark's cases, an SM runs 384 to 768 threads, which have 30 to 192 KB of
         loads in flight together (compiled for an H100). Bandwidth times latency asks
-        for 18 KB (H100: 3.35 TB/s * 700 ns / 132) to 25 KB (H200).
+        for 10 KB (H100: 3.35 TB/s * 375 ns / 132) to 14 KB (H200), more under load.
         """
         return max(self.at_once // sum(chunk.vector for chunk in self.chunks), 1)
 
