@@ -311,10 +311,11 @@ def _is_narrow(norm: Norm, *arrays: jax.Array) -> bool:
 _NEAR = 4
 
 # Up to so many bytes of x, a second read hits the CPU's cache, while the branch takes
-# four more small loops. LayerNorm of 8 x 768 in float32 takes 1.12 times flax's time
-# with the branch and 1.07 without, InstanceNorm of 4 x 16 x 16 x 64 in bfloat16 1.46
-# and 1.00.
-_SMALL_BYTES = 2**17
+# two more small loops. Times relative to flax, with the branch and with two reads:
+# LayerNorm of 8 x 768 in float32 1.09 and 1.02, GroupNorm of 2 x 4 x 4 x 1024 in
+# bfloat16 (64 KB) 1.27 and 0.97; but in float32 (128 KB) 1.06 and 1.18, and of 4 x 14 x
+# 14 x 32 (98 KB) 1.07 and 1.36.
+_SMALL_BYTES = 2**16
 
 
 def moments(
