@@ -42,6 +42,7 @@ from bench.aot.chips import (
 )
 from bench.aot.compile import compile_for
 from bench.aot.measure import (
+    OPS,
     ROWWISE,
     Measurement,
     Op,
@@ -331,6 +332,46 @@ def test_within_limits(cell: Cell, found: Measurement) -> None:
     if found.op == "backward" and (chip, work.name) in MANY_PARTIALS:
         found = dataclasses.replace(found, partials=0, rest=0)  # rest sums them
     assert gate.beyond(found) == []
+
+
+# Chips for which no case is compiled, with another chip's figures.
+OTHER_GPUS = [
+    dataclasses.replace(B200, name="sm_103a", capability=(10, 3)),
+    dataclasses.replace(B200, name="sm_110a", capability=(11, 0)),
+    dataclasses.replace(RTX5090, name="sm_121a", capability=(12, 1)),
+]
+OLDER_TPUS = [
+    dataclasses.replace(CHIPS["v4"], name=name, topology=f"{name}:2x2", cores=1)
+    for name in ("v2", "v3")
+]
+SOME = {
+    nnx.LayerNorm: (4097, 64),
+    nnx.RMSNorm: (512, 4096),
+    nnx.GroupNorm: (4, 256, 256),
+    nnx.BatchNorm: (8, 196, 256),
+}
+OF_OTHER_GPUS = [
+    (chip, workload)
+    for chip in OTHER_GPUS
+    for layer, shape in SOME.items()
+    for workload in workloads(layer.__name__, layer, shape, "bfloat16", ops=OPS[1:])
+]
+
+
+@pytest.mark.parametrize("cell", OF_OTHER_GPUS, ids=name)
+def test_other_gpus_compile_the_kernels(found: Measurement) -> None:
+    assert found.spilled == 0
+    assert found.tensors == pytest.approx(found.ideal, rel=0.02)
+
+
+@pytest.mark.parametrize("layer", SOME, ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize("chip", OLDER_TPUS, ids=name)
+def test_older_tpus_compile_the_kernels(chip: Chip, layer: Any) -> None:
+    x = jax.ShapeDtypeStruct(SOME[layer], jnp.dtype("bfloat16"))
+    norm = layer(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(0))
+    function, params = pure(norm, fused=True)
+    compiled = compile_for(chip, forward_backward(function), params, x, x)
+    assert Whole.of(compiled).ours == 2
 
 
 # The registers that libtpu spills must fit VMEM too, and no plan knows how many it will
