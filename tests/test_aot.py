@@ -629,9 +629,20 @@ def test_layer_moves_less_than_flax(
     assert ours.memory <= 1.02 * flax.memory  # peak; the 2 % are partial sums
 
 
+FEW_SAMPLES = [
+    Case("few_64", nnx.GroupNorm, (64, 64, 320), "bfloat16", samples=2),
+    Case("few_32", nnx.GroupNorm, (1024, 640), "float32", samples=2),
+    Case("few_63", nnx.GroupNorm, (63, 65, 320), "bfloat16", samples=2),
+    Case("few_512", nnx.GroupNorm, (512, 512, 128), "bfloat16", samples=1),
+    Case("few_7", nnx.BatchNorm, (7, 7, 512), "bfloat16", samples=64),
+    Case("few_28", nnx.BatchNorm, (28, 28, 128), "float32", samples=32),
+    Case("few_256", nnx.InstanceNorm, (256, 256, 64), "bfloat16", samples=1),
+]
+
+
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("whole", [block])
-@pytest.mark.parametrize("case", CASES_OF_BENCH, ids=name)
+@pytest.mark.parametrize("case", [*CASES_OF_BENCH, *FEW_SAMPLES], ids=name)
 @pytest.mark.parametrize("chip", [A100], ids=name)
 def test_the_reference_moves_no_more_than_flax(
     begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str, whole: Any
@@ -639,11 +650,13 @@ def test_the_reference_moves_no_more_than_flax(
     """On an older GPU, for which there are no kernels, the reference runs."""
     flax, ours = layers(begun, chip, case, which, whole=whole)
     assert ours.ours == 0
-    assert ours.nbytes <= 1.013 * flax.nbytes
+    assert ours.nbytes <= (1.034 if case in FEW_SAMPLES else 1.02) * flax.nbytes
     if case in ROWWISE and which == "forward" and not case.residual:
         assert ours.kernels == 1
     if case.norm is nnx.BatchNorm and which != "forward" and not case.activation:
         assert ours.nbytes <= 0.9 * flax.nbytes
+    if case in FEW_SAMPLES and which != "forward":
+        assert ours.nbytes <= 8.3 * tensor_of(case)
     assert ours.memory <= 1.02 * flax.memory
 
 

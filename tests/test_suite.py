@@ -468,6 +468,46 @@ def test_the_variance_of_a_gpus_reference(
         assert_close(found_mean, truth.mean, truth.bounds["mean"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("case", "in_parts"),
+    [
+        (Case("group_norm", (2, 32, 32, 24), (("num_groups", 4),)), True),
+        (Case("group_norm", (2, 1600, 24), (("num_groups", 4),)), True),
+        (Case("group_norm", (2, 15, 15, 24), (("num_groups", 4),)), False),
+        (Case("group_norm", (2, 1009, 24), (("num_groups", 4),)), False),  # a prime
+        (Case("instance_norm", (3, 40, 9, 5)), True),
+        (Case("batch_norm", (9, 14, 14, 6)), True),
+        (Case("batch_norm", (600, 6)), True),
+        (Case("batch_norm", (5, 6, 16, 9), (("axis", 1),)), True),
+        (Case("layer_norm", (2, 16, 18, 5), (("reduction_axes", (1, 2, 3)),)), True),
+        (Case("layer_norm", (40, 600)), False),
+    ],
+    ids=str,
+)
+def test_sums_in_parts(case: Case, in_parts: bool, dtype: str) -> None:
+    """A GPU sums parts of the pixels first, where XLA would have few blocks."""
+    x, scale, bias, dy = case.data(30, "float32", "float32")
+    x, dy = (x + 10).astype(dtype), dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy)
+    spec = norm_of(case)
+
+    @jax.jit
+    def run(dy: jax.Array, x: jax.Array) -> tuple:
+        y, mean, var = reference.forward(spec, x, scale, bias, tuned_for="gpu")
+        given = dy, x, scale, bias, mean, var
+        return y, var, reference.backward(spec, *given, tuned_for="gpu")
+
+    text = run.lower(dy, x).as_text()
+    assert text.count("optimization_barrier") == (2 if in_parts else 0)
+    y, var, gradients = run(dy, x)
+    assert_close(y, truth.y, truth.bounds["y"])
+    assert_close(var, truth.var, truth.bounds["var"])
+    for name, gradient in zip(("dx", "dscale", "dbias"), gradients, strict=False):
+        if name != "dbias" or case.has_bias:
+            assert_close(gradient, getattr(truth, name), truth.bounds[name])
+
+
 @pytest.mark.parametrize(
     ("shape", "axes", "far"),
     [
