@@ -414,10 +414,10 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
         if tuned_for := _tuned_for(call, target):
             reference_run = functools.partial(reference_run, tuned_for=tuned_for)
         run: Callable[..., Any]
-        if isinstance(answer, dispatch.Fallback):
-            run = reference_run
-        elif spread is not None:
+        if spread is not None:
             run = parts.mapped(spread, bind, ctx.avals_out)
+        elif isinstance(answer, dispatch.Fallback):
+            run = reference_run
         elif target.partitioned > 1:
             ctx = parts.lowering_on(target.mesh, ctx)
             run = parts.by_xla(

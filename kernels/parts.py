@@ -1,7 +1,8 @@
 """One norm over several devices: a kernel on each one's part, and sums across them.
 
 XLA cannot split a kernel: it would gather the kernel's input (NVIDIA) or refuse (TPU).
-So the primitives are split here, along the axes of x that are sharded:
+So the primitives are split here, along the axes of x that are sharded. In explicit mode
+they are split where no kernel runs, too: the reference has forms for one device.
 
     not reduced    Each device normalizes its own part. Its dscale and dbias are partial
                    sums, which a psum reduces over the devices.

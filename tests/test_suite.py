@@ -868,22 +868,32 @@ def test_a_forward_is_tuned_for_its_compiler(
     assert "optimization_barrier" not in text
 
 
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
 @pytest.mark.parametrize(
-    ("shape", "devices", "statistics", "slices", "barriers"),
+    ("shape", "devices", "kind", "statistics", "slices", "barriers"),
     [
-        ((64, 128), 1, False, 0, 0),  # XLA makes one kernel of y alone
-        ((64, 128), 1, True, 1, 0),
-        ((64, 128), 8, False, 0, 0),
-        ((64, 128), 8, True, 0, 1),  # a slice might lie on several devices
-        ((8, 4, 128), 1, False, 1, 0),
-        ((8, 4, 128), 8, True, 0, 0),
+        ((64, 128), 1, AUTO, False, 0, 0),  # XLA makes one kernel of y alone
+        ((64, 128), 1, AUTO, True, 1, 0),
+        ((64, 128), 8, AUTO, False, 0, 0),
+        ((64, 128), 8, AUTO, True, 0, 1),  # a slice might lie on several devices
+        ((64, 128), 8, EXPLICIT, True, 1, 0),  # each device has its part
+        ((8, 4, 128), 1, AUTO, False, 1, 0),
+        ((8, 4, 128), 8, AUTO, True, 0, 0),
+        ((8, 4, 128), 8, EXPLICIT, True, 1, 0),
     ],
     ids=str,
 )
 def test_how_gpus_find_a_mean(
-    shape: tuple[int, ...], devices: int, statistics: bool, slices: int, barriers: int
+    shape: tuple[int, ...],
+    devices: int,
+    kind: Any,
+    statistics: bool,
+    slices: int,
+    barriers: int,
 ) -> None:
-    mesh = jax.make_mesh((devices,), ("d",), (jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((devices,), ("d",), (kind,))
     placed = jax.NamedSharding(mesh, jax.P("d"))
     x = jax.ShapeDtypeStruct(shape, "float32", sharding=placed)
     norm = (
