@@ -231,7 +231,9 @@ def _sums_in_parts(
     moves 17.0 (compiled for an A100).
     """
     shape = arrays[0].shape
-    if not all(isinstance(size, int) and size for size in shape):  # symbolic, or empty
+    along_last = len(shape) - 1 in axes  # many blocks anyway
+    fixed = all(isinstance(size, int) and size for size in shape)  # else symbolic, or 0
+    if along_last or not fixed:
         return [_sum(a, axes) for a in arrays]
     pixels = math.prod(shape[axis] for axis in axes)
     blocks = math.ceil(math.prod(shape) / pixels / 32)
@@ -244,13 +246,12 @@ def _sums_in_parts(
     of_rest: list[int] = []
     left = wanted
     for axis, size in enumerate(shape):
-        if axis in axes and axis < len(shape) - 1:
+        if axis in axes:
             part = max(n for n in range(1, max(left, 1) + 1) if size % n == 0)
             left //= part
             of_parts.append(len(split))
             split.append(part)
             size //= part
-        if axis in axes:
             of_rest.append(len(split))
         split.append(size)
     parts = math.prod(split[axis] for axis in of_parts)
