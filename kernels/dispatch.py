@@ -356,11 +356,15 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
     if call.half:
         call = _first_half(call)
     _, module = KERNELS[platform]
+    return importlib.import_module(module).plan(call, device_of(platform))
+
+
+def device_of(platform: str) -> Any:
+    """Returns the device of this process, or of `compiling_for`, or None."""
     try:
-        device = jax.devices(platform)[0]
-    except RuntimeError:  # compiling for a device that this process does not have
-        device = _elsewhere.value
-    return importlib.import_module(module).plan(call, device)
+        return jax.devices(platform)[0]
+    except RuntimeError:  # this process has none
+        return _elsewhere.value
 
 
 def _first_half(call: Call) -> Call:

@@ -455,9 +455,10 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
     between two convolutions, compiled for a v5e, then moves 4.3 tensors rather than
     5.3; flax's moves 4.3.
 
-    On GPUs rows are tuned only in a forward with statistics. If just y is wanted, XLA's
-    GPU code is one kernel, which reads x once. Tensors moved forward and backward,
-    compiled for an A100, with tuning, without, and by flax's layer:
+    On GPUs rows are tuned only in a forward, and not if just y is wanted: from compute
+    capability 8.0 on, XLA's GPU code is then one kernel, which reads x once. Tensors
+    moved forward and backward, compiled for an A100, with tuning, without, and by
+    flax's layer:
 
     - LayerNorm of 12288 float32 features: 8.1, 15.1, 8.1; of 768: 8.1, 12.0, 8.1
     - BatchNorm of 56 x 56 x 256, 50 samples, float32: 8.0, 9.0, 9.0
@@ -468,7 +469,7 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
         return "tpu" if forward else None
     if target.platforms in (("cuda",), ("rocm",)):
         of_rows = _is_rowwise(call)
-        if of_rows and not (forward and call.statistics):
+        if of_rows and not (forward and (call.statistics or _is_before_ampere())):
             return None
         if target.partitioned == 1:
             return "gpu"
@@ -477,6 +478,12 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
         return None
     one_loop = _forward_is_one_loop(call) if forward else _backward_is_one_loop(call)
     return None if one_loop else "cpu"
+
+
+def _is_before_ampere() -> bool:
+    """Returns whether the NVIDIA GPU is too old for XLA's kernels of whole rows."""
+    device = dispatch.device_of("cuda")
+    return device is not None and float(device.compute_capability) < 8.0
 
 
 def _forward_is_one_loop(call: dispatch.Call) -> bool:

@@ -217,7 +217,7 @@ def _sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 # fewer blocks than this, parts of the pixels are summed first, of about so many pixels
 # at least.
 _ENOUGH_BLOCKS = 1024
-_LEAST_PIXELS = 128
+_LEAST_PIXELS = 64
 
 
 def _sums_in_parts(
@@ -255,12 +255,21 @@ def _sums_in_parts(
             of_rest.append(len(split))
         split.append(size)
     parts = math.prod(split[axis] for axis in of_parts)
-    if parts < max(wanted / 2, 2):
+    if parts < max(wanted / 4, 2):
         return [_sum(a, axes) for a in arrays]
-    sums = [_sum(a.reshape(split), of_rest) for a in arrays]
+
+    # One reduction of all arrays, so that what they share is read once.
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(map(jnp.add, a, b))
+
+    zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
+    operands = tuple(a.reshape(split) for a in arrays)
+    sums = lax.reduce(operands, zeros, add, of_rest)
     # The barrier keeps XLA from joining the two sums again.
-    sums = [_sum(a, of_parts) for a in lax.optimization_barrier(sums)]
-    return [jnp.squeeze(a, of_parts) for a in sums]
+    sums = lax.optimization_barrier(sums)
+    kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
+    of_parts = [axis - sum(rest < axis for rest in of_rest) for axis in of_parts]
+    return [jnp.sum(a, of_parts).reshape(kept) for a in sums]
 
 
 def _total(norm: Norm, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -35,6 +35,7 @@ from bench.aot.chips import (
     CHIPS,
     H100,
     RTX5090,
+    T4,
     TPUS,
     Chip,
     Gpu,
@@ -650,14 +651,28 @@ def test_the_reference_moves_no_more_than_flax(
     """On an older GPU, for which there are no kernels, the reference runs."""
     flax, ours = layers(begun, chip, case, which, whole=whole)
     assert ours.ours == 0
-    assert ours.nbytes <= (1.034 if case in FEW_SAMPLES else 1.02) * flax.nbytes
+    few = case in FEW_SAMPLES  # their partial sums count
+    assert ours.nbytes <= (1.05 if few else 1.02) * flax.nbytes
     if case in ROWWISE and which == "forward" and not case.residual:
         assert ours.kernels == 1
     if case.norm is nnx.BatchNorm and which != "forward" and not case.activation:
         assert ours.nbytes <= 0.9 * flax.nbytes
-    if case in FEW_SAMPLES and which != "forward":
-        assert ours.nbytes <= 8.3 * tensor_of(case)
-    assert ours.memory <= 1.02 * flax.memory
+    if few and which != "forward":
+        assert ours.nbytes <= 8.4 * tensor_of(case)
+    assert ours.memory <= (1.03 if few else 1.02) * flax.memory
+
+
+@pytest.mark.parametrize("which", ["forward"])
+@pytest.mark.parametrize("whole", [block])
+@pytest.mark.parametrize("case", ROWWISE, ids=name)
+@pytest.mark.parametrize("chip", [T4], ids=name)
+def test_rows_before_ampere(
+    begun: dict[Any, Future[Any]], chip: Chip, case: Case, which: str, whole: Any
+) -> None:
+    """There XLA has no kernel of whole rows, and would read x three times."""
+    flax, ours = layers(begun, chip, case, which, whole=whole)
+    assert ours.ours == 0
+    assert ours.nbytes <= (1.06 if case.sample[-1] < 128 else 1.03) * flax.nbytes
 
 
 ADDED = [

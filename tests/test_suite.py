@@ -474,7 +474,7 @@ def test_the_variance_of_a_gpus_reference(
     [
         (Case("group_norm", (2, 32, 32, 24), (("num_groups", 4),)), True),
         (Case("group_norm", (2, 1600, 24), (("num_groups", 4),)), True),
-        (Case("group_norm", (2, 15, 15, 24), (("num_groups", 4),)), False),
+        (Case("group_norm", (2, 11, 11, 24), (("num_groups", 4),)), False),
         (Case("group_norm", (2, 1009, 24), (("num_groups", 4),)), False),  # a prime
         (Case("instance_norm", (3, 40, 9, 5)), True),
         (Case("batch_norm", (9, 14, 14, 6)), True),

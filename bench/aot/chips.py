@@ -172,7 +172,23 @@ class Tpu:
 
 Chip = Gpu | Tpu
 
-# No kernel of ours runs on it. The reference does, and moves bytes that can be counted.
+# No kernel of ours runs on these. The reference does, and moves bytes that can be
+# counted.
+T4 = Gpu(
+    name="T4",
+    kind="Tesla T4",
+    capability=(7, 5),
+    core_count=40,
+    bandwidth=320_000_000_000,
+    memory=16_106_127_360,
+    l2=4_194_304,
+    clock=1.59,
+    latency=math.nan,
+    sm_shared=64 * KB,
+    block_shared=64 * KB,
+    sm_threads=1024,
+    sm_blocks=16,
+)
 A100 = Gpu(
     name="A100",
     kind="NVIDIA A100-SXM4-80GB",
