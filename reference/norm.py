@@ -539,7 +539,7 @@ def _centred_at_estimate(
 
     By Cauchy and Schwarz k (s - mean)^2 <= m2, so that the first term of m2 is at most
     (1 + n / k) m2. The difference loses no bits where the k elements are like the
-    others, and log2(1 + n / k) = 5 bits at most, whatever x is. So it is not negative.
+    others, and log2(1 + n / k) = 5 bits at most, whatever x is.
     """
     n, k = _count(norm, x, None), _count(norm, few, None)
     estimate = _divided(_total(norm, few.astype(norm.compute_dtype)), k)
@@ -547,7 +547,9 @@ def _centred_at_estimate(
     sums = _sums_in_parts([centred, _abs_squared(centred)], norm.reduction_axes)
     total, squares = (_groups(norm, each) for each in sums)
     shift = _divided(total, n)
-    return estimate + shift, squares - _abs_squared(shift) * _factor(n)
+    # s is rounded. If x is constant, only the rounding of s is left, squared.
+    m2 = squares - _abs_squared(shift) * _factor(n)
+    return estimate + shift, jnp.maximum(m2, 0)
 
 
 def _is_small(x: jax.Array) -> bool:

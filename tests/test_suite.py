@@ -559,6 +559,17 @@ def test_a_constant_has_no_variance_on_a_gpu(value: float) -> None:
     assert np.all(np.isfinite(y))
 
 
+@pytest.mark.parametrize("shape", [(3, 1000), (8, 4095)], ids=str)
+def test_a_large_constant_gives_no_nan_on_a_gpu(shape: tuple[int, ...]) -> None:
+    """The rounding of the estimate, squared, is more than epsilon then."""
+    run = functools.partial(reference.forward, Norm((1,), (1,)), tuned_for="gpu")
+    run = jax.jit(run)
+    for value in 10 ** np.random.default_rng(31).uniform(6, 12, 50):
+        y, _, var = run(jnp.full(shape, value, "float32"), None, None)
+        assert np.all(var >= 0)
+        np.testing.assert_array_equal(y, 0)  # the mean is exact
+
+
 def test_squares_are_centred_before_they_lose_digits() -> None:
     """Squares are centred from a mean of two deviations on."""
     x = np.random.default_rng(25).normal(6, 1, (64, 4096)).astype("float32")
