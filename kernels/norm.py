@@ -351,8 +351,9 @@ def _norm_formula(
 ) -> list[jax.Array]:
     x, scale, bias, mask, residual, shortcut = operands
     h = x if residual is None else reference.add(x, residual, tuned_for=tuned_for)
+    addends = () if residual is None else (x, residual)
     y, mean, var = reference.forward(
-        norm, h, scale, bias, mask, shortcut, tuned_for=tuned_for
+        norm, h, scale, bias, mask, shortcut, tuned_for=tuned_for, addends=addends
     )
     found = [y, h] if carries else [y]
     return found + [r for r in (mean, var) if statistics and r is not None]

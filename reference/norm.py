@@ -384,6 +384,7 @@ def moments(
     mask: jax.Array | None = None,
     *,
     tuned_for: TunedFor = None,
+    addends: Sequence[jax.Array] = (),
 ) -> tuple[Count, jax.Array | None, jax.Array]:
     """Returns count, mean and centred sum of squares of the local part of x.
 
@@ -402,6 +403,8 @@ def moments(
           computes the mean of rows again wherever they are centred, also in a backward,
           for which it writes arrays of x's size: LayerNorm of 12288 float32 features
           moves 15.1 tensors forward and backward, and 9.1 with "gpus".
+      addends: the arrays that x is the sum of, if it is one. The estimate is then made
+        from them, so that XLA's GPU code can add them and sum x in one kernel.
 
     Returns:
       count: number of elements in each statistic; an int, or an array like `mean` if
@@ -413,7 +416,8 @@ def moments(
     count = _count(norm, x, mask)
     if not norm.center:
         return count, None, _add_up(_squares, norm, x, tuned_for, mask)
-    if tuned_for == "gpu" and mask is None and (few := _a_few(norm, x)) is not None:
+    estimates = tuned_for == "gpu" and mask is None
+    if estimates and (few := _a_few(norm, *(addends or [x]))) is not None:
         return count, *_centred_at_estimate(norm, x, few)
     if tuned_for == "tpu" or (tuned_for == "cpu" and not _is_small(x)):
         return count, *_centred_if_far(norm, x, mask, count, tuned_for)
@@ -508,8 +512,8 @@ def _in_short_axes(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 _ESTIMATED_FROM = 32
 
 
-def _a_few(norm: Norm, x: jax.Array) -> jax.Array | None:
-    """Returns at least 1 in `_ESTIMATED_FROM` of the elements of each statistic.
+def _a_few(norm: Norm, x: jax.Array, *others: jax.Array) -> jax.Array | None:
+    """Returns 1 in `_ESTIMATED_FROM` elements, or more, of each statistic of the sum.
 
     None if no axis is reduced, or if sizes are symbolic, in an export.
     """
@@ -527,7 +531,10 @@ def _a_few(norm: Norm, x: jax.Array) -> jax.Array | None:
             # Not the first, which may be a border, and as many as from the first on.
             starts[axis] = min(part // 2, (size - 1) % part)
             strides[axis] = part
-    return None if left == _ESTIMATED_FROM else lax.slice(x, starts, ends, strides)
+    if left == _ESTIMATED_FROM:
+        return None
+    few = [lax.slice(a, starts, ends, strides) for a in (x, *others)]
+    return functools.reduce(jnp.add, few)
 
 
 def _centred_at_estimate(
@@ -685,6 +692,7 @@ def forward(
     shortcut: jax.Array | None = None,
     *,
     tuned_for: TunedFor = None,
+    addends: Sequence[jax.Array] = (),
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Normalizes x.
 
@@ -694,7 +702,7 @@ def forward(
       scale, bias, shortcut: as for `apply`; any real dtype.
       mask: None, or bool of x's rank that broadcasts to x: the elements that enter the
         statistics. All elements are normalized.
-      tuned_for: as for `moments`.
+      tuned_for, addends: as for `moments`.
 
     Returns:
       y: x's shape, `norm.dtype`.
@@ -703,7 +711,7 @@ def forward(
         follows from var, but var does not follow from rstd where var is far below
         epsilon.
     """
-    here = moments(norm, x, mask, tuned_for=tuned_for)
+    here = moments(norm, x, mask, tuned_for=tuned_for, addends=addends)
     count, mean, m2 = combine(norm, *here)
     var = variance(count, m2)
     return apply(norm, x, mean, var, scale, bias, shortcut), mean, var
