@@ -221,43 +221,30 @@ _ENOUGH_BLOCKS = 1024
 _LEAST_PIXELS = 64
 
 
-def _sums_in_parts(
-    arrays: Sequence[jax.Array], axes: Sequence[int]
+def _sums(
+    arrays: Sequence[jax.Array], axes: Sequence[int], *, in_parts: bool
 ) -> Sequence[jax.Array]:
-    """Returns `_sum` of each of the arrays, which have one shape, in a form for a GPU.
+    """Returns `_sum` of each of the arrays, which have one shape.
 
-    In a few blocks the sums would not only be slow. XLA would also write x - mean, or
-    its product with dz, to memory before it sums them: GroupNorm of 2 x 64 x 64 x 320
-    in bfloat16 then moves 16.1 tensors forward and backward, and in parts 8.2; flax's
-    moves 17.0 (compiled for an A100).
+    `in_parts` is a form for a GPU, where in a few blocks the sums would not only be
+    slow. XLA would also write x - mean, or its product with dz, to memory before it
+    sums them: GroupNorm of 2 x 64 x 64 x 320 in bfloat16 then moves 16.1 tensors
+    forward and backward, and in parts 8.2; flax's moves 17.0 (compiled for an A100).
     """
     shape = arrays[0].shape
-    along_last = len(shape) - 1 in axes  # many blocks anyway
-    fixed = all(isinstance(size, int) and size for size in shape)  # else symbolic, or 0
-    if along_last or not fixed:
+    parts = _parts(shape, axes) if in_parts else {}
+    if not parts:
         return [_sum(a, axes) for a in arrays]
-    pixels = math.prod(shape[axis] for axis in axes)
-    blocks = math.ceil(math.prod(shape) / pixels / 32)
-    wanted = min(_ENOUGH_BLOCKS // blocks, pixels // _LEAST_PIXELS)
-
-    # Each axis of pixels is split into (parts, rest). Axes are not joined: in memory
-    # they may lie in any order, as behind a convolution in float32.
+    # Each axis is split into (parts, rest). Axes are not joined: in memory they may lie
+    # in any order, as behind a convolution in float32.
     split: list[int] = []
-    of_parts: list[int] = []
     of_rest: list[int] = []
-    left = wanted
     for axis, size in enumerate(shape):
-        if axis in axes:
-            part = max(n for n in range(1, max(left, 1) + 1) if size % n == 0)
-            left //= part
-            of_parts.append(len(split))
-            split.append(part)
-            size //= part
+        if axis in parts:
+            split.append(parts[axis])
             of_rest.append(len(split))
+            size //= parts[axis]
         split.append(size)
-    parts = math.prod(split[axis] for axis in of_parts)
-    if parts < max(wanted / 4, 2):
-        return [_sum(a, axes) for a in arrays]
 
     # One reduction of all arrays, so that what they share is read once.
     def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -267,10 +254,29 @@ def _sums_in_parts(
     operands = tuple(a.reshape(split) for a in arrays)
     sums = lax.reduce(operands, zeros, add, of_rest)
     # The barrier keeps XLA from joining the two sums again.
-    sums = lax.optimization_barrier(sums)
-    kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
-    of_parts = [axis - sum(rest < axis for rest in of_rest) for axis in of_parts]
-    return [jnp.sum(a, of_parts).reshape(kept) for a in sums]
+    return [_sum(a, axes) for a in lax.optimization_barrier(sums)]
+
+
+def _parts(shape: Sequence[int], axes: Sequence[int]) -> dict[int, int]:
+    """Returns the number of parts of each of the axes; {} for no parts."""
+    along_last = len(shape) - 1 in axes  # many blocks anyway
+    fixed = all(isinstance(size, int) and size for size in shape)  # else symbolic, or 0
+    if along_last or not fixed:
+        return {}
+    pixels = math.prod(shape[axis] for axis in axes)
+    blocks = math.ceil(math.prod(shape) / pixels / 32)
+    wanted = min(_ENOUGH_BLOCKS // blocks, pixels // _LEAST_PIXELS)
+    parts: dict[int, int] = {}
+    left = wanted
+    for axis in sorted(axes):
+        parts[axis] = _divisor(shape[axis], left)
+        left //= parts[axis]
+    return parts if math.prod(parts.values()) >= max(wanted / 4, 2) else {}
+
+
+def _divisor(size: int, most: int) -> int:
+    """Returns the largest divisor of a size that is at most `most`, and at least 1."""
+    return max((n for n in range(1, most + 1) if size % n == 0), default=1)
 
 
 def _total(norm: Norm, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -499,7 +505,7 @@ def _in_short_axes(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     size: Any = a.size
     axes: list[int] = []
     while isinstance(size, int) and size > 32:  # it may be symbolic, in an export
-        part = max(n for n in range(1, 33) if size % n == 0)
+        part = _divisor(size, 32)
         if part == 1:
             break
         axes.append(part)
@@ -551,7 +557,8 @@ def _centred_at_estimate(
     n, k = _count(norm, x, None), _count(norm, few, None)
     estimate = _divided(_total(norm, few.astype(norm.compute_dtype)), k)
     centred = _centred(norm, x, estimate)
-    sums = _sums_in_parts([centred, _abs_squared(centred)], norm.reduction_axes)
+    terms = [centred, _abs_squared(centred)]
+    sums = _sums(terms, norm.reduction_axes, in_parts=True)
     total, squares = (_groups(norm, each) for each in sums)
     shift = _divided(total, n)
     # s is rounded. If x is constant, only the rounding of s is left, squared.
@@ -826,7 +833,7 @@ def backward(
         once. XLA's CPU code otherwise recomputes dz, for example an activation's
         derivative, in each of the loops below, and makes one loop of a row's sums and
         dx. GroupNorm of 1024 x 256 in 32 groups then takes 2.0 times flax's time,
-        against 1.2. "gpu" sums pixels with `_sums_in_parts`.
+        against 1.2. "gpu" sums pixels in parts (`_sums`).
 
     Returns:
       dx: x's shape, in x's dtype.
@@ -881,7 +888,7 @@ def _backward_sums(
 ) -> dict[str, jax.Array]:
     """Returns n * c1, n * c2 (if centred), dscale and dbias of the local part.
 
-    The sums over pixels are `_sums_in_parts` if `in_parts`.
+    `in_parts` says how pixels are summed, as in `_sums`.
     """
     dtype = norm.compute_dtype
     # Pixel axes along which neither scale nor bias varies.
@@ -895,10 +902,7 @@ def _backward_sums(
 
     # Sum over the pixels first: all that follows needs only these two sums per channel.
     terms = [wide_dz, wide_dz * _centred(norm, x, mean)]
-    if in_parts:
-        sum_dz, sum_dz_centred = _sums_in_parts(terms, pixel_axes)
-    else:
-        sum_dz, sum_dz_centred = (_sum(term, pixel_axes) for term in terms)
+    sum_dz, sum_dz_centred = _sums(terms, pixel_axes, in_parts=in_parts)
 
     weight = _weight(norm, scale, x)
     sums = {"c1": _groups(norm, _sum(weight * sum_dz_centred, other_axes)) * rstd}

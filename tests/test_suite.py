@@ -862,9 +862,10 @@ def test_dy_is_kept_where_several_loops_read_it(
 def test_a_forward_is_tuned_for_its_compiler(
     platform: str, branches: int, slices: int
 ) -> None:
-    """The forward is tuned for a TPU and for a GPU, but the backward is not.
+    """The forward is tuned for a TPU and for a GPU, the backward for no TPU.
 
-    Without a barrier, dy may be computed where it is used.
+    Without a barrier, dy may be computed where it is used. (Here are too few pixels for
+    a GPU to sum them in parts.)
     """
 
     def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
