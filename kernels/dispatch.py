@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
-from jax.sharding import AxisType
 
 from fusednorm.kernels.geometry import Geometry, geometry
 from fusednorm.reference import Norm, is_per_element
@@ -161,13 +160,12 @@ class Target:
         `jax.export`.
       partitioned: number of devices over which XLA partitions the code by itself; 1 on
         one device, or where all mesh axes are manual axes of a `shard_map`.
-      mesh: mesh of these devices if XLA asks what each should do with its part, or
-        None.
+      asks: whether XLA asks what each device should do with its part.
     """
 
     platforms: tuple[str, ...]
     partitioned: int = 1
-    mesh: Any = None
+    asks: bool = False
 
     @classmethod
     def default(cls) -> "Target":
@@ -343,12 +341,11 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
         return Fallback("CPU: the kernels are for NVIDIA GPUs and TPUs")
     if platform not in KERNELS:
         return Fallback(f"no kernels for the platform {platform!r} yet")
-    if target.partitioned > 1 and target.mesh is None:
-        of_gpus = "" if platform == "tpu" else "jax.set_mesh, "
+    if target.partitioned > 1 and not target.asks:
         return Fallback(
             f"XLA partitions this call over {target.partitioned} devices; a kernel "
-            f"would gather its input ({of_gpus}explicit sharding and jax.shard_map run "
-            "kernels on each device's part)"
+            "would gather its input (with explicit sharding, and in jax.shard_map, "
+            "kernels run on each device's part)"
         )
     reason = _refusal(call)
     if reason is not None:
@@ -446,20 +443,13 @@ def target_of(ctx: mlir.LoweringRuleContext) -> Target:
     devices = getattr(axes, "num_devices", None) or 1
     # XLA asks through a pointer in the program, which must not be exported.
     exported = module.lowering_parameters.for_export
-    return Target(platforms, devices, None if exported else asking(platforms, devices))
+    return Target(platforms, devices, not exported and asks(platforms, devices))
 
 
-def asking(platforms: Sequence[str], devices: int, mesh: Any = None) -> Any:
-    """Returns the mesh, or that of `jax.set_mesh`, if XLA asks what each device should
-    do.
-
-    XLA asks on NVIDIA GPUs (`custom_partitioning`), about axes that it partitions over.
-    """
-    if devices == 1 or "tpu" in platforms:
-        return None
-    mesh = jax.sharding.get_mesh() if mesh is None else mesh
-    auto = all(kind is AxisType.Auto for kind in mesh.axis_types)
-    return mesh if mesh.size == devices and auto else None
+def asks(platforms: Sequence[str], devices: int) -> bool:
+    """Returns whether XLA asks what each device should do: JAX offers it everywhere but
+    on a TPU (`custom_partitioning`)."""
+    return devices > 1 and "tpu" not in platforms
 
 
 def present(**arrays: jax.Array | None) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 
-from fusednorm.kernels import dispatch, norm
+from fusednorm.kernels import dispatch, norm, parts
 from fusednorm.kernels.dispatch import Fallback, Kernel, Target
 
 PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
@@ -33,6 +33,8 @@ class Choice:
       own: shape of a scale or bias that varies between samples or rows; "" if none
         does.
       shortcut: whether it adds a residual, or a bias of x's shape, after the norm.
+      devices: number of devices over which XLA splits the call, of which `x`, `view`
+        and `plan` show the whole.
     """
 
     op: str
@@ -44,6 +46,7 @@ class Choice:
     residual: bool = False
     own: str = ""
     shortcut: bool = False
+    devices: int = 1
 
     @property
     def backend(self) -> str:
@@ -61,11 +64,14 @@ class Choice:
         if isinstance(self.plan, Fallback):
             return f"{head}\n  reference: {self.plan.reason}"
         kernel = self.plan
-        return (
+        lines = [
             f"{head}\n  {kernel.backend}: {kernel.name}, {kernel.block} per block, "
             f"{kernel.bytes_moved:,} bytes moved"
-            + (f"\n  {kernel.why}" if kernel.why else "")
-        )
+        ]
+        lines += [kernel.why] if kernel.why else []
+        if self.devices > 1:
+            lines.append(f"of the whole, which XLA splits over {self.devices} devices")
+        return "\n  ".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -78,12 +84,10 @@ class Explanation:
     Attributes:
       jaxpr: the traced code.
       target: platforms and devices that the choices hold for.
-      mesh: the mesh of `jax.set_mesh` in which the code was traced.
     """
 
     jaxpr: Any
     target: Target
-    mesh: Any
 
     @functools.cached_property
     def choices(self) -> tuple[Choice, ...]:
@@ -126,7 +130,7 @@ class Explanation:
                 f"No platform {platform!r}; the platforms are {', '.join(PLATFORMS)}."
             )
         platforms = ("cuda" if platform == "gpu" else platform,)
-        target = _target(platforms, self.target.partitioned, self.mesh)
+        target = _target(platforms, self.target.partitioned)
         return dataclasses.replace(self, target=target)
 
 
@@ -145,9 +149,7 @@ def explain_jaxpr(jaxpr: Any, arguments: Any) -> Explanation:
         and leaf.sharding is not None
     ]
     devices = max((len(sharding.device_set) for sharding in shardings), default=1)
-    mesh = jax.sharding.get_mesh()
-    target = _target(Target.default().platforms, devices, mesh)
-    return Explanation(jaxpr, target, mesh)
+    return Explanation(jaxpr, _target(Target.default().platforms, devices))
 
 
 def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
@@ -155,10 +157,11 @@ def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
         avals = [var.aval for var in eqn.invars]
         if eqn.primitive in (norm.norm_p, norm.gradient_p):
             backend = eqn.params["backend"]
-            call, answer, _ = norm.choose(
+            call, answer, spread = norm.choose(
                 eqn.primitive, avals, eqn.params, target, backend
             )
-            yield _choice(call, answer)
+            devices = target.partitioned if spread is parts.BY_XLA else 1
+            yield _choice(call, answer, devices)
         elif (reason := _never_a_kernel(eqn)) is not None:
             yield _choice_of_formula(eqn, reason)
         else:
@@ -169,7 +172,9 @@ def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
                 yield from _choices(sub, inner)
 
 
-def _choice(call: dispatch.Call, answer: dispatch.Kernel | Fallback) -> Choice:
+def _choice(
+    call: dispatch.Call, answer: dispatch.Kernel | Fallback, devices: int
+) -> Choice:
     view = call.geometry
     params = [param for param in (call.scale, call.bias) if param is not None]
     return Choice(
@@ -182,6 +187,7 @@ def _choice(call: dispatch.Call, answer: dispatch.Kernel | Fallback) -> Choice:
         residual=call.addend is not None,
         own=next((str(p.shape) for p in params if len(p.shape) > 1), ""),
         shortcut=call.shortcut is not None,
+        devices=devices,
     )
 
 
@@ -237,5 +243,5 @@ def _left_to_xla(params: dict[str, Any]) -> int:
     )
 
 
-def _target(platforms: tuple[str, ...], devices: int, mesh: Any) -> Target:
-    return Target(platforms, devices, dispatch.asking(platforms, devices, mesh))
+def _target(platforms: tuple[str, ...], devices: int) -> Target:
+    return Target(platforms, devices, dispatch.asks(platforms, devices))

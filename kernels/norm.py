@@ -411,16 +411,24 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
             return mlir.lower_fun(reference_run, multiple_results=True)(ctx, *flat)
         target = dispatch.target_of(ctx)
         call, answer, spread = choose(primitive, ctx.avals_in, params, target, backend)
-        bind = functools.partial(primitive.bind, **{**params, "backend": backend})
+
+        def bind(*flat: Any, norm: Norm, inside: dict[int, jax.Array]) -> Any:
+            asked = {**params, "norm": norm, "backend": backend}
+            if inside:
+                shapes = shapes_of(primitive, ctx.avals_in, params)
+                operands = params["tree"].unflatten(flat)
+                operands = _only_inside(primitive, operands, shapes, inside)
+                of_part, asked["tree"] = jax.tree.flatten(operands)
+                return primitive.bind(*of_part, **asked)
+            return primitive.bind(*flat, **asked)
+
         if tuned_for := _tuned_for(call, target):
             reference_run = functools.partial(reference_run, tuned_for=tuned_for)
         run: Callable[..., Any]
-        if spread is not None:
+        if isinstance(spread, parts.Parts):
             run = parts.mapped(spread, bind, ctx.avals_out)
-        elif isinstance(answer, dispatch.Fallback):
-            run = reference_run
-        elif target.partitioned > 1:
-            ctx = parts.lowering_on(target.mesh, ctx)
+        elif spread is parts.BY_XLA:
+            ctx = parts.numbered(ctx)
             run = parts.by_xla(
                 params["norm"],
                 shapes_of(primitive, ctx.avals_in, params),
@@ -428,7 +436,10 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
                 reference_run,
                 bind,
                 f"{primitive} {params} {backend}",
+                evenly=backend != "auto",  # a named kernel takes no mask
             )
+        elif isinstance(answer, dispatch.Fallback):
+            run = reference_run
         else:
             run = functools.partial(_launch, answer, params)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
@@ -446,6 +457,55 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
     mlir.register_lowering(primitive, lower)
     jet.jet_rules[primitive] = taylor
     return primitive
+
+
+def _gains_from_parts(
+    call: dispatch.Call,
+    target: dispatch.Target,
+    answer: dispatch.Kernel | dispatch.Fallback,
+    backend: str,
+) -> bool:
+    """Returns whether each device should run the call on its part of x: by a kernel, or
+    by the reference's form for one GPU, unless the reference was named."""
+    if isinstance(answer, dispatch.Kernel):
+        return True
+    alone = dataclasses.replace(target, partitioned=1, asks=False)
+    return backend == "auto" and _tuned_for(call, alone) == "gpu"
+
+
+def _only_inside(
+    primitive: Primitive,
+    operands: Sequence[Any],
+    shapes: parts.Shapes,
+    inside: dict[int, jax.Array],
+) -> tuple[Maybe, ...]:
+    """Keeps what lies outside of x out of all sums, on a device that has less of x than
+    others (`Parts.inside`).
+
+    That is garbage. It becomes 0 in dy, 1 in all other operands, and False in the mask,
+    which there is then.
+    """
+    of_mask = 3 if primitive is norm_p else 6
+    found: list[Maybe] = []
+    for at, (operand, axes) in enumerate(zip(operands, shapes.operands, strict=True)):
+        if at == of_mask:
+            x_ndim = operands[0].ndim
+            masks = [_along(axis, x_ndim, in_x) for axis, in_x in inside.items()]
+            given = masks if operand is None else [operand, *masks]
+            found.append(functools.reduce(jnp.logical_and, given))
+            continue
+        is_dy = primitive is gradient_p and at == 0
+        for along, axis in enumerate(axes or ()):
+            if axis in inside:
+                in_x = _along(along, operand.ndim, inside[axis])
+                operand = jnp.where(in_x, operand, 0 if is_dy else 1)
+        found.append(operand)
+    return tuple(found)
+
+
+def _along(axis: int, ndim: int, values: jax.Array) -> jax.Array:
+    """Shapes values along one axis to broadcast against an array of `ndim` axes."""
+    return jnp.expand_dims(values, [a for a in range(ndim) if a != axis])
 
 
 def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedFor:
@@ -627,27 +687,28 @@ def choose(
     params: dict[str, Any],
     target: dispatch.Target,
     backend: str,
-) -> tuple[dispatch.Call, dispatch.Kernel | dispatch.Fallback, parts.Parts | None]:
+) -> tuple[dispatch.Call, dispatch.Kernel | dispatch.Fallback, parts.Spread]:
     """Chooses the implementation of one bound norm_p or gradient_p.
 
     Returns:
       call: the work; one device's share if the types of the operands tell its part.
       answer: the answer of `plan` to this call.
-      spread: the parts over which the types spread the work, or None.
+      spread: the parts over which the types spread the work, or `parts.BY_XLA` where
+        XLA is to say; None for one device, or if XLA splits the formula as it likes.
     """
     call = call_of(primitive, avals, params)
-    spread = None
-    if len(params["norm"].feature_axes) > 1:
+    if len(params["norm"].feature_axes) > 1 or any(map(parts.is_explicit, avals)):
         # XLA may have split a feature axis that `parts` leaves whole, and would then
-        # gather x.
-        target = dataclasses.replace(target, mesh=None)
+        # gather x. About types it does not ask.
+        target = dataclasses.replace(target, asks=False)
+    spread: parts.Spread = None
     if target.partitioned > 1:
         operands = params["tree"].unflatten(avals)
         shapes = shapes_of(primitive, avals, params)
         spread = parts.of_types(params["norm"], call.x, shapes, operands)
-    if spread is not None:
+    if isinstance(spread, parts.Parts):
         left = target.partitioned // parts.explicit_devices(spread.mesh)
-        target = dataclasses.replace(target, partitioned=left, mesh=None)
+        target = dataclasses.replace(target, partitioned=left, asks=False)
         mine = [
             None if follows is None else spread.part(aval, follows)
             for aval, follows in zip(operands, shapes.operands, strict=True)
@@ -655,7 +716,10 @@ def choose(
         call = call_of(
             primitive, jax.tree.leaves(mine), {**params, "norm": spread.norm}
         )
-    return call, dispatch.plan(call, target, backend), spread
+    answer = dispatch.plan(call, target, backend)
+    if target.asks and _gains_from_parts(call, target, answer, backend):
+        spread = parts.BY_XLA
+    return call, answer, spread
 
 
 def shapes_of(

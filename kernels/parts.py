@@ -14,27 +14,29 @@ How x is sharded is known from:
                    itself on the parts (`of_types`, `mapped`).
     auto mode      XLA, when it partitions the program, long after the lowering. XLA
                    calls back through `custom_partitioning` (`by_xla`), which JAX offers
-                   for NVIDIA GPUs. A `shard_map` around the layer would not do: the
-                   arrays' shardings are not known where it would be traced. The mesh is
-                   the one of `jax.set_mesh`. If a lowering learned it in any other way,
-                   JAX would refuse programs with two meshes, or export.
+                   for GPUs. A `shard_map` around the layer would not do: the arrays'
+                   shardings are not known where it would be traced. XLA numbers the
+                   program's devices and tells which numbers have which part, so that
+                   nobody need know a mesh (`_on_a_mesh`).
     shard_map      The caller. The primitives already work on the parts.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from fusednorm import reference
 from fusednorm.reference import Norm
@@ -126,6 +128,7 @@ class Parts:
         channels.
       norm: the normalization that one device runs on its part.
       shapes: the axes of x that each array's axes follow.
+      whole: shape of x.
     """
 
     mesh: Any
@@ -133,6 +136,7 @@ class Parts:
     groups: Names
     norm: Norm
     shapes: Shapes
+    whole: tuple[int, ...]
 
     @property
     def names(self) -> Names:
@@ -162,9 +166,21 @@ class Parts:
         ]
         return jax.ShapeDtypeStruct(tuple(shape), aval.dtype)
 
+    def inside(self) -> dict[int, jax.Array]:
+        """Returns which places of this device's part lie in x, for each axis of x that
+        is not split evenly: bool, one per place."""
+        found = {}
+        for axis, (size, names) in enumerate(zip(self.whole, self.axes, strict=True)):
+            if size % (devices := _size(self.mesh, names)):
+                part = math.ceil(size / devices)
+                first = jax.lax.axis_index(names) * part
+                found[axis] = first + jnp.arange(part) < size
+        return found
+
     def run(self, bind: Callable[..., list[jax.Array]], *flat: Any) -> list[jax.Array]:
-        """Runs `bind(*flat, norm=...)` on one device, and the sums over devices."""
-        results = bind(*flat, norm=self.norm)
+        """Runs `bind(*flat, norm=..., inside=...)` on one device, and the sums over
+        devices."""
+        results = bind(*flat, norm=self.norm, inside=self.inside())
         found = []
         for result, follows, adds_up in zip(
             results, self.shapes.results, self.shapes.params, strict=True
@@ -173,6 +189,10 @@ class Parts:
             shared = tuple(name for name in self.names if name not in kept)
             found.append(jax.lax.psum(result, shared) if adds_up and shared else result)
         return found
+
+
+BY_XLA: Literal["by XLA"] = "by XLA"  # it says how, when it partitions the program
+Spread = Parts | Literal["by XLA"] | None
 
 
 def _size(mesh: Any, names: Names) -> int:
@@ -185,12 +205,14 @@ def _split(
     shape: Sequence[int],
     shapes: Shapes,
     specs: Sequence[tuple[Follows, Any]],
+    *,
+    evenly: bool = True,
 ) -> Parts:
     """Derives how x is split from the arrays' specs, x's own before the parameters'.
 
     These axes are not split:
 
-    - an axis that does not divide evenly;
+    - an axis that does not divide evenly, if it is a feature axis or `evenly` says so;
     - the last axis, if a device would hold only part of a group beside channels of
       another;
     - all feature axes but the first: a scale or bias has one axis for all of them,
@@ -198,6 +220,7 @@ def _split(
 
     How the statistics of groups are sharded says nothing about x.
     """
+    must_be_even = range(len(shape)) if evenly else norm.feature_axes
     axes: list[Names] = [()] * len(shape)
     groups: Names = ()
     within: Names = ()
@@ -209,7 +232,9 @@ def _split(
             if axis in norm.feature_axes[1:]:
                 continue
             taken = {name for others in axes for name in others}
-            if taken & set(names) or shape[axis] % _size(mesh, names):
+            if taken & set(names):
+                continue
+            if axis in must_be_even and shape[axis] % _size(mesh, names):
                 continue
             if norm.num_groups is not None and axis == len(shape) - 1:
                 finer = _split_groups(mesh, names, norm.num_groups)
@@ -227,7 +252,7 @@ def _split(
         over=(*norm.over, *over, *within),
         one_scale=norm.one_scale if norm.over else bool(over),
     )
-    return Parts(mesh, tuple(axes), groups, norm, shapes)
+    return Parts(mesh, tuple(axes), groups, norm, shapes, tuple(shape))
 
 
 def _split_groups(
@@ -267,16 +292,12 @@ def _refined(mesh: Any, name: str, size: int) -> tuple[Any, str]:
     """
     inner = f"{name} within a group"
     at = mesh.axis_names.index(name)
-    shape, names, kinds = (
-        [*mesh.devices.shape],
-        [*mesh.axis_names],
-        [*mesh.axis_types],
-    )
-    shape[at : at + 1] = [size, shape[at] // size]
+    sizes, names = [*mesh.axis_sizes], [*mesh.axis_names]
+    sizes[at : at + 1] = [size, sizes[at] // size]
+    kinds = [*mesh.axis_types]
     names.insert(at + 1, inner)
     kinds.insert(at + 1, kinds[at])
-    devices = mesh.devices.reshape(shape)
-    return Mesh(devices, tuple(names), axis_types=tuple(kinds)), inner
+    return AbstractMesh(tuple(sizes), tuple(names), axis_types=tuple(kinds)), inner
 
 
 def _names_of(entry: Any) -> Names:
@@ -314,6 +335,11 @@ def of_types(
 def _explicit(mesh: Any) -> set[str]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in kinds if kind is AxisType.Explicit}
+
+
+def is_explicit(aval: Any) -> bool:
+    """Returns whether the type of an array tells how it is sharded."""
+    return bool(_explicit(aval.sharding.mesh))
 
 
 def explicit_devices(mesh: Any) -> int:
@@ -366,6 +392,8 @@ def by_xla(
     meaning: Callable[..., list[jax.Array]],
     bind: Callable[..., list[jax.Array]],
     said: str,
+    *,
+    evenly: bool,
 ) -> Callable[..., list[jax.Array]]:
     """Returns the primitive as a call that XLA asks about when it partitions a program.
 
@@ -376,6 +404,7 @@ def by_xla(
       meaning: the formula of the primitive.
       bind: binds the primitive to the parts.
       said: all parameters of the primitive, in words.
+      evenly: whether to leave whole what does not split evenly.
     """
     given = [follows for follows in shapes.operands if follows is not None]
     # jax_remove_custom_partitioning_ptr_from_cache_key takes the call's pointer out of
@@ -390,17 +419,10 @@ def by_xla(
     def whole(mark: Any, *flat: Any) -> Any:
         return meaning(*flat)
 
-    def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        parts = _split(
-            mesh,
-            norm,
-            x.shape,
-            shapes,
-            [
-                (follows, _spec_of(argument.sharding, len(follows), mesh))
-                for follows, argument in zip(given, arguments[1:], strict=True)
-            ],
-        )
+    def partition(_: Any, arguments: Any, results: Any) -> Any:
+        mesh, specs = _on_a_mesh([a.sharding for a in arguments[1:]], map(len, given))
+        said_of = [*zip(given, specs, strict=True)]
+        parts = _split(mesh, norm, x.shape, shapes, said_of, evenly=evenly)
         operand_specs, result_specs = parts.specs()
         placed = [NamedSharding(parts.mesh, spec) for spec in result_specs]
         return (
@@ -413,45 +435,111 @@ def by_xla(
             ),
         )
 
-    # JAX must not decode the shardings: it fails if one does not fit this mesh.
+    _warn_of_cache()
+    # JAX must not decode the shardings: it knows no mesh.
     rule = _rule(shapes, norm, x)
     whole.def_partition(partition, decode_shardings=False, **rule)
     return lambda *flat: whole(jnp.asarray(mark), *flat)
 
 
-def lowering_on(mesh: Any, ctx: Any) -> Any:
-    """Adds devices to a lowering context: `custom_partitioning` asks for them."""
-    devices = tuple(mesh.devices.flat)
+def _warn_of_cache() -> None:
+    """Warns if the persistent cache will not find the program in the next process: the
+    program has a pointer to the call."""
+    has_cache = jax.config.jax_enable_compilation_cache
+    has_cache = has_cache and jax.config.jax_compilation_cache_dir
+    option = "jax_remove_custom_partitioning_ptr_from_cache_key"
+    if has_cache and not getattr(jax.config, option):
+        warnings.warn(
+            "JAX's persistent compilation cache will miss programs with fusednorm's "
+            f"norms on several GPUs in each new process. With jax.config.update("
+            f"{option!r}, True) it hits; see fusednorm's docs/sharded.md.",
+            stacklevel=2,
+        )
+
+
+def numbered(ctx: Any) -> Any:
+    """Returns a lowering context whose devices are numbers, 0 and up.
+
+    `custom_partitioning` asks for devices to describe shardings by. Which ones they
+    are does not matter, and a lowering does not know.
+    """
+    axes = ctx.module_context.axis_context
     axes = dataclasses.replace(
-        ctx.module_context.axis_context,
-        device_assignment=devices,
-        abstract_mesh=mesh.abstract_mesh,
+        axes, device_assignment=tuple(range(axes.num_devices)), abstract_mesh=None
     )
     return ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
 
 
-def _spec_of(sharding: Any, ndim: int, mesh: Any) -> PartitionSpec:
-    """Expresses a sharding in terms of a mesh. An axis that is split in a way that the
-    mesh cannot express counts as whole."""
-    # The start of each device's part, if each axis had as many elements as the mesh has
-    # devices.
-    slices = sharding.devices_indices_map((mesh.size,) * ndim)
-    entries: list[Names | None] = []
-    for axis in range(ndim):
-        begins = np.array([slices[d][axis].start or 0 for d in mesh.devices.flat])
-        begins = begins.reshape(mesh.devices.shape)
-        origin = (0,) * begins.ndim
-        strides = {
-            name: begins[(*origin[:i], 1, *origin[i + 1 :])] - begins[origin]
-            for i, name in enumerate(mesh.axis_names)
-            if mesh.shape[name] > 1
-        }
-        names = sorted((n for n in strides if strides[n]), key=lambda n: -strides[n])
-        placed = NamedSharding(mesh, PartitionSpec(*[None] * axis, tuple(names)))
-        again = placed.devices_indices_map((mesh.size,) * ndim)
-        same = all(again[d][axis] == slices[d][axis] for d in mesh.devices.flat)
-        entries.append(tuple(names) if names and same else None)
-    return PartitionSpec(*entries)
+def _on_a_mesh(
+    shardings: Sequence[Any], ranks: Iterable[int]
+) -> tuple[AbstractMesh, list[PartitionSpec]]:
+    """Returns a mesh, and a spec on it for each sharding of numbered devices.
+
+    The mesh has an axis for each prime factor of the number of devices, in the order
+    that can express most of the shardings. An axis of an array that is split in a way
+    that the mesh cannot express counts as whole.
+    """
+    # Where each device's part begins, if each axis had an element for each device.
+    begins = []
+    for sharding, rank in zip(shardings, ranks, strict=True):
+        devices = sharding.num_devices
+        slices = sharding.devices_indices_map((devices,) * rank)
+        starts = [[cut.start or 0 for cut in slices[d]] for d in range(devices)]
+        begins.append(np.reshape(starts, (devices, rank)).T)
+    found: list[tuple[int, AbstractMesh, list[PartitionSpec]]] = []
+    for sizes in _orders(collections.Counter(_prime_factors(devices))):
+        axes = tuple(f"d{i}" for i in range(len(sizes)))
+        mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))
+        split = [[_names_that_split(mesh, of_axis) for of_axis in a] for a in begins]
+        specs = [PartitionSpec(*[names or None for names in a]) for a in split]
+        missed = sum(names is None for a in split for names in a)
+        found.append((missed, mesh, specs))
+        if not missed:
+            break
+    _, mesh, specs = min(found, key=lambda one: one[0])
+    return mesh, specs
+
+
+def _names_that_split(mesh: AbstractMesh, begins: np.ndarray) -> Names | None:
+    """Returns the axes of the mesh that split an axis of an array.
+
+    Args:
+      mesh: a mesh of numbered devices.
+      begins: where each device's part of the axis begins, if it had as many elements as
+        there are devices.
+
+    Returns:
+      The names, or None if the mesh cannot express where the parts begin.
+    """
+    begins = begins.reshape(mesh.axis_sizes)
+    places = dict(zip(mesh.axis_names, np.indices(mesh.axis_sizes), strict=True))
+    step = {name: begins.flat[np.argmax(place)] for name, place in places.items()}
+    names = tuple(sorted(filter(step.get, step), key=lambda name: -step[name]))
+    expected, stride = np.zeros_like(begins), mesh.size // _size(mesh, names)
+    for name in reversed(names):
+        expected += places[name] * stride
+        stride *= mesh.shape[name]
+    return names if (begins == expected).all() else None
+
+
+def _prime_factors(number: int) -> Iterator[int]:
+    """Returns the prime factors of a number, from the least on."""
+    factor = 2
+    while number > 1:
+        if number % factor:
+            factor += 1
+        else:
+            yield factor
+            number //= factor
+
+
+def _orders(left: collections.Counter[int]) -> Iterator[tuple[int, ...]]:
+    """Returns each different order of numbers that occur so many times."""
+    if not left.total():
+        yield ()
+    for number in [n for n, count in left.items() if count]:
+        for rest in _orders(left - collections.Counter([number])):
+            yield number, *rest
 
 
 def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:

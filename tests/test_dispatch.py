@@ -482,12 +482,13 @@ def test_operands_of_other_dtypes_are_refused(
     )
 
 
-def test_no_mesh_is_asked_for_on_a_tpu() -> None:
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_what_xla_partitions_without_asking_is_for_no_kernel(platform: str) -> None:
     asked = Call("forward", Norm((1,), (1,)), jax.ShapeDtypeStruct((8, 24), "float32"))
-    for platform, names_it in (("cuda", True), ("tpu", False)):
-        answer = dispatch.plan(asked, Target((platform,), 8))
-        assert isinstance(answer, Fallback)
-        assert ("jax.set_mesh" in answer.reason) == names_it
+    answer = dispatch.plan(asked, Target((platform,), 8))
+    assert isinstance(answer, Fallback)
+    assert answer.reason.startswith("XLA partitions this call over 8 devices; a kernel")
+    assert isinstance(dispatch.plan(asked, Target((platform,), 8, True)), Kernel)
 
 
 def test_each_elements_own_scale_does_not_cross_devices() -> None:
@@ -511,20 +512,12 @@ def test_the_device_that_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [elsewhere, None]
 
 
-def test_whom_xla_asks_on_which_mesh() -> None:
-    """XLA asks only on GPUs and about Auto axes, through `custom_partitioning`."""
-
-    def asking(platform: str, devices: int, *kinds: AxisType) -> bool:
-        mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=kinds)
-        with jax.set_mesh(mesh):
-            return dispatch.asking((platform,), devices) is not None
-
-    auto, explicit = AxisType.Auto, AxisType.Explicit
-    assert asking("cuda", 4, auto, auto)
-    assert not asking("tpu", 4, auto, auto)
-    assert not asking("cuda", 2, auto, auto)  # of a different mesh
-    assert not asking("cuda", 1, auto, auto)
-    assert not asking("cuda", 4, auto, explicit)
+def test_whom_xla_asks() -> None:
+    """XLA asks everywhere but on a TPU (`custom_partitioning`), if there are parts."""
+    assert dispatch.asks(("cuda",), 4)
+    assert not dispatch.asks(("cuda",), 1)
+    assert not dispatch.asks(("tpu",), 4)
+    assert not dispatch.asks(("cuda", "tpu"), 4)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

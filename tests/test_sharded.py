@@ -5,8 +5,11 @@ inside `custom_partitioning`, so in auto mode a stand-in for the kernels shows w
 device is asked to do. tests/test_aot_sharded.py shows that kernels do it.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax._src.sharding_impls import GSPMDSharding  # it has no public name
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
@@ -25,6 +29,7 @@ from bench.aot import hlo
 from fusednorm import reference
 from fusednorm.kernels import dispatch, parts
 from fusednorm.kernels.dispatch import Call, Kernel
+from fusednorm.kernels.norm import choose, norm_p
 from fusednorm.reference import Norm
 from fusednorm.reference import norm as of
 from tests import interpreters
@@ -209,15 +214,20 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_auto(stand_in: list[Call], kind: str, sharding: str) -> None:
-    """XLA asks for each device's part, y is sharded like x, and nothing is gathered."""
+@pytest.mark.parametrize(
+    ("kind", "has_mesh"), [*((k, False) for k in KINDS), *((k, True) for k in QUICK)]
+)
+def test_auto(stand_in: list[Call], kind: str, has_mesh: bool, sharding: str) -> None:
+    """XLA asks for each device's part, y is sharded like x, and nothing is gathered.
+
+    A mesh in context, which `jax.set_mesh` puts there, changes nothing.
+    """
     f = KINDS[kind]
     expected = expected_of(f)
     mesh = mesh_of(sharding, "Auto")
     args = placed(mesh, SHARDINGS[sharding], data())
     stand_in.clear()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if has_mesh else contextlib.nullcontext():
         compiled = jax.jit(both(f)).lower(*args).compile()
         found = compiled(*args)
     agree(found, expected)
@@ -275,9 +285,8 @@ def test_auto_groups_on_several_devices(
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
     args = placed(mesh, spec, (x, scale, bias, dy))
     stand_in.clear()
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(all_of).lower(*args).compile()
-        found = compiled(*args)
+    compiled = jax.jit(all_of).lower(*args).compile()
+    found = compiled(*args)
     agree(found, expected)
     last = [call for call in stand_in if call.x.shape != x.shape] or stand_in
     assert {call.x.shape[-1] for call in last} == {channels_here}
@@ -302,46 +311,89 @@ def test_statistics_of_groups_do_not_split_channels() -> None:
     assert found.norm == norm
 
 
-def test_auto_without_a_mesh_is_the_reference(stand_in: list[Call]) -> None:
-    """A lowering knows no mesh but the one of `jax.set_mesh`."""
-    mesh = mesh_of("data", "Auto")
-    x, scale, bias, _ = placed(mesh, P("d"), data())
-    y = jax.jit(fusednorm.layer_norm)(x, scale, bias)
-    assert stand_in == []
-    np.testing.assert_allclose(y, fusednorm.layer_norm(*data()[:3]), rtol=0, atol=1e-5)
-
-
-def test_auto_on_another_mesh_is_right(stand_in: list[Call]) -> None:
-    """An array whose sharding the mesh cannot express is gathered, without a crash."""
+def test_auto_on_another_mesh(stand_in: list[Call]) -> None:
+    """What is sharded over a mesh that is not in context is split all the same."""
     other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     x, scale, bias, _ = data()
     expected = jax.jit(fusednorm.layer_norm)(x, scale, bias)
     stand_in.clear()
     x = jax.device_put(x, NamedSharding(other, P("b", "a")))
     with jax.set_mesh(jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))):
-        y = jax.jit(lambda *a: fusednorm.layer_norm(*a))(x, scale, bias)
-    assert len(stand_in) == 2
+        compiled = jax.jit(lambda *a: fusednorm.layer_norm(*a)).lower(x, scale, bias)
+        compiled = compiled.compile()
+    assert gathered(compiled.as_text()) == []
+    assert [call.x.shape for call in stand_in] == [(4, 8, 32), (1, 4, 32)]
+    y = compiled(x, scale, bias)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
 
 
-def test_auto_uneven_parts_are_not_split(stand_in: list[Call]) -> None:
-    """13 rows over 2 devices would be padded, and the sums would count the padding."""
-    mesh = mesh_of("data", "Auto")
-    x, scale, bias, dy = data()
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 2)])
+def test_auto_on_six_devices(stand_in: list[Call], sizes: tuple[int, int]) -> None:
+    """The residual, on another mesh of these devices, is moved to where x is."""
+
+    def f(x: Any, scale: Any, bias: Any, r: Any) -> jax.Array:
+        return fusednorm.layer_norm(x, scale, bias, residual=r)[0]
+
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh(sizes, ("d", "e"), axis_types=kinds)
+    other = jax.make_mesh(sizes[::-1], ("d", "e"), axis_types=kinds)
+    x, r = (jax.random.normal(jax.random.key(i), (6, 6, 32)) for i in range(2))
+    _, scale, bias, _ = data()
+    expected = jax.jit(f)(x, scale, bias, r)
+    stand_in.clear()
+    x = jax.device_put(x, NamedSharding(mesh, P("d", "e")))
+    for of_residual in (mesh, other):
+        args = x, scale, bias, jax.device_put(r, NamedSharding(of_residual, P("d")))
+        np.testing.assert_allclose(jax.jit(f)(*args), expected, rtol=0, atol=1e-5)
+    part = 6 // sizes[0], 6 // sizes[1], 32
+    assert [call.x.shape for call in stand_in] == [(6, 6, 32), part] * 2
+
+
+@pytest.mark.parametrize("sharding", ["data", "sequence"])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, "layer_norm residual", "of each sample", "layer_norm epsilon 0"]
+)
+def test_auto_uneven_parts(stand_in: list[Call], kind: str, sharding: str) -> None:
+    """What lies outside of x, on the device with less of it, enters no sum.
+
+    13 samples or pixels on 2 devices are 7 on each. The reference takes them, with a
+    mask, and no activation is gathered.
+    """
+    shape = (14, 8, 32) if sharding == "data" else (4, 14, 32)
+    axis = shape.index(14)
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(3, 1.3, shape), "float32") for _ in range(2))
+    params = [jnp.linspace(0.5, 2, 32), jnp.linspace(-1, 1, 32)]
+    if kind == "of each sample":
+        params = [p * jnp.ones((4, 1, 1)) for p in params]
+        if sharding == "data":
+            params = [jnp.ones((14, 1, 1)) * p[0] for p in params]
 
     def f(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-        rows = jnp.concatenate([x.reshape(-1, 32)[:8], x.reshape(-1, 32)[:5]])
-        rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, P("d")))
-        return fusednorm.layer_norm(rows, scale, bias)
+        x = jax.lax.slice_in_dim(x, 0, 13, axis=axis)
+        if kind == "of each sample":
+            scale, bias = scale[: len(x)], bias[: len(x)]
+            y = fusednorm.group_norm(x, scale, bias, num_groups=2, activation="silu")
+        elif kind == "layer_norm residual":
+            y, h = fusednorm.layer_norm(x, scale, bias, residual=x * x)
+            y = y + h
+        elif kind == "layer_norm epsilon 0":
+            y = fusednorm.layer_norm(x, scale, bias, epsilon=0.0)
+        else:
+            y = KINDS[kind](x, scale, bias)
+        return jax.lax.pad(y, 7.0, [(0, int(a == axis), 0) for a in range(3)])
 
-    args = (x, scale, bias, dy.reshape(-1, 32)[:13])
-    with fusednorm.use_backend("reference"), jax.set_mesh(mesh):
-        expected = jax.jit(both(f))(*args)
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(both(f))(x, *params, dy)
+    mesh = mesh_of(sharding, "Auto")
+    args = placed(mesh, SHARDINGS[sharding], (x, *params, dy))
     stand_in.clear()
-    with jax.set_mesh(mesh):
-        found = jax.jit(both(f))(*args)
-    agree(found, expected)
-    assert {c.x.shape for c in stand_in} == {(13, 32)}
+    lowered = jax.jit(both(f)).lower(*args)
+    compiled = lowered.compile()
+    agree(compiled(*args), expected)
+    assert "CustomSPMDPartitioning" in lowered.as_text()
+    assert {call.x.shape[axis] for call in stand_in} == {13}  # no kernel for a part
+    assert gathered(compiled.as_text()) == []
 
 
 def test_what_is_exported_is_the_reference(stand_in: list[Call]) -> None:
@@ -355,6 +407,28 @@ def test_what_is_exported_is_the_reference(stand_in: list[Call]) -> None:
     assert "CustomSPMDPartitioning" not in exported.mlir_module()
     assert stand_in == []
     np.testing.assert_allclose(y, fusednorm.layer_norm(*data()[:3]), rtol=0, atol=1e-5)
+
+
+def test_a_persistent_cache_that_will_miss(stand_in: list[Call], tmp_path: Any) -> None:
+    """The program has a pointer into this process, unless an option removes it."""
+    args = placed(mesh_of("data", "Auto"), P("d"), data())[:3]
+
+    def lower() -> None:
+        jax.clear_caches()
+        jax.jit(fusednorm.layer_norm).lower(*args)
+
+    option = "jax_remove_custom_partitioning_ptr_from_cache_key"
+    before = jax.config.jax_compilation_cache_dir
+    lower()  # a warning would be an error
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        with pytest.warns(UserWarning, match=option):
+            lower()
+        jax.config.update(option, True)
+        lower()
+    finally:
+        jax.config.update(option, False)
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_the_key_of_the_persistent_cache_knows_all(
@@ -959,12 +1033,38 @@ def test_a_partitioned_model_trains_after_fuse() -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-def test_what_a_mesh_can_say_of_anothers_sharding() -> None:
-    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    for spec, said in ((P("b"), None), (P("a"), None), (P(("a", "b")), "d")):
-        found = parts._spec_of(NamedSharding(other, spec), 2, mesh)
-        assert found == P(said and (said,), None)
+@pytest.mark.parametrize("devices", [8, 12])
+def test_a_mesh_for_all_shardings(devices: int) -> None:
+    """The mesh says how an array is sharded on any mesh whose devices are in order."""
+    sizes = [s for s in ((2, 4), (8,), (2, 2, 2), (3, 4), (4, 3), (2, 3, 2), (12,))
+             if math.prod(s) == devices]  # fmt: skip
+    for shape in sizes:
+        names = "abc"[: len(shape)]
+        theirs = AbstractMesh(shape, tuple(names))
+        for order in itertools.permutations(names):
+            for spec in (P(*order), P(order), P(order[0]), P(None, order[-1])):
+                given = numbered(theirs, spec, rank=3)
+                mesh, (first, second) = parts._on_a_mesh([given, given], [3, 3])
+                assert first == second
+                assert numbered(mesh, first, rank=3).is_equivalent_to(given, 3)
+
+
+def numbered(mesh: Any, spec: P, rank: int) -> GSPMDSharding:
+    """Returns the sharding as `custom_partitioning` tells it, of devices by number."""
+    hlo_sharding = NamedSharding(mesh, spec)._to_xla_hlo_sharding(rank)
+    return GSPMDSharding(tuple(range(mesh.size)), hlo_sharding)
+
+
+def test_a_mesh_for_shardings_of_two_meshes() -> None:
+    """No mesh of 12 devices has an axis of 4, then 3, and one of 3, then 4."""
+    specs = [
+        numbered(AbstractMesh(shape, ("a", "b")), P("a", "b"), rank=2)
+        for shape in ((4, 3), (3, 4))
+    ]
+    mesh, (first, second) = parts._on_a_mesh(specs, [2, 2])
+    assert mesh.axis_sizes == (2, 2, 3)
+    assert first == P(("d0", "d1"), "d2")
+    assert second == P(None, None)
 
 
 def over_devices(norm: Fn, arrays: Sequence[Any], params: Sequence[Any]) -> Any:
@@ -1023,6 +1123,24 @@ def test_what_is_not_added_up_yet_is_for_no_kernel() -> None:
         x = types.SimpleNamespace(shape=(4, 32), ndim=2, sharding=sharding)
         found = parts.of_types(Norm((1,), (1,)), x, shapes, [x])
         assert (found is not None) == has_parts
+
+
+def test_xla_does_not_ask_about_types() -> None:
+    """What explicit mode cannot split is the reference's, without a callback."""
+    mesh = mesh_of("data and features", "Explicit").abstract_mesh
+    tree = jax.tree.structure(("x", *[None] * 5))
+    params = {"tree": tree, "norm": Norm((1,), (1,))}
+    params |= {"carries": False, "statistics": False}
+    target = dispatch.Target(("cuda",), 4, asks=True)
+    for spec, kind in (
+        (P("d"), parts.Parts),
+        (P("d", unreduced={"e"}), type(None)),
+    ):
+        x = jax.core.ShapedArray(
+            (4, 32), jnp.dtype("float32"), sharding=NamedSharding(mesh, spec)
+        )
+        *_, spread = choose(norm_p, [x], params, target, "auto")
+        assert isinstance(spread, kind)
 
 
 def test_axes_keep_their_types_where_one_is_split_for_groups() -> None:

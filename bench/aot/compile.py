@@ -97,7 +97,8 @@ def compile_for(chip: Chip, function: Callable[..., Any], *args: Any) -> Compile
         lowered = jax.jit(function).lower(*avals)
     if isinstance(chip, Gpu):
         _archs.add(chip.arch)
-    with _ptxas_reports() as read:
+    # A call that XLA asks about is planned when it compiles.
+    with dispatch.compiling_for(target(chip)), _ptxas_reports() as read:
         compiled = lowered.compile()
         hlo = compiled.as_text() or ""
         reports = list(parse_ptxas(read()))

@@ -4,6 +4,7 @@ Counts the kernels of one device, and the bytes that cross devices.
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
@@ -159,7 +160,9 @@ def layer(
         function = keeping(function, params, x)
     elif sharding == "fsdp":
         function = gathering(function)
-    with jax.set_mesh(mesh):
+    # In auto mode no mesh need be known.
+    context = contextlib.nullcontext() if mode == "Auto" else jax.set_mesh(mesh)
+    with context:
         text = compile_for(chip, function, params, x, x).hlo
     ours = tuple(kernel for kernel in hlo.kernels(text) if kernel.ours)
     return Sharded(ours, tuple(hlo.collectives(text)))
