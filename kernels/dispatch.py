@@ -178,7 +178,6 @@ class Target:
 
 
 ONE_CPU = Target(("cpu",))
-ONE_TPU = Target(("tpu",))
 
 
 # --- what is answered -----------------------------------------------------------------

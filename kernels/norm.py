@@ -514,7 +514,9 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
     On a TPU only the forward is tuned. Both sums are then part of the convolution
     that makes x, and x is read once less. A norm of 200 x 28 x 28 x 512 in bfloat16
     between two convolutions, compiled for a v5e, then moves 4.3 tensors rather than
-    5.3; flax's moves 4.3.
+    5.3; flax's moves 4.3. If XLA partitions it over several TPUs, only BatchNorm is
+    tuned: in other norms, that the devices agree on a branch would be a collective of
+    its own.
 
     On GPUs rows are tuned only in a forward, and not if just y is wanted: from compute
     capability 8.0 on, XLA's GPU code is then one kernel, which reads x once. Tensors
@@ -526,8 +528,10 @@ def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedF
     - GroupNorm of 64 x 64 x 320, bfloat16, 2 samples: 8.2, 20.0, 17.0
     """
     forward = call.op == "forward"
-    if target == dispatch.ONE_TPU:
-        return "tpu" if forward else None
+    if target.platforms == ("tpu",):
+        statistics = enumerate(call.norm.statistic_shape(call.x.shape))
+        of_batch = all(n == 1 for a, n in statistics if a not in call.norm.feature_axes)
+        return "tpu" if forward and (target.partitioned == 1 or of_batch) else None
     if target.platforms in (("cuda",), ("rocm",)):
         of_rows = _is_rowwise(call)
         if of_rows and not (forward and (call.statistics or _is_before_ampere())):

@@ -5,6 +5,7 @@ float32 implementation: half an ulp of the output's dtype, 16 roundings in float
 the rounding of the mean itself.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -205,6 +206,50 @@ def test_masks(backend: str, case: Case, along: str) -> None:
         "first axis": case.shape[:1] + (1,) * (len(case.shape) - 1),
         "one axis given": case.shape[-1:],
     }[along]
+    mask = np.random.default_rng(7).random(shape) < 0.7
+    dy = dy.astype("float32")
+    truth = case.truth(x, scale, bias, dy, mask)
+    check(case, truth, x, scale, bias, dy, mask=jnp.asarray(mask))
+
+
+@pytest.mark.parametrize("tuned_for", ["cpu", "gpu", "gpus", "tpu"])
+@pytest.mark.parametrize("mean", [0, 3000], ids="mean={}".format)
+@pytest.mark.parametrize("along", ["all", "last axis", "first axis"])
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_masks_in_every_form(
+    case: Case,
+    along: str,
+    mean: float,
+    tuned_for: reference.TunedFor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reference counts by the mask in the form of each compiler."""
+    monkeypatch.setattr("fusednorm.reference.norm._SMALL_BYTES", 0)
+    x, scale, bias, dy = case.data(6, "float32", "float32")
+    far = np.zeros(case.shape, bool)
+    far[:1] = True
+    x = (x + mean * far).astype("float32")
+    shape = {
+        "all": case.shape,
+        "last axis": (1,) * (len(case.shape) - 1) + case.shape[-1:],
+        "first axis": case.shape[:1] + (1,) * (len(case.shape) - 1),
+    }[along]
+    mask = np.random.default_rng(7).random(shape) < 0.7
+    truth = case.truth(x, scale, bias, dy, mask)
+    run = functools.partial(reference.forward, norm_of(case), tuned_for=tuned_for)
+    y, found_mean, var = jax.jit(run)(x, scale, bias, mask)
+    assert_close(y, truth.y, truth.bounds["y"])
+    assert_close(var, truth.var, truth.bounds["var"])
+    if found_mean is not None:
+        assert_close(found_mean, truth.mean, truth.bounds["mean"])
+
+
+@pytest.mark.parametrize("shape", [(50, 510), (4, 9, 16, 48)], ids=str)
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_masks_of_arrays_that_are_not_small(case: Case, shape: tuple[int, ...]) -> None:
+    """A CPU takes another form for more than 64 KB of x."""
+    case = dataclasses.replace(case, shape=shape)
+    x, scale, bias, dy = case.data(6, "float32", "float32")
     mask = np.random.default_rng(7).random(shape) < 0.7
     dy = dy.astype("float32")
     truth = case.truth(x, scale, bias, dy, mask)
@@ -878,6 +923,24 @@ def test_a_forward_is_tuned_for_its_compiler(
     assert text.count("stablehlo.case") == branches
     assert text.count("stablehlo.slice") == slices
     assert "optimization_barrier" not in text
+
+
+@pytest.mark.parametrize(
+    ("norm", "branches"),
+    [
+        (lambda x: fusednorm.batch_norm(x)[0], 1),
+        (lambda x: fusednorm.batch_norm(x, axis=1)[0], 1),
+        (fusednorm.layer_norm, 0),
+        (fusednorm.instance_norm, 0),
+    ],
+    ids=["batch_norm", "axis=1", "layer_norm", "instance_norm"],
+)
+def test_a_branch_on_several_tpus(norm: Callable[..., Any], branches: int) -> None:
+    """Where statistics cross the devices anyway, all of them branch alike."""
+    placed = jax.NamedSharding(jax.make_mesh((8,), ("d",), (AUTO,)), jax.P("d"))
+    x = jax.ShapeDtypeStruct((64, 5, 128), "float32", sharding=placed)
+    text = jax.jit(norm).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("stablehlo.case") == branches
 
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
