@@ -109,12 +109,14 @@ def sum_lanes(value: jax.Array, axis: int) -> jax.Array:
 
 @plgpu.inline_mgpu()
 def fence(_: Any) -> None:
-    """Orders accesses to device memory, as other multiprocessors see them.
+    """Orders a warp's accesses to device memory, as other multiprocessors see them.
 
     A cluster barrier does not: its arrive is a release at the scope of its own block
-    only.
+    only. And only some lanes of a warp arrive, for all of it, so the lanes meet here.
     """
-    mosaic.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+    mosaic.inline_ptx(
+        "fence.acq_rel.gpu; bar.warp.sync 0xffffffff;", has_side_effects=True
+    )
 
 
 # --- the rest ------------------------------------------------------------------------

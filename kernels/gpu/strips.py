@@ -726,8 +726,7 @@ class Part:
         """
         for i, value in enumerate(values):
             self.store_channels(partials, value, self.sample, self.block, i)
-        # Some lanes of the warpgroup arrive for all of it. They do not wait for the
-        # others' stores: each warp stores all values, and its lanes run together.
+        # Each warp stores all values, so it does not matter which one tells a block.
         self.one_warpgroup(memory.fence)
         plgpu.barrier_arrive(self._scratch["in_cluster"])
         plgpu.barrier_wait(self._scratch["in_cluster"])

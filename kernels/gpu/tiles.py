@@ -35,11 +35,13 @@ from fusednorm.kernels.gpu.memory import LANES, WARPS, Chunk
 # 1.6 times the rounding error of XLA's.
 IN_A_ROW = 16
 
-# The blocks of a cluster run on one GPC. An H100 and H200 have 8 GPCs, of up to 18
-# multiprocessors (NVIDIA's "H100 Tensor Core GPU Architecture"); a B200 is taken to
-# have 8 too. With 132 multiprocessors and a block on each, 32 clusters of 4 are
-# resident; a 33rd would be a second wave.
-GPCS = 8
+# The blocks of a cluster run on one GPC, of up to 18 multiprocessors (NVIDIA's "H100
+# Tensor Core GPU Architecture"; a B200 is taken to have as many). Of an H100's 132, at
+# most 31 clusters of 4 or 15 of 8 were resident at once, with a block on each (NVIDIA's
+# CUTLASS, issue 1921), and that differs from chip to chip. One cluster too many would
+# be a second wave. So the grid has as many as if all GPCs but the last were full: 29 of
+# 4, 14 of 8.
+OF_GPC = 18
 
 # Shared memory of a block: two levels of dscale and dbias sums over 12288 features
 # (RMSNorm has 16384 features and no dbias), and the barriers and buffers in which row
@@ -343,9 +345,10 @@ def grid(
     tiles = rows // tile
     block = WARPS * LANES * config.warpgroups
     assert threads >= block, "no block of the grid would be resident"
-    resident = processors * (threads // block) // config.cluster
-    if config.cluster > 2:  # two multiprocessors share a cluster of 2 whatever the GPC
-        resident = GPCS * (processors // GPCS * (threads // block) // config.cluster)
+    here = threads // block  # blocks of one multiprocessor
+    full, rest = divmod(processors, OF_GPC)
+    resident = full * (OF_GPC * here // config.cluster)
+    resident += rest * here // config.cluster
     least = pl.cdiv(processors, examples)
     most = max(min(max(rows // 32, least // config.cluster), tiles), 1)
     blocks = max(min(resident // examples, most), 1)
