@@ -198,7 +198,9 @@ def group_norm(
     """
     x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
     num_groups = operator.index(num_groups)
-    if x.ndim == 0 or num_groups < 1 or x.shape[-1] % num_groups:
+    channels = x.shape[-1] if x.ndim else 1
+    divides = num_groups >= 1 and (_is_symbolic(channels) or channels % num_groups == 0)
+    if x.ndim == 0 or not divides:
         raise ValueError(
             f"num_groups={num_groups} must divide the channels, the last axis of x "
             f"with shape {x.shape}."
@@ -537,10 +539,14 @@ def _promote(
         raise ValueError(
             f"Dtype must be inexact (float or complex), got dtype={dtype}."
         )
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        # Convert NumPy integers directly: 64-bit ones may not fit jax's integers.
-        return jnp.asarray(x, at_least_float32(dtype)), dtype
-    return jnp.asarray(x), dtype
+    is_inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    becomes_real = jnp.iscomplexobj(x) and not jnp.issubdtype(
+        dtype, jnp.complexfloating
+    )
+    if is_inexact and not becomes_real:
+        return jnp.asarray(x), dtype
+    # Convert NumPy integers directly: 64-bit ones may not fit jax's integers.
+    return jnp.asarray(x, at_least_float32(dtype)), dtype
 
 
 def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
@@ -594,17 +600,24 @@ def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
     return param.reshape(*lead, math.prod(sizes))
 
 
+def _is_symbolic(size: Any) -> bool:
+    """Returns whether a size is a symbol in an export, of which jax checks later that
+    it fits."""
+    return not isinstance(size, int)
+
+
 def _shared(param: ArrayLike, name: str, spec: Norm, x: jax.Array) -> jax.Array:
     """Returns the parameter in shape (features,)."""
     param = jnp.asarray(param)
     sizes = tuple(x.shape[axis] for axis in spec.feature_axes)
-    if param.size != math.prod(sizes):
+    features = math.prod(sizes)
+    if param.size != features and not _is_symbolic(features):
         varies = (
             " One that varies along other axes must have x's rank and broadcast to it, "
             "and the feature axes be the last."
         )
         raise TypeError(
-            f"{name} has shape {param.shape}, expected ({math.prod(sizes)},): x with "
+            f"{name} has shape {param.shape}, expected ({features},): x with "
             f"shape {x.shape} has sizes {sizes} along its feature axes "
             f"{spec.feature_axes}.{varies if param.ndim > 1 else ''}"
         )

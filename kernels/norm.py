@@ -22,6 +22,7 @@ The rules of the primitives:
     transpose of tangent_p  gradient_p: the backward kernel of every reverse pass
     jvp of the other two    the jvp of their jax.numpy formulas, so every order exists
     Taylor series (jet)     the series of the formulas
+    checkify                a check of the results for NaN
     vmap                    one more leading axis, and the same primitive again
     abstract evaluation     the formulas' own, which know shardings and manual axes
     lowering                what `plan` chooses for the platform and the partitioning
@@ -46,6 +47,11 @@ from jax import lax
 from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+try:  # JAX has no public way to give a primitive a check for NaN
+    from jax._src import checkify
+except ImportError:
+    checkify = None  # type: ignore[assignment]
 
 from fusednorm import reference
 from fusednorm.kernels import dispatch, parts
@@ -456,6 +462,9 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, lower)
     jet.jet_rules[primitive] = taylor
+    if checkify is not None:
+        check = functools.partial(checkify.nan_error_check, primitive)
+        checkify.error_checks[primitive] = check
     return primitive
 
 

@@ -3,6 +3,7 @@
 unfuse(model) moves them back.
 """
 
+import copyreg
 import dataclasses
 import functools
 import re
@@ -82,7 +83,8 @@ def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
         of `nnx.split`, or arrays; or `calls` does not map classes to functions.
       ValueError: the call is inside an NNX transform (`nnx.jit`, `nnx.grad`) or
         `fuse_neighbours` that `model` is an argument of. Neither can carry the change
-        of class back.
+        of class back. (JAX's own transforms, and NNX's with `graph=False`, drop all
+        changes of their arguments' attributes, this one too, and nothing is raised.)
 
     >>> import fusednorm
     >>> from flax import nnx
@@ -260,11 +262,26 @@ def _fused_subclass(cls: Any, fused: Any) -> type:
         "__doc__": cls.__doc__,
         "__reduce_ex__": reduce,
         "_unfused": cls,
+        "_fused": staticmethod(fused),
     }
-    metaclass: Any = type(cls)
     bases = (cls, fused) if is_layer else (cls,)
     is_pytree = cls._pytree__is_pytree
+    users: Any = type(cls)
+    metaclass = _fused_metaclass(users)
     return metaclass(cls.__name__, bases, attributes, pytree=is_pytree)
+
+
+@functools.cache
+def _fused_metaclass(metaclass: type) -> Any:
+    """Returns a metaclass whose classes can be pickled although no module has them, as
+    in an `nnx.GraphDef`."""
+    made = type(metaclass.__name__, (metaclass,), {})
+
+    def reduce(cls: Any) -> Any:
+        return _fused_subclass, (cls._unfused, cls._fused)
+
+    copyreg.pickle(made, reduce)
+    return made
 
 
 def _new(cls: type, fused: Any, *arguments: Any) -> Any:

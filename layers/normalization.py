@@ -27,8 +27,9 @@ A `promote_dtype` other than flax's default is called as flax calls it, and the 
 it returns are normalized.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,14 +99,21 @@ def _shared(
     }
 
 
-class _Options(TypedDict, total=False):
-    """What a call of RMSNorm takes beside x and mask; see `LayerNorm.__call__`."""
+def _with_signature_of[F: Callable[..., Any]](
+    layer: type[nnx.Module],
+) -> Callable[[F], F]:
+    """Gives a `__call__` the signature of flax's for those who inspect it.
 
-    activation: str | None
-    scale_offset: float
-    residual: Any
-    scale: Any
-    bias: Any
+    `nnx.Sequential` passes a keyword to the layers whose signature has it, and
+    `nnx.vmap` and `nnx.remat` refuse keywords with defaults. They treat our layers as
+    they do flax's.
+    """
+
+    def decorate(call: F) -> F:
+        call.__signature__ = inspect.signature(layer.__call__)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -132,6 +140,7 @@ class LayerNorm(nnx.LayerNorm):
     Source: Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4.
     """
 
+    @_with_signature_of(nnx.LayerNorm)
     def __call__(
         self,
         x: Any,
@@ -208,21 +217,11 @@ class RMSNorm(nnx.RMSNorm):
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4.
     """
 
+    @_with_signature_of(nnx.RMSNorm)
     def __call__(
-        self, x: Any, mask: jax.Array | None = None, **options: Unpack[_Options]
-    ) -> Any:
-        """Normalizes x. Arguments, result and errors are those of `LayerNorm`.
-
-        The options are `activation`, `scale_offset`, `residual`, `scale` and `bias`.
-        """
-        # As keywords with defaults they would keep `nnx.vmap` and `nnx.remat` from
-        # taking the layer, as flax's `mask` does in the other layers.
-        return self._normalize(x, mask, **options)
-
-    def _normalize(
         self,
         x: Any,
-        mask: jax.Array | None,
+        mask: jax.Array | None = None,
         *,
         activation: str | None = None,
         scale_offset: float = 0.0,
@@ -230,6 +229,7 @@ class RMSNorm(nnx.RMSNorm):
         scale: Any = None,
         bias: Any = None,
     ) -> Any:
+        """Normalizes x. Arguments, result and errors are those of `LayerNorm`."""
         scale = _own_or_given(self, "scale", scale)
         (x, scale, bias, residual), dtype = _promote(
             self, x, scale, given=[bias, residual]
@@ -275,6 +275,7 @@ class GroupNorm(nnx.GroupNorm):
     Source: Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3 and 7.
     """
 
+    @_with_signature_of(nnx.GroupNorm)
     def __call__(
         self,
         x: Any,
@@ -308,7 +309,8 @@ class GroupNorm(nnx.GroupNorm):
             complex type.
         """
         channels = self.num_groups * self.group_size
-        if jnp.shape(x)[-1:] != (channels,):
+        last = jnp.shape(x)[-1:]
+        if last != (channels,) and (not last or isinstance(last[0], int)):
             raise TypeError(
                 f"x has shape {jnp.shape(x)}, expected {channels} channels along the "
                 f"last axis: num_groups={self.num_groups} of "
@@ -359,6 +361,7 @@ class InstanceNorm(nnx.InstanceNorm):
     Source: Ulyanov et al. 2016 (arXiv:1607.08022), eq. 2.
     """
 
+    @_with_signature_of(nnx.InstanceNorm)
     def __call__(
         self,
         x: Any,
@@ -455,6 +458,7 @@ class BatchNorm(nnx.BatchNorm):
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2.
     """
 
+    @_with_signature_of(nnx.BatchNorm)
     def __call__(
         self,
         x: Any,
@@ -545,5 +549,11 @@ class BatchNorm(nnx.BatchNorm):
                 counted = parts.resharded_like(like, counted)
             moved = jnp.where(counted, moved, before)
             moved = jnp.real(moved).astype(before.dtype)
+            if moved.shape != before.shape:
+                raise ValueError(
+                    f"A running average of shape {before.shape} would get shape "
+                    f"{moved.shape}: momentum must be a number, or one per channel. It "
+                    f"has shape {jnp.shape(self.momentum)}."
+                )
             average.set_value(jax.lax.stop_gradient(moved))
         return y

@@ -427,6 +427,11 @@ def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
+def pickled_in_parts(model: Any) -> Any:
+    """A graphdef names the classes."""
+    return nnx.merge(*pickled(nnx.split(model)))
+
+
 # --- norms that are not flax's --------------------------------------------------------
 
 
@@ -501,7 +506,10 @@ def test_a_norm_that_is_not_flaxs_runs_the_call_that_is_given() -> None:
     assert type(model.norms[0]) is OwnNorm
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, nnx.clone, pickled])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, nnx.clone, pickled, pickled_in_parts],
+)
 def test_copies_of_a_norm_with_a_call_that_is_given(duplicate: Callable) -> None:
     layer = Inheriting(FEATURES, rngs=nnx.Rngs(0))
     fusednorm.fuse(layer, {OwnNorm: own_norm})
@@ -919,7 +927,10 @@ def test_checkpoints_go_from_flax_to_fused_and_back(tmp_path: Path) -> None:
     assert_agrees(back.tail.layers[1].mean[...], theirs.tail.layers[1].mean[...], DEEP)
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, nnx.clone, pickled])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, nnx.clone, pickled, pickled_in_parts],
+)
 @pytest.mark.parametrize("cls", [Scaled, MoreScaled, nnx.BatchNorm])
 def test_copies_of_a_fused_layer(cls: type, duplicate: Callable) -> None:
     layer = randomize(cls(FEATURES, rngs=nnx.Rngs(0)))
@@ -934,7 +945,9 @@ def test_copies_of_a_fused_layer(cls: type, duplicate: Callable) -> None:
     assert isinstance(layer, fusednorm.LayerNorm | fusednorm.BatchNorm)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, nnx.clone, pickled])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, nnx.clone, pickled, pickled_in_parts]
+)
 def test_copies_of_a_fused_model(duplicate: Callable) -> None:
     model = make_model()
     fusednorm.fuse(model)
@@ -973,3 +986,33 @@ def test_another_call_for_a_fused_class_asks_for_unfuse() -> None:
     fusednorm.fuse(model, {Norm: lambda norm, x: x})
     (left,) = fusednorm.fuse(model, {Norm: lambda norm, x: 2 * x}).left
     assert left[2] == "fused already; unfuse it first"
+
+
+class Added(nnx.Module):
+    """Takes keywords that a norm of ours takes too."""
+
+    def __call__(self, x: jax.Array, scale: float = 1.0, residual: Any = 0) -> Any:
+        return scale * x + residual
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sequential_passes_keywords_as_before(name: str) -> None:
+    """It passes a keyword to the layers whose signature has it.
+
+    An older flax passes all keywords to the first layer.
+    """
+    found: list[Any] = []
+    for fused in (False, True):
+        norm = build(nnx, name, **({} if name == "BatchNorm" else {"use_scale": False}))
+        model = nnx.Sequential(norm, nnx.Dropout(0.5), Added())
+        if fused:
+            assert not fusednorm.fuse(model).left
+        try:
+            found.append(model(data(), deterministic=True, scale=2.0, residual=1.0))
+        except TypeError as error:
+            found.append(str(error))
+    before, after = found
+    if isinstance(before, str):
+        assert isinstance(after, str)
+    else:
+        assert_agrees(after, before)

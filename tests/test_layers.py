@@ -131,6 +131,8 @@ each_construction = pytest.mark.parametrize(
 @by_name
 @pytest.mark.parametrize("method", ["__init__", "__call__", "set_view"])
 def test_signatures_are_those_of_flax(name: str, method: str) -> None:
+    """Those of a call leave out our options, which flax's callers never give."""
+
     def parameters(library: Any) -> list[tuple]:
         function = getattr(getattr(library, name), method, None)
         if function is None:
@@ -138,16 +140,7 @@ def test_signatures_are_those_of_flax(name: str, method: str) -> None:
         signature = inspect.signature(function)
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
-    ours = parameters(fusednorm)
-    if method == "__call__" and name == "RMSNorm":
-        assert ours.pop()[:2] == ("options", inspect.Parameter.VAR_KEYWORD)
-    elif method == "__call__":  # our extra options, which flax's callers never give
-        more = [("activation", None), ("scale_offset", 0.0), ("residual", None)]
-        if name == "LayerNorm":
-            more += [("scale", None), ("bias", None)]
-        for option, off in reversed(more):
-            assert ours.pop() == (option, inspect.Parameter.KEYWORD_ONLY, off)
-    assert ours == parameters(nnx)
+    assert parameters(fusednorm) == parameters(nnx)
 
 
 @each_construction
@@ -1400,3 +1393,56 @@ def test_a_scalar_and_a_batch_norm_of_all_axes() -> None:
     ours, theirs = (build(m, "BatchNorm", 1, axis=()) for m in (fusednorm, nnx))
     assert_agrees(ours(data()), theirs(data()))
     assert_agrees(ours.var[...], theirs.var[...])
+
+
+@by_name
+def test_a_complex_x_and_a_real_dtype(name: str) -> None:
+    """The imaginary part is dropped with NumPy's warning, as by flax."""
+    x = data(dtype="complex64") * (1 + 1j)
+    theirs, ours = pair(name, dtype="float32")
+    for given in (x, np.asarray(x)):
+        with pytest.warns(np.exceptions.ComplexWarning):
+            expected = theirs(given)
+        with pytest.warns(np.exceptions.ComplexWarning):
+            assert_agrees(ours(given), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, FEATURES), (FEATURES, 1), (1, FEATURES)])
+def test_a_momentum_that_changes_the_averages_shape(shape: tuple[int, ...]) -> None:
+    momentum = jnp.full(shape, 0.5)
+    for library in (nnx, fusednorm):
+        layer = build(library, "BatchNorm", momentum=momentum)
+        with pytest.raises(ValueError, match="shape"):
+            layer(data())
+        assert layer.mean.shape == layer.var.shape == (FEATURES,)
+
+
+@pytest.mark.parametrize("channels", ["c", "4*c"])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
+def test_export_for_any_number_of_channels(name: str, channels: str) -> None:
+    """The parameters' size is checked when the exported function is called."""
+    layer = build(fusednorm, name)
+    shape = jax.export.symbolic_shape(f"b, h, w, {channels}")
+    exported = jax.export.export(jax.jit(lambda x: layer(x)))(
+        jax.ShapeDtypeStruct(shape, "float32")
+    )
+    x = data((2, 3, 5, FEATURES))
+    assert_agrees(exported.call(x), layer(x))
+    with pytest.raises(ValueError, match="refining shapes"):
+        exported.call(x[..., :8])
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "group_norm", "instance_norm"])
+def test_export_with_a_mask(kind: str) -> None:
+    """The CPU's form of the variance takes symbolic counts."""
+    options = {"num_groups": 3} if kind == "group_norm" else {}
+
+    def norm(x: jax.Array, mask: jax.Array) -> jax.Array:
+        return getattr(fusednorm, kind)(x, mask=mask, **options)
+
+    shape = jax.export.symbolic_shape("b, 4, 12")
+    exported = jax.export.export(jax.jit(norm))(
+        *(jax.ShapeDtypeStruct(shape, dtype) for dtype in ("float32", bool))
+    )
+    x, mask = data((5, 4, 12)), draw_mask((5, 4, 12))
+    assert_agrees(exported.call(x, mask), norm(x, mask))
