@@ -446,9 +446,13 @@ def target_of(ctx: mlir.LoweringRuleContext) -> Target:
 
 
 def asks(platforms: Sequence[str], devices: int) -> bool:
-    """Returns whether XLA asks what each device should do: JAX offers it everywhere but
-    on a TPU (`custom_partitioning`)."""
-    return devices > 1 and "tpu" not in platforms
+    """Returns whether XLA asks what each device should do (`custom_partitioning`).
+
+    JAX offers it everywhere but on a TPU. Only Shardy, XLA's default partitioner, knows
+    our rules.
+    """
+    shardy = getattr(jax.config, "jax_use_shardy_partitioner", True)
+    return devices > 1 and "tpu" not in platforms and shardy
 
 
 def present(**arrays: jax.Array | None) -> dict[str, jax.Array]:

@@ -311,6 +311,46 @@ def test_statistics_of_groups_do_not_split_channels() -> None:
     assert found.norm == norm
 
 
+def test_another_partitioner_does_not_ask(stand_in: list[Call]) -> None:
+    args = placed(mesh_of("data", "Auto"), P("d"), data())[:3]
+    expected = fusednorm.layer_norm(*data()[:3])
+    stand_in.clear()
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        y = jax.jit(fusednorm.layer_norm)(*args)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+    assert stand_in == []
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norms", [2, 5])
+def test_auto_lowers_a_kernel_once_for_all_norms_alike(
+    stand_in: list[Call], norms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports: list[Any] = []
+    export = jax.export.export
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        exports.append(args)
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(jax.export, "export", counted)
+    eps = 1e-3 * norms  # so that no kernel is known from another test
+
+    def f(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        for _ in range(norms):
+            x = jnp.sin(fusednorm.layer_norm(x, scale, bias, epsilon=eps))
+        return x
+
+    x, scale, bias, dy = data()
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(both(f))(x, scale, bias, dy)
+    args = placed(mesh_of("data", "Auto"), P("d"), (x, scale, bias, dy))
+    agree(jax.jit(both(f))(*args), expected)
+    assert len(exports) == 2  # the forward, and the backward
+
+
 def test_auto_on_another_mesh(stand_in: list[Call]) -> None:
     """What is sharded over a mesh that is not in context is split all the same."""
     other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
