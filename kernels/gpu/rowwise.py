@@ -295,11 +295,12 @@ def backward(
 
         def load(i: Any) -> dict[str, Any]:
             row = examples.row(example, first_row(i)[0])
-            loaded: dict[str, Any] = {n: part.load(ref[n], row) for n in loaded_first}
-            for name in ("mean", "var"):
-                if name in ref:
-                    loaded[name] = part.load_statistic(ref[name], row)
-            return loaded
+            return {name: part.load(ref[name], row) for name in loaded_first}
+
+        def load_statistics(i: Any) -> dict[str, Any]:
+            row = examples.row(example, first_row(i)[0])
+            names = [name for name in ("mean", "var") if name in ref]
+            return {name: part.load_statistic(ref[name], row) for name in names}
 
         def step(i: Any, totals: Any, loaded: dict[str, Any]) -> Any:
             """Works on the block's tile i."""
@@ -365,7 +366,9 @@ def backward(
         if rows % tile:
             count = count + (block == (whole_tiles - 1) % blocks)
 
-        totals = sums_over_rows.over_tiles(count, load, step, ahead=ahead)
+        totals = sums_over_rows.over_tiles(
+            count, load, load_statistics, step, ahead=ahead
+        )
         line = example * blocks + block
         for name, total in totals.items():
             part.store_total(ref[name], line, total)

@@ -864,6 +864,7 @@ class Totals:
         self,
         count: Any,
         load: Callable[[Any], Any],
+        load_statistics: Callable[[Any], Any],
         step: Callable[[Any, Any, Any], Any],
         *,
         ahead: bool,
@@ -872,7 +873,8 @@ class Totals:
 
         Args:
           count: number of tiles of the block.
-          load: load(i) loads what `step` needs of tile i.
+          load: load(i) loads the arrays of x's size that `step` needs of tile i.
+          load_statistics: load_statistics(i) loads the rest.
           step: step(i, carried, loaded) adds the terms of tile i to `carried`.
           ahead: whether tile i + 1 is loaded while tile i is computed.
         """
@@ -883,12 +885,14 @@ class Totals:
             def do_tile(j: Any, carry: Any) -> Any:
                 i = first + j
                 if not ahead:
-                    return step(i, carry, load(i))
-                carried, loaded = carry
-                next_loaded = lax.cond(
-                    i + 1 < count, lambda: load(i + 1), lambda: loaded
-                )
-                return step(i, carried, loaded), next_loaded
+                    return step(i, carry, load(i) | load_statistics(i))
+                carried, (loaded, statistics) = carry
+                # In the branch, the compiler would move a long row's statistics to
+                # uniform registers, and wait for them there.
+                following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
+                next_statistics = load_statistics(jnp.minimum(i + 1, count - 1))
+                carried = step(i, carried, loaded | statistics)
+                return carried, (following, next_statistics)
 
             carried = self.begin()
             if not ahead:
@@ -896,7 +900,7 @@ class Totals:
             carried, loaded = lax.fori_loop(0, number, do_tile, (carried, loaded))
             return self.end(carried), loaded
 
-        loaded = load(0) if ahead else None
+        loaded = (load(0), load_statistics(0)) if ahead else None
         if not self.twice:
             return sum_run(0, count, loaded)[0]
 
