@@ -6,23 +6,18 @@ runs them. The functions themselves are checked against float64 NumPy and agains
 
 from fusednorm.reference.activation import ACTIVATIONS, activate, slope, through
 from fusednorm.reference.norm import (
-    Norm,
-    TunedFor,
     add,
     apply,
-    at_least_float32,
     backward,
     before_activation,
-    combine,
     forward,
     input_gradient,
     is_per_element,
-    moments,
     moments_tangent,
-    over_devices,
     tangent,
-    variance,
 )
+from fusednorm.reference.spec import Norm, TunedFor, at_least_float32
+from fusednorm.reference.statistics import combine, moments, over_devices, variance
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,4 +1,11 @@
-"""Evaluates a function of arrays on one part of an axis at a time."""
+"""Evaluates a function of arrays on one part of an axis at a time, for a CPU.
+
+XLA's CPU code materializes arrays of x's size between two of its loops: 16-bit
+numbers as float32, and in a backward the terms that are summed along the last axis.
+Each call allocates this memory anew, and the system maps it page by page, which takes
+more time than all the arithmetic. The arrays of one chunk stay in the cache. Code
+that materializes none takes 1.1 times as long in chunks.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +13,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from fusednorm.reference.spec import Norm
+
+# Maximum size of a chunk of x in `compute_dtype`. Forward and backward time of a
+# LayerNorm of 16384 x 128 in float32, over flax's: 0.66 with a quarter of this size,
+# 0.65 with half, 0.67 with it, 0.93 in one piece. GroupNorm of 4096 x 128, 2 MiB: 1.5
+# with half of it, 1.1 in one piece.
+CHUNK_BYTES = 2**21
+
+
+def chunks_of(norm: Norm, x: jax.Array, own: int) -> tuple[int, int] | None:
+    """Returns the axis to cut x along and the size of a chunk; None for a single chunk.
+
+    Args:
+      norm: the normalization.
+      x: the array.
+      own: number of leading axes along which scale or bias vary, or dscale and dbias
+        keep separate entries.
+    """
+    axes = [axis for axis in range(own, x.ndim) if axis not in norm.feature_axes]
+    if not (axes and isinstance(x.size, int) and x.size):  # symbolic in an export
+        return None
+    axis = max(axes, key=lambda axis: x.shape[axis])
+    row_bytes = x.size // x.shape[axis] * norm.compute_dtype.itemsize
+    size = max(CHUNK_BYTES // row_bytes, 1)
+    return (axis, size) if size < x.shape[axis] else None
+
+
+def is_narrow(norm: Norm, *arrays: jax.Array) -> bool:
+    """Tells whether some array has a narrower dtype than the arithmetic."""
+    return any(a.dtype.itemsize < norm.compute_dtype.itemsize for a in arrays)
+
 
 # The most numbers along an axis that are accumulated one by one. XLA's CPU code
 # accumulates up to a few hundred numbers in sequence, and more in a tree. When each

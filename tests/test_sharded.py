@@ -30,8 +30,7 @@ from fusednorm import reference
 from fusednorm.kernels import dispatch, parts
 from fusednorm.kernels.dispatch import Call, Kernel
 from fusednorm.kernels.norm import choose, norm_p
-from fusednorm.reference import Norm
-from fusednorm.reference import norm as of
+from fusednorm.reference import Norm, reduce
 from tests import interpreters
 from tests.test_op import gathered
 
@@ -197,11 +196,14 @@ def inner_products(norm: reference.Norm, *operands: Any) -> list[jax.Array]:
     """Returns the local c1 = mean(w * x_hat) and, if centred, c2 = mean(w)."""
     dy, x, scale, bias, mean, var, _ = operands
     dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
-    weight = 1 if scale is None else norm.weight(of._spread(norm, scale, x))
+    weight = 1 if scale is None else norm.weight(reduce.spread(norm, scale, x))
     rstd = jax.lax.rsqrt(var + norm.epsilon)
-    w, x_hat = weight * dz, of._centred(norm, x, mean) * of._channels(norm, rstd, x)
+    w, x_hat = (
+        weight * dz,
+        reduce.centred(norm, x, mean) * reduce.channels(norm, rstd, x),
+    )
     found = [w * x_hat, w] if norm.center else [w * x_hat]
-    return [of._total(norm, a) / of._count(norm, x, None) for a in found]
+    return [reduce.total(norm, a) / reduce.count(norm, x, None) for a in found]
 
 
 @pytest.fixture

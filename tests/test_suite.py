@@ -23,8 +23,7 @@ from flax import nnx
 import fusednorm
 from fusednorm import reference
 from fusednorm.kernels import norm as op
-from fusednorm.reference import Norm
-from fusednorm.reference import norm as reference_norm
+from fusednorm.reference import Norm, statistics
 from tests.helpers import EPS32, Case, Truth, assert_close, ulp
 
 CASES = [
@@ -224,7 +223,7 @@ def test_masks_in_every_form(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The reference counts by the mask in the form of each compiler."""
-    monkeypatch.setattr("fusednorm.reference.norm._SMALL_BYTES", 0)
+    monkeypatch.setattr("fusednorm.reference.statistics._SMALL_BYTES", 0)
     x, scale, bias, dy = case.data(6, "float32", "float32")
     far = np.zeros(case.shape, bool)
     far[:1] = True
@@ -476,7 +475,7 @@ def test_the_tuned_variance_is_right_and_keeps_to_itself(
 
     A statistic far from 0 is right, and others are bitwise the same as without it.
     """
-    monkeypatch.setattr("fusednorm.reference.norm._SMALL_BYTES", 0)
+    monkeypatch.setattr("fusednorm.reference.statistics._SMALL_BYTES", 0)
     x, scale, bias, dy = case.data(14, "float32", "float32")
     spec = norm_of(case)
     far = x.copy()
@@ -586,7 +585,7 @@ def test_an_estimate_that_is_far_off_costs_five_bits(
 def test_an_estimate_is_of_one_in_32(size: int) -> None:
     for shape in ((size, 5), (5, size), (7, size, 3), (size, 7, 3)):
         axes = tuple(range(len(shape) - 1)) if len(shape) == 3 else (shape.index(size),)
-        few = reference_norm._a_few(Norm(axes, (0,)), jnp.zeros(shape))
+        few = statistics._a_few(Norm(axes, (0,)), jnp.zeros(shape))
         assert few is not None
         total = math.prod(shape)
         assert total / 32 <= few.size <= max(total / 16, total / size)
@@ -703,8 +702,8 @@ def test_chunks_are_put_together_and_added_up(
     They are all sums of 16-bit arrays, and a backward's sums along the last axis in
     float32.
     """
-    monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 8 * 24 * 4)
-    monkeypatch.setattr("fusednorm.reference.norm._SMALL_BYTES", 0)
+    monkeypatch.setattr("fusednorm.reference.chunks.CHUNK_BYTES", 8 * 24 * 4)
+    monkeypatch.setattr("fusednorm.reference.statistics._SMALL_BYTES", 0)
     spec = norm_of(case)
     x, scale, bias, dy = case.data(21, jnp.dtype(dtype), "float32")
     dy = dy.astype("float32")
@@ -739,7 +738,7 @@ def test_chunks_lose_no_more_than_one_sum(monkeypatch: pytest.MonkeyPatch) -> No
 
     XLA's CPU code accumulates 256 rows in sequence, and 1465 rows in a tree.
     """
-    monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 256 * 512 * 4)
+    monkeypatch.setattr("fusednorm.reference.chunks.CHUNK_BYTES", 256 * 512 * 4)
     case = Case("rms_norm", (1465, 512))
     x, scale, _, dy = case.data(26, "float32", "float32")
     dy = dy.astype("float32")
@@ -766,7 +765,7 @@ def test_chunks_where_scale_and_bias_are_their_own(
     scale, bias = np.random.default_rng(24).normal(1, 0.5, (2, *own)).astype("float32")
     dy = dy.astype("float32")
     truth = case.truth(x, scale, bias, dy)
-    monkeypatch.setattr("fusednorm.reference.norm.CHUNK_BYTES", 5 * 7 * 24 * 4)
+    monkeypatch.setattr("fusednorm.reference.chunks.CHUNK_BYTES", 5 * 7 * 24 * 4)
     jax.clear_caches()  # its traces have larger chunks
     gradients = jax.jit(lambda dy, *given: jax.vjp(case.run, *given)[1](dy))
     lowered = gradients.lower(dy, x, scale, bias)
