@@ -245,6 +245,8 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
       ValueError: no such backend.
       NotImplementedError: at lowering, when a kernel that was named cannot run there.
+        If it cannot run the part that XLA gives to one of several GPUs, compilation
+        fails with XLA's error, which has the reason.
 
     The environment variable FUSEDNORM_BACKEND, read at the first call, sets the backend
     outside of these contexts.

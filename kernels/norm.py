@@ -416,12 +416,13 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
         if primitive is tangent_p:
             return mlir.lower_fun(reference_run, multiple_results=True)(ctx, *flat)
         target = dispatch.target_of(ctx)
-        call, answer, spread = choose(primitive, ctx.avals_in, params, target, backend)
+        avals_in = ctx.avals_in  # `bind` outlives the lowering, and ctx must not
+        call, answer, spread = choose(primitive, avals_in, params, target, backend)
 
         def bind(*flat: Any, norm: Norm, inside: dict[int, jax.Array]) -> Any:
             asked = {**params, "norm": norm}
             if inside:
-                shapes = shapes_of(primitive, ctx.avals_in, params)
+                shapes = shapes_of(primitive, avals_in, params)
                 operands = params["tree"].unflatten(flat)
                 operands = _only_inside(primitive, operands, shapes, inside)
                 of_part, asked["tree"] = jax.tree.flatten(operands)
@@ -443,7 +444,7 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
             ctx = parts.numbered(ctx)
             run = parts.by_xla(
                 params["norm"],
-                shapes_of(primitive, ctx.avals_in, params),
+                shapes_of(primitive, avals_in, params),
                 call.x,
                 reference_run,
                 bind,

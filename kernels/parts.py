@@ -421,8 +421,9 @@ def by_xla(
 
     def partition(_: Any, arguments: Any, results: Any) -> Any:
         mesh, specs = _on_a_mesh([a.sharding for a in arguments[1:]], map(len, given))
-        said_of = [*zip(given, specs, strict=True)]
-        parts = _split(mesh, norm, x.shape, shapes, said_of, evenly=evenly)
+        telling = [_telling(follows, norm, x) for follows in given]
+        told = [*zip(telling, specs, strict=True)]
+        parts = _split(mesh, norm, x.shape, shapes, told, evenly=evenly)
         operand_specs, result_specs = parts.specs()
         placed = [NamedSharding(parts.mesh, spec) for spec in result_specs]
         return (
@@ -542,8 +543,19 @@ def _orders(left: collections.Counter[int]) -> Iterator[tuple[int, ...]]:
             yield number, *rest
 
 
+def _telling(follows: Follows, norm: Norm, x: Any) -> Follows:
+    """Returns the axes of x of which an operand's sharding tells how they are split.
+
+    How a parameter's features are sharded tells nothing: with FSDP they lie on the mesh
+    axis of the data.
+    """
+    if len(follows) == x.ndim:
+        return follows
+    return tuple(None if axis in norm.feature_axes else axis for axis in follows)
+
+
 def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:
-    """Tells Shardy which axes share a sharding: "m, a b c, c -> a b c, a b u".
+    """Tells Shardy which axes share a sharding: "m, a b c, u -> a b c, a b v".
 
     If there are statistics of groups, "m, a b (g k) -> a b (g k), a u g", where a group
     has k channels.
@@ -562,7 +574,8 @@ def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:
     def factors(follows: Follows) -> str:
         return " ".join(names.get(axis) or next(own) for axis in follows)
 
-    operands = [factors(f) for f in shapes.operands if f is not None]
+    given = [f for f in shapes.operands if f is not None]
+    operands = [factors(_telling(f, norm, x)) for f in given]
     results = [factors(f) for f in shapes.results]
     rule = f"{', '.join(['m', *operands])} -> {', '.join(results)}"
     return {"sharding_rule": rule, **sizes}

@@ -8,6 +8,7 @@ device is asked to do. tests/test_aot_sharded.py shows that kernels do it.
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 import re
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src import custom_partitioning
 from jax._src.sharding_impls import GSPMDSharding  # it has no public name
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -367,6 +369,57 @@ def test_auto_on_another_mesh(stand_in: list[Call]) -> None:
     assert [call.x.shape for call in stand_in] == [(4, 8, 32), (1, 4, 32)]
     y = compiled(x, scale, bias)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind", ["layer_norm", "group_norm", "batch_norm"])
+def test_auto_with_parameters_on_the_mesh_axis_of_the_data(
+    stand_in: list[Call], kind: str, residual: bool
+) -> None:
+    """FSDP and tensor parallelism at once: x's own sharding is what counts."""
+
+    def f(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
+        if not residual:
+            return jnp.sin(KINDS[kind](x, scale, bias))
+        if kind == "layer_norm":
+            y, h = fusednorm.layer_norm(x, scale, bias, residual=jnp.sin(x))
+            return jnp.sin(y) * h
+        return KINDS[kind](x + jnp.sin(x), scale, bias)
+
+    with fusednorm.use_backend("reference"):
+        expected = jax.jit(both(f))(*data())
+    mesh = mesh_of("data and features", "Auto")
+    specs = P("d", None, "e"), P("d"), P("d"), P("d", None, "e")
+    args = [
+        jax.device_put(a, NamedSharding(mesh, spec))
+        for a, spec in zip(data(), specs, strict=True)
+    ]
+    stand_in.clear()
+    compiled = jax.jit(both(f)).lower(*args).compile()
+    agree(compiled(*args), expected)
+    part = 2, 8, 16
+    assert {call.x.shape for call in stand_in} == {(4, 8, 32), part}
+    # Parameters are gathered, 32 numbers each.
+    assert all(re.match(r"f32\[(32|16)\]", a) for a in gathered(compiled.as_text()))
+
+
+def test_auto_keeps_no_program(stand_in: list[Call]) -> None:
+    """What XLA asks through goes with the program."""
+
+    def lower(epsilon: float) -> None:
+        norm = functools.partial(fusednorm.layer_norm, epsilon=epsilon)
+        x = placed(mesh_of("data", "Auto"), P("d"), data())[0]
+        jax.jit(norm).lower(x).compile()(x)
+
+    def left() -> int:
+        jax.clear_caches()
+        gc.collect()
+        return len(custom_partitioning._sharding_callbacks)
+
+    before = left()
+    for epsilon in (1e-3, 1e-4, 1e-5):
+        lower(epsilon)
+    assert left() == before
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (3, 2)])
