@@ -657,7 +657,7 @@ def _lowered_once(
     return dataclasses.replace(kernel, launch=launch)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)  # 40 KB each
 def _exported(
     kernel: dispatch.Kernel,
     call: dispatch.Call,

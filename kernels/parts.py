@@ -514,6 +514,7 @@ def _names_that_split(mesh: AbstractMesh, begins: np.ndarray) -> Names | None:
     """
     begins = begins.reshape(mesh.axis_sizes)
     places = dict(zip(mesh.axis_names, np.indices(mesh.axis_sizes), strict=True))
+    # Where the last part along each axis of the mesh begins: 0 if the axis splits none.
     step = {name: begins.flat[np.argmax(place)] for name, place in places.items()}
     names = tuple(sorted(filter(step.get, step), key=lambda name: -step[name]))
     expected, stride = np.zeros_like(begins), mesh.size // _size(mesh, names)
