@@ -202,7 +202,7 @@ def _choice_of_formula(eqn: Any, reason: str) -> Choice:
     is_other = x.ndim == y.ndim and x.shape != y.shape
     transposed = re.search(r"\btranspose\(", str(eqn.source_info.name_stack))
     if transposed or is_other:
-        op, x = "backward", max(operands + results, key=lambda aval: aval.size)
+        op, x = "backward", max(results + operands, key=lambda aval: aval.size)
     return Choice(op, _described(x), "", Fallback(reason))
 
 

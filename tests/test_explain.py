@@ -540,3 +540,12 @@ def test_explanations_are_what_they_say() -> None:
     assert hash(one) == hash(same)
     assert one != one.on("cuda")
     assert repr(one) == f"Explanation(choices={one.choices!r})"
+
+
+def test_the_gradient_of_a_batch_norm_in_eval_mode_has_xs_dtype() -> None:
+    layer = fusednorm.BatchNorm(FEATURES, use_running_average=True, rngs=nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((5, FEATURES), "bfloat16")
+    explanation = fusednorm.explain(
+        jax.grad(lambda x: jnp.vdot(layer(x), jnp.ones(x.shape))), x
+    )
+    assert [c.x for c in explanation.choices] == [f"bfloat16[5, {FEATURES}]"] * 2
