@@ -355,14 +355,17 @@ def backward_grid(call: Call) -> tuple[tiles.Config, int, int, int]:
 def test_a_backward_fills_the_device(
     features: int, dtype: str, residual: bool, activation: str | None
 ) -> None:
-    """All of the 132 multiprocessors have a block, or as many as clusters of 8 get."""
+    """All of the 132 multiprocessors, or nearly all, have a block.
+
+    Of clusters, 29 of 4 blocks or 14 of 8 are sure to be resident.
+    """
     _, call = calls((8192, features), dtype)
     norm = dataclasses.replace(call.norm, activation=activation)
     call = dataclasses.replace(call, norm=norm, addend=call.x if residual else None)
     if activation:
         call = dataclasses.replace(call, bias=call.scale)
     config, _, _, blocks = backward_grid(call)
-    assert blocks * config.cluster >= (112 if config.cluster == 8 else 116)
+    assert blocks * config.cluster >= {4: 116, 8: 112}.get(config.cluster, 128)
 
 
 @pytest.mark.parametrize(

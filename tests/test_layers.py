@@ -141,6 +141,13 @@ def test_signatures_are_those_of_flax(name: str, method: str) -> None:
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
     assert parameters(fusednorm) == parameters(nnx)
+    if method == "__call__":
+        expected = {"activation": None, "scale_offset": 0.0, "residual": None}
+        if name in ("LayerNorm", "RMSNorm"):
+            expected |= {"scale": None, "bias": None}
+        theirs, ours = (getattr(m, name).__call__.__kwdefaults__ for m in
+                        (nnx, fusednorm))  # fmt: skip
+        assert ours == (theirs or {}) | expected
 
 
 @each_construction
