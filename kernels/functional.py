@@ -198,9 +198,8 @@ def group_norm(
     """
     x, dtype = _promote(x, scale, bias, residual, dtype=dtype)
     num_groups = operator.index(num_groups)
-    channels = x.shape[-1] if x.ndim else 1
-    divides = num_groups >= 1 and (_is_symbolic(channels) or channels % num_groups == 0)
-    if x.ndim == 0 or not divides:
+    valid = x.ndim > 0 and num_groups >= 1
+    if not valid or not (is_symbolic(x.shape[-1]) or x.shape[-1] % num_groups == 0):
         raise ValueError(
             f"num_groups={num_groups} must divide the channels, the last axis of x "
             f"with shape {x.shape}."
@@ -600,7 +599,7 @@ def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
     return param.reshape(*lead, math.prod(sizes))
 
 
-def _is_symbolic(size: Any) -> bool:
+def is_symbolic(size: Any) -> bool:
     """Returns whether a size is a symbol in an export, of which jax checks later that
     it fits."""
     return not isinstance(size, int)
@@ -611,7 +610,7 @@ def _shared(param: ArrayLike, name: str, spec: Norm, x: jax.Array) -> jax.Array:
     param = jnp.asarray(param)
     sizes = tuple(x.shape[axis] for axis in spec.feature_axes)
     features = math.prod(sizes)
-    if param.size != features and not _is_symbolic(features):
+    if param.size != features and not is_symbolic(features):
         varies = (
             " One that varies along other axes must have x's rank and broadcast to it, "
             "and the feature axes be the last."

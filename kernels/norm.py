@@ -432,7 +432,9 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
                 avals = [*map(jax.typeof, flat)]
                 call, answer, _ = choose(primitive, avals, asked, here, backend)
                 if isinstance(answer, dispatch.Kernel):
-                    return _launch(_lowered_once(answer, call, here), asked, *flat)
+                    (platform,) = target.platforms
+                    kernel = _lowered_once(answer, call, platform)
+                    return _launch(kernel, asked, *flat)
             return primitive.bind(*flat, **asked, backend=backend)
 
         if tuned_for := _tuned_for(call, target):
@@ -636,7 +638,7 @@ def _launch(
 
 
 def _lowered_once(
-    kernel: dispatch.Kernel, call: dispatch.Call, target: dispatch.Target
+    kernel: dispatch.Kernel, call: dispatch.Call, platform: str
 ) -> dispatch.Kernel:
     """Returns the kernel with a launch that is lowered once for all calls alike.
 
@@ -648,7 +650,6 @@ def _lowered_once(
     def launch(*operands: Maybe, **by_name: jax.Array) -> list[jax.Array]:
         flat, tree = jax.tree.flatten((operands, by_name))
         avals = tuple(map(dispatch.describe, flat))
-        (platform,) = target.platforms
         device = dispatch.device_of(platform)
         exported = _exported(kernel, call, platform, device, tree, avals)
         results: list[jax.Array] = exported.call(*flat)

@@ -406,7 +406,7 @@ def by_xla(
       said: all parameters of the primitive, in words.
       evenly: whether to leave whole what does not split evenly.
     """
-    given = [follows for follows in shapes.operands if follows is not None]
+    given = [_telling(f, norm, x) for f in shapes.operands if f is not None]
     # jax_remove_custom_partitioning_ptr_from_cache_key takes the call's pointer out of
     # the key of XLA's persistent cache, which then tells calls apart by their operands
     # alone. So a hash of everything else that the call depends on is an operand too;
@@ -421,8 +421,7 @@ def by_xla(
 
     def partition(_: Any, arguments: Any, results: Any) -> Any:
         mesh, specs = _on_a_mesh([a.sharding for a in arguments[1:]], map(len, given))
-        telling = [_telling(follows, norm, x) for follows in given]
-        told = [*zip(telling, specs, strict=True)]
+        told = [*zip(given, specs, strict=True)]
         parts = _split(mesh, norm, x.shape, shapes, told, evenly=evenly)
         operand_specs, result_specs = parts.specs()
         placed = [NamedSharding(parts.mesh, spec) for spec in result_specs]
@@ -438,7 +437,7 @@ def by_xla(
 
     _warn_of_cache()
     # JAX must not decode the shardings: it knows no mesh.
-    rule = _rule(shapes, norm, x)
+    rule = _rule(given, shapes.results, norm, x)
     whole.def_partition(partition, decode_shardings=False, **rule)
     return lambda *flat: whole(jnp.asarray(mark), *flat)
 
@@ -555,19 +554,20 @@ def _telling(follows: Follows, norm: Norm, x: Any) -> Follows:
     return tuple(None if axis in norm.feature_axes else axis for axis in follows)
 
 
-def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:
+def _rule(
+    given: Sequence[Follows], found: Sequence[Follows], norm: Norm, x: Any
+) -> dict[str, Any]:
     """Tells Shardy which axes share a sharding: "m, a b c, u -> a b c, a b v".
 
     If there are statistics of groups, "m, a b (g k) -> a b (g k), a u g", where a group
     has k channels.
     """
-    arrays = [f for f in (*shapes.operands, *shapes.results) if f is not None]
     last, groups = x.ndim - 1, norm.num_groups or 1
     names: dict[int | None, str] = {axis: f"x{axis}" for axis in range(x.ndim)}
     sizes = {}
     if groups == x.shape[last]:
         names[GROUPS] = names[last]
-    elif groups > 1 and any(GROUPS in follows for follows in arrays):
+    elif groups > 1 and any(GROUPS in follows for follows in (*given, *found)):
         names |= {last: "(g k)", GROUPS: "g"}
         sizes = {"k": x.shape[last] // groups}
     own = (f"u{i}" for i in itertools.count())
@@ -575,9 +575,7 @@ def _rule(shapes: Shapes, norm: Norm, x: Any) -> dict[str, Any]:
     def factors(follows: Follows) -> str:
         return " ".join(names.get(axis) or next(own) for axis in follows)
 
-    given = [f for f in shapes.operands if f is not None]
-    operands = [factors(_telling(f, norm, x)) for f in given]
-    results = [factors(f) for f in shapes.results]
+    operands, results = [*map(factors, given)], [*map(factors, found)]
     rule = f"{', '.join(['m', *operands])} -> {', '.join(results)}"
     return {"sharding_rule": rule, **sizes}
 

@@ -310,7 +310,7 @@ class GroupNorm(nnx.GroupNorm):
         """
         channels = self.num_groups * self.group_size
         last = jnp.shape(x)[-1:]
-        if last != (channels,) and (not last or isinstance(last[0], int)):
+        if last != (channels,) and not any(map(functional.is_symbolic, last)):
             raise TypeError(
                 f"x has shape {jnp.shape(x)}, expected {channels} channels along the "
                 f"last axis: num_groups={self.num_groups} of "

@@ -54,13 +54,13 @@ from bench.aot.measure import (
     of_case,
     workloads,
 )
+from bench.aot.sharded import layer_on_four
 from bench.aot.whole import (
     PASSES,
     Transformer,
     Whole,
     block,
     forward_backward,
-    layer_on_four,
     pure,
     training_step,
 )

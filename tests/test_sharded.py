@@ -200,10 +200,8 @@ def inner_products(norm: reference.Norm, *operands: Any) -> list[jax.Array]:
     dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
     weight = 1 if scale is None else norm.weight(reduce.spread(norm, scale, x))
     rstd = jax.lax.rsqrt(var + norm.epsilon)
-    w, x_hat = (
-        weight * dz,
-        reduce.centred(norm, x, mean) * reduce.channels(norm, rstd, x),
-    )
+    w = weight * dz
+    x_hat = reduce.centred(norm, x, mean) * reduce.channels(norm, rstd, x)
     found = [w * x_hat, w] if norm.center else [w * x_hat]
     return [reduce.total(norm, a) / reduce.count(norm, x, None) for a in found]
 

@@ -195,17 +195,23 @@ MASKED = [
 ]
 
 
+def draw_mask(case: Case, along: str) -> np.ndarray:
+    """Returns a random mask that varies along all of x's axes, or one of them."""
+    ones = (1,) * (len(case.shape) - 1)
+    shape = {
+        "all": case.shape,
+        "last axis": (*ones, case.shape[-1]),
+        "first axis": (case.shape[0], *ones),
+        "one axis given": case.shape[-1:],
+    }[along]
+    return np.random.default_rng(7).random(shape) < 0.7
+
+
 @pytest.mark.parametrize("along", ["all", "last axis", "first axis", "one axis given"])
 @pytest.mark.parametrize("case", MASKED, ids=str)
 def test_masks(backend: str, case: Case, along: str) -> None:
     x, scale, bias, dy = case.data(6, "float32", "float32")
-    shape = {
-        "all": case.shape,
-        "last axis": (1,) * (len(case.shape) - 1) + case.shape[-1:],
-        "first axis": case.shape[:1] + (1,) * (len(case.shape) - 1),
-        "one axis given": case.shape[-1:],
-    }[along]
-    mask = np.random.default_rng(7).random(shape) < 0.7
+    mask = draw_mask(case, along)
     dy = dy.astype("float32")
     truth = case.truth(x, scale, bias, dy, mask)
     check(case, truth, x, scale, bias, dy, mask=jnp.asarray(mask))
@@ -228,12 +234,7 @@ def test_masks_in_every_form(
     far = np.zeros(case.shape, bool)
     far[:1] = True
     x = (x + mean * far).astype("float32")
-    shape = {
-        "all": case.shape,
-        "last axis": (1,) * (len(case.shape) - 1) + case.shape[-1:],
-        "first axis": case.shape[:1] + (1,) * (len(case.shape) - 1),
-    }[along]
-    mask = np.random.default_rng(7).random(shape) < 0.7
+    mask = draw_mask(case, along)
     truth = case.truth(x, scale, bias, dy, mask)
     run = functools.partial(reference.forward, norm_of(case), tuned_for=tuned_for)
     y, found_mean, var = jax.jit(run)(x, scale, bias, mask)
@@ -249,7 +250,7 @@ def test_masks_of_arrays_that_are_not_small(case: Case, shape: tuple[int, ...]) 
     """A CPU takes another form for more than 64 KB of x."""
     case = dataclasses.replace(case, shape=shape)
     x, scale, bias, dy = case.data(6, "float32", "float32")
-    mask = np.random.default_rng(7).random(shape) < 0.7
+    mask = draw_mask(case, "all")
     dy = dy.astype("float32")
     truth = case.truth(x, scale, bias, dy, mask)
     check(case, truth, x, scale, bias, dy, mask=jnp.asarray(mask))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
@@ -20,6 +20,8 @@ from bench.aot import hlo
 from bench.aot.chips import Chip, Gpu, devices
 from bench.aot.compile import compile_for
 from bench.aot.measure import norm_of
+from bench.aot.whole import Pass, Whole, forward_backward, pure
+from bench.cases import Case
 
 # What decides how arrays are sharded: their types ("Explicit"), XLA ("Auto"), or a
 # `jax.shard_map`.
@@ -143,13 +145,8 @@ def layer(
     kinds = (AxisType.Explicit if mode == "Explicit" else AxisType.Auto,)
     mesh = jax.make_mesh((len(found),), ("d",), axis_types=kinds, devices=found)
 
-    def placed(spec: P) -> Callable[[Any], jax.ShapeDtypeStruct]:
-        return lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=NamedSharding(mesh, spec)
-        )
-
-    x = placed(of_x(len(shape)))(jax.ShapeDtypeStruct(shape, dtype))
-    params = jax.tree.map(placed(of_params), nnx.state(norm, nnx.Param))
+    x = placed(mesh, of_x(len(shape)), jax.ShapeDtypeStruct(shape, dtype))
+    params = placed(mesh, of_params, nnx.state(norm, nnx.Param))
     function = step(norm)
     if mode == "shard_map":
         specs = of_params, of_x(len(shape))
@@ -166,6 +163,44 @@ def layer(
         text = compile_for(chip, function, params, x, x).hlo
     ours = tuple(kernel for kernel in hlo.kernels(text) if kernel.ours)
     return Sharded(ours, tuple(hlo.collectives(text)))
+
+
+def layer_on_four(
+    chip: Chip, case: Case, tensor_bytes: float, which: Pass, fused: bool
+) -> Whole:
+    """Compiles the norm layer of a case for four GPUs, each with a part of the samples.
+
+    XLA partitions the program (auto mode).
+
+    Args:
+      chip: the GPUs' kind.
+      case, which: see `whole.layer`.
+      tensor_bytes: bytes of the part of x that a GPU has.
+      fused: whether to compile our layer, rather than flax's.
+
+    Returns:
+      What one GPU does.
+    """
+    samples, *sample = case.shape(4 * tensor_bytes)
+    dtype = jnp.dtype(case.dtype)
+    norm = case.norm(sample[-1], dtype=dtype, rngs=nnx.Rngs(0))
+    function, params = pure(norm, fused=fused)
+    mesh = Mesh(devices(chip, "1x1x4"), ("d",))
+    x = placed(mesh, P("d"), jax.ShapeDtypeStruct((samples // 4 * 4, *sample), dtype))
+    params = placed(mesh, P(), params)
+    if which == "forward":
+        return Whole.of(compile_for(chip, function, params, x))
+    return Whole.of(compile_for(chip, forward_backward(function), params, x, x))
+
+
+def placed(mesh: Any, spec: P, arrays: Any) -> Any:
+    """Returns shapes and dtypes of a pytree of arrays, all sharded alike."""
+
+    def of(a: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    return jax.tree.map(of, arrays)
 
 
 def step(

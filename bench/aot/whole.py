@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import fusednorm
 from bench.aot import hlo
-from bench.aot.chips import Chip, devices
+from bench.aot.chips import Chip
 from bench.aot.compile import Compiled, compile_for
 from bench.cases import Block, Case, draw
 from fusednorm.kernels import dispatch
@@ -81,44 +79,6 @@ def layer(
         return Whole.of(compile_for(chip, function, params, x), 2 * tensor)
     both = forward_backward(function)
     return Whole.of(compile_for(chip, both, params, x, x), 5 * tensor)
-
-
-def layer_on_four(
-    chip: Chip, case: Case, tensor_bytes: float, which: Pass, fused: bool
-) -> Whole:
-    """Compiles the norm layer of a case for four GPUs, each with a part of the samples.
-
-    XLA partitions the program (auto mode).
-
-    Args:
-      chip: the GPUs' kind.
-      case, which: see `layer`.
-      tensor_bytes: bytes of the part of x that a GPU has.
-      fused: whether to compile our layer, rather than flax's.
-
-    Returns:
-      What one GPU does.
-    """
-    samples, *sample = case.shape(4 * tensor_bytes)
-    dtype = jnp.dtype(case.dtype)
-    norm = case.norm(sample[-1], dtype=dtype, rngs=nnx.Rngs(0))
-    function, params = pure(norm, fused=fused)
-    mesh = Mesh(devices(chip, "1x1x4"), ("d",))
-    x, params = (
-        jax.tree.map(
-            lambda a, spec=spec: jax.ShapeDtypeStruct(
-                a.shape, a.dtype, sharding=NamedSharding(mesh, spec)
-            ),
-            arrays,
-        )
-        for arrays, spec in (
-            (jax.ShapeDtypeStruct((samples // 4 * 4, *sample), dtype), P("d")),
-            (params, P()),
-        )
-    )
-    if which == "forward":
-        return Whole.of(compile_for(chip, function, params, x))
-    return Whole.of(compile_for(chip, forward_backward(function), params, x, x))
 
 
 def block(
