@@ -495,6 +495,26 @@ def test_the_tuned_variance_is_right_and_keeps_to_itself(
     np.testing.assert_array_equal(np.asarray(m2)[same], np.asarray(near_m2)[same])
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shape", "branches"),
+    [
+        ("layer_norm", "float32", (32, 512), 0),  # 64 KB
+        ("layer_norm", "float32", (33, 512), 1),
+        ("layer_norm", "bfloat16", (197, 384), 0),  # 148 KB
+        ("layer_norm", "bfloat16", (193, 512), 1),  # 193 KB
+        ("batch_norm", "bfloat16", (64, 512), 0),
+        ("batch_norm", "bfloat16", (65, 512), 1),
+    ],
+)
+def test_small_arrays_are_read_twice_without_a_branch(
+    kind: str, dtype: str, shape: tuple[int, int], branches: int
+) -> None:
+    norm = norm_of(Case(kind, shape))
+    x = jnp.zeros(shape, dtype)
+    run = functools.partial(reference.moments, norm, tuned_for="cpu")
+    assert jax.jit(run).lower(x).as_text().count("stablehlo.case") == branches
+
+
 @pytest.mark.parametrize("tuned_for", ["gpu", "gpus"])
 @pytest.mark.parametrize("mean", [0, 3000], ids="mean={}".format)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
