@@ -457,6 +457,8 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
             run = reference_run
         else:
             run = functools.partial(_launch, answer, params)
+            with jax.enable_x64(False):  # kernels count in int32
+                return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
 
     def taylor(primals_in: Any, series_in: Any, **params: Any) -> Any:
@@ -677,7 +679,8 @@ def _exported(
     export = jax.export.export(
         jax.jit(launch), platforms=[platform], disabled_checks=[check]
     )
-    return export(*avals)
+    with jax.enable_x64(False):
+        return export(*avals)
 
 
 def _forward_halves(

@@ -509,6 +509,36 @@ def test_forward_and_backward_are_one_kernel_each(
 
 
 @pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm", (37, 64)),
+        Case("layer_norm", (2, 3, 760), (("activation", "gelu"),)),
+        Case("rms_norm", (5, 8200)),
+        Case("group_norm", (2, 1024, 256), (("num_groups", 8),)),
+        Case("instance_norm", (2, 1024, 256)),
+        Case("batch_norm", (8, 128, 256)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("platform", CALLED)
+def test_kernels_run_with_64_bits_too(platform: str, case: Case) -> None:
+    """With jax_enable_x64, float32 arrays have the same kernels."""
+    x, scale, bias, dy = case.data(16, "float32", "float32")
+    x, scale, bias, dy = jax.tree.map(jnp.float32, (x, scale, bias, dy))
+
+    def step(*args: Any) -> Any:
+        y, vjp = jax.vjp(case.run, *args)
+        return y, vjp(dy)
+
+    kernels = lowered(platform, step, x, scale, bias).count(CALLED[platform])
+    with jax.enable_x64(True):
+        text = lowered(platform, step, x, scale, bias)
+    assert kernels >= 2
+    assert text.count(CALLED[platform]) == kernels
+    assert "f64" not in text
+
+
+@pytest.mark.parametrize(
     ("platform", "case"),
     [
         *((platform, Case("layer_norm", (8, 64))) for platform in CALLED),
