@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +67,14 @@ class ArrayCall:
             ],
         )
         graph, before = nnx.graphdef(nodes), _contents(nodes)
-        result = fn(*args, **kwargs)
+        try:
+            result = fn(*args, **kwargs)
+        except flax.errors.TraceContextError as error:
+            error.add_note(
+                "The function is traced: everything that it changes must be among its "
+                "arguments, or be the model or method itself."
+            )
+            raise
         changed = {
             path: now.node
             for path, now in _contents(nodes).items()
@@ -114,6 +122,8 @@ def unbound(
     fn: Callable[..., Any],
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Splits a method or partial into its function and the arguments bound to it."""
+    if isinstance(fn, types.FunctionType):  # a method has its function's attributes
+        fn = getattr(fn, _PARTIAL, fn)
     if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nnx.Pytree):
         inner, args, kwargs = unbound(fn.__func__)
         return inner, (*args, fn.__self__), kwargs
@@ -121,6 +131,15 @@ def unbound(
         inner, args, kwargs = unbound(fn.func)
         return inner, (*args, *fn.args), {**kwargs, **fn.keywords}
     return fn, (), {}
+
+
+def bind(fn: Callable[..., Any], partial: functools.partial[Any]) -> Any:
+    """Returns fn, in which `unbound` finds the arguments of an equivalent partial."""
+    setattr(fn, _PARTIAL, partial)
+    return fn
+
+
+_PARTIAL = "_fusednorm_partial"
 
 
 def _as_they_are(context: Any, path: Any, prefix: Any, node: Any) -> Any:

@@ -1,7 +1,6 @@
 """fuse_neighbours(fn): moves operations around a norm into its kernels."""
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from fusednorm.kernels import neighbours
-from fusednorm.layers.calls import ArrayCall, unbound
+from fusednorm.layers.calls import ArrayCall, bind, unbound
 
 
 def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
@@ -73,16 +72,15 @@ def fuse_neighbours[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
             "Expected a model, its method or a function, got an object of type "
             f"{type(fn).__name__}: fuse_neighbours(model)(x), not of model(x)."
         )
-    inner, args, kwargs = unbound(fn)
-    fused: Any = _Fused(_run, inner, *args, **kwargs)
-    return functools.update_wrapper(fused, fn, updated=())
+    inner, own_args, own_kwargs = unbound(fn)
+    run = functools.partial(_run, inner, *own_args, **own_kwargs)
 
+    # NNX rebuilds a partial, and resolves no keyword of it. So this is a function.
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
 
-class _Fused(functools.partial[Any]):
-    """A function that also works as a method; `explain` finds `fn` in it."""
-
-    def __get__(self, owner: Any, cls: Any = None) -> Any:
-        return self if owner is None else types.MethodType(self, owner)
+    functools.update_wrapper(fused, fn, updated=())
+    return bind(fused, run)
 
 
 def _run(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -2,9 +2,11 @@
 
 import functools
 import gc
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -958,6 +960,70 @@ def test_outside_of_jit_nothing_is_compiled_twice(
 
 def test_keeps_the_name() -> None:
     assert fusednorm.fuse_neighbours(_used_within).__name__ == "_used_within"
+
+
+def _times(model: Any, x: jax.Array, factor: Any = 1.0) -> jax.Array:
+    return factor * nnx.relu(model(x))
+
+
+def _either(model: Any, x: jax.Array, mode: str = "relu") -> jax.Array:
+    return nnx.relu(model(x)) if mode == "relu" else model(x)
+
+
+def _mean_of(model: Any, x: jax.Array) -> jax.Array:
+    return jnp.sin(nnx.relu(model(x))).mean()
+
+
+_decorated = fusednorm.fuse_neighbours(_mean_of)
+_decorated.__qualname__ = _decorated.__name__ = "_decorated"
+
+IN_NNX: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "grad": (_mean_of, lambda f, m, x: nnx.grad(f)(m, x=x)),
+    "vmap": (
+        _times,
+        lambda f, m, x: nnx.vmap(f, in_axes=(None, 0, None))(m, x, factor=2.0),
+    ),
+    "remat": (_times, lambda f, m, x: nnx.remat(f)(m, x=x, factor=2.0)),
+    "static": (
+        _either,
+        lambda f, m, x: nnx.jit(f, static_argnames="mode")(m, x, "none"),
+    ),
+    "partial": (
+        _either,
+        lambda f, m, x: nnx.cached_partial(nnx.jit(f, static_argnames="mode"), m)(
+            x, "none"
+        ),
+    ),
+    "donated": (
+        _times,
+        lambda f, m, x: (
+            nnx.jit(f, donate_argnames="x")(m, copy := x + 0),
+            jnp.asarray(copy.is_deleted()),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", IN_NNX)
+def test_nnx_transforms_take_it_as_they_take_the_function(how: str) -> None:
+    """NNX resolves keywords and names by the signature."""
+    layer, x = fusednorm.LayerNorm(12, rngs=nnx.Rngs(0)), jnp.asarray(data(SHAPE))
+    fn, transformed = IN_NNX[how]
+    expected = transformed(fn, layer, x)
+    assert_trees_agree(
+        transformed(fusednorm.fuse_neighbours(fn), layer, x), expected, 3
+    )
+
+
+def test_a_decorated_function_can_be_pickled() -> None:
+    assert pickle.loads(pickle.dumps(_decorated)) is _decorated
+
+
+def test_says_what_must_be_an_argument() -> None:
+    layer = fusednorm.BatchNorm(12, rngs=nnx.Rngs(0))
+    with pytest.raises(flax.errors.TraceContextError) as raised:
+        fusednorm.fuse_neighbours(lambda x: nnx.relu(layer(x)))(data(SHAPE))
+    assert "must be among its arguments" in raised.value.__notes__[0]
 
 
 # --- what a call carries beside modules -----------------------------------------------
