@@ -275,11 +275,10 @@ def backward(
     given = dy, x, scale, bias, mean, var, shortcut
     dz = before_activation(norm, *given)
     own = max([own_params, *(p.ndim - 1 for p in (scale, bias) if p is not None)])
-    pixel_axes = reduce.pixel_axes(norm)
-    of_rows = not pixel_axes or x.ndim - 1 in pixel_axes
     on_cpu = tuned_for == "cpu"
-    chunked = on_cpu and (of_rows or is_narrow(norm, x, dy))
-    chunks = chunks_of(norm, x, own) if chunked else None
+    chunks = None
+    if on_cpu and _gains_from_chunks(norm, x, dy):
+        chunks = chunks_of(norm, x, own)
     if on_cpu and not chunks:
         dz = lax.optimization_barrier(dz)
     if chunks:
@@ -303,6 +302,18 @@ def backward(
         dscale = each.astype(scale.dtype)
     dshortcut = dz.astype(dy.dtype if shortcut is None else shortcut.dtype)
     return dx, dscale, dbias, dshortcut
+
+
+def _gains_from_chunks(norm: Norm, x: jax.Array, dy: jax.Array) -> bool:
+    """Returns whether a CPU's backward is faster in chunks.
+
+    Times relative to flax, with and without: BatchNorm of 64 x 128 x 512 in float32,
+    channels first, 1.5 and 0.84; LayerNorm over both axes of 128 x 128, 64 samples, 2.1
+    and 1.0 in float32, 1.7 and 0.9 in bfloat16.
+    """
+    if not reduce.pixel_axes(norm):
+        return len(norm.reduction_axes) <= 1
+    return is_narrow(norm, x, dy)
 
 
 def _backward_sums(
