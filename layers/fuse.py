@@ -73,7 +73,8 @@ def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
       calls: maps a class to the function that replaces `__call__` in its layers and in
         those of subclasses that inherit that `__call__`. The function computes the same
         with fusednorm's functions. It takes the layer first, then `__call__`'s
-        arguments.
+        arguments. Class and function are kept for good, so define the function once,
+        not anew for each model.
 
     Returns:
       A report of what was replaced and what was left, with reasons.
@@ -210,7 +211,7 @@ def _fused_class(module: Any, calls: Calls) -> type | str | None:
         return _FUSED[cls]
     try:
         return _fused_subclass(cls, known[base])
-    except Exception as error:  # the user's `__init_subclass__` can raise anything
+    except Exception as error:  # the user's metaclass can raise anything
         return f"a class that cannot be subclassed: {error}"
 
 
@@ -271,11 +272,27 @@ def _fused_subclass(cls: Any, fused: Any) -> type:
     return metaclass(cls.__name__, bases, attributes, pytree=is_pytree)
 
 
+class _Unannounced:
+    """Stands in a fused class's MRO before the user's class, whose `__init_subclass__`
+    must not see one more subclass: it might change it, or register it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        nnx.Pytree.__init_subclass__.__func__(cls, **options)  # type: ignore
+
+
 @functools.cache
-def _fused_metaclass(metaclass: type) -> Any:
-    """Returns a metaclass whose classes can be pickled although no module has them, as
-    in an `nnx.GraphDef`."""
-    made = type(metaclass.__name__, (metaclass,), {})
+def _fused_metaclass(metaclass: Any) -> Any:
+    """Returns a metaclass for fused classes.
+
+    They can be pickled although no module has them, as in an `nnx.GraphDef`. Among
+    their bases, `_Unannounced` would come with another layout.
+    """
+
+    def mro(cls: Any) -> list[type]:
+        own, *inherited = metaclass.mro(cls)
+        return [own, _Unannounced, *inherited]
+
+    made = type(metaclass.__name__, (metaclass,), {"mro": mro})
 
     def reduce(cls: Any) -> Any:
         return _fused_subclass, (cls._unfused, cls._fused)

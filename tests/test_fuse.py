@@ -6,7 +6,7 @@ import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -287,15 +287,31 @@ def test_a_subclass_with_a_call_of_its_own_is_left() -> None:
 
 
 class Tagged(nnx.LayerNorm):
-    """A user's layer whose subclasses must give a tag."""
+    """A user's layer whose subclasses must give a tag, and are registered."""
+
+    by_name: ClassVar[dict[str, type]] = {}
 
     def __init_subclass__(cls, *, tag: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.tag = tag
+        Tagged.by_name[cls.__name__] = cls
 
 
 class Tag(Tagged, tag="mine"):
     """A subclass that gives its tag."""
+
+
+class Last(type(nnx.Module)):  # type: ignore[misc]
+    """A metaclass whose classes have no subclasses."""
+
+    def __new__(cls, name: str, bases: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(base, Last) for base in bases):
+            raise TypeError(f"{name} is the last")
+        return super().__new__(cls, name, bases, *args, **kwargs)
+
+
+class Final(nnx.LayerNorm, metaclass=Last):
+    """A user's layer that cannot be subclassed."""
 
 
 class NoTree(nnx.LayerNorm, pytree=False):
@@ -303,18 +319,25 @@ class NoTree(nnx.LayerNorm, pytree=False):
 
 
 def test_a_subclass_that_cannot_be_made_is_left() -> None:
-    classes = (nnx.LayerNorm, Tag, nnx.LayerNorm)
+    classes = (nnx.LayerNorm, Final, nnx.LayerNorm)
     model = nnx.List(cls(FEATURES, rngs=nnx.Rngs(0)) for cls in classes)
     report = fusednorm.fuse(model)
     assert [type(layer) for layer in model] == [
         fusednorm.LayerNorm,
-        Tag,
+        Final,
         fusednorm.LayerNorm,
     ]
     ((where, name, reason),) = report.left
-    assert (where, name) == ("1", "Tag")
-    assert "cannot be subclassed" in reason
-    assert "'tag'" in reason
+    assert (where, name) == ("1", "Final")
+    assert "cannot be subclassed: Final is the last" in reason
+
+
+def test_a_fused_class_is_no_subclass_to_the_users_hook() -> None:
+    layer = Tag(FEATURES, rngs=nnx.Rngs(0))
+    fusednorm.fuse(layer)
+    assert isinstance(layer, fusednorm.LayerNorm)
+    assert layer.tag == "mine"
+    assert Tagged.by_name == {"Tag": Tag}
 
 
 def test_a_subclass_that_is_no_tree_stays_none() -> None:
