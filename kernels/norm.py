@@ -339,7 +339,11 @@ def fusednorm_inference(
 ) -> jax.Array:
     if epsilon is not None:
         norm = dataclasses.replace(norm, epsilon=epsilon)
-    return reference.apply(norm, x, mean, var, scale, bias, shortcut)
+    apply: Callable[..., jax.Array] = functools.partial(reference.apply, norm)
+    if x.dtype.itemsize < norm.compute_dtype.itemsize:
+        # A derivative shall keep x, and not x - mean in float32.
+        apply = jax.checkpoint(apply, prevent_cse=False)
+    return apply(x, mean, var, scale, bias, shortcut)
 
 
 # --- the primitives -------------------------------------------------------------------

@@ -634,6 +634,31 @@ def batch_mode(layer: Any, *args: Any, **kwargs: Any) -> str:
     return modes[0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_running_averages_keep_no_more_than_x_for_a_derivative(dtype: str) -> None:
+    """Over many layers in a scan, what a derivative keeps is most of the memory."""
+    options = {"use_running_average": True, "dtype": jnp.dtype(dtype)}
+    theirs, ours = pair("BatchNorm", **options)
+    x = jnp.asarray(data(dtype=dtype))
+
+    def kept(layer: Any) -> int:
+        graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+        def layers(params: Any, x: jax.Array) -> jax.Array:
+            def one(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+                y = nnx.merge(graph, params, rest, copy=True)(x)
+                return jnp.tanh(y), None  # which keeps its result
+
+            return jax.lax.scan(one, x, None, length=8)[0]
+
+        _, vjp = jax.eval_shape(functools.partial(jax.vjp, layers), params, x)
+        stacked = [a for a in jax.tree.leaves(vjp) if a.shape == (8, *x.shape)]
+        return sum(a.size * a.dtype.itemsize for a in stacked)
+
+    assert kept(ours) <= kept(theirs)
+    assert kept(ours) <= 2 * 8 * x.nbytes
+
+
 def test_use_running_average_and_its_precedence() -> None:
     """The call's argument overrides the constructor, train(), eval() and nnx.view."""
     for library in (nnx, fusednorm):
