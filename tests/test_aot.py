@@ -858,6 +858,26 @@ def test_the_smallest_compile(kind: Any, shape: tuple[int, ...], expected: int) 
     assert count(forward_backward(function), params, x, x) == expected
 
 
+@pytest.mark.parametrize("chip", [CHIPS["v5e"], CHIPS["7x"]], ids=lambda c: c.name)
+def test_a_tpu_reads_scale_and_bias_as_they_lie(chip: Chip) -> None:
+    """XLA needs a kernel of a microsecond to make one row of an array [features]."""
+
+    def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        return fusednorm.layer_norm(x, scale, bias, dtype=x.dtype)
+
+    def around(function: Any, given: int, features: int, dtype: Any) -> list[str]:
+        x = jax.ShapeDtypeStruct((4096, features), jnp.bfloat16)
+        param = jax.ShapeDtypeStruct((features,), dtype)
+        operands = x, param, param, x
+        text = compile_for(chip, function, *operands[:given]).hlo
+        kernels = [kernel for kernel in hlo.kernels(text) if not kernel.prefetch]
+        assert any(kernel.ours for kernel in kernels)
+        return [kernel.opcode for kernel in kernels if not kernel.ours]
+
+    assert around(forward_backward(norm), 4, 768, jnp.float32) == []
+    assert around(norm, 3, 3584, jnp.bfloat16) == []
+
+
 @pytest.mark.parametrize("chip", [H100, CHIPS["v5e"]], ids=lambda chip: chip.name)
 def test_xla_is_told_what_a_kernel_costs(chip: Chip) -> None:
     """XLA's scheduler is told the bytes of x, which is read, and y, which is stored."""

@@ -258,12 +258,25 @@ class Chunks:
         """Lanes of a row that holds one value per feature."""
         return round_up(self.features, LANES)
 
+    def in_tiles(self, count: int) -> bool:
+        """Returns whether `count` arrays of one value per feature, together, are
+        [features / LANES, LANES].
+
+        So one array lies in HBM as [features] does, while XLA would need a kernel of a
+        microsecond to make it one row: if it has 16 bits, or no multiple of 1024
+        features. As rows of several arrays, tiles would be padded to SUBLANES.
+        """
+        return count == self.period == 1 and self.features % LANES == 0
+
     def param_spec(self, count: int) -> pl.BlockSpec:
         """Returns the spec of scale or bias [count, period, features], fetched once.
 
         Each of the `count` entries serves an equal number of consecutive examples. If
-        examples take turns, it serves every count-th example.
+        examples take turns, it serves every count-th example. One entry may lie
+        `in_tiles`.
         """
+        if self.in_tiles(count):
+            return pl.BlockSpec((self.features // LANES, LANES), lambda *_: (0, 0))
 
         def index(core: Any, example: Any, *_: Any) -> Any:
             if count == 1:
@@ -278,7 +291,10 @@ class Chunks:
     @property
     def param_gradient_view(self) -> tuple[int, int, int, int]:
         """Shape of the partial dscale and dbias, which `sum_partials` sums."""
-        return self.cores, self.examples, self.period, self.features
+        shape = self.period, self.features
+        if self.in_tiles(self.examples):
+            shape = self.features // LANES, LANES
+        return self.cores, self.examples, *shape
 
     @property
     def param_gradient_spec(self) -> pl.BlockSpec:
@@ -288,14 +304,15 @@ class Chunks:
             sharer = core if self.cores > 1 else 0
             return sharer, self.example_at(core, example), 0, 0
 
-        return pl.BlockSpec((None, None, self.period, self.param_lanes), index)
+        *_, rows, lanes = self.param_gradient_view
+        return pl.BlockSpec((None, None, rows, round_up(lanes, LANES)), index)
 
     def sum_partials(self, partials: jax.Array, count: int) -> jax.Array:
         """Sums the partial dscale or dbias of all cores, and of the examples or rows
         that share one.
 
         Args:
-          partials: [cores, examples, period, features].
+          partials: [cores, examples, period, features], or `in_tiles`.
           count: number of results, each of an equal number of consecutive examples.
         """
         if self.cores > 1:
@@ -546,18 +563,21 @@ class AcrossLanes(Chunks):
 
     # --- one value per feature ---
 
-    @property
-    def kept_param(self) -> None:
-        """No scratch, since scale and bias already lie as x does."""
-        return None
+    def kept_param(self, count: int) -> Any:
+        """Scratch for scale or bias, of which there are `count`; None if they lie as x
+        does already."""
+        if not self.in_tiles(count):
+            return None
+        return pltpu.VMEM((1, self.lanes), jnp.float32)
 
-    def keep_param(self, kept: Any, row: jax.Array) -> None:
-        raise NotImplementedError("scale and bias lie as x does")
+    def keep_param(self, kept: Any, tiles: jax.Array) -> None:
+        """Copies a scale or bias `in_tiles` to its scratch."""
+        kept[...] = memory.row_of(tiles)
 
-    def param(self, ref: Any, kept: None, piece: Piece) -> jax.Array:
+    def param(self, ref: Any, kept: Any, piece: Piece) -> jax.Array:
         """Returns the scale or bias of a piece: [1, its lanes], which broadcasts, or
         [chunk_rows, its lanes] if rows take turns."""
-        value = memory.load(self.part(ref, piece))
+        value = memory.load(self.part(ref if kept is None else kept, piece))
         if self.period == 1:
             return value
         return jnp.concatenate([value] * (self.chunk_rows // self.period), 0)
@@ -574,9 +594,11 @@ class AcrossLanes(Chunks):
         return jnp.sum(value.reshape(-1, rows, value.shape[1]), 0)
 
     def finish_sum(self, total: Any, result: Any) -> None:
-        """Sums [SUBLANES or period, lanes] to [period, lanes]."""
+        """Sums [SUBLANES or period, lanes] to [period, lanes], or `in_tiles`."""
         if self.period > 1:
             result[...] = total[...]
+        elif self.in_tiles(self.examples):
+            result[...] = memory.tiles_of(jnp.sum(total[...], 0, keepdims=True))
         else:
             result[...] = jnp.sum(total[...], 0, keepdims=True)
 
@@ -767,8 +789,7 @@ class DownSublanes(Chunks):
         dbias."""
         return max(LANES, self.period)
 
-    @property
-    def kept_param(self) -> Any:
+    def kept_param(self, count: int) -> Any:
         """Scratch for scale or bias. Each number fills all lanes of its sublane, or if
         rows take turns, the lanes of its rows."""
         return pltpu.VMEM((self.sublanes, self.kept_rows), jnp.float32)

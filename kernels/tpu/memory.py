@@ -88,6 +88,17 @@ def result(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeSt
 # sublanes.
 
 
+def row_of(tiles: jax.Array) -> jax.Array:
+    """Turns [tiles, LANES] into [1, lanes]."""
+    return jnp.concatenate([tiles[i : i + 1] for i in range(len(tiles))], 1)
+
+
+def tiles_of(row: jax.Array) -> jax.Array:
+    """Turns [1, lanes] into [tiles, LANES], the inverse of `row_of`."""
+    starts = range(0, row.shape[1], LANES)
+    return jnp.concatenate([row[:, start : start + LANES] for start in starts], 0)
+
+
 def as_column(row: jax.Array, sublanes: int) -> jax.Array:
     """Turns [1, lanes] into [sublanes, LANES], broadcast along the lanes."""
     columns = []

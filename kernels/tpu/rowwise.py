@@ -155,9 +155,10 @@ def _forward_kernel(ref: Refs, call: Call, blocks: Blocks) -> None:
     Shapes of the refs:
       x, residual, shortcut, y, h: a block, [block_rows, lanes] or as `DownSublanes` or
         `Turned` cut it.
-      scale, bias: [period, lanes]. A scale is a block if `call.scales_each`.
+      scale, bias: [period, lanes] or in tiles. A scale is a block if
+        `call.scales_each`.
       mean, var: float32, one per row of a block.
-      scale_kept, bias_kept: [sublanes, kept_rows] float32.
+      scale_kept, bias_kept: [sublanes, kept_rows] float32; from tiles, [1, lanes].
       centred_kept: chunks of one turn, float32.
     """
     _keep_params(ref, blocks)
@@ -262,10 +263,12 @@ def _backward_kernel(ref: Refs, call: Call, blocks: Blocks) -> None:
     Shapes of the refs:
       dy, x, dh, shortcut, dx, dshortcut: a block, [block_rows, lanes] or as
         `DownSublanes` or `Turned` cut it. If only dbias is wanted, x is absent.
-      scale, bias: [period, lanes]. A scale is a block if `call.scales_each`.
+      scale, bias: [period, lanes] or in tiles. A scale is a block if
+        `call.scales_each`.
       mean, var, c1, c2: float32, one per row of a block.
-      dscale, dbias: [period, lanes] float32. A dscale is a block if `call.scales_each`.
-      scale_kept, bias_kept: [sublanes, kept_rows] float32.
+      dscale, dbias: float32, [period, lanes] or in tiles. A dscale is a block if
+        `call.scales_each`.
+      scale_kept, bias_kept: [sublanes, kept_rows] float32; from tiles, [1, lanes].
       centred_kept, rstd_w_kept: chunks of one turn, float32.
       dscale_sum, dbias_sum: float32, accumulated over the steps of an example:
         [SUBLANES or period, lanes] or [sublanes, kept_rows].
@@ -616,10 +619,12 @@ def _rows(array: jax.Array | None, blocks: Blocks) -> Cut:
 
 def _param(param: jax.Array | None, blocks: Blocks) -> Cut:
     """Returns scale or bias as [n, period, features], each entry for an equal number of
-    examples, and its block spec."""
+    examples, or a single one in tiles; and its block spec."""
     if param is None:
         return None, blocks.param_spec(1)
     # With shape [features], Pallas would ask which TPU it compiles for: `memory.row`.
+    if blocks.in_tiles(param.size // blocks.features):
+        return param.reshape(-1, LANES), blocks.param_spec(1)
     rows = param.reshape(-1, 1, blocks.features)
     if blocks.period > 1:
         rows = jnp.tile(
@@ -631,7 +636,11 @@ def _param(param: jax.Array | None, blocks: Blocks) -> Cut:
 def _kept_params(call: Call, blocks: Blocks, scale: Any, bias: Any) -> dict[str, Any]:
     """Returns the scratch for scale and bias, unless each row has its own scale."""
     shared = {"scale_kept": None if call.scales_each else scale, "bias_kept": bias}
-    return {k: blocks.kept_param for k, p in shared.items() if p is not None}
+    return {
+        name: blocks.kept_param(param.size // blocks.features)
+        for name, param in shared.items()
+        if param is not None
+    }
 
 
 def _pallas_call(
@@ -872,6 +881,8 @@ def _params_bytes(call: Call, lanes: int, period: int) -> int:
     # Two buffers each for scale, bias (in a backward only before an activation) and
     # results; then the accumulators of dscale and dbias.
     rows = 4 * period
+    if period == 1:  # in tiles, maybe, and once more in a row
+        lanes, rows = round_up(lanes, REGISTER), rows + 2
     if call.op == "backward":
         rows = (6 + 2 * call.slopes) * period + 2 * max(SUBLANES, period)
     if period > 1 and lanes == LANES:  # scale and bias once more, transposed
