@@ -342,9 +342,10 @@ OTHER_GPUS = [
     dataclasses.replace(B200, name="sm_110a", capability=(11, 0)),
     dataclasses.replace(RTX5090, name="sm_121a", capability=(12, 1)),
 ]
-OLDER_TPUS = [
-    dataclasses.replace(CHIPS["v4"], name=name, topology=f"{name}:2x2", cores=1)
-    for name in ("v2", "v3")
+V4: Any = CHIPS["v4"]
+OTHER_TPUS = [
+    *(dataclasses.replace(V4, name=n, topology=f"{n}:2x2") for n in ("v2", "v3")),
+    dataclasses.replace(V4, name="v4 megacore", cores=2, config="megacore"),
 ]
 SOME = {
     nnx.LayerNorm: (4097, 64),
@@ -367,8 +368,9 @@ def test_other_gpus_compile_the_kernels(found: Measurement) -> None:
 
 
 @pytest.mark.parametrize("layer", SOME, ids=lambda layer: layer.__name__)
-@pytest.mark.parametrize("chip", OLDER_TPUS, ids=name)
-def test_older_tpus_compile_the_kernels(chip: Chip, layer: Any) -> None:
+@pytest.mark.parametrize("chip", OTHER_TPUS, ids=name)
+def test_other_tpus_compile_the_kernels(chip: Any, layer: Any) -> None:
+    assert device(chip).num_cores == chip.cores
     x = jax.ShapeDtypeStruct(SOME[layer], jnp.dtype("bfloat16"))
     norm = layer(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(0))
     function, params = pure(norm, fused=True)

@@ -153,6 +153,8 @@ class Tpu:
       vmem: VMEM per core, bytes.
       clock: GHz.
       cores: cores per device.
+      config: libtpu's name of another configuration, such as a v4's "megacore", where
+        its two cores are one device.
     """
 
     name: str
@@ -161,6 +163,7 @@ class Tpu:
     vmem: int
     clock: float
     cores: int = 1
+    config: str = ""
 
     platform = "tpu"
 
@@ -278,6 +281,8 @@ def devices(chip: Chip, topology: str = "") -> list[Any]:
     options = {}
     if isinstance(chip, Gpu):
         options = {"topology": topology or "1x1x1", "target_config": chip.target_config}
+    elif chip.config:
+        options = {"chip_config_name": chip.config}
     name = "" if isinstance(chip, Gpu) else topology or chip.topology
     found = topologies.get_topology_desc(name, platform=chip.platform, **options)
     return list(found.devices)
