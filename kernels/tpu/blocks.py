@@ -522,7 +522,8 @@ class AcrossLanes(Chunks):
 
     Attributes:
       piece_width: features per piece. A tile of 16-bit values in memory is 8 rows by
-        128 features, which is half a register; two adjacent tiles fill one.
+        128 features, which is half a register; two adjacent tiles fill one. (Between
+        two matrix products a 7x may have tiles of 16 rows, which fill one.)
       chunks_per_turn: chunks per turn of the loop.
       keeps: whether there is scratch for `keep`. It spares 16-bit values a second
         conversion, which costs more than to store and load them in 32 bits.
