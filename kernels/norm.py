@@ -35,10 +35,11 @@ The primitives keep the caller's rank. The kernels' view x[N, S, G, K] is made i
 implementation, because a reshape at this level would make XLA gather a sharded array.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -461,7 +462,7 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
             run = reference_run
         else:
             run = functools.partial(_launch, answer, params)
-            with jax.enable_x64(False):  # kernels count in int32
+            with _rules_of_kernels():
                 return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
 
@@ -628,6 +629,20 @@ def _has_many_statistics(call: dispatch.Call) -> bool:
     return isinstance(count, int) and count >= 4096  # else symbolic, in an export
 
 
+@contextlib.contextmanager
+def _rules_of_kernels() -> Iterator[None]:
+    """A context for the lowering of kernels, which count in int32.
+
+    Whichever rules of promotion a user has chosen, they are for the user's own code.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
 def _launch(
     kernel: dispatch.Kernel, params: dict[str, Any], *flat: jax.Array
 ) -> list[jax.Array]:
@@ -683,7 +698,7 @@ def _exported(
     export = jax.export.export(
         jax.jit(launch), platforms=[platform], disabled_checks=[check]
     )
-    with jax.enable_x64(False):
+    with _rules_of_kernels():
         return export(*avals)
 
 
