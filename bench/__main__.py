@@ -3,8 +3,18 @@
 `models` times whole models. `compare` and `report` read the files of earlier runs.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
+
+COMMANDS = {
+    "roofline": "bench.aot.roofline",
+    "scaling": "bench.aot.scaling",
+    "compare": "bench.compare",
+    "report": "bench.publish",
+    "models": "bench.whole_run",
+    "tune": "bench.tune",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,36 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit code.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    # Import on demand: a command's environment may lack what another one imports.
-    if given[:1] == ["roofline"]:
-        from bench.aot.roofline import main as roofline
-
-        return roofline(given[1:])
-    if given[:1] == ["scaling"]:
-        from bench.aot.scaling import main as scaling
-
-        return scaling(given[1:])
-    if given[:1] == ["compare"]:
-        from bench.compare import main as compare
-
-        return compare(given[1:])
-    if given[:1] == ["report"]:
-        from bench.publish import main as report
-
-        return report(given[1:])
-    if given[:1] == ["models"]:
-        from bench.whole_run import main as models
-
-        return models(given[1:])
-    if given[:1] == ["tune"]:
-        from bench.tune import main as tune
-
-        return tune(given[1:])
+    command, *rest = given or [""]
+    if command in COMMANDS:
+        # On demand: a command's environment may lack what another one imports.
+        code: int = importlib.import_module(COMMANDS[command]).main(rest)
+        return code
     from bench.run import main as run
 
-    if given[:1] == ["peers"]:
-        return run(given[1:], with_peers=True)
-    return run(given)
+    return run(rest, with_peers=True) if command == "peers" else run(given)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class Result:
       flax, fusednorm, copy: times of each.
       kernels: median seconds of each GPU kernel, by contestant and kernel name.
       errors: errors of flax, fusednorm and the peers against float64, by result.
-      memory: the bytes of `Pass.memory`, by contestant; JAX contestants only.
+      memory: the bytes of `Pass.memory`, of flax and fusednorm.
       peers: times of other libraries, by name.
       peers_without: reason why a peer has no figure here, by name.
     """

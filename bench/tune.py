@@ -416,7 +416,7 @@ def main(arguments: Sequence[str]) -> int:
             if found is not None:
                 keep(record, found)
                 save(record, options.out, "tune")
-                show([found], console)
+                show(found, console)
     if left:
         console.print(f"no time was left for {'; '.join(left)}")
     if record["tuned"]:
@@ -435,40 +435,39 @@ def keep(record: dict[str, Any], found: Tuned) -> None:
     record["tuned"].append(dataclasses.asdict(found))
 
 
-def show(tuned: Sequence[Tuned], console: Console) -> None:
+def show(one: Tuned, console: Console) -> None:
     """Prints what was tried, and what would be changed."""
-    for one in tuned:
-        table = Table(
-            title=f"\n{one.case}, {one.dtype}, {one.which}: {one.function} says "
-            f"{_in_words(one.setting)} ({one.cut})",
-            **STYLE,
-        )
-        table.add_column("instead")
-        for name in ("us", "present us", "ratio"):
-            table.add_column(name, justify="right")
-        for trial in sorted(one.trials, key=lambda trial: trial.ratio):
-            changed = {
-                name: value
-                for name, value in trial.setting.items()
-                if value != one.setting.get(name)
-            }
-            if trial.time is None or trial.present is None:
-                table.add_row(_in_words(changed), trial.failure)
-            else:
-                table.add_row(
-                    _in_words(changed),
-                    _microseconds(trial.time),
-                    _microseconds(trial.present),
-                    f"{trial.ratio:.3f}",
-                )
-        console.print(table)
-        if one.best is None:
-            console.print("no change: none is faster by 2 %")
+    table = Table(
+        title=f"\n{one.case}, {one.dtype}, {one.which}: {one.function} says "
+        f"{_in_words(one.setting)} ({one.cut})",
+        **STYLE,
+    )
+    table.add_column("instead")
+    for name in ("us", "present us", "ratio"):
+        table.add_column(name, justify="right")
+    for trial in sorted(one.trials, key=lambda trial: trial.ratio):
+        changed = {
+            name: value
+            for name, value in trial.setting.items()
+            if value != one.setting.get(name)
+        }
+        if trial.time is None or trial.present is None:
+            table.add_row(_in_words(changed), trial.failure)
         else:
-            console.print(
-                f"would change {one.function} to {_in_words(one.best.setting)}: "
-                f"{one.best.ratio:.3f} of the time"
+            table.add_row(
+                _in_words(changed),
+                _microseconds(trial.time),
+                _microseconds(trial.present),
+                f"{trial.ratio:.3f}",
             )
+    console.print(table)
+    if one.best is None:
+        console.print("no change: none is faster by 2 %")
+    else:
+        console.print(
+            f"would change {one.function} to {_in_words(one.best.setting)}: "
+            f"{one.best.ratio:.3f} of the time"
+        )
 
 
 def _in_words(setting: Setting) -> str:

@@ -502,10 +502,25 @@ def _activation(name: str | None, x: jax.Array, dtype: Any) -> str | None:
     return name
 
 
-def _offset(offset: float, scale: Maybe) -> float:
+def _offset(given: Any, scale: Maybe) -> float:
+    """Returns a scale_offset as a float."""
+    offset = _number(given)
+    if offset is None:
+        raise TypeError(
+            "scale_offset must be a real number that is known when the call is traced, "
+            f"got {given!r}: add an array to the scale instead."
+        )
     if offset and scale is None:
         raise ValueError(f"scale_offset={offset} is added to the scale: pass a scale.")
-    return float(offset)
+    return offset
+
+
+def _number(value: Any) -> float | None:
+    """Returns one real number, of any type, as a float; None for anything else."""
+    if isinstance(value, jax.core.Tracer) or np.size(value) != 1:
+        return None
+    number = np.asarray(value).item()
+    return float(number) if isinstance(number, int | float) else None
 
 
 def _epsilon(epsilon: Any) -> Any:
@@ -519,9 +534,10 @@ def _epsilon(epsilon: Any) -> Any:
         )
     if isinstance(epsilon, jax.core.Tracer):
         return epsilon.reshape(())
-    if isinstance(epsilon, str):
-        raise TypeError(f"epsilon must be a number, got {epsilon!r}.")
-    return float(np.asarray(epsilon).item())
+    number = _number(epsilon)
+    if number is None:
+        raise TypeError(f"epsilon must be a real number, got {epsilon!r}.")
+    return number
 
 
 def _promote(

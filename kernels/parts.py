@@ -13,11 +13,11 @@ How x is sharded is known from:
     explicit mode  The types of the operands. The primitive becomes a `jax.shard_map` of
                    itself on the parts (`of_types`, `mapped`).
     auto mode      XLA, when it partitions the program, long after the lowering. XLA
-                   calls back through `custom_partitioning` (`by_xla`), which JAX offers
-                   for GPUs. A `shard_map` around the layer would not do: the arrays'
-                   shardings are not known where it would be traced. XLA numbers the
-                   program's devices and tells which numbers have which part, so that
-                   nobody need know a mesh (`_on_a_mesh`).
+                   calls back through `custom_partitioning` (`by_xla`), which JAX has
+                   everywhere but on TPUs. A `shard_map` around the layer would not do:
+                   the arrays' shardings are not known where it would be traced. XLA
+                   numbers the program's devices and tells which numbers have which
+                   part, so that nobody need know a mesh (`_on_a_mesh`).
     shard_map      The caller. The primitives already work on the parts.
 """
 

@@ -165,8 +165,9 @@ class LayerNorm(nnx.LayerNorm):
           residual: array of x's shape. The layer normalizes h = x + residual and also
             returns h, in the dtype that the two promote to:
             `y, h = layer(x, residual=r)`.
-          scale, bias: arrays of x's rank that broadcast to x, for adaptive layer norm.
-            The layer must have none of its own (`use_scale=False, use_bias=False`).
+          scale, bias: shape (features,), or arrays of x's rank that broadcast to x, for
+            adaptive layer norm. A layer takes only what it has none of: construct it
+            with `use_scale=False` or `use_bias=False`. (An RMSNorm has no bias.)
 
         Returns:
           Array of x's shape, with the dtype that flax promotes to; (y, h) if there is a

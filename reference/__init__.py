@@ -17,7 +17,7 @@ from fusednorm.reference.norm import (
     tangent,
 )
 from fusednorm.reference.spec import Norm, TunedFor, at_least_float32
-from fusednorm.reference.statistics import combine, moments, over_devices, variance
+from fusednorm.reference.statistics import moments, over_devices
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,7 +29,6 @@ __all__ = [
     "at_least_float32",
     "backward",
     "before_activation",
-    "combine",
     "forward",
     "input_gradient",
     "is_per_element",
@@ -39,5 +38,4 @@ __all__ = [
     "slope",
     "tangent",
     "through",
-    "variance",
 ]

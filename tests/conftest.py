@@ -1,4 +1,4 @@
-"""Configures every test: 8 virtual CPU devices, and the backends of the suite."""
+"""Configures every test: 8 virtual CPU devices."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,18 +12,10 @@ os.environ["NPROC"] = str(max(16, os.cpu_count() or 1))
 import jax
 import pytest
 
-import fusednorm
 from tests import interpreters
 
 # Must be set before jax makes its devices. Tests that need one device take the first.
 jax.config.update("jax_num_cpu_devices", 8)
-
-
-@pytest.fixture(params=["reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Selects each implementation that test_suite.py runs against."""
-    with fusednorm.use_backend(request.param):
-        yield request.param
 
 
 @pytest.fixture(scope="module")

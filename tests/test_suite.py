@@ -1,4 +1,4 @@
-"""The suite that every backend passes: values, gradients, ragged sizes, bad rows.
+"""The reference, on a CPU: values, gradients, ragged sizes, bad rows.
 
 Results are compared with float64 NumPy (tests/helpers.py), with the bounds of an honest
 float32 implementation: half an ulp of the output's dtype, 16 roundings in float32, and
@@ -95,7 +95,7 @@ def check_gradients_of(
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(map(str, d)))
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(backend: str, case: Case, dtypes: tuple) -> None:
+def test_values_and_gradients(case: Case, dtypes: tuple) -> None:
     x_dtype, param_dtype, dtype = dtypes
     x, scale, bias, dy = case.data(0, jnp.dtype(x_dtype), jnp.dtype(param_dtype))
     y = jax.eval_shape(lambda *args: case.run(*args, dtype=dtype), x, scale, bias)
@@ -114,7 +114,7 @@ def test_values_and_gradients(backend: str, case: Case, dtypes: tuple) -> None:
     ],
     ids=str,
 )
-def test_a_large_mean_is_right(backend: str, case: Case, ratio: int) -> None:
+def test_a_large_mean_is_right(case: Case, ratio: int) -> None:
     """Means of up to 5000 deviations, where E[x^2] - E[x]^2 has no digit left."""
     _, scale, bias, dy = case.data(1, "float32", "float32")
     rng = np.random.default_rng(2)
@@ -124,7 +124,7 @@ def test_a_large_mean_is_right(backend: str, case: Case, ratio: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e4])
-def test_a_constant_row_gives_the_bias(backend: str, value: float) -> None:
+def test_a_constant_row_gives_the_bias(value: float) -> None:
     case = Case("layer_norm", (4, 768))
     x, scale, bias, dy = case.data(3, "float32", "float32")
     x[2] = value
@@ -145,7 +145,7 @@ def test_a_constant_row_gives_the_bias(backend: str, value: float) -> None:
     ids=str,
 )
 def test_nan_and_inf_stay_where_they_are(
-    backend: str, case: Case, statistic: tuple, poison: float
+    case: Case, statistic: tuple, poison: float
 ) -> None:
     x, scale, bias, dy = case.data(4, "float32", "float32")
     position = (2, 7) if len(case.shape) == 2 else (2, 3, 7)
@@ -175,7 +175,7 @@ def test_nan_and_inf_stay_where_they_are(
     ],
     ids=str,
 )
-def test_empty_arrays(backend: str, case: Case) -> None:
+def test_empty_arrays(case: Case) -> None:
     x, scale, bias, dy = case.data(5, "float32", "float32")
     given = [jnp.asarray(a) for a in (x, scale, bias) if a is not None]
     y, vjp = jax.vjp(case.run, *given)
@@ -209,7 +209,7 @@ def draw_mask(case: Case, along: str) -> np.ndarray:
 
 @pytest.mark.parametrize("along", ["all", "last axis", "first axis", "one axis given"])
 @pytest.mark.parametrize("case", MASKED, ids=str)
-def test_masks(backend: str, case: Case, along: str) -> None:
+def test_masks(case: Case, along: str) -> None:
     x, scale, bias, dy = case.data(6, "float32", "float32")
     mask = draw_mask(case, along)
     dy = dy.astype("float32")
@@ -257,7 +257,7 @@ def test_masks_of_arrays_that_are_not_small(case: Case, shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("case", MASKED, ids=str)
-def test_a_mask_that_lets_nothing_in(backend: str, case: Case) -> None:
+def test_a_mask_that_lets_nothing_in(case: Case) -> None:
     """Mean 0, variance 1, and no gradient through the statistics."""
     x, scale, bias, dy = case.data(8, "float32", "float32")
     mask = np.zeros(case.shape, bool)
@@ -303,7 +303,7 @@ def cases(draw: st.DrawFn) -> Case:
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(case=cases(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3))
-def test_any_shape_axes_and_dtypes(backend: str, case: Case, dtypes: tuple) -> None:
+def test_any_shape_axes_and_dtypes(case: Case, dtypes: tuple) -> None:
     check_any(case, *dtypes)
 
 
@@ -314,7 +314,7 @@ def test_any_shape_axes_and_dtypes(backend: str, case: Case, dtypes: tuple) -> N
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(case=cases(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3))
-def test_many_shapes_axes_and_dtypes(backend: str, case: Case, dtypes: tuple) -> None:
+def test_many_shapes_axes_and_dtypes(case: Case, dtypes: tuple) -> None:
     """The examples differ each time; hypothesis prints those that fail."""
     check_any(case, *dtypes)
 
@@ -347,7 +347,7 @@ def within(actual: jax.Array, expected: np.ndarray, bound: np.ndarray) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mean", [0.0, 0.7, 30.0])
-def test_never_less_accurate_than_flax(backend: str, mean: float, dtype: str) -> None:
+def test_never_less_accurate_than_flax(mean: float, dtype: str) -> None:
     """The RMS error to float64 is at most 1.05 times flax's, forward and backward.
 
     Each case has a thousand statistics, because the error of one is a matter of luck.
@@ -420,7 +420,7 @@ def norm_of(case: Case) -> Norm:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_mean_and_variance(backend: str, case: Case) -> None:
+def test_mean_and_variance(case: Case) -> None:
     x, scale, bias, dy = case.data(11, "float32", "float32")
     spec = norm_of(case)
     truth = case.truth(x, scale, bias, dy)
@@ -438,7 +438,7 @@ def test_mean_and_variance(backend: str, case: Case) -> None:
     "features", [64, 128, 192, 256, 760, 1128, 4096, 8200, 12288, 65536]
 )
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-def test_every_row_length(backend: str, kind: str, features: int, dtype: str) -> None:
+def test_every_row_length(kind: str, features: int, dtype: str) -> None:
     """Row counts lie around every tile size; 4097 rows are for the short ones."""
     for rows in (1, 2, 37, 4097)[: 4 if features <= 1128 else 3]:
         case = Case(kind, (rows, features))
@@ -462,7 +462,7 @@ def test_every_row_length(backend: str, kind: str, features: int, dtype: str) ->
     ],
     ids=str,
 )
-def test_shapes_of_real_models(backend: str, case: Case, dtype: str) -> None:
+def test_shapes_of_real_models(case: Case, dtype: str) -> None:
     x, scale, bias, dy = case.data(13, jnp.dtype(dtype), "float32")
     dy = dy.astype("float32")
     check(case, case.truth(x, scale, bias, dy), x, scale, bias, dy)

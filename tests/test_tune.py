@@ -152,7 +152,7 @@ def test_the_record_keeps_the_last_of_each(
         path = report.save(record, tmp_path, "tune")
     (kept,) = json.loads(path.read_text())["tuned"]
     assert kept == json.loads(json.dumps(dataclasses.asdict(found)))
-    tune.show([found], Console(width=120))
+    tune.show(found, Console(width=120))
     printed = capsys.readouterr().out
     assert "would change tiles.share to columns 8, threads 512: 0.750" in printed
     assert "Error: none" in printed
