@@ -268,6 +268,26 @@ def test_lanes_find_the_same_sum(found: Measurement) -> None:
     assert not found.uneven
 
 
+# A lane holds a single column of the last chunk: its square is all that it adds.
+SINGLE_COLUMN = [
+    (H100, workload)
+    for features in (72, 200, 4224)
+    for layer in (nnx.LayerNorm, nnx.RMSNorm)
+    for workload in workloads(
+        f"{features}_{layer.__name__}",
+        layer,
+        (4096, features),
+        "float32",
+        ops=["forward"],
+    )
+]
+
+
+@pytest.mark.parametrize("cell", SINGLE_COLUMN, ids=name)
+def test_lanes_add_squares_of_single_columns_alike(found: Measurement) -> None:
+    assert not found.uneven
+
+
 @each_cell
 def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
     chip, work = cell

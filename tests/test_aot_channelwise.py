@@ -30,6 +30,7 @@ from bench.aot.measure import (
     Measurement,
     Op,
     Workload,
+    measure,
     workloads,
 )
 from bench.aot.whole import Whole, block, forward_backward, pure
@@ -232,6 +233,15 @@ def test_no_spills(found: Measurement) -> None:
 @each_cell
 def test_lanes_find_the_same_sum(found: Measurement) -> None:
     assert not found.uneven
+
+
+def test_lanes_add_squares_of_a_single_line_alike() -> None:
+    """Without a mean, each lane adds the square of one pixel."""
+    over_pixels = {"reduction_axes": (1, 2), "feature_axes": (3,)}
+    (work,) = workloads(
+        "line", nnx.RMSNorm, (1, 8, 8, 24), "bfloat16", ops=["forward"], **over_pixels
+    )
+    assert not measure(H100, work).uneven
 
 
 @each_cell

@@ -82,7 +82,7 @@ def _lane_moments(
     """Returns the moments that each lane saw in these lines, for each place in one."""
     count = strips.add(part.counted(line) for line in lines)
     if not center:
-        squares = [v * v for v in values]
+        squares = [memory.square(v) for v in values]  # lanes add those of a single line
         return count, None, strips.add(map(part.zero_repeats, lines, squares))
     mean = strips.add(map(part.zero_repeats, lines, values)) / _at_least_1(count)
     squares = [(v - mean) * (v - mean) for v in values]

@@ -102,9 +102,19 @@ def sum_lanes(value: jax.Array, axis: int) -> jax.Array:
     value is a product, LLVM would fuse it with this addition into one FMA. The lane's
     own product would then be rounded together with the sum, but the other lane's before
     it. The lanes' sums would differ in the last bit, and chance would decide which of
-    them is stored. Adding 0 keeps the product and the sum apart.
+    them is stored. Adding 0 keeps the product and the sum apart, unless LLVM knows that
+    the product is never -0.0: for squares, see `square`.
     """
     return jnp.sum(value + 0.0, axis=axis)
+
+
+def square(value: Any) -> Any:
+    """Returns value * value, as a product that `sum_lanes` keeps apart from the sum.
+
+    LLVM removes the addition of 0 to x * x, but not to x * (x + 0.0), whose sign it
+    does not know.
+    """
+    return value * (value + 0.0)
 
 
 @plgpu.inline_mgpu()

@@ -142,7 +142,8 @@ def forward(
                 (total,) = part.sums(x, row=row, place=0)
                 mean = total / features
                 centred = x - mean
-                left, m2 = part.sums(centred, centred * centred, row=row, place=1)
+                squares = part.squares(centred)
+                left, m2 = part.sums(centred, squares, row=row, place=1)
                 left = left / features
                 centred = centred - left
                 mean = mean + left
@@ -150,7 +151,7 @@ def forward(
                 var = jnp.maximum(m2 / features - left * left, 0.0)
             else:
                 centred = x
-                (m2,) = part.sums(x * x, row=row, place=0)
+                (m2,) = part.sums(part.squares(x), row=row, place=0)
                 mean, var = None, m2 / features
             rstd = lax.rsqrt(var + norm.epsilon)
 

@@ -734,6 +734,17 @@ class Part:
         rows = row.at if self.config.long else pl.ds(row.at, self.rows)
         return (rows,) if row.group is None else (rows, row.group)
 
+    def squares(self, values: Values) -> Values:
+        """Returns the squares of values, for `sums`.
+
+        Where a lane has several columns, they are summed before lanes add anything.
+        """
+
+        def square(chunk: Chunk, value: jax.Array) -> jax.Array:
+            return memory.square(value) if chunk.vector == 1 else value * value
+
+        return Values(tuple(map(square, self.config.chunks, values)))
+
     def sums(self, *terms: Values, row: Row, place: Any) -> list[jax.Array]:
         """Sums each of the terms over whole rows and returns a statistic for each.
 
