@@ -320,6 +320,10 @@ ptxas info    : Compile time = 20.537 ms
 	shfl.sync.bfly.b32 	%r277|%p2, %r274, 8, 31, -1;
 	fma.rn.f32 	%r291, %r277, 0f41C80000, %r257;
 	fma.rn.f32 	%r292, %r257, 0f41C80000, %r277;
+	mov.b64 	%rd2, {%r257, %r257};
+	mov.b64 	%rd3, {%r257, %r277};
+	fma.rn.f32x2 	%rd4, %rd3, %rd2, %rd2;
+	fma.rn.f32x2 	%rd5, %rd2, %rd2, %rd3;
 ptxas info    : Compiling entry function 'other_mosaic_gpu_kernel' for 'sm_90a'
 ptxas info    : Function properties for other_mosaic_gpu_kernel
     136 bytes stack frame, 128 bytes spill stores, 64 bytes spill loads
@@ -334,7 +338,7 @@ def test_ptxas_reports() -> None:
     assert (other.kernel, other.registers) == ("other", 255)
     assert (other.spilled, other.stack) == (192, 136)
     assert (rows.matrices, other.matrices) == (0, 2)
-    assert (rows.uneven, other.uneven) == (0, 1)
+    assert (rows.uneven, other.uneven) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,10 @@ _REPORT = re.compile(
 
 def _uneven(ptx: str) -> int:
     sent = set(re.findall(r"\bshfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
-    added = re.findall(r"\bfma\.rn\.f32\s+[^;]*,\s*(%\w+);", ptx)
+    # From sm_100 on, LLVM adds two values in one instruction.
+    pairs = re.findall(r"\bmov\.b64\s+(%\w+), \{(%\w+), (%\w+)\};", ptx)
+    sent |= {pair for pair, *values in pairs if sent.intersection(values)}
+    added = re.findall(r"\bfma\.rn\.f32(?:x2)?\s+[^;]*,\s*(%\w+);", ptx)
     return sum(register in sent for register in added)
 
 
