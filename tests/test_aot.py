@@ -52,6 +52,7 @@ from bench.aot.measure import (
     measure_kernel,
     norm_of,
     of_case,
+    plan,
     workloads,
 )
 from bench.aot.sharded import layer_on_four
@@ -309,6 +310,47 @@ def test_persistent_blocks_come_in_one_wave(cell: Cell, found: Measurement) -> N
         # The grid may be larger to spread samples evenly over the SMs.
         even = work.own == "sample" and math.ceil(mean) <= 1.1 * mean
         assert mean <= found.resident or even
+
+
+# Rows of a few hundred features, whose backwards take the most blocks. The number of
+# rows is odd, so the last tile masks some: that takes registers.
+OF_MANY_BLOCKS = [
+    (H100, workload)
+    for layer, features, dtype, options in (
+        (nnx.RMSNorm, 512, "bfloat16", {}),  # the latent keys and values of DeepSeek-V3
+        (nnx.RMSNorm, 512, "bfloat16", {"shortcut": True}),
+        (nnx.RMSNorm, 512, "float32", {"own": "sample", "residual": True}),
+        (nnx.LayerNorm, 512, "bfloat16", {"own": "sample"}),
+        (nnx.LayerNorm, 512, "float32", {"own": "sample", "residual": True}),
+        (nnx.LayerNorm, 500, "float32", {"residual": True, "shortcut": True}),
+        (nnx.RMSNorm, 448, "bfloat16", {"residual": True}),
+        (nnx.LayerNorm, 240, "bfloat16", {}),
+        (nnx.LayerNorm, 128, "bfloat16", {"own": "sample"}),
+        (nnx.LayerNorm, 120, "bfloat16", {}),
+        (nnx.RMSNorm, 120, "bfloat16", {"own": "sample", "residual": True}),
+        (nnx.LayerNorm, 112, "bfloat16", {}),
+        (nnx.LayerNorm, 56, "bfloat16", {"own": "sample", "residual": True}),
+        (nnx.LayerNorm, 56, "bfloat16", {}),
+    )
+    for workload in workloads(
+        "_".join((layer.__name__, str(features), dtype, *options)),
+        layer,
+        (17, 9_000_000 // features | 1, features),
+        dtype,
+        ops=["backward"],
+        **options,
+    )
+]
+
+
+@pytest.mark.parametrize("cell", OF_MANY_BLOCKS, ids=name)
+def test_as_many_blocks_are_resident_as_planned(cell: Cell, found: Measurement) -> None:
+    chip, workload = cell
+    kernel = plan(chip, workload.call)
+    assert isinstance(kernel, Kernel)
+    _, work, *_ = kernel.launch.args
+    assert found.spilled == 0
+    assert found.resident >= work.threads // found.threads
 
 
 @each_cell

@@ -42,9 +42,9 @@ def cut(width: int, lanes: int, vector: int) -> list[Chunk]:
     """Covers columns [0, width) with chunks; `lanes * vector` is at most `width`.
 
     Chunks of `lanes * vector` columns may leave a remainder. One narrower chunk that
-    begins earlier covers it, if at most a sixteenth of the columns is seen twice.
-    Otherwise narrower chunks lie side by side, each of which costs another sum over
-    lanes.
+    begins earlier covers it, if at most a sixteenth of the columns is seen twice, or as
+    few as with chunks of single columns. Otherwise narrower chunks lie side by side,
+    each of which costs another sum over lanes.
     """
     chunks: list[Chunk] = []
     start = 0
@@ -56,7 +56,7 @@ def cut(width: int, lanes: int, vector: int) -> list[Chunk]:
             continue
         covering = pl.next_power_of_2(pl.cdiv(rest, lanes))
         seen = lanes * covering - rest
-        if covering == 1 or seen <= min(width // 16, start):
+        if seen < lanes or seen <= min(width // 16, start):
             chunks.append(Chunk(start - seen, covering, seen))
             break
         vector = covering // 2

@@ -524,7 +524,7 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
             center=call.norm.center or call.wants["dbias"],
             slopes=call.slopes,
             beside=len(read) > 2,
-            own=call.own > 0 or call.row_groups > 1,
+            own=not call.scales_each and (call.own > 0 or call.row_groups > 1),
             smem=smem,
         )
         launch = functools.partial(backward, config, work, call, processors)
