@@ -264,6 +264,39 @@ def test_no_spills(cell: Cell, found: Measurement) -> None:
         assert found.spilled is None  # libtpu does not say
 
 
+# The most in registers: long rows with a scale each, or with an activation's slope.
+CROWDED = [
+    (chip, workload)
+    for chip, layer, features, dtype, op, own, activation in (
+        (RTX5090, nnx.LayerNorm, 32768, "float32", "forward", "row", None),
+        (RTX5090, nnx.LayerNorm, 49152, "float32", "forward", "row", None),
+        (RTX5090, nnx.LayerNorm, 65534, "bfloat16", "forward", "row", None),
+        (RTX5090, nnx.RMSNorm, 65532, "float16", "forward", "row", None),
+        (RTX5090, nnx.RMSNorm, 65536, "float32", "forward", "row", None),
+        (H100, nnx.LayerNorm, 20480, "float32", "forward", "row", None),
+        (H100, nnx.LayerNorm, 49152, "float32", "forward", "row", "gelu"),
+        (H100, nnx.RMSNorm, 32768, "bfloat16", "forward", "row", "silu"),
+        (H100, nnx.RMSNorm, 16000, "float16", "backward", "sample", "silu"),
+        (H100, nnx.RMSNorm, 16000, "float16", "backward", "all", "gelu"),
+        (H100, nnx.RMSNorm, 32768, "float32", "backward", "sample", "gelu"),
+    )
+    for workload in workloads(
+        f"{features}_{layer.__name__}_{dtype}_own_{own}_{activation}",
+        layer,
+        (2, 1001, features),
+        dtype,
+        ops=[op],
+        own=own,
+        activation=activation,
+    )
+]
+
+
+@pytest.mark.parametrize("cell", CROWDED, ids=name)
+def test_long_rows_do_not_spill(found: Measurement) -> None:
+    assert found.spilled == 0
+
+
 @each_cell
 def test_lanes_find_the_same_sum(found: Measurement) -> None:
     assert not found.uneven

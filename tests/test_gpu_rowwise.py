@@ -83,7 +83,7 @@ def test_lanes_grow_with_the_row() -> None:
     cut = {
         features: (config.lanes, config.warpgroups, config.cluster, config.rows)
         for features in (64, 256, 1024, 2048, 4096, 20480, 20488, 65536)
-        for of_long in [tiles.columns_of_long(features, 0)]
+        for of_long in [tiles.columns_of_long(features, 0, 0)]
         for config in [
             tiles.configure(
                 features, 2, per_lane=32, of_long=of_long, in_warp=2048, fill=True

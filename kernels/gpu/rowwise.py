@@ -511,7 +511,9 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
             features,
             max(*read, *written, call.norm.dtype.itemsize),
             per_lane=32,
-            of_long=tiles.columns_of_long(features, len(read) - 1),
+            of_long=tiles.columns_of_long(
+                features, len(read) - 1, len(_streamed(call))
+            ),
             in_warp=2048,
             fill=True,
         )

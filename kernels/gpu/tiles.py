@@ -130,7 +130,7 @@ def share(
     room = smem - OTHER_BYTES
     if features > 8192 and room >= SUMS_BYTES:
         ahead = 0 if slopes or own or not narrow else 28 if beside else 32
-        columns = 24 if center else 32
+        columns = 24 if center or slopes else 32
         return Share(columns=columns, threads=512, ahead=ahead, smem=room)
     if slopes:  # a long row takes 4 warpgroups, for which 384 threads are no block
         many = 384 if (beside or own) and features <= 2048 else 512
@@ -163,7 +163,7 @@ def share(
     return Share(columns=16, threads=512, ahead=40 if beside else 56)
 
 
-def columns_of_long(features: int, more: int) -> int:
+def columns_of_long(features: int, more: int, streamed: int) -> int:
     """Returns the columns per lane of a forward whose rows take whole warpgroups.
 
     A warpgroup holds as many columns as its registers allow. The fewer threads share a
@@ -182,9 +182,13 @@ def columns_of_long(features: int, more: int) -> int:
     Args:
       features: length of a row.
       more: how many arrays of x's size are read besides x.
+      streamed: how many of them stay in registers, like x, until y is computed. A
+        thread of four warpgroups has 128 registers: 64 columns of both spill.
     """
     columns = (160, 96, 64)[min(more, 2)]
-    return columns if features <= WARPS * LANES * columns else 64
+    if features <= WARPS * LANES * columns:
+        return columns
+    return 32 if streamed and features > LONGEST_ROW // 4 else 64
 
 
 @dataclasses.dataclass(frozen=True)
