@@ -901,6 +901,10 @@ def _launch(
         grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(
+            # Sums over warps go through a buffer of our own (`Part.sum_pixels`): Mosaic
+            # would share its scratch between the warpgroups of a block. Without any, a
+            # reduction that needs it does not compile.
+            reduction_scratch_bytes=0,
             # Values that other lanes wrote are read after a barrier. Anything else that
             # a lane reads, it wrote itself.
             unsafe_no_auto_barriers=True,
