@@ -122,11 +122,13 @@ def _resident(asked: Asked, setting: Setting) -> Any:
 def _in_two_reads(asked: Asked, setting: Setting) -> Any:
     """Cuts the strips of the first read, and the reduction of its blocks' partials."""
     _, last = asked.answer
-    config = _cut(asked, setting, resident=False, kept=0)
+    config = _cut(asked, setting, resident=False, kept=())
     return config, dataclasses.replace(last, pixels=config.blocks)
 
 
-def _cut(asked: Asked, setting: Setting, *, resident: bool, kept: int) -> strips.Config:
+def _cut(
+    asked: Asked, setting: Setting, *, resident: bool, kept: Sequence[int]
+) -> strips.Config:
     """Cuts the strips of a setting, with loads of the width that was asked for."""
     view, itemsize, *_, shared = asked.args
     load = asked.kwargs["load"]

@@ -31,10 +31,12 @@ from bench.aot.measure import (
     Op,
     Workload,
     measure,
+    plan,
     workloads,
 )
 from bench.aot.whole import Whole, block, forward_backward, pure
 from bench.cases import Case
+from fusednorm.kernels.dispatch import Kernel
 from tests.compilers import Cell, layers, name, some_slow, tensor_of
 
 pytestmark = pytest.mark.aot
@@ -254,6 +256,24 @@ def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
     assert found.scratch <= cell[0].block_shared == found.scratch_limit
     assert found.resident is not None
     assert found.resident >= 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "dtype"),
+    [
+        (nnx.InstanceNorm, (2, 2, 1, 3072), "float32"),
+        (nnx.GroupNorm, (2, 15, 17, 320), "float32"),
+        (nnx.GroupNorm, (2, 2, 1, 4096), "bfloat16"),  # 8 chunks
+        (nnx.BatchNorm, (8, 14, 14, 1024), "bfloat16"),
+    ],
+)
+def test_a_plan_knows_its_shared_memory(layer: Any, shape: Any, dtype: str) -> None:
+    for work in workloads("shared", layer, shape, dtype, ops=TRAINING):
+        kernel = plan(H100, work.call)
+        assert isinstance(kernel, Kernel)
+        config, *_ = kernel.launch.args
+        kept = [work.call.x.dtype.itemsize] * (2 if work.op == "backward" else 1)
+        assert measure(H100, work).scratch == config.shared(kept)
 
 
 @each_cell

@@ -363,7 +363,9 @@ def test_each_pixel_and_channel_counts_once(
     view = Geometry(3, pixels, groups, group)
     cuts = [
         *(
-            strips.resident(view, 2, 2, shared, cluster=8, one_sample=False, load=load)
+            strips.resident(
+                view, 2, [2], shared, cluster=8, one_sample=False, load=load
+            )
             for load in (8, 16)
         ),
         *(strips.in_two_reads(view, 2, shared, arrays=1, load=16) or ()),
@@ -381,7 +383,7 @@ def test_each_pixel_and_channel_counts_once(
         for worker in range(config.workers):
             own = config.first(worker + 1) - config.first(worker)
             assert config.line <= own <= config.lines * config.line
-        assert config.shared(0) <= shared
+        assert config.shared(()) <= shared
 
 
 @pytest.mark.parametrize(
@@ -398,7 +400,7 @@ def test_the_cut_of_batch_norms(
 ) -> None:
     view = Geometry(1, pixels, channels, 1)
     config = strips.resident(
-        view, 2, kept, gpu.SHARED, cluster=8, one_sample=True, load=16
+        view, 2, [kept], gpu.SHARED, cluster=8, one_sample=True, load=16
     )
     assert config is not None
     assert (config.width, config.blocks) == (width, blocks)
@@ -425,7 +427,7 @@ def test_the_cut_of_group_norms(
 ) -> None:
     view = Geometry(8, pixels, 32, channels // 32)
     config = strips.resident(
-        view, itemsize, itemsize, gpu.SHARED, cluster=8, one_sample=False, load=16
+        view, itemsize, [itemsize], gpu.SHARED, cluster=8, one_sample=False, load=16
     )
     found = config and (config.width, config.blocks, config.warpgroups)
     assert found == (None if width is None else (width, blocks, warpgroups))

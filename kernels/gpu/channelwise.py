@@ -332,7 +332,7 @@ def forward(
         config,
         inputs=_inputs(call, x=x, shortcut=shortcut, scale=scale, bias=bias),
         outputs=outputs,
-        kept={"x": x.dtype},
+        kept=_kept(call),
     )
     shapes = {"y": x.shape}
     shapes |= dict.fromkeys(("mean", "var"), norm.statistic_shape(x.shape))
@@ -624,7 +624,7 @@ def backward(
         config,
         inputs=inputs,
         outputs=outputs,
-        kept={"x": x.dtype, "dy": call.dy_kept},
+        kept=_kept(call),
     )
     return _wanted(call, results)
 
@@ -825,6 +825,11 @@ def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
     return inputs
 
 
+def _kept(call: Call) -> dict[str, Any]:
+    """Returns the dtypes of the arrays that stay in shared memory, by name."""
+    return {"x": call.x.dtype} | ({} if call.dy is None else {"dy": call.dy_kept})
+
+
 def _like_x(call: Call, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(_shape(call), dtype)
 
@@ -950,7 +955,7 @@ def _in_one_read(
     call: Call, shared: int, *, cluster: int, one_sample: bool
 ) -> Kernel | None:
     """Plans a kernel with the pixels in shared memory, or None if they do not fit."""
-    view, kept = _view(call), call.kept_bytes
+    view, kept = _view(call), [dtype.itemsize for dtype in _kept(call).values()]
     arrays = [a for a in (call.x, call.dy, call.addend, call.shortcut) if a is not None]
     dtypes = [array.dtype for array in arrays]
     if call.op == "forward":
@@ -962,7 +967,7 @@ def _in_one_read(
     config = next(filter(None, configs), None)
     if config is None:
         return None
-    size = f"{config.width * view.s * kept / KB:.0f} KB"
+    size = f"{config.width * view.s * sum(kept) / KB:.0f} KB"
     where = "the block" if config.blocks == 1 else f"{config.blocks} blocks"
     why = f"{where} keep{'s' * (config.blocks == 1)} {size} on the chip: one read"
     config = _at_once(call, config)

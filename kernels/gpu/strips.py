@@ -125,18 +125,22 @@ class Config:
             blocks=1,
         )
 
-    def shared(self, kept: int) -> int:
+    def shared(self, kept: Sequence[int]) -> int:
         """Returns the bytes of shared memory that a block takes.
 
         Args:
-          kept: bytes per element, summed over all arrays that are kept.
+          kept: bytes per element of each array that is kept.
         """
-        places = PLACES * self.warpgroups * WARPS * self.pitch
-        groups = PLACES * self.width * (self.group > 1)
-        columns = sum(self.lanes * chunk.vector for chunk in self.chunks)
         pixels = self.warpgroups * self.lines * self.line
-        barriers = 4 * KB  # including the padding that aligns each array
-        return pixels * columns * kept + 4 * (places + groups) + barriers
+        arrays = [4 * PLACES * self.warpgroups * WARPS * self.pitch]
+        arrays += [4 * PLACES * self.width] * (self.group > 1)
+        arrays += [
+            pixels * self.lanes * chunk.vector * size
+            for size in kept
+            for chunk in self.chunks
+        ]
+        barriers = 8 * (1 + self.clustered)
+        return sum(pl.cdiv(nbytes, KB) * KB for nbytes in arrays) + barriers
 
     @property
     def pitch(self) -> int:
@@ -169,7 +173,7 @@ class Config:
 def resident(
     view: Geometry,
     itemsize: int,
-    kept: int,
+    kept: Sequence[int],
     shared: int,
     *,
     cluster: int,
@@ -198,7 +202,7 @@ def resident(
     Args:
       view: sizes of x[N, S, G, K].
       itemsize: bytes per element of the widest array that is loaded or stored.
-      kept: bytes per element, summed over all arrays that are kept.
+      kept: bytes per element of each array that is kept.
       shared: bytes of shared memory that a block may have.
       cluster: most blocks that may share a strip.
       one_sample: whether there is one sample whatever the batch. Its blocks then have
@@ -209,9 +213,10 @@ def resident(
     # stores. An SM has 1 KB more than a block may have, and CUDA takes 1 KB per block.
     limit = (shared - KB) // 2
     large = (32 if one_sample else 96) * KB
+    pixel = sum(kept)  # bytes of a channel
     configs = []
     for width in _multiples(view.k, view.g):
-        strip = width * view.s * kept
+        strip = width * view.s * pixel
         if strip > cluster * limit:
             break
         blocks = min(pl.next_power_of_2(pl.cdiv(strip, large)), cluster)
@@ -227,7 +232,7 @@ def resident(
 
     if one_sample:
         # Half a line of the L1 cache per pixel; one sector if that makes more blocks.
-        small = [c for c in configs if c.width * view.s * kept <= c.blocks * large]
+        small = [c for c in configs if c.width * view.s * pixel <= c.blocks * large]
         best = (_narrowest(configs, 2, itemsize), _narrowest(small, 1, itemsize))
         return max(
             filter(None, best),
@@ -305,7 +310,7 @@ def in_two_reads(
         load=16,
     )
     both = (config, combine_config)
-    fit = all(c.shared(0) <= shared and len(c.chunks) <= MAX_CHUNKS for c in both)
+    fit = all(c.shared(()) <= shared and len(c.chunks) <= MAX_CHUNKS for c in both)
     return both if fit else None
 
 
