@@ -450,9 +450,9 @@ def _launch(
         scratch["in_cluster"] = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=config.warpgroups
         )
-        # Each sum of each row has a 128-byte line of its own, which the blocks of one
-        # cluster write once, before the barrier behind which they read it. So no
-        # first-level cache holds a stale line.
+        # The blocks of a cluster exchange the sums between two fences (`Part.sums`),
+        # which also empty the first-level cache: no block reads a stale line. That each
+        # sum of each row has a 128-byte line of its own keeps clusters apart.
         rows = inputs["x"].size // config.features
         outputs["sums"] = jax.ShapeDtypeStruct((rows, places, 32), jnp.float32)
 
