@@ -258,6 +258,35 @@ def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
     assert found.resident >= 2
 
 
+# The most in registers: two warpgroups that load float32.
+CROWDED: list[Cell] = [
+    (H100, workload)
+    for size, channels, op, activation in (
+        (96, 320, "forward", None),
+        (48, 320, "forward", None),
+        (24, 640, "backward", None),
+        (24, 1280, "backward", None),
+        (24, 1280, "backward", "silu"),
+        (16, 2560, "backward", "silu"),
+    )
+    for workload in workloads(
+        f"{size}_{channels}_{activation}",
+        nnx.GroupNorm,
+        (4, size, size, channels),
+        "float32",
+        ops=[op],
+        activation=activation,
+    )
+]
+
+
+@pytest.mark.parametrize("cell", CROWDED, ids=name)
+def test_two_blocks_of_float32_fit(found: Measurement) -> None:
+    assert not found.in_two_reads
+    assert found.spilled == 0
+    assert found.resident >= 2
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "dtype"),
     [

@@ -1067,15 +1067,29 @@ def _at_once(call: Call, config: Config) -> Config:
       registers, an SM has room for one block only. 47 x 47 x 320 in float32 has 80
       registers instead of 160 (compiled for an H100), and the backward of 23 x 48 x 80
       in bfloat16 has 119 instead of 137.
+    - Fewer in float32 where two warpgroups would need more than 128 registers, too. The
+      compiler loads all lines at once if one step and a rest of one are all there is:
+      with more than 80 elements there are two steps. 96 x 96 x 320 has 80 registers
+      instead of 130, the backward of 24 x 24 x 640 has 98 instead of 147. And a slope
+      with loads of 16 bytes has two lines: 124 registers instead of 138 in the backward
+      of SiLU on 24 x 24 x 1280.
     """
     at_once = config.at_once
+    columns = sum(chunk.vector for chunk in config.chunks)
+    arrays = 1 if call.op == "forward" else 2
     if call.slopes:
         at_once //= 2
     elif call.op == "forward" and config.resident == (call.x.dtype.itemsize == 4):
         at_once *= 2
     overlaps = config.pixels % (config.workers * config.line) > 0
-    if config.resident and config.warpgroups > 1 and overlaps:
-        at_once //= 2
+    if config.resident and config.warpgroups > 1:
+        if overlaps:
+            at_once //= 2
+        elif call.x.dtype.itemsize == 4:
+            if call.slopes and config.chunks[0].vector == 4:
+                at_once = 12
+            elif config.lines * columns * arrays > 80:
+                at_once = min(at_once, config.lines // 2 * columns)
     return dataclasses.replace(config, at_once=at_once)
 
 
