@@ -116,6 +116,12 @@ DOWN_REGISTERS = {"forward": 256, "backward": 128}
 # with 512; backward: with 256 it is 1.34, with 512 it is 1.25. In float32 larger chunks
 # spill. With one chunk per turn, LayerNorm's backward takes 1.08 in chunks of 128, 1.02
 # in chunks of 256, but 0.97 and 0.99 with 512 registers of chunks per turn.
+# A backward with more to keep in registers, a slope or another array, has chunks of
+# CROWDED_REGISTERS. Cycles of LayerNorm's on a v6e, 160 000 rows of 128, with 512, 256
+# and 128 registers: with a residual 137, 136, 130 thousand; with gelu 480 and 474, and
+# no room in VMEM for what 512 would spill; with gelu and a scale per row, room for 128
+# only.
+CROWDED_REGISTERS = 128
 TURNED_REGISTERS = {
     ("forward", 2): 512,
     ("backward", 2): 512,
@@ -813,7 +819,8 @@ def across_lanes(
     row_bytes = 2 * lanes * sum(itemsizes)  # two buffers per array
     block_rows = power_of_two(max(chip.blocks // row_bytes, 1))
     block_rows = min(max(block_rows, register_rows), MOST_ROWS)
-    chunk_rows = min(_chunk_rows(call.op, itemsize, lanes), block_rows)
+    crowded = call.op == "backward" and (call.slopes or len(itemsizes) > 3)
+    chunk_rows = min(_chunk_rows(call.op, itemsize, lanes, crowded), block_rows)
     period = 1
     if groups > 1 and param_axes == 0:
         if call.x.shape[-1] != features:
@@ -868,11 +875,11 @@ def across_lanes(
     )
 
 
-def _chunk_rows(op: str, itemsize: int, lanes: int) -> int:
+def _chunk_rows(op: str, itemsize: int, lanes: int, crowded: bool) -> int:
     """Returns the rows of a chunk by the registers that it may fill."""
     registers, least_rows = REGISTERS[op, itemsize]
     if lanes == LANES:
-        registers = TURNED_REGISTERS[op, itemsize]
+        registers = CROWDED_REGISTERS if crowded else TURNED_REGISTERS[op, itemsize]
     return power_of_two(max(registers * REGISTER // lanes, least_rows))
 
 
