@@ -510,7 +510,7 @@ def _only_inside(
     That is garbage. It becomes 0 in dy, 1 in all other operands, and False in the mask,
     which there is then.
     """
-    of_mask = 3 if primitive is norm_p else 6
+    of_mask = _MASK[primitive]
     found: list[Maybe] = []
     for at, (operand, axes) in enumerate(zip(operands, shapes.operands, strict=True)):
         if at == of_mask:
@@ -688,6 +688,11 @@ def _exported(
     tree: Any,
     avals: tuple[jax.ShapeDtypeStruct, ...],
 ) -> jax.export.Exported:
+    """Lowers a kernel for operands of these shapes and dtypes.
+
+    `call` and `device` only tell kernels apart, whose launches do not compare.
+    """
+
     def launch(*flat: jax.Array) -> list[jax.Array]:
         operands, by_name = tree.unflatten(flat)
         results: list[jax.Array] = kernel.launch(*operands, **by_name)
