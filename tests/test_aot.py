@@ -475,27 +475,6 @@ def test_other_tpus_compile_the_kernels(chip: Any, layer: Any) -> None:
 
 # The registers that libtpu spills must fit VMEM too, and no plan knows how many it will
 # spill.
-CROWDED = [
-    (chip, workload)
-    for chip in TPUS
-    for own in ("all", "row")
-    for workload in workloads(
-        f"crowded_own_{own}",
-        nnx.LayerNorm,
-        (8, 20_000, 128),
-        "bfloat16",
-        activation="gelu",
-        own=own,
-        ops=("backward",),
-    )
-]
-
-
-@pytest.mark.parametrize("cell", CROWDED, ids=name)
-def test_what_a_crowded_backward_spills_fits_a_tpu(found: Measurement) -> None:
-    assert found.tensors == pytest.approx(found.ideal, rel=0.02)
-
-
 OF_ANY_LENGTH = [
     (chip, workload)
     for chip in TPUS
@@ -526,6 +505,28 @@ OF_ANY_LENGTH = [
 @pytest.mark.parametrize("cell", OF_ANY_LENGTH, ids=name)
 def test_rows_of_any_length_fit_a_tpu(found: Measurement) -> None:
     assert len(found.kernels) == 1, found.kernels
+
+
+# Those with the most in registers, in `make aot` too.
+OF_SHORT_ROWS = [
+    (chip, workload)
+    for chip in TPUS
+    for own in ("all", "row")
+    for workload in workloads(
+        f"crowded_own_{own}",
+        nnx.LayerNorm,
+        (8, 20_000, 128),
+        "bfloat16",
+        activation="gelu",
+        own=own,
+        ops=("backward",),
+    )
+]
+
+
+@pytest.mark.parametrize("cell", OF_SHORT_ROWS, ids=name)
+def test_what_a_crowded_backward_spills_fits_a_tpu(found: Measurement) -> None:
+    assert found.tensors == pytest.approx(found.ideal, rel=0.02)
 
 
 def large(work: Workload, found: Measurement) -> list[tuple[str, int]]:

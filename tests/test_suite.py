@@ -300,7 +300,6 @@ def cases(draw: st.DrawFn) -> Case:
     max_examples=30,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(case=cases(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3))
 def test_any_shape_axes_and_dtypes(case: Case, dtypes: tuple) -> None:
@@ -311,7 +310,6 @@ def test_any_shape_axes_and_dtypes(case: Case, dtypes: tuple) -> None:
 @hypothesis.settings(
     max_examples=200,
     deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(case=cases(), dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3))
 def test_many_shapes_axes_and_dtypes(case: Case, dtypes: tuple) -> None:
