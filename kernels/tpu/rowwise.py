@@ -888,11 +888,12 @@ def _params_bytes(call: Call, lanes: int, period: int) -> int:
     # Two buffers each for scale, bias (in a backward only before an activation) and
     # results; then the accumulators of dscale and dbias.
     rows = 4 * period
-    if period == 1:  # in tiles, maybe, and once more in a row
-        lanes, rows = round_up(lanes, REGISTER), rows + 2
     if call.op == "backward":
         rows = (6 + 2 * call.slopes) * period + 2 * max(SUBLANES, period)
-    if period > 1 and lanes == LANES:  # scale and bias once more, transposed
+    # Scale and bias once more: from tiles, which are whole registers, or transposed.
+    if period == 1:
+        lanes = round_up(lanes, REGISTER)
+    if period == 1 or lanes == LANES:
         rows += 2 * period
     return rows * lanes * 4
 
