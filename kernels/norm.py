@@ -786,18 +786,17 @@ def choose(
       call: the work; one device's share if the types of the operands tell its part.
       answer: the answer of `plan` to this call.
       spread: the parts over which the types spread the work, or `parts.BY_XLA` where
-        XLA is to say; None for one device, or if XLA splits the formula as it likes.
+        XLA is to say; None if no types tell and there is one device, or if XLA splits
+        the formula as it likes.
     """
     call = call_of(primitive, avals, params)
     if len(params["norm"].feature_axes) > 1 or any(map(parts.is_explicit, avals)):
         # XLA may have split a feature axis that `parts` leaves whole, and would then
         # gather x. About types it does not ask.
         target = dataclasses.replace(target, asks=False)
-    spread: parts.Spread = None
-    if target.partitioned > 1:
-        operands = params["tree"].unflatten(avals)
-        shapes = shapes_of(primitive, avals, params)
-        spread = parts.of_types(params["norm"], call.x, shapes, operands)
+    operands = params["tree"].unflatten(avals)
+    shapes = shapes_of(primitive, avals, params)
+    spread: parts.Spread = parts.of_types(params["norm"], call.x, shapes, operands)
     if isinstance(spread, parts.Parts):
         left = target.partitioned // parts.explicit_devices(spread.mesh)
         target = dataclasses.replace(target, partitioned=left, asks=False)

@@ -226,7 +226,7 @@ def _split(
     within: Names = ()
     for follows, spec in sorted(specs, key=lambda pair: -len(pair[0])):
         for axis, entry in zip(follows, (*spec, *[None] * len(follows)), strict=False):
-            names = _names_of(entry)
+            names = _names_of(mesh, entry)
             if axis in (None, GROUPS) or not names or axes[axis]:
                 continue
             if axis in norm.feature_axes[1:]:
@@ -300,10 +300,12 @@ def _refined(mesh: Any, name: str, size: int) -> tuple[Any, str]:
     return AbstractMesh(tuple(sizes), tuple(names), axis_types=tuple(kinds)), inner
 
 
-def _names_of(entry: Any) -> Names:
+def _names_of(mesh: Any, entry: Any) -> Names:
+    """Returns the mesh axes that an entry of a spec names, and that split anything."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
-    return entry if isinstance(entry, tuple) else (entry,)
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return tuple(name for name in names if mesh.shape[name] > 1)
 
 
 # --- explicit mode --------------------------------------------------------------------
@@ -313,7 +315,10 @@ def of_types(
     norm: Norm, x: Any, shapes: Shapes, operands: Sequence[Any]
 ) -> Parts | None:
     """Returns the `Parts` that the operands' types tell; None without explicit axes, or
-    if a kernel would need more of x than a device has."""
+    if a kernel would need more of x than a device has.
+
+    A mesh of one device has parts too: in a part, no types stand in the way of reshapes
+    and slices."""
     present = [
         (follows, a)
         for follows, a in zip(shapes.operands, operands, strict=True)
@@ -322,13 +327,13 @@ def of_types(
     if not present:
         return None
     mesh = present[0][1].sharding.mesh
-    if explicit_devices(mesh) == 1:
+    if not _explicit(mesh):
         return None
     specs = [(follows, a.sharding.spec) for follows, a in present]
     if any(getattr(spec, "unreduced", None) for _, spec in specs):
         return None
     parts = _split(mesh, norm, x.shape, shapes, specs)
-    told = {name for _, spec in specs for entry in spec for name in _names_of(entry)}
+    told = {n for _, spec in specs for entry in spec for n in _names_of(mesh, entry)}
     return parts if told == set(parts.names) else None
 
 

@@ -5,6 +5,7 @@ in a UNet, channels would give a CPU loops of 10. Only the sums, which are small
 then, are split.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,17 +34,21 @@ def reshape(a: jax.Array, shape: Sequence[int]) -> jax.Array:
     # from there on.
     pairs = zip(_begins(a.shape), sharding.spec, strict=True)
     split = {begin: names for begin, names in pairs if names is not None}
-    if not split.keys() <= set(_begins(shape)):
+    begins = _begins(shape)
+    if any(begin > 0 and begin not in begins for begin in split):
         return a.reshape(shape)  # jax says what it cannot do
-    entries = [split.get(begin) for begin in _begins(shape)]
+    entries = [split.get(begin) for begin in begins]
     placed = jax.sharding.PartitionSpec(*entries)
     return lax.reshape(a, tuple(shape), out_sharding=sharding.update(spec=placed))
 
 
 def _begins(shape: Sequence[int]) -> list[int]:
-    """Counts the elements from each axis on; 0 for size 1, which begins nothing."""
+    """Counts the elements from each axis on; axes of size 1, which begin nothing, have
+    the numbers -1, -2 and so on."""
+    ones = itertools.count(-1, -1)
     return [
-        math.prod(shape[axis:]) if size > 1 else 0 for axis, size in enumerate(shape)
+        math.prod(shape[axis:]) if size > 1 else next(ones)
+        for axis, size in enumerate(shape)
     ]
 
 

@@ -160,6 +160,42 @@ def test_explicit(kernels: str, kind: str, sharding: str) -> None:
     assert set(interpreters.runs.values()) == {mesh.size}
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("kind", ["layer_norm", "group_norm"])
+def test_explicit_axes_of_size_1_split_nothing(
+    kernels: str, kind: str, devices: int
+) -> None:
+    """Whole kernels run, on a mesh of one device too: no statistics cross anything."""
+    mesh = jax.make_mesh((devices, 1), ("d", "e"), axis_types=(AxisType.Explicit,) * 2)
+    args = placed(mesh, P("d", None, "e"), data())
+    with jax.set_mesh(mesh):
+        found = jax.block_until_ready(jax.jit(both(KINDS[kind]))(*args))
+    agree(found, expected_of(KINDS[kind]))
+    for a, like in zip(found, (args[0], *args[:3]), strict=True):
+        assert jax.typeof(a) == jax.typeof(like)
+    assert interpreters.runs == dict.fromkeys(
+        (f"{family(kind)} forward", f"{family(kind)} backward"), devices
+    )
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, "d", "e"), P(("d", "e"))])
+@pytest.mark.parametrize("shape", [(1, 2, 32), (16, 64, 512)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit_on_one_device(kind: str, shape: Any, spec: P) -> None:
+    """The reference's forms for a CPU split axes that types say are sharded."""
+    mesh = jax.make_mesh((1, 1), ("d", "e"), axis_types=(AxisType.Explicit,) * 2)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (shape, shape[-1:], shape[-1:], shape)
+    args = [*map(jax.random.normal, keys, shapes)]
+    expected = jax.jit(both(KINDS[kind]))(*args)
+    with jax.set_mesh(mesh):
+        args = placed(mesh, spec, args)
+        found = jax.jit(both(KINDS[kind]))(*args)
+    agree(found, expected)
+    for a, like in zip(found, (args[0], *args[:3]), strict=True):
+        assert jax.typeof(a) == jax.typeof(like)
+
+
 def family(kind: str) -> str:
     return "rowwise" if kind.split()[0] in ("layer_norm", "rms_norm") else "channelwise"
 
