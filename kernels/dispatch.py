@@ -191,8 +191,8 @@ class Kernel:
       backend: "mosaic_gpu" or "mosaic_tpu".
       name: the kernel, e.g. "rowwise forward".
       launch: the function that launches the kernel. It takes the operands of
-        `reference.forward`, (x, scale, bias, mask), or of `reference.backward`, (dy, x,
-        scale, bias, mean, var, mask), each an array or None. A residual or dh, and a
+        `reference.forward`, (x, scale, bias), or of `reference.backward`, (dy, x,
+        scale, bias, mean, var), each an array or None. A residual or dh, and a
         shortcut, are passed by name if there are any. The result is a list:
         forward: y; h if there is a residual; with `statistics` mean (if centred) and
           var. If `Call.half`: h if there is a residual, mean (if centred) and var.

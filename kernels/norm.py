@@ -646,7 +646,8 @@ def _rules_of_kernels() -> Iterator[None]:
 def _launch(
     kernel: dispatch.Kernel, params: dict[str, Any], *flat: jax.Array
 ) -> list[jax.Array]:
-    *operands, beside, shortcut = params["tree"].unflatten(flat)
+    # `plan` gives no kernel a call with a mask.
+    *operands, _, beside, shortcut = params["tree"].unflatten(flat)
     if params["norm"].over:
         halves = _backward_halves if "wanted" in params else _forward_halves
         return halves(kernel.launch, params, (*operands, beside, shortcut))
@@ -712,9 +713,9 @@ def _forward_halves(
 ) -> list[jax.Array]:
     """Computes statistics of the local part by the kernel, of all devices by psums."""
     norm = params["norm"]
-    x, scale, bias, _, residual, shortcut = operands
+    x, scale, bias, residual, shortcut = operands
     beside = dispatch.present(residual=residual)
-    *found, var = launch(x, None, None, None, **beside)
+    *found, var = launch(x, None, None, **beside)
     mean = found.pop() if norm.center else None
     (h,) = found or [x]
     mean, var = reference.over_devices(norm, h, mean, var)
@@ -733,11 +734,11 @@ def _backward_halves(
     identical psums. This does not hold if each device may have its own scale.
     """
     norm = params["norm"]
-    dy, x, scale, bias, mean, var, mask, dh, shortcut = operands
+    dy, x, scale, bias, mean, var, dh, shortcut = operands
     wants_dx, wants_dscale, wants_dbias, wants_dshortcut = params["wanted"]
     given = (dy, x, scale, bias, mean, var)
     behind = dispatch.present(shortcut=shortcut)
-    results: list[jax.Array] = launch(*given, mask, **behind)
+    results: list[jax.Array] = launch(*given, **behind)
     dz = reference.before_activation(norm, *given, shortcut)
     if wants_dx:
         products = 1 + norm.center

@@ -30,16 +30,16 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
         runs[call.op] += 1
         return np.zeros((), "float32")
 
-    def forward(x: Any, scale: Any, bias: Any, mask: Any) -> list[Any]:
-        y, mean, var = reference.forward(call.norm, x, scale, bias, mask)
+    def forward(x: Any, scale: Any, bias: Any) -> list[Any]:
+        y, mean, var = reference.forward(call.norm, x, scale, bias)
         y = y + tick(x).astype(y.dtype)
         return [r for r in (y, mean, var) if r is not None] if call.statistics else [y]
 
     def backward(
-        dy: Any, x: Any, scale: Any, bias: Any, mean: Any, var: Any, mask: Any
+        dy: Any, x: Any, scale: Any, bias: Any, mean: Any, var: Any
     ) -> list[Any]:
         gradients = reference.backward(
-            call.norm, dy, x, scale, bias, mean, var, mask, own_params=call.own_params
+            call.norm, dy, x, scale, bias, mean, var, own_params=call.own_params
         )
         wanted = [g for g, want in zip(gradients, call.wanted, strict=True) if want]
         return [wanted[0] + tick(dy).astype(wanted[0].dtype), *wanted[1:]]

@@ -508,9 +508,7 @@ def test_warps_and_blocks_meet(shape: Any, barriers: int, fences: int) -> None:
     call = calls("group_norm", shape)[0]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
-    jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(
-        call.x, call.scale, call.bias
-    )
+    jaxpr = jax.make_jaxpr(kernel.launch)(call.x, call.scale, call.bias)
     assert str(jaxpr).count("barrier_wait") == barriers
     assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
 

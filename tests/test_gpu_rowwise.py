@@ -210,7 +210,7 @@ def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> N
     assert isinstance(kernel, Kernel)
     statistic = jax.ShapeDtypeStruct((3, 1), jnp.dtype("float32"))
     operands = (call.dy, call.x, call.scale, None, statistic, statistic)
-    jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(*operands)
+    jaxpr = jax.make_jaxpr(kernel.launch)(*operands)
     assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
 
 
@@ -499,7 +499,7 @@ def test_warps_of_long_rows_meet(features: int, forward: int, backward: int) -> 
             if call.op == "forward"
             else (call.dy, call.x, call.scale, None, statistic, statistic)
         )
-        jaxpr = jax.make_jaxpr(lambda *a: kernel.launch(*a, None))(*operands)  # noqa: B023
+        jaxpr = jax.make_jaxpr(kernel.launch)(*operands)
         counts.append(str(jaxpr).count("barrier_wait"))
     assert counts == [forward, backward]
 

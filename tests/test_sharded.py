@@ -220,7 +220,7 @@ def plan(call: Call, device: Any) -> Kernel:
 
     def backward(*operands: Any, dh: Any = None) -> list[jax.Array]:
         own = call.own_params
-        dx, *others = reference.backward(here, *operands, dh, own_params=own)
+        dx, *others = reference.backward(here, *operands, dh=dh, own_params=own)
         inner = inner_products(here, *operands) if call.half else [dx]
         wants_dx, *wanted = call.wanted
         outer = [a for a, want in zip(others, wanted, strict=True) if want]
@@ -232,7 +232,7 @@ def plan(call: Call, device: Any) -> Kernel:
 
 def inner_products(norm: reference.Norm, *operands: Any) -> list[jax.Array]:
     """Returns the local c1 = mean(w * x_hat) and, if centred, c2 = mean(w)."""
-    dy, x, scale, bias, mean, var, _ = operands
+    dy, x, scale, bias, mean, var = operands
     dz = reference.before_activation(norm, dy, x, scale, bias, mean, var)
     weight = 1 if scale is None else norm.weight(reduce.spread(norm, scale, x))
     rstd = jax.lax.rsqrt(var + norm.epsilon)

@@ -118,15 +118,15 @@ class Workload:
     def operands(self) -> tuple[Any, ...]:
         """Positional operands of the kernel's launch, as shapes and dtypes.
 
-        They are (x, scale, bias, mask), or (dy, x, scale, bias, mean, var, mask), with
-        None for an absent one.
+        They are (x, scale, bias), or (dy, x, scale, bias, mean, var), with None for an
+        absent one.
         """
         call = self.call
         if call.op == "forward":
-            return call.x, call.scale, call.bias, None
+            return call.x, call.scale, call.bias
         mean = self.statistic if self.norm.center else None
         params = call.scale, call.bias
-        return call.dy, call.x, *params, mean, self.statistic, None
+        return call.dy, call.x, *params, mean, self.statistic
 
     @property
     def named(self) -> dict[str, Any]:

@@ -308,7 +308,6 @@ def forward(
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    mask: None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Computes y in one read of x, with the strips resident on the chip.
@@ -346,7 +345,6 @@ def forward_in_two_reads(
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    mask: None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Computes y in two reads of x.
@@ -597,7 +595,6 @@ def backward(
     bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
-    mask: None = None,
     dh: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
@@ -639,7 +636,6 @@ def backward_in_two_reads(
     bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
-    mask: None = None,
     dh: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
@@ -679,7 +675,6 @@ def sums(
     bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
-    mask: None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Computes the sums of the backward in one read of x and dy: see `gradient_sums`.

@@ -73,7 +73,6 @@ def forward(
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    mask: None = None,
     residual: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
@@ -206,7 +205,6 @@ def backward(
     bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
-    mask: None = None,
     dh: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:

@@ -564,7 +564,6 @@ class Launch:
         x: jax.Array,
         scale: jax.Array | None,
         bias: jax.Array | None,
-        mask: None = None,
         shortcut: jax.Array | None = None,
     ) -> list[jax.Array]:
         """Computes y, and with `call.statistics` also mean (if centred) and var.
@@ -575,7 +574,6 @@ class Launch:
         Args:
           x: any shape; float32, bfloat16 or float16, like the other arrays.
           scale, bias: shape (channels,), or None.
-          mask: None.
           shortcut: x's shape, or None.
         """
         if self.normalizes:
@@ -639,7 +637,6 @@ class Launch:
         bias: jax.Array | None,
         mean: jax.Array | None,
         var: jax.Array,
-        mask: None = None,
         dh: jax.Array | None = None,
         shortcut: jax.Array | None = None,
     ) -> list[jax.Array]:
@@ -654,7 +651,6 @@ class Launch:
           scale: shape (channels,), or None.
           bias: shape (channels,), for an activation; or None.
           mean, var: the forward's statistics, float32.
-          mask: None.
           dh: x's shape, or None.
           shortcut: x's shape, for an activation; or None.
 
@@ -690,7 +686,6 @@ class Launch:
         bias: jax.Array | None,
         mean: jax.Array | None,
         var: jax.Array,
-        mask: None = None,
         shortcut: jax.Array | None = None,
     ) -> list[jax.Array]:
         """Computes the sums of a backward; reads x and dy once.

@@ -476,7 +476,6 @@ def forward(
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    mask: None = None,
     residual: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
@@ -489,7 +488,6 @@ def forward(
       x: any shape; float32, bfloat16 or float16, as are all operands that follow.
       scale, bias: shape (features,) after the leading axes of x along which they vary,
         or None.
-      mask: None.
       residual, shortcut: x's shape, or None.
     """
     norm = call.norm
@@ -537,7 +535,6 @@ def backward(
     bias: jax.Array | None,
     mean: jax.Array | None,
     var: jax.Array,
-    mask: None = None,
     dh: jax.Array | None = None,
     shortcut: jax.Array | None = None,
 ) -> list[jax.Array]:
@@ -552,7 +549,6 @@ def backward(
         None.
       bias: like scale; for an activation.
       mean, var: the forward's statistics, float32.
-      mask: None.
       dh: x's shape, or None.
       shortcut: x's shape, or None; for an activation.
 
