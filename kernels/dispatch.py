@@ -323,10 +323,10 @@ def plan(call: Call, target: Target, backend: str = "auto") -> Kernel | Fallback
         if isinstance(answer, Fallback)
         else f"this platform's kernels are {answer.backend}"
     )
-    raise refusal(backend, call.op, why)
+    raise cannot_run(backend, call.op, why)
 
 
-def refusal(backend: str, op: str, why: str) -> NotImplementedError:
+def cannot_run(backend: str, op: str, why: str) -> NotImplementedError:
     """Returns the error of a backend that was named and cannot take a call."""
     return NotImplementedError(
         f"The backend {backend!r} was named but cannot run this {op}: {why}. Name "
@@ -348,7 +348,7 @@ def _plan(call: Call, target: Target) -> Kernel | Fallback:
             "would gather its input (with explicit sharding, and in jax.shard_map, "
             "kernels run on each device's part)"
         )
-    reason = _refusal(call)
+    reason = _why_no_kernel(call)
     if reason is not None:
         return Fallback(reason)
     if call.half:
@@ -374,7 +374,7 @@ def _first_half(call: Call) -> Call:
     return dataclasses.replace(call, addend=None, wanted=(*call.wanted[:3], False))
 
 
-def _refusal(call: Call) -> str | None:
+def _why_no_kernel(call: Call) -> str | None:
     """Returns why no kernel of any platform takes the call, or None."""
     if call.mask:
         return "mask given"

@@ -383,7 +383,7 @@ def batch_norm_inference(
     spec = _batch_spec(x, scale, axis, epsilon, dtype, activation, scale_offset)
     shape = spec.statistic_shape(x.shape)
     mean, var = (
-        jnp.reshape(_shared(value, name, spec, x), shape).astype(spec.compute_dtype)
+        jnp.reshape(_flat_param(value, name, spec, x), shape).astype(spec.compute_dtype)
         for value, name in ((mean, "mean"), (var, "var"))
     )
     own_scale, own_bias, _, shortcut = _params(scale, bias, None, residual, spec, x)
@@ -607,7 +607,7 @@ def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:
         and all(own in (1, n) for own, n in zip(param.shape, x.shape, strict=True))
     )
     if not varies:
-        return _shared(param, name, spec, x)
+        return _flat_param(param, name, spec, x)
     lead = param.shape[:first]
     param = jnp.broadcast_to(param, (*lead, *sizes))
     while lead and lead[-1] == 1 and (lead != before or set(lead) == {1}):
@@ -621,7 +621,7 @@ def is_symbolic(size: Any) -> bool:
     return not isinstance(size, int)
 
 
-def _shared(param: ArrayLike, name: str, spec: Norm, x: jax.Array) -> jax.Array:
+def _flat_param(param: ArrayLike, name: str, spec: Norm, x: jax.Array) -> jax.Array:
     """Returns the parameter in shape (features,)."""
     param = jnp.asarray(param)
     sizes = tuple(x.shape[axis] for axis in spec.feature_axes)

@@ -262,7 +262,7 @@ def _plain(
 ) -> tuple[jax.Array, Maybe, jax.Array]:
     backend = dispatch.current_backend()
     if backend not in ("auto", "reference"):
-        raise dispatch.refusal(backend, "forward", why)
+        raise dispatch.cannot_run(backend, "forward", why)
     norm, epsilon = _without_epsilon(norm)
     if epsilon is None:
         return fusednorm_plain(norm, *operands)

@@ -84,7 +84,7 @@ def _own_or_given(layer: Any, name: str, given: Any) -> Any:
     return own if given is None else jnp.asarray(given)
 
 
-def _shared(
+def _common_arguments(
     layer: Any, dtype: Any, mask: Any, activation: str | None, scale_offset: float
 ) -> dict[str, Any]:
     """Returns the arguments common to all functions that compute statistics."""
@@ -193,7 +193,7 @@ class LayerNorm(nnx.LayerNorm):
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             residual=residual,
-            **_shared(self, dtype, mask, activation, scale_offset),
+            **_common_arguments(self, dtype, mask, activation, scale_offset),
         )
 
 
@@ -242,7 +242,7 @@ class RMSNorm(nnx.RMSNorm):
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             residual=residual,
-            **_shared(self, dtype, mask, activation, scale_offset),
+            **_common_arguments(self, dtype, mask, activation, scale_offset),
         )
 
 
@@ -327,7 +327,7 @@ class GroupNorm(nnx.GroupNorm):
             num_groups=self.num_groups,
             reduction_axes=self.reduction_axes,
             residual=residual,
-            **_shared(self, dtype, mask, activation, scale_offset),
+            **_common_arguments(self, dtype, mask, activation, scale_offset),
         )
 
 
@@ -404,7 +404,7 @@ class InstanceNorm(nnx.InstanceNorm):
             bias,
             feature_axes=self.feature_axes,
             residual=residual,
-            **_shared(self, dtype, mask, activation, scale_offset),
+            **_common_arguments(self, dtype, mask, activation, scale_offset),
         )
 
 
@@ -525,7 +525,7 @@ class BatchNorm(nnx.BatchNorm):
             bias,
             axis=self.axis,
             residual=residual,
-            **_shared(self, dtype, mask, activation, scale_offset),
+            **_common_arguments(self, dtype, mask, activation, scale_offset),
         )
         if mean.size != jnp.size(self.mean[...]):
             raise TypeError(
