@@ -416,56 +416,6 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
     def abstract(*avals: Any, backend: str, **params: Any) -> Sequence[Any]:
         return jax.make_jaxpr(functools.partial(meaning, **params))(*avals).out_avals
 
-    def lower(ctx: Any, *flat: Any, backend: str, **params: Any) -> Any:
-        reference_run = functools.partial(meaning, **params)
-        if primitive is tangent_p:
-            return mlir.lower_fun(reference_run, multiple_results=True)(ctx, *flat)
-        target = dispatch.target_of(ctx)
-        avals_in = ctx.avals_in  # `bind` outlives the lowering, and ctx must not
-        call, answer, spread = choose(primitive, avals_in, params, target, backend)
-
-        def bind(*flat: Any, norm: Norm, inside: dict[int, jax.Array]) -> Any:
-            asked = {**params, "norm": norm}
-            if inside:
-                shapes = shapes_of(primitive, avals_in, params)
-                operands = params["tree"].unflatten(flat)
-                operands = _only_inside(primitive, operands, shapes, inside)
-                of_part, asked["tree"] = jax.tree.flatten(operands)
-                return primitive.bind(*of_part, **asked, backend=backend)
-            if spread is parts.BY_XLA:
-                here = dispatch.Target(target.platforms)
-                avals = [*map(jax.typeof, flat)]
-                call, answer, _ = choose(primitive, avals, asked, here, backend)
-                if isinstance(answer, dispatch.Kernel):
-                    (platform,) = target.platforms
-                    kernel = _lowered_once(answer, call, platform)
-                    return _launch(kernel, asked, *flat)
-            return primitive.bind(*flat, **asked, backend=backend)
-
-        if tuned_for := _tuned_for(call, target):
-            reference_run = functools.partial(reference_run, tuned_for=tuned_for)
-        run: Callable[..., Any]
-        if isinstance(spread, parts.Parts):
-            run = parts.mapped(spread, bind, ctx.avals_out)
-        elif spread is parts.BY_XLA:
-            ctx = parts.numbered(ctx)
-            run = parts.by_xla(
-                params["norm"],
-                shapes_of(primitive, avals_in, params),
-                call.x,
-                reference_run,
-                bind,
-                f"{primitive} {params} {backend}",
-                evenly=backend != "auto",  # a named kernel takes no mask
-            )
-        elif isinstance(answer, dispatch.Fallback):
-            run = reference_run
-        else:
-            run = functools.partial(_launch, answer, params)
-            with _rules_of_kernels():
-                return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
-        return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
-
     def taylor(primals_in: Any, series_in: Any, **params: Any) -> Any:
         del params["backend"]  # jet's rules take and return unscaled coefficients
         along = functools.partial(meaning, **params)
@@ -476,12 +426,88 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
 
     primitive.def_impl(run)
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, lower)
+    mlir.register_lowering(primitive, functools.partial(_lower, primitive, meaning))
     jet.jet_rules[primitive] = taylor
     if checkify is not None:
         check = functools.partial(checkify.nan_error_check, primitive)
         checkify.error_checks[primitive] = check
     return primitive
+
+
+def _lower(
+    primitive: Primitive,
+    meaning: Callable[..., list[jax.Array]],
+    ctx: mlir.LoweringRuleContext,
+    *flat: Any,
+    backend: str,
+    **params: Any,
+) -> Any:
+    """Lowers what is chosen for the target: a kernel, the reference, or a part of the
+    work on each device."""
+    reference_run = functools.partial(meaning, **params)
+    if primitive is tangent_p:
+        return mlir.lower_fun(reference_run, multiple_results=True)(ctx, *flat)
+    target, avals = dispatch.target_of(ctx), ctx.avals_in
+    call, answer, spread = choose(primitive, avals, params, target, backend)
+    if tuned_for := _tuned_for(call, target):
+        reference_run = functools.partial(reference_run, tuned_for=tuned_for)
+    # It outlives the lowering, and ctx must not.
+    on_part = functools.partial(_run_on_part, primitive, avals, params, backend)
+    run: Callable[..., Any] = reference_run
+    rules: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if isinstance(spread, parts.Parts):
+        run = parts.mapped(spread, on_part, ctx.avals_out)
+    elif spread is parts.BY_XLA:
+        (platform,) = target.platforms
+        ctx = parts.numbered(ctx)
+        run = parts.by_xla(
+            params["norm"],
+            shapes_of(primitive, avals, params),
+            call.x,
+            reference_run,
+            functools.partial(on_part, asked_on=platform),
+            f"{primitive} {params} {backend}",
+            evenly=backend != "auto",  # a named kernel takes no mask
+        )
+    elif isinstance(answer, dispatch.Kernel):
+        run, rules = functools.partial(_launch, answer, params), _rules_of_kernels()
+    with rules:
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
+
+
+def _run_on_part(
+    primitive: Primitive,
+    avals: Sequence[Any],
+    params: dict[str, Any],
+    backend: str,
+    *flat: Any,
+    norm: Norm,
+    inside: dict[int, jax.Array],
+    asked_on: str | None = None,
+) -> list[jax.Array]:
+    """Runs a primitive on one device's part of its operands.
+
+    Args:
+      primitive, avals, params, backend: the primitive as bound to the whole operands.
+      flat: the part's operands.
+      norm, inside: what `parts.Parts.run` passes.
+      asked_on: the platform, if XLA asks for the code of the part. The lowering is over
+        by then, and a kernel is lowered by itself.
+    """
+    params_here = {**params, "norm": norm}
+    if inside:
+        shapes = shapes_of(primitive, avals, params)
+        operands = params["tree"].unflatten(flat)
+        operands = _only_inside(primitive, operands, shapes, inside)
+        masked, params_here["tree"] = jax.tree.flatten(operands)
+        return primitive.bind(*masked, **params_here, backend=backend)
+    if asked_on is not None:
+        target = dispatch.Target((asked_on,))
+        avals_here = [*map(jax.typeof, flat)]
+        call, answer, _ = choose(primitive, avals_here, params_here, target, backend)
+        if isinstance(answer, dispatch.Kernel):
+            return _launch(_lowered_once(answer, call, asked_on), params_here, *flat)
+    return primitive.bind(*flat, **params_here, backend=backend)
 
 
 def _gains_from_parts(
