@@ -15,22 +15,29 @@ the op of `kernels/norm.py`. The functions share these arguments:
     bias and residual to, and float32 for integers.
   mask: bool, broadcastable to x. It selects the elements that enter the statistics; all
     elements are normalized. Where it selects nothing, the mean is 0 and the variance 1.
-    Another dtype raises a ValueError.
   axis_name, axis_index_groups: mapped axes over which the statistics are combined, as
     in `jax.lax.psum`. Each device is weighted by its own count of elements.
   activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to y in the dtype of
     the arithmetic, before y is rounded to `dtype`. "gelu" is the exact one,
-    `jax.nn.gelu(y, approximate=False)`; `jax.nn.gelu(y)` is "gelu_tanh". Complex x or
-    output, or an unknown name, raises a ValueError.
+    `jax.nn.gelu(y, approximate=False)`; `jax.nn.gelu(y)` is "gelu_tanh".
   scale_offset: number added to the scale, in float32. Use 1.0 if the scale is stored as
-    its distance from 1; weight decay then pulls the effective scale to 1. An offset
-    without a scale raises a ValueError.
+    its distance from 1; weight decay then pulls the effective scale to 1.
   residual: an array of x's shape. `layer_norm` and `rms_norm` add it before the norm,
     as pre-norm transformers do. They normalize h = x + residual and return `y, h`. h is
     rounded to the dtype that x (converted to float if it is integer) and residual
     promote to. A kernel adds the two as it reads them, and its backward adds dx to the
     cotangent of h. The other functions add it after the norm, as in a ResNet:
     y = act(norm(x) + residual), in float32.
+
+They also share these errors:
+
+  TypeError: epsilon or scale_offset is no real number, or the program computes the
+    scale_offset.
+  ValueError: an axis is out of range, the mask is not bool or does not broadcast to x,
+    the residual has another shape, epsilon is more than one number, there is a
+    scale_offset but no scale, the activation is unknown or applied to complex x or
+    output, or `dtype` is not a float or complex type.
+  NotImplementedError: a backend that `use_backend` names cannot run the call.
 
 Statistics are at least float32, and the variance is centred, sum((x - mean)^2) / n. On
 one CPU or TPU device the reference may instead take sum(x^2) / n - mean^2, in the same
@@ -91,8 +98,7 @@ def layer_norm(
 
     Raises:
       TypeError: scale or bias does not fit x along `feature_axes`.
-      ValueError: an axis is out of range, the mask does not broadcast to x, or the
-        residual has another shape.
+      TypeError, ValueError, NotImplementedError: those that all functions share.
 
     Source: Ba et al. 2016 (arXiv:1607.06450), eq. 3 and 4.
     """
@@ -134,8 +140,11 @@ def rms_norm(
 
     y = x * rsqrt(mean(x^2) + epsilon) * scale.
 
-    Arguments, result and errors are the same as for `layer_norm`, except that the bias
-    is a keyword argument.
+    Arguments and result are the same as for `layer_norm`, except that the bias is a
+    keyword argument.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as for `layer_norm`.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4.
     """
@@ -190,9 +199,9 @@ def group_norm(
 
     Raises:
       TypeError: scale or bias does not fit the channels.
-      ValueError: `num_groups` does not divide the channels, `reduction_axes` lacks the
-        last axis, an axis is out of range, the mask does not broadcast to x, or the
-        residual has another shape.
+      ValueError: `num_groups` does not divide the channels, or `reduction_axes` lacks
+        the last axis.
+      TypeError, ValueError, NotImplementedError: those that all functions share.
 
     Source: Wu and He 2018 (arXiv:1803.08494), eq. 1 to 3 and 7.
     """
@@ -260,8 +269,8 @@ def instance_norm(
 
     Raises:
       TypeError: scale or bias does not fit x along `feature_axes`.
-      ValueError: `feature_axes` includes the first axis, an axis is out of range, the
-        mask does not broadcast to x, or the residual has another shape.
+      ValueError: `feature_axes` includes the first axis.
+      TypeError, ValueError, NotImplementedError: those that all functions share.
 
     Source: Ulyanov et al. 2016 (arXiv:1607.08022), eq. 2.
     """
@@ -323,8 +332,7 @@ def batch_norm(
 
     Raises:
       TypeError: scale or bias does not fit x along `axis`.
-      ValueError: an axis is out of range, the mask does not broadcast to x, or the
-        residual has another shape.
+      TypeError, ValueError, NotImplementedError: those that all functions share.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1.
     """
@@ -375,7 +383,7 @@ def batch_norm_inference(
 
     Raises:
       TypeError: mean, var, scale or bias does not fit x along `axis`.
-      ValueError: an axis is out of range, or the residual has another shape.
+      TypeError, ValueError: those that all functions share.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 2.
     """
@@ -405,6 +413,9 @@ def anything_counted(
 
     Returns:
       A bool array of the shape of `batch_norm`'s mean if there is a mask; else a bool.
+
+    Raises:
+      ValueError: an axis is out of range, or the mask does not fit, as in `batch_norm`.
     """
     features = _axes(axis, x.ndim, "axis")
     reduced = tuple(a for a in range(x.ndim) if a not in features)
