@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "bench.compare",
     "report": "bench.publish",
     "models": "bench.whole_run",
+    "peers": "bench.peers_run",
     "tune": "bench.tune",
 }
 
@@ -27,14 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit code.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    command, *rest = given or [""]
-    if command in COMMANDS:
-        # On demand: a command's environment may lack what another one imports.
-        code: int = importlib.import_module(COMMANDS[command]).main(rest)
-        return code
-    from bench.run import main as run
-
-    return run(rest, with_peers=True) if command == "peers" else run(given)
+    module = "bench.run"
+    if given and given[0] in COMMANDS:
+        module = COMMANDS[given.pop(0)]
+    # On demand: a command's environment may lack what another one imports.
+    code: int = importlib.import_module(module).main(given)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Implements `python -m bench`: picks models and cases, runs them, reports."""
 
 import argparse
-import dataclasses
 import math
 import os
 import time
@@ -21,10 +20,9 @@ from rich.progress import (
 
 from bench import terminal
 from bench.cases import CASES, FEW, SWEEP, Case, chosen
-from bench.contest import HALVES, PASSES, Peer, Result, Settings
+from bench.contest import HALVES, PASSES, Peer, Settings
 from bench.models.small import MODELS
-from bench.peers import PEERS, present
-from bench.report import Report, as_result, earlier, show, write
+from bench.report import Report, show, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -133,130 +131,50 @@ def _name(nodeid: str) -> str:
     return nodeid.rpartition("[")[2].rstrip("]")
 
 
-def main(arguments: Sequence[str], with_peers: bool = False) -> int:
-    """Runs the benchmarks.
-
-    Args:
-      arguments: command-line arguments.
-      with_peers: whether other libraries are timed beside flax and fusednorm. Models
-        are then left out.
+def main(arguments: Sequence[str]) -> int:
+    """Times fusednorm against flax.
 
     Returns:
       0; 1 if a result was wrong, which then has no figure; 2 if there is nothing to
       run.
     """
-    options = _parser(with_peers).parse_args(arguments)
-    # Without a pattern, only cases named after models run. Beside peers, all cases run.
-    known = (*CASES, *SWEEP, *FEW) if with_peers or options.cases else CASES
-    patterns = options.cases or ["*"]
-    models = [] if with_peers else chosen(MODELS, patterns)
-    names = chosen([case.name for case in known], patterns)
-    cases = [
-        case for case in known if case.name in names and case.dtype in options.dtypes
-    ]
-    if options.list:
-        print(*models, *(f"{c.name:24} {c.layer}, {c.dtype}" for c in cases), sep="\n")
-        return 0
-    if not models and not cases:
-        print(f"no case is named {' or '.join(patterns)}; see --list")
-        return 2
-
-    if with_peers:  # leave memory to PyTorch; jax reads this when it first runs
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    settings = Settings.quick() if options.quick else Settings.usual()
-    console = terminal.console()
-    large = [case.name for case in cases if case.sample_bytes > settings.largest]
-    if large:
-        limit = f"{settings.largest / 1e6:.0f} MB"
-        console.print(f"left out, a sample is above {limit}: {', '.join(large)}")
-        cases = [case for case in cases if case.name not in large]
-        if not models and not cases:
-            return 2
-
-    report, until = Report(settings), math.inf
-    peers: list[Peer] = []
-    if with_peers:
-        peers, report.absent = present(options.peers)
-        until = time.monotonic() + options.seconds
-        if not options.again:
-            earlier_results = _timed_already(options, settings)
-            asked = [peer.name for peer in peers]
-            cases = [
-                case
-                for case in cases
-                if not _is_done(case, options.passes, asked, earlier_results)
-            ]
-            left = {case.name for case in cases}
-            report.results = [r for r in earlier_results if r.case not in left]
-            if report.results:
-                console.print(f"{len(report.results)} figures are there already")
-    with _progress(console) as progress:
-        out = options.out if with_peers else None
-        run = Run(report, models, cases, options.passes, peers, progress, until, out)
-        items = (["bench_training", "bench_tracing"] if models else []) + (
-            ["bench_case"] if cases else []
-        )
-        suite = [f"{HERE / 'suite.py'}::{item}" for item in items]
-        code = 0
-        if suite:
-            given = ["-c", str(HERE / "pytest.ini"), *suite]
-            code = int(pytest.main(given, plugins=[run]))
-    order = [case.name for case in known]
-    report.results.sort(key=lambda result: order.index(result.case))
-    show(report, console)
-    if report.trainings or report.results:
-        for path in write(report, options.out):
-            console.print(f"wrote {os.path.relpath(path)}", highlight=False)
+    options = _parser().parse_args(arguments)
+    # Without a pattern, only cases named after models run.
+    known = (*CASES, *SWEEP, *FEW) if options.cases else CASES
+    models = chosen(MODELS, options.cases or ["*"])
+    prepared = prepare(options, known, models)
+    if isinstance(prepared, int):
+        return prepared
+    report, cases, console = prepared
+    code = run_suite(report, console, models, cases, options.passes)
+    show_and_write(report, known, options.out, console)
     return code
 
 
-def _timed_already(options: argparse.Namespace, settings: Settings) -> list[Result]:
-    """Returns what an earlier run of this commit found with the same settings."""
-    record = earlier(options.out, "peers")
-    if record is None or record["settings"] != dataclasses.asdict(settings):
-        return []
-    return [as_result(one) for one in record["results"]]
-
-
-def _is_done(
-    case: Case, passes: Sequence[str], peers: Sequence[str], results: Sequence[Result]
-) -> bool:
-    """Says whether all passes of the case were timed beside all of these peers."""
-    done = [
-        result.which
-        for result in results
-        if result.case == case.name
-        and {*result.peers, *result.peers_without} >= set(peers)
-    ]
-    return set(done) >= set(passes)
-
-
-def _parser(with_peers: bool) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench peers" if with_peers else "python -m bench",
-        description="Times fusednorm, flax.nnx and other libraries on the same arrays, "
-        "in one process. What is not installed is named as absent."
-        if with_peers
-        else "Times fusednorm against flax.nnx: two small models in training, and "
-        "layers and blocks named after real models.",
-        epilog="Run it again until nothing is left: what has figures of this commit is "
-        "not timed again. Example: python -m bench peers --cases 'rms_*' --peers torch "
-        "liger"
-        if with_peers
-        else "A result that is wrong has no figure, and makes the exit code 1. Other "
+        prog="python -m bench",
+        description="Times fusednorm against flax.nnx: two small models in training, "
+        "and layers and blocks named after real models.",
+        epilog="A result that is wrong has no figure, and makes the exit code 1. Other "
         "commands, each with --help: peers (other libraries), models (whole models), "
         "tune (how GPU kernels cut their work), compare (two runs), report (the "
         "README's figures), roofline and scaling (chips that are not here).",
     )
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        metavar="PATTERN",
-        help="cases whose name matches, as in 'resnet50_*' (default: all)"
-        if with_peers
-        else "models and cases whose name matches, as in 'resnet50_*' (default: those "
-        "named after real models; also: rms_*, layer_*, few_*, one_*, decode_*)",
+    add_arguments(
+        parser,
+        "models and cases whose name matches, as in 'resnet50_*' (default: those named "
+        "after real models; also: rms_*, layer_*, few_*, one_*, decode_*)",
     )
+    return parser
+
+
+# --- what bench/peers_run.py does too -------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, help_of_cases: str) -> None:
+    """Adds the options that choose what runs, how much of it, and where results go."""
+    parser.add_argument("--cases", nargs="+", metavar="PATTERN", help=help_of_cases)
     parser.add_argument(
         "--dtypes",
         nargs="+",
@@ -271,23 +189,6 @@ def _parser(with_peers: bool) -> argparse.ArgumentParser:
         choices=[*PASSES, *HALVES],
         help="what of each case is timed (default: %(default)s)",
     )
-    if with_peers:
-        parser.add_argument(
-            "--peers",
-            nargs="+",
-            default=list(PEERS),
-            choices=list(PEERS),
-            help="which other libraries (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--seconds",
-            type=float,
-            default=420,
-            help="after these no case is begun (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--again", action="store_true", help="time what has figures already too"
-        )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -301,7 +202,65 @@ def _parser(with_peers: bool) -> argparse.ArgumentParser:
         help="where JSON and chart go (default: bench/results/local, ignored by git)",
     )
     parser.add_argument("--list", action="store_true", help="name the cases, and stop")
-    return parser
+
+
+def prepare(
+    options: argparse.Namespace, known: Sequence[Case], models: Sequence[str] = ()
+) -> tuple[Report, list[Case], Console] | int:
+    """Returns an empty report, the cases that are asked for, and where to print; or the
+    exit code if there is nothing to run."""
+    patterns = options.cases or ["*"]
+    names = chosen([case.name for case in known], patterns)
+    cases = [c for c in known if c.name in names and c.dtype in options.dtypes]
+    if options.list:
+        print(*models, *(f"{c.name:24} {c.layer}, {c.dtype}" for c in cases), sep="\n")
+        return 0
+    if not models and not cases:
+        print(f"no case is named {' or '.join(patterns)}; see --list")
+        return 2
+    settings = Settings.quick() if options.quick else Settings.usual()
+    console = terminal.console()
+    large = [case.name for case in cases if case.sample_bytes > settings.largest]
+    if large:
+        limit = f"{settings.largest / 1e6:.0f} MB"
+        console.print(f"left out, a sample is above {limit}: {', '.join(large)}")
+        cases = [case for case in cases if case.name not in large]
+    return (Report(settings), cases, console) if models or cases else 2
+
+
+def run_suite(
+    report: Report,
+    console: Console,
+    models: Sequence[str],
+    cases: Sequence[Case],
+    passes: Sequence[str],
+    peers: Sequence[Peer] = (),
+    until: float = math.inf,
+    out: Path | None = None,
+) -> int:
+    """Runs the models and cases, and returns pytest's exit code; see `Run`."""
+    items = (["bench_training", "bench_tracing"] if models else []) + (
+        ["bench_case"] if cases else []
+    )
+    if not items:
+        return 0
+    with _progress(console) as progress:
+        run = Run(report, models, cases, passes, peers, progress, until, out)
+        suite = [f"{HERE / 'suite.py'}::{item}" for item in items]
+        given = ["-c", str(HERE / "pytest.ini"), *suite]
+        return int(pytest.main(given, plugins=[run]))
+
+
+def show_and_write(
+    report: Report, known: Sequence[Case], out: Path, console: Console
+) -> None:
+    """Shows the report, and writes it if there are figures."""
+    order = [case.name for case in known]
+    report.results.sort(key=lambda result: order.index(result.case))
+    show(report, console)
+    if report.trainings or report.results:
+        for path in write(report, out):
+            console.print(f"wrote {os.path.relpath(path)}", highlight=False)
 
 
 def _progress(console: Console) -> Progress:

@@ -22,10 +22,10 @@ for module in ("matplotlib", "optax", "pytest_benchmark", "rich", "sklearn"):
 from bench import __main__ as cli  # noqa: E402
 from bench import (  # noqa: E402
     peers,
+    peers_run,
     provenance,
     truth,
 )
-from bench import run as bench_run  # noqa: E402
 from bench.aot import hlo, scaling  # noqa: E402
 from bench.aot.sharded import Sharded  # noqa: E402
 from bench.cases import CASES, Block, Case, draw  # noqa: E402
@@ -391,7 +391,7 @@ def absent() -> Any:
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "PEERS", {"plain": Plain, "nowhere": absent})
-    monkeypatch.setattr(bench_run, "PEERS", peers.PEERS)
+    monkeypatch.setattr(peers_run, "PEERS", peers.PEERS)
 
 
 def run_peers(out: pathlib.Path, *arguments: str) -> tuple[int, dict[str, Any]]:
