@@ -74,7 +74,6 @@ _WRITTEN: tuple[tuple[str, Callable[[Any], Any]], ...] = (
 # These calls bring their own derivative, which is not that of the jaxpr inside them.
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 
-
 # Primitives that XLA applies to an array as it reads it.
 _WIDENING = (lax.broadcast_in_dim_p, lax.convert_element_type_p)
 

@@ -20,7 +20,7 @@ LANES = 32  # per warp
 _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 
-# --- columns -------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def cut(width: int, lanes: int, vector: int) -> list[Chunk]:
     return chunks
 
 
-# --- memory --------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------
 
 
 def load(ref: Any, at: Any, layout: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -129,7 +129,7 @@ def fence(_: Any) -> None:
     )
 
 
-# --- the rest ------------------------------------------------------------------------
+# --- the rest -------------------------------------------------------------------------
 
 
 def cost(arrays: Sequence[Any]) -> dict[str, Any]:

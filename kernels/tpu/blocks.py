@@ -52,7 +52,7 @@ from fusednorm.kernels.tpu.memory import LANES, SUBLANES, round_up
 # longer turn takes up to 30 % more, but the ratio is at most 0.5 there.)
 UNROLLED = 4096
 
-# x + NOTHING is x bitwise, whereas adding 0 would turn -0 into 0.
+# x + NEGATIVE_ZERO is x bitwise, whereas adding 0 would turn -0 into 0.
 NEGATIVE_ZERO = -0.0
 
 
