@@ -360,7 +360,7 @@ def forward_in_two_reads(
 
 
 def moments(
-    config: Config, combine_config: Config, call: Call, x: jax.Array, *others: None
+    config: Config, combine_config: Config, call: Call, x: jax.Array, *params: None
 ) -> list[jax.Array]:
     """Computes mean (if centred) and var in one read of x, in the statistics' shape.
 

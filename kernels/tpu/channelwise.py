@@ -585,7 +585,7 @@ class Launch:
         results = (y, mean, var) if self.call.statistics else (y,)
         return [array for array in results if array is not None]
 
-    def moments(self, x: jax.Array, *others: None) -> list[jax.Array]:
+    def moments(self, x: jax.Array, *params: None) -> list[jax.Array]:
         """Computes mean (if centred) and var in the statistics' shape; reads x once."""
         _, mean, var = self._forward(x)
         return [var] if mean is None else [mean, var]
@@ -659,8 +659,7 @@ class Launch:
           after the leading axes of x that `call.own_params` counts; dshortcut in the
           shortcut's shape and dtype.
         """
-        norm = self.call.norm
-        wants_dx, _, _, wants_dshortcut = self.call.wanted
+        norm, wants = self.call.norm, self.call.wants
         operands = (dy, x, scale, bias, mean, var)
         dscale, dbias, c1, c2, dz, dx = self._backward(*operands, shortcut)
         if dz is None and not self.normalizes:
@@ -669,10 +668,10 @@ class Launch:
             if dh is not None:
                 dx = dx.astype(jnp.float32) + dh.astype(jnp.float32)
             dx = dx.astype(x.dtype)
-        elif wants_dx:
+        elif wants["dx"]:
             dx = reference.input_gradient(norm, dz, x, scale, mean, var, c1, c2, dh=dh)
         dshortcut = None
-        if wants_dshortcut:
+        if wants["dshortcut"]:
             assert shortcut is not None
             dshortcut = dz.astype(shortcut.dtype)
         gradients = (dx, dscale, dbias, dshortcut)
@@ -713,19 +712,18 @@ class Launch:
         c1 and c2 are None with one read, dx with two reads; for dz see `_dz_dtype`.
         """
         cut, norm, slopes = self.cut, self.call.norm, self.call.slopes
-        summed, normalized = self._summed, self._normalized
-        wants_dx, wants_dscale, wants_dbias, _ = self.call.wanted
+        summed, normalized, wants = self._summed, self._normalized, self.call.wants
         if shortcut is not None:
             shortcut = self._to_view(shortcut)
         dy, x = self._to_view(dy), self._to_view(x)
         dparam = memory.result(
             x, (cut.cores, cut.examples, 1, cut.channels), jnp.float32
         )
-        c = self._statistic_like(x) if wants_dx and not self.normalizes else None
+        c = self._statistic_like(x) if wants["dx"] and not self.normalizes else None
         dx = memory.result(x, cut.view, x.dtype) if self.normalizes else None
         dz_dtype = _dz_dtype(self.call, normalizes=self.normalizes)
         dz = None if dz_dtype is None else memory.result(x, cut.view, dz_dtype)
-        scale_row = memory.row(scale) if wants_dx or slopes else None
+        scale_row = memory.row(scale) if wants["dx"] or slopes else None
 
         dx, dz, dscale, dbias, c1, c2 = self._pallas_call(
             functools.partial(_backward_kernel, cut=cut, norm=norm),
@@ -742,8 +740,8 @@ class Launch:
             results=[
                 (dx, cut.view_spec(normalized)),
                 (dz, cut.view_spec(summed)),
-                (dparam if wants_dscale else None, cut.gradient_spec(summed)),
-                (dparam if wants_dbias else None, cut.gradient_spec(summed)),
+                (dparam if wants["dscale"] else None, cut.gradient_spec(summed)),
+                (dparam if wants["dbias"] else None, cut.gradient_spec(summed)),
                 (c, cut.statistic_spec(summed)),
                 (c if norm.center else None, cut.statistic_spec(summed)),
             ],
@@ -899,7 +897,7 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         for strip in _strips(layout, view, chip.cores)
     ]
     fit = None
-    if call.wanted[0] and not call.half:  # one read, in the widest strips that fit VMEM
+    if call.wants["dx"] and not call.half:  # one read, in the widest strips that fit
         whole_units = (_fit(call, cut, chip.vmem, normalizes=True) for cut in cuts)
         fit = next(filter(None, whole_units), None)
     normalizes = fit is not None
@@ -942,7 +940,7 @@ def _variant(launch: Launch) -> tuple[str, str]:
     if call.half:
         why = "statistics cross devices: XLA normalizes in a second read"
         return call.half_name, why
-    if not call.wanted[0]:
+    if not call.wants["dx"]:
         return ", sums", "only sums are wanted: one read"
     if not launch.normalizes:
         return ", two reads", (
@@ -1184,7 +1182,7 @@ def _dz_dtype(call: Call, *, normalizes: bool) -> jnp.dtype | None:
     In one read, dz is dshortcut. In two reads, XLA reads dz in the place of dy, if dy's
     dtype holds it without rounding.
     """
-    if call.shortcut is None or not call.wanted[3]:
+    if call.shortcut is None or not call.wants["dshortcut"]:
         return None
     if normalizes:
         return call.shortcut.dtype
@@ -1194,19 +1192,19 @@ def _dz_dtype(call: Call, *, normalizes: bool) -> jnp.dtype | None:
 
 def _bytes_moved(call: Call, cut: AnyCut, *, normalizes: bool) -> int:
     """Returns the bytes read from and written to HBM."""
-    wants_dx, wants_dscale, wants_dbias, wants_dshortcut = call.wanted
+    wants = call.wants
     x_size, size = call.x.dtype.itemsize, math.prod(call.x.shape)
     streamed = _read(call)
     if call.op == "forward" and not call.half:
         streamed += [call.norm.dtype] if normalizes else [call.x.dtype, call.norm.dtype]
-    elif wants_dx and not call.half:
+    elif wants["dx"] and not call.half:
         streamed.append(call.x.dtype)
         if not normalizes:  # x again, and dy, or dz in its place
             assert call.dy is not None
             streamed += [call.x.dtype, call.dy.dtype]
             if call.shortcut is not None and _dz_dtype(call, normalizes=False) is None:
                 streamed.append(call.shortcut.dtype)
-    if call.shortcut is not None and wants_dshortcut:
+    if call.shortcut is not None and wants["dshortcut"]:
         streamed.append(call.shortcut.dtype)
     moved = size * sum(dtype.itemsize for dtype in streamed)
     statistics = 4 * cut.examples * cut.samples * cut.channels * (1 + call.norm.center)
@@ -1216,9 +1214,9 @@ def _bytes_moved(call: Call, cut: AnyCut, *, normalizes: bool) -> int:
     else:
         if call.addend is not None:
             moved += size * (call.addend.dtype.itemsize + 2 * x_size * normalizes)
-        moved += statistics * (2 if wants_dx and not normalizes else 1)
-        params = params if wants_dx or call.slopes else []
+        moved += statistics * (2 if wants["dx"] and not normalizes else 1)
+        params = params if wants["dx"] or call.slopes else []
         # Several cores write partial sums, which are read and reduced.
         sums = 1 if cut.cores == 1 else 2 * cut.cores + 1
-        moved += 4 * (wants_dscale + wants_dbias) * sums * cut.examples * cut.channels
+        moved += 4 * len(call.summed) * sums * cut.examples * cut.channels
     return moved + sum(math.prod(p.shape) * p.dtype.itemsize for p in params)

@@ -978,13 +978,13 @@ def _streamed(call: Call) -> list[jnp.dtype]:
         written += [] if call.addend is None else [call.sum_dtype]
         return [call.x.dtype, *read, *written]
     assert call.dy is not None
-    dx, dscale, _, dshortcut = call.wanted
+    wants = call.wants
     streamed = [call.dy.dtype, *read]
-    streamed += [call.x.dtype] * (_reads_x(call) + (dx and not call.half))
-    if dscale and call.scales_each:
+    streamed += [call.x.dtype] * (_reads_x(call) + (wants["dx"] and not call.half))
+    if wants["dscale"] and call.scales_each:
         assert call.scale is not None
         streamed.append(call.scale.dtype)
-    if dshortcut:
+    if wants["dshortcut"]:
         assert call.shortcut is not None
         streamed.append(call.shortcut.dtype)
     return streamed
@@ -993,15 +993,13 @@ def _streamed(call: Call) -> list[jnp.dtype]:
 def _reads_x(call: Call) -> bool:
     """Returns whether a backward reads x. dbias alone needs x only for an activation's
     slope."""
-    dx, dscale, *_ = call.wanted
-    return dx or dscale or call.slopes
+    return call.wants["dx"] or call.wants["dscale"] or call.slopes
 
 
 def _reads_scale(call: Call) -> bool:
     """Returns whether the kernel reads the scale, if there is one. dscale and dbias
     alone do not need it."""
-    dx, *_ = call.wanted
-    return call.op == "forward" or dx or call.slopes
+    return call.op == "forward" or call.wants["dx"] or call.slopes
 
 
 def bytes_moved(call: Call, blocks: Blocks) -> int:
@@ -1020,5 +1018,5 @@ def bytes_moved(call: Call, blocks: Blocks) -> int:
     parts = blocks.cores * blocks.examples * blocks.period
     sums += 2 * parts if parts > sums else 0
     total += len(call.summed) * sums * blocks.features * 4
-    # With `call.half` the kernel writes c1 and c2, which XLA subtracts.
-    return total + statistics * (_reads_x(call) + (call.half and call.wanted[0]))
+    writes_c1_c2 = call.half and call.wants["dx"]
+    return total + statistics * (_reads_x(call) + writes_c1_c2)
