@@ -63,8 +63,94 @@ from fusednorm.kernels.gpu.tiles import (
     Values,
     across,
 )
+from fusednorm.reference import Norm
 
-# --- the kernels ----------------------------------------------------------------------
+# References to the operands and results of a kernel, by name. Their shapes:
+#   x, dy, dh, residual, shortcut, y, h, dx, dshortcut   (rows, features)
+#   mean, var, c1, c2                                    (rows,)
+#   scale, bias     (features,), or (n, features) if each of n serves an equal number of
+#                   consecutive examples
+#   dscale, dbias   (blocks, features): partial sums of each block
+# A scale of each row, and its dscale, have x's shape. Groups that lie side by side are
+# (rows of a group, groups * features), and their statistics (rows of a group, groups).
+Refs = dict[str, Any]
+
+# --- forward --------------------------------------------------------------------------
+
+
+def _forward_kernel(
+    call: Call, examples: Examples, blocks: int, ref: Refs, part: Part
+) -> None:
+    """Computes those of y, h, mean and var that have a reference, for a tile of rows.
+
+    An example has `blocks` blocks. The last one also takes the ragged rows, in a tile
+    that overlaps its own.
+    """
+    norm, rows, tile = call.norm, examples.rows, part.rows
+    example, block = examples.of_program(blocks)
+
+    def step(i: Any, _: None) -> None:
+        row = examples.row(example, jnp.minimum((block + i) * tile, rows - tile))
+        x = part.load(ref["x"], row).float32()
+        # Needed last, loaded first: in flight while the sums are taken.
+        streamed = {name: part.load(ref[name], row) for name in _streamed(call)}
+        if "residual" in ref:
+            h = x + part.load(ref["residual"], row).float32()
+            h = h.astype(ref["h"].dtype)
+            part.store(ref["h"], row, h)
+            # Normalize the rounded sum, since that is what a backward will read.
+            x = h.float32()
+        centred, mean, var = _statistics(norm, part, row, x)
+        rstd = lax.rsqrt(var + norm.epsilon)
+
+        def param(name: str, number: int) -> jax.Array:
+            if name in streamed:
+                return streamed[name][number].astype(jnp.float32)
+            chunk = part.config.chunks[number]
+            return part.load_param(ref[name], chunk, example, examples.count)
+
+        # Chunk by chunk, so that a chunk's registers are free once it is stored.
+        for number, chunk in enumerate(part.config.chunks if "y" in ref else ()):
+            z = centred[number] * across(rstd, centred[number])  # x_hat
+            if "scale" in ref:
+                z = z * norm.weight(param("scale", number))
+            for name in ("bias", "shortcut"):
+                if name in ref:
+                    z = z + param(name, number)
+            part.store_chunk(ref["y"], row, chunk, activate(norm.activation, z))
+        for name, statistic in (("mean", mean), ("var", var)):
+            if name in ref and statistic is not None:
+                part.store_statistic(ref[name], row, statistic)
+
+    if rows % tile == 0:
+        step(0, None)
+    else:
+        lax.fori_loop(0, jnp.where(block == blocks - 1, 2, 1), step, None)
+
+
+def _statistics(
+    norm: Norm, part: Part, row: Row, x: Values
+) -> tuple[Values, jax.Array | None, jax.Array]:
+    """Returns x - mean, the mean and var of each row; x, None and mean(x^2) uncentred.
+
+    The mean is corrected by the mean of the centred row, which makes it right to the
+    last bit but one: x_hat keeps its digits even at mean/std of 5000.
+    """
+    features = part.config.features
+    if not norm.center:
+        (m2,) = part.sums(part.squares(x), row=row, place=0)
+        return x, None, m2 / features
+    (total,) = part.sums(x, row=row, place=0)
+    mean = total / features
+    centred = x - mean
+    squares = part.squares(centred)
+    left, m2 = part.sums(centred, squares, row=row, place=1)
+    left = left / features
+    centred = centred - left
+    mean = mean + left
+    # Rounding can make var negative: a constant row of 1e18 leaves 1e11.
+    var = jnp.maximum(m2 / features - left * left, 0.0)
+    return centred, mean, var
 
 
 def forward(
@@ -87,9 +173,6 @@ def forward(
     for each sum (LayerNorm has three, RMSNorm one), and its blocks read it from the L2
     cache.
 
-    The mean is corrected by the mean of the centred row, which makes it right to the
-    last bit but one: x_hat keeps its digits even at mean/std of 5000.
-
     Each block works on one tile and is small, rather than persistent: the next tile's
     loads come from the next block, and an uneven tail of the grid costs one small
     block.
@@ -106,9 +189,8 @@ def forward(
     """
     norm, features = call.norm, config.features
     examples = Examples.of(call, features)
-    rows = examples.rows
-    tile = min(config.rows, power_of_two(rows))
-    blocks = rows // tile  # of an example
+    tile = min(config.rows, power_of_two(examples.rows))
+    blocks = examples.rows // tile  # of an example
 
     operands: dict[str, Any] = {"x": x, "scale": scale, "bias": bias}
     operands |= {"residual": residual, "shortcut": shortcut}
@@ -121,67 +203,9 @@ def forward(
         statistic = jax.ShapeDtypeStruct(examples.statistic_shape, jnp.float32)
         outputs |= {"mean": statistic} if norm.center else {}
         outputs |= {"var": statistic}
-
-    def body(ref: dict[str, Any], part: Part) -> None:
-        example, block = examples.of_program(blocks)
-
-        def step(i: Any, _: None) -> None:
-            row = examples.row(example, jnp.minimum((block + i) * tile, rows - tile))
-            x = part.load(ref["x"], row).float32()
-            # Needed last, loaded first: in flight while the sums are taken.
-            streamed = {name: part.load(ref[name], row) for name in _streamed(call)}
-            if "residual" in ref:
-                h = x + part.load(ref["residual"], row).float32()
-                h = h.astype(ref["h"].dtype)
-                part.store(ref["h"], row, h)
-                # Normalize the rounded sum, since that is what a backward will read.
-                x = h.float32()
-
-            if norm.center:
-                (total,) = part.sums(x, row=row, place=0)
-                mean = total / features
-                centred = x - mean
-                squares = part.squares(centred)
-                left, m2 = part.sums(centred, squares, row=row, place=1)
-                left = left / features
-                centred = centred - left
-                mean = mean + left
-                # Rounding can make var negative: a constant row of 1e18 leaves 1e11.
-                var = jnp.maximum(m2 / features - left * left, 0.0)
-            else:
-                centred = x
-                (m2,) = part.sums(part.squares(x), row=row, place=0)
-                mean, var = None, m2 / features
-            rstd = lax.rsqrt(var + norm.epsilon)
-
-            def param(name: str, number: int) -> jax.Array:
-                if name in streamed:
-                    return streamed[name][number].astype(jnp.float32)
-                chunk = config.chunks[number]
-                return part.load_param(ref[name], chunk, example, examples.count)
-
-            # Chunk by chunk, so that a chunk's registers are free once it is stored.
-            for number, chunk in enumerate(config.chunks if "y" in ref else ()):
-                z = centred[number] * across(rstd, centred[number])  # x_hat
-                if "scale" in ref:
-                    z = z * norm.weight(param("scale", number))
-                for name in ("bias", "shortcut"):
-                    if name in ref:
-                        z = z + param(name, number)
-                part.store_chunk(ref["y"], row, chunk, activate(norm.activation, z))
-            for name, statistic in (("mean", mean), ("var", var)):
-                if name in ref and statistic is not None:
-                    part.store_statistic(ref[name], row, statistic)
-
-        # The last block also takes the ragged rows, in a tile that overlaps its own.
-        if rows % tile == 0:
-            step(0, None)
-        else:
-            lax.fori_loop(0, jnp.where(block == blocks - 1, 2, 1), step, None)
-
     results = _launch(
         "fusednorm_rowwise_forward",
-        body,
+        functools.partial(_forward_kernel, call, examples, blocks),
         config,
         tile=tile,
         blocks=examples.count * blocks,
@@ -192,6 +216,141 @@ def forward(
     shapes = {"y": x.shape, "h": x.shape}
     statistic_shape = norm.statistic_shape(x.shape)
     return [r.reshape(shapes.get(name, statistic_shape)) for name, r in results.items()]
+
+
+# --- backward -------------------------------------------------------------------------
+
+
+def _backward_kernel(
+    call: Call,
+    examples: Examples,
+    blocks: int,
+    ref: Refs,
+    part: Part,
+    *,
+    levels: dict[str, bool],
+    keeps_scale: bool,
+    ahead: bool,
+) -> None:
+    """Computes those of dx, dscale, dbias, dshortcut, c1 and c2 that have a reference,
+    for every `blocks`-th tile of an example.
+
+    `levels` says where `Totals` accumulates dscale and dbias, `keeps_scale` whether the
+    example's scale is kept in shared memory, and `ahead` whether the next tile is
+    loaded while one is computed.
+    """
+    norm, rows, tile = call.norm, examples.rows, part.rows
+    whole_tiles = rows // tile
+    example, block = examples.of_program(blocks)
+    loaded_first = ("dy", "x", *_streamed(call))
+    sums_over_rows = Totals(part, call.summed, **levels)
+
+    def params(name: str) -> Values:
+        return part.load_params(ref[name], example, examples.count)
+
+    example_scale: Any = 1.0
+    if "scale" in ref and not call.scales_each:
+        example_scale = norm.weight(params("scale"))
+    if keeps_scale:
+        part.keep("scale", example_scale)
+
+    def scale_of(loaded: dict[str, Any]) -> Any:
+        if call.scales_each:
+            return norm.weight(loaded["scale"].float32())
+        return part.kept("scale") if keeps_scale else example_scale
+
+    def first_row(i: Any) -> tuple[Any, Any]:
+        """Returns the first row of the block's tile i, and the first row that no
+        earlier tile has."""
+        unseen = jnp.minimum(block + i * blocks, whole_tiles) * tile
+        return jnp.minimum(unseen, rows - tile), unseen
+
+    def load(i: Any) -> dict[str, Any]:
+        row = examples.row(example, first_row(i)[0])
+        return {name: part.load(ref[name], row) for name in loaded_first}
+
+    def load_statistics(i: Any) -> dict[str, Any]:
+        row = examples.row(example, first_row(i)[0])
+        names = [name for name in ("mean", "var") if name in ref]
+        return {name: part.load_statistic(ref[name], row) for name in names}
+
+    def step(i: Any, totals: Any, loaded: dict[str, Any]) -> Any:
+        """Works on the block's tile i."""
+        first, unseen = first_row(i)
+        row = examples.row(example, first)
+
+        dz, x_hat = loaded["dy"].float32(), loaded["x"].float32()
+        rstd = lax.rsqrt(loaded["var"] + norm.epsilon)
+        if norm.center:
+            x_hat = x_hat - loaded["mean"]
+        x_hat = x_hat * rstd
+        scale = scale_of(loaded)
+        if norm.activation is not None:
+            z = x_hat * scale
+            if "bias" in ref:
+                z = z + params("bias")
+            if "shortcut" in ref:
+                z = z + loaded["shortcut"].float32()
+            dz = z.map(functools.partial(through, norm.activation), dz)
+
+        terms = {"dscale": dz * x_hat, "dbias": dz, "dshortcut": dz}
+        for name in ("dscale", "dshortcut"):
+            if name in ref and name not in call.summed:
+                part.store(ref[name], row, terms[name])
+        if rows % tile:  # the ragged tile has rows that were counted before
+            # Only for sums: Mosaic finds no layout for an index that nobody reads.
+            for name in call.summed:
+                terms[name] = part.rows_from(unseen - first, terms[name])
+        totals = sums_over_rows.add(totals, terms)
+        if call.wants["dx"]:
+            # Tiles alternate between two places for their sums, because a warp may
+            # still be reading those of the tile before.
+            place = 2 * lax.rem(i, 2)
+            _store_dx(norm, ref, part, row, place, dz, scale, x_hat, rstd)
+        return totals
+
+    # This block has tiles block, block + blocks, ...; the ragged tile goes to the block
+    # of the last whole tile, which it overlaps.
+    count = lax.div(whole_tiles - block + blocks - 1, blocks)
+    if rows % tile:
+        count = count + (block == (whole_tiles - 1) % blocks)
+
+    totals = sums_over_rows.over_tiles(count, load, load_statistics, step, ahead=ahead)
+    line = example * blocks + block
+    for name, total in totals.items():
+        part.store_total(ref[name], line, total)
+
+
+def _store_dx(
+    norm: Norm,
+    ref: Refs,
+    part: Part,
+    row: Row,
+    place: Any,
+    dz: Values,
+    scale: Any,
+    x_hat: Values,
+    rstd: Any,
+) -> None:
+    """Stores dx of a tile, or c1 and c2 of its rows; its sums meet at `place`."""
+    # In flight while the sums are taken.
+    dh = part.load(ref["dh"], row) if "dh" in ref else None
+    w = dz * scale
+    terms = (w * x_hat, w)[: 1 + norm.center]
+    sums = part.sums(*terms, row=row, place=place)
+    c1, *c2 = [total / part.config.features for total in sums]
+    for name, mean in zip(("c1", "c2"), (c1, *c2), strict=False):
+        if name in ref:
+            part.store_statistic(ref[name], row, mean)
+    # Chunk by chunk, so that a chunk's registers are free once it is stored.
+    for number, chunk in enumerate(part.config.chunks if "dx" in ref else ()):
+        dx = w[number] - x_hat[number] * across(c1, w[number])
+        if norm.center:
+            dx = dx - across(c2[0], dx)
+        dx = dx * across(rstd, dx)
+        if dh is not None:
+            dx = dx + dh[number].astype(jnp.float32)
+        part.store_chunk(ref["dx"], row, chunk, dx)
 
 
 def backward(
@@ -230,9 +389,8 @@ def backward(
     """
     norm, features = call.norm, config.features
     examples = Examples.of(call, features)
-    rows = examples.rows
     tile, whole_tiles, blocks = tiles.grid(
-        config, rows, examples.count, processors, work.threads
+        config, examples.rows, examples.count, processors, work.threads
     )
     wants, summed = call.wants, call.summed
 
@@ -255,10 +413,8 @@ def backward(
             outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, like.dtype)
     # Accumulators in registers leave less room for the next tile.
     accumulators = 0 if work.smem else config.registers(tile, 4) * len(summed)
-    loaded_first = ("dy", "x", *_streamed(call))
-    sizes = [inputs[name].dtype.itemsize for name in loaded_first]
+    sizes = [inputs[name].dtype.itemsize for name in ("dy", "x", *_streamed(call))]
     next_tile = sum(config.registers(tile, size) for size in sizes)
-    ahead = accumulators + next_tile <= work.ahead
     levels = {
         "in_smem": work.smem > 0,
         "twice": tiles.sums_twice(config, whole_tiles, blocks),
@@ -267,114 +423,18 @@ def backward(
     if scale is not None and not call.scales_each:
         size = (len(kept) + 1) * config.kept_bytes(tile)
         kept = (*kept, "scale") if size <= work.smem else kept
-
-    def body(ref: dict[str, Any], part: Part) -> None:
-        example, block = examples.of_program(blocks)
-        sums_over_rows = Totals(part, summed, **levels)
-
-        def params(name: str) -> Values:
-            return part.load_params(ref[name], example, examples.count)
-
-        example_scale: Any = 1.0
-        if "scale" in ref and not call.scales_each:
-            example_scale = norm.weight(params("scale"))
-        if "scale" in kept:
-            part.keep("scale", example_scale)
-
-        def scale_of(loaded: dict[str, Any]) -> Any:
-            if call.scales_each:
-                return norm.weight(loaded["scale"].float32())
-            return part.kept("scale") if "scale" in kept else example_scale
-
-        def first_row(i: Any) -> tuple[Any, Any]:
-            """Returns the first row of the block's tile i, and the first row that no
-            earlier tile has."""
-            unseen = jnp.minimum(block + i * blocks, whole_tiles) * tile
-            return jnp.minimum(unseen, rows - tile), unseen
-
-        def load(i: Any) -> dict[str, Any]:
-            row = examples.row(example, first_row(i)[0])
-            return {name: part.load(ref[name], row) for name in loaded_first}
-
-        def load_statistics(i: Any) -> dict[str, Any]:
-            row = examples.row(example, first_row(i)[0])
-            names = [name for name in ("mean", "var") if name in ref]
-            return {name: part.load_statistic(ref[name], row) for name in names}
-
-        def step(i: Any, totals: Any, loaded: dict[str, Any]) -> Any:
-            """Works on the block's tile i."""
-            first, unseen = first_row(i)
-            row = examples.row(example, first)
-
-            dz, x_hat = loaded["dy"].float32(), loaded["x"].float32()
-            rstd = lax.rsqrt(loaded["var"] + norm.epsilon)
-            if norm.center:
-                x_hat = x_hat - loaded["mean"]
-            x_hat = x_hat * rstd
-            scale = scale_of(loaded)
-            if norm.activation is not None:
-                z = x_hat * scale
-                if "bias" in ref:
-                    z = z + params("bias")
-                if "shortcut" in ref:
-                    z = z + loaded["shortcut"].float32()
-                dz = z.map(functools.partial(through, norm.activation), dz)
-
-            terms = {"dscale": dz * x_hat, "dbias": dz, "dshortcut": dz}
-            for name in ("dscale", "dshortcut"):
-                if wants[name] and name not in summed:
-                    part.store(ref[name], row, terms[name])
-            if rows % tile:  # the ragged tile has rows that were counted before
-                # Only for sums: Mosaic finds no layout for an index that nobody reads.
-                for name in summed:
-                    terms[name] = part.rows_from(unseen - first, terms[name])
-            totals = sums_over_rows.add(totals, terms)
-            if wants["dx"]:
-                finish(row, 2 * lax.rem(i, 2), dz, scale, x_hat, rstd)
-            return totals
-
-        def finish(
-            row: Row, place: Any, dz: Values, scale: Any, x_hat: Values, rstd: Any
-        ) -> None:
-            """Stores dx, or c1 and c2.
-
-            Tiles alternate between two places for their sums, because a warp may still
-            be reading those of the tile before.
-            """
-            # In flight while the sums are taken.
-            dh = part.load(ref["dh"], row) if "dh" in ref else None
-            w = dz * scale
-            terms = (w * x_hat, w)[: 1 + norm.center]
-            sums = part.sums(*terms, row=row, place=place)
-            c1, *c2 = [total / features for total in sums]
-            for name, mean in zip(inner_products, (c1, *c2), strict=False):
-                part.store_statistic(ref[name], row, mean)
-            # Chunk by chunk, so that a chunk's registers are free once it is stored.
-            for number, chunk in enumerate(config.chunks if "dx" in ref else ()):
-                dx = w[number] - x_hat[number] * across(c1, w[number])
-                if norm.center:
-                    dx = dx - across(c2[0], dx)
-                dx = dx * across(rstd, dx)
-                if dh is not None:
-                    dx = dx + dh[number].astype(jnp.float32)
-                part.store_chunk(ref["dx"], row, chunk, dx)
-
-        # This block has tiles block, block + blocks, ...; the ragged tile goes to the
-        # block of the last whole tile, which it overlaps.
-        count = lax.div(whole_tiles - block + blocks - 1, blocks)
-        if rows % tile:
-            count = count + (block == (whole_tiles - 1) % blocks)
-
-        totals = sums_over_rows.over_tiles(
-            count, load, load_statistics, step, ahead=ahead
-        )
-        line = example * blocks + block
-        for name, total in totals.items():
-            part.store_total(ref[name], line, total)
-
+    kernel = functools.partial(
+        _backward_kernel,
+        call,
+        examples,
+        blocks,
+        levels=levels,
+        keeps_scale="scale" in kept,
+        ahead=accumulators + next_tile <= work.ahead,
+    )
     results = _launch(
         "fusednorm_rowwise_backward",
-        body,
+        kernel,
         config,
         tile=tile,
         blocks=examples.count * blocks,
@@ -399,6 +459,9 @@ def backward(
     return [results[name].reshape(shapes[name]) for name in order]
 
 
+# --- both -----------------------------------------------------------------------------
+
+
 def _streamed(call: Call) -> tuple[str, ...]:
     """Returns the operands of x's size, besides x, that z is computed from."""
     scale = ("scale",) if call.scales_each else ()
@@ -407,7 +470,7 @@ def _streamed(call: Call) -> tuple[str, ...]:
 
 def _launch(
     name: str,
-    body: Callable[[dict[str, Any], Part], None],
+    kernel: Callable[[Refs, Part], None],
     config: Config,
     *,
     tile: int,
@@ -417,11 +480,11 @@ def _launch(
     places: int,
     kept: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
-    """Runs body(references by name, part) on every part of every block.
+    """Runs kernel(references by name, part) on every part of every block.
 
     Args:
       name: name of the kernel.
-      body: the code of one warpgroup.
+      kernel: the code of one warpgroup.
       config: how rows are divided.
       tile: rows of a tile.
       blocks: blocks of the grid, or clusters.
@@ -454,13 +517,13 @@ def _launch(
         rows = inputs["x"].size // config.features
         outputs["sums"] = jax.ShapeDtypeStruct((rows, places, 32), jnp.float32)
 
-    def kernel(*refs: Any, **scratch: Any) -> None:
+    def body(*refs: Any, **scratch: Any) -> None:
         ref = dict(zip([*inputs, *outputs], refs, strict=True))
-        body(ref, Part(config, tile, scratch | {"of_blocks": ref.get("sums")}))
+        kernel(ref, Part(config, tile, scratch | {"of_blocks": ref.get("sums")}))
 
-    kernel.__name__ = name
+    body.__name__ = name
     run = plgpu.kernel(
-        kernel,
+        body,
         out_type=list(outputs.values()),
         scratch_types=scratch,
         grid=(blocks,),
