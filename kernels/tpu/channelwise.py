@@ -50,7 +50,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm import reference
-from fusednorm.kernels import cost
 from fusednorm.kernels.activation import activate, through
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry, power_of_two
@@ -103,71 +102,68 @@ SPILLED_BYTES = 3 * 2**20
 
 # --- forward --------------------------------------------------------------------------
 
+# A kernel's refs by name. An absent operand has none, and neither has a result that is
+# not wanted, or scratch that is not needed.
+Refs = dict[str, Any]
 
-def _forward_kernel(
-    x_ref: Any,  # a block: [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows]
-    scale_ref: Any,  # [1, lanes], or None
-    bias_ref: Any,  # [1, lanes], or None
-    shortcut_ref: Any,  # a block of the unit that is normalized, or None
-    y_ref: Any,  # a block of the unit that is normalized, or None for statistics only
-    mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
-    var_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
-    kept_x: Any,  # [blocks, *x_ref.shape]: all blocks of a unit; or None
-    partials: Any,  # [3, unit, *places] float32: `Moments` of a unit, place by place
-    coefficients: Any,  # [3, unit, *values] float32: mean, rstd * scale, bias; or None
-    *,
-    cut: AnyCut,
-    norm: Norm,
-) -> None:
-    """Computes y, mean and variance, as far as they have a ref."""
-    center = norm.center
+
+def _forward_kernel(ref: Refs, cut: AnyCut, norm: Norm) -> None:
+    """Computes those of y, mean and var that have a ref.
+
+    Shapes of the refs:
+      x: a block, [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows].
+      shortcut, y: a block of the unit that is normalized.
+      scale, bias: [1, lanes].
+      mean, var: [unit, lanes] float32; each channel has its group's.
+      kept_x: [blocks, *block], all blocks of a unit.
+      partials: [3, unit, *places] float32, `Moments` of a unit, place by place.
+      coefficients: [3, unit, *values] float32: mean, rstd * scale, bias.
+    """
 
     def accumulate(block: Block, sample: Any, tile: Any) -> None:
         at = cut.places_index(sample, tile)
-        moments = _block_moments(cut, x_ref, kept_x, block, sample, tile, center)
+        moments = _block_moments(ref, cut, norm.center, block, sample, tile)
         if cut.blocks > 1:
-            moments = _merge(tuple(partials[i, *at] for i in range(3)), moments)
+            moments = _merge(tuple(ref["partials"][i, *at] for i in range(3)), moments)
         for i, value in enumerate(moments):
-            partials[i, *at] = value
+            ref["partials"][i, *at] = value
 
     def complete(_: Any) -> None:
-        mean, var = _statistics(cut, partials, center)
-        _store_row(cut, mean_ref, mean)
-        _store_row(cut, var_ref, var)
-        if y_ref is not None:
-            if center:
-                cut.store_values(coefficients.at[0], mean)
+        mean, var = _statistics(cut, ref["partials"], norm.center)
+        _store_row(ref, cut, "mean", mean)
+        _store_row(ref, cut, "var", var)
+        if "y" in ref:
+            if norm.center:
+                cut.store_values(ref["coefficients"].at[0], mean)
             rstd = lax.rsqrt(var + norm.epsilon)
-            _store_affine(cut, norm, coefficients, 1, rstd, scale_ref, bias_ref)
+            _store_affine(ref, cut, norm, ref["coefficients"], 1, rstd)
 
-    def normalize(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.places_index(sample, tile)
-        x_source = x_ref if kept_x is None else kept_x.at[cut.block_index(block)]
+    normalize = functools.partial(_normalize, ref, cut, norm) if "y" in ref else None
+    _run_step(ref, cut, accumulate, complete, normalize)
 
-        def normalize_chunks(chunks: Sequence[Any], *_: Any) -> None:
-            for chunk in chunks:
-                mean, factor, bias = (coefficients[i, *at] for i in range(3))
-                index = cut.chunk_index(sample, chunk, tile)
-                y = cut.load(x_source, index)
-                if center:
-                    y = y - mean
-                y = y * factor
-                if bias_ref is not None:
-                    y = y + bias
-                if shortcut_ref is not None:
-                    y = y + cut.load(shortcut_ref, index)
-                cut.store(y_ref, index, activate(norm.activation, y))
 
-        cut.over_chunks(block, normalize_chunks, None)
+def _normalize(
+    ref: Refs, cut: AnyCut, norm: Norm, block: Block, sample: Any, tile: Any
+) -> None:
+    """Stores y = act(x_hat * scale + bias + shortcut) of a block's sample and tile."""
+    at = cut.places_index(sample, tile)
+    x_source = _kept_or_new(ref, cut, block, "x")
 
-    _run_step(
-        cut,
-        partials,
-        accumulate,
-        complete,
-        normalize if y_ref is not None else None,
-        deferred=kept_x is not None,
-    )
+    def normalize_chunks(chunks: Sequence[Any], *_: Any) -> None:
+        for chunk in chunks:
+            mean, factor, bias = (ref["coefficients"][i, *at] for i in range(3))
+            index = cut.chunk_index(sample, chunk, tile)
+            y = cut.load(x_source, index)
+            if norm.center:
+                y = y - mean
+            y = y * factor
+            if "bias" in ref:
+                y = y + bias
+            if "shortcut" in ref:
+                y = y + cut.load(ref["shortcut"], index)
+            cut.store(ref["y"], index, activate(norm.activation, y))
+
+    cut.over_chunks(block, normalize_chunks, None)
 
 
 # Count, mean, and sum of squares about the mean, of some pixels, place by place.
@@ -176,13 +172,7 @@ Moments = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _block_moments(
-    cut: AnyCut,
-    x_ref: Any,
-    kept_x: Any,
-    block: Block,
-    sample: Any,
-    tile: Any,
-    center: bool,
+    ref: Refs, cut: AnyCut, center: bool, block: Block, sample: Any, tile: Any
 ) -> Moments:
     """Returns the moments, each [*places], of a block's chunks of one sample and tile.
 
@@ -191,15 +181,15 @@ def _block_moments(
 
     def load(chunk: Any) -> jax.Array:
         index = cut.chunk_index(sample, chunk, tile)
-        _keep(cut, block, index, (x_ref, kept_x))
-        return cut.load(x_ref, index)
+        _keep(ref, cut, block, index, "x")
+        return cut.load(ref["x"], index)
 
     def add_chunks(chunks: Sequence[Any], rows: int, before: Moments) -> Moments:
         return _add_chunks(cut, before, map(load, chunks), rows, center)
 
     mean = zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
     if center:  # the first pixels are near enough to the mean
-        first = cut.load(x_ref, cut.chunk_index(sample, (0, 0), tile))
+        first = cut.load(ref["x"], cut.chunk_index(sample, (0, 0), tile))
         rows_left = cut.rows - block[1] * cut.block_rows
         mean = jnp.where(cut.first_places(rows_left), first[0, 0], 0)
     moments: Moments = cut.over_chunks(block, add_chunks, (zero, mean, zero))
@@ -269,142 +259,140 @@ def _statistics(cut: AnyCut, partials: Any, center: bool) -> tuple[Any, Any]:
 # --- backward -------------------------------------------------------------------------
 
 
-def _backward_kernel(
-    dy_ref: Any,  # a block: [unit, slabs, rows, lanes] or [unit, slabs, sublanes, rows]
-    x_ref: Any,  # a block, like dy_ref
-    scale_ref: Any,  # [1, lanes], or None
-    bias_ref: Any,  # [1, lanes], for an activation; or None
-    mean_ref: Any,  # [unit, lanes] float32: each channel has its group's; or None
-    var_ref: Any,  # [unit, lanes] float32: each channel has its group's
-    shortcut_ref: Any,  # a block, for an activation; or None
-    dx_ref: Any,  # a block of the unit that is normalized, or None
-    dz_ref: Any,  # a block, or None
-    dscale_ref: Any,  # [1, lanes] float32, or None
-    dbias_ref: Any,  # [1, lanes] float32, or None
-    c1_ref: Any,  # [unit, lanes] float32: mean(w * x_hat); or None
-    c2_ref: Any,  # [unit, lanes] float32: mean(w); or None
-    kept_gradient: Any,  # [blocks, *dy_ref.shape]: dy, dz with a shortcut; or None
-    kept_x: Any,  # [blocks, *x_ref.shape]: all blocks of a unit; or None
-    mean_values: Any,  # [unit, *values] float32: mean of the unit being summed; or None
-    affine_values: Any,  # [2, unit, *values] float32: its factor and bias of z; or None
-    partials: Any,  # [2, unit, *places] float32: sum(dz * (x - mean)), sum(dz)
-    coefficients: Any,  # [4 or 6, unit, *values] float32: mean, a, b, c, affine; None
-    *,
-    cut: AnyCut,
-    norm: Norm,
+def _backward_kernel(ref: Refs, cut: AnyCut, norm: Norm) -> None:
+    """Computes those of dx, dz, dscale, dbias, c1 and c2 that have a ref.
+
+    Shapes of the refs:
+      dy, x, shortcut, dz: a block, [unit, slabs, rows, lanes] or [unit, slabs,
+        sublanes, rows].
+      dx: a block of the unit that is normalized.
+      scale, bias: [1, lanes]; bias, like shortcut, for an activation.
+      mean, var: [unit, lanes] float32; each channel has its group's.
+      dscale, dbias: [1, lanes] float32.
+      c1, c2: [unit, lanes] float32: mean(w * x_hat) and mean(w).
+      kept_x, kept_dy, kept_dz: [blocks, *block], all blocks of a unit. With a shortcut,
+        dz is kept in the place of dy, because the shortcut is not kept.
+      mean_values: [unit, *values] float32: mean of the unit being summed.
+      affine_values: [2, unit, *values] float32: its factor and bias of z.
+      partials: [2, unit, *places] float32: sum(dz * (x - mean)), sum(dz).
+      coefficients: [4 or 6, unit, *values] float32: mean, a, b, c, affine.
+    """
+    _run_step(
+        ref,
+        cut,
+        functools.partial(_accumulate_sums, ref, cut, norm),
+        functools.partial(_complete_sums, ref, cut, norm),
+        functools.partial(_store_dx, ref, cut, norm) if "dx" in ref else None,
+        begin=functools.partial(_load_statistics, ref, cut, norm),
+    )
+
+
+def _load_statistics(ref: Refs, cut: AnyCut, norm: Norm) -> None:
+    """Stores what the sums of a unit need in the form of values per channel."""
+    if norm.center:
+        cut.store_values(ref["mean_values"], cut.from_row(ref["mean"][...]))
+    if "affine_values" in ref:
+        rstd = lax.rsqrt(cut.from_row(ref["var"][...]) + norm.epsilon)
+        _store_affine(ref, cut, norm, ref["affine_values"], 0, rstd)
+
+
+def _accumulate_sums(
+    ref: Refs, cut: AnyCut, norm: Norm, block: Block, sample: Any, tile: Any
 ) -> None:
-    """Computes dx, dz, dscale, dbias, c1 and c2, as far as they have a ref.
+    """Adds a block's sums of one sample and tile; stores dz and what is kept."""
+    at = cut.places_index(sample, tile)
+    mean: Any = ref["mean_values"][at] if norm.center else None
+    affine = None
+    if "affine_values" in ref:
+        affine = ref["affine_values"][0, *at], ref["affine_values"][1, *at]
+
+    def add_chunks(chunks: Sequence[Any], rows: int, sums: Any) -> Any:
+        for chunk in chunks:
+            index = cut.chunk_index(sample, chunk, tile)
+            _keep(ref, cut, block, index, "x", "dy")
+            x, dy = cut.load(ref["x"], index), cut.load(ref["dy"], index)
+            centred = x - mean if norm.center else x
+            dz = _before_activation(ref, cut, norm, affine, dy, centred, index)
+            if "dz" in ref:
+                cut.store(ref["dz"], index, dz)
+            if "kept_dz" in ref:
+                cut.store(ref["kept_dz"].at[cut.block_index(block)], index, dz)
+            sums = [
+                total + cut.add_registers(term, rows)
+                for total, term in zip(sums, (dz * centred, dz), strict=True)
+            ]
+        return sums
+
+    zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
+    partials = ref["partials"]
+    for i, value in enumerate(cut.over_chunks(block, add_chunks, [zero, zero])):
+        partials[i, *at] = value if cut.blocks == 1 else partials[i, *at] + value
+
+
+def _complete_sums(ref: Refs, cut: AnyCut, norm: Norm, unit: Any) -> None:
+    """Reduces a unit's sums to dscale, dbias, c1 and c2, and these to coefficients:
 
     dx = dz * a - (x - mean) * b - c,  a = rstd * scale, b = rstd^2 * c1, c = rstd * c2
     """
-    center = norm.center
-    # With a shortcut, dz is kept in the place of dy, because the shortcut is not kept.
-    kept_dy = kept_gradient if shortcut_ref is None else None
-    kept_dz = kept_gradient if shortcut_ref is not None else None
-    before_activation = functools.partial(
-        _before_activation, cut, norm, bias_ref is not None, shortcut_ref
-    )
+    partials = ref["partials"]
+    rstd = lax.rsqrt(cut.from_row(ref["var"][...]) + norm.epsilon)
+    dscale, dbias = (cut.sum_places(cut.by_place(partials.at[i])) for i in range(2))
+    dscale = dscale * rstd
+    _add_samples(ref, cut, unit, "dscale", dscale)
+    _add_samples(ref, cut, unit, "dbias", dbias)
+    scale: Any = 1.0
+    if "scale" in ref:
+        scale = norm.weight(cut.from_row(memory.load(ref["scale"])))
+    per_group = 1 / (cut.pixels * cut.group)
+    c1 = cut.sum_groups(dscale * scale) * per_group
+    c2 = cut.sum_groups(dbias * scale) * per_group
+    _store_row(ref, cut, "c1", c1)
+    _store_row(ref, cut, "c2", c2)
+    if "dx" in ref:
+        coefficients = ref["coefficients"]
+        if norm.center:
+            coefficients[0] = ref["mean_values"][...]
+            cut.store_values(coefficients.at[3], rstd * c2)
+        cut.store_values(coefficients.at[1], rstd * scale)
+        cut.store_values(coefficients.at[2], rstd * rstd * c1)
+        if "affine_values" in ref:
+            affine_values = ref["affine_values"]
+            coefficients[4], coefficients[5] = affine_values[0], affine_values[1]
 
-    def begin() -> None:
-        if center:
-            cut.store_values(mean_values, cut.from_row(mean_ref[...]))
-        if affine_values is not None:
-            rstd = lax.rsqrt(cut.from_row(var_ref[...]) + norm.epsilon)
-            _store_affine(cut, norm, affine_values, 0, rstd, scale_ref, bias_ref)
 
-    def accumulate(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.places_index(sample, tile)
-        mean: Any = mean_values[at] if center else None
-        affine = None
-        if affine_values is not None:
-            affine = affine_values[0, *at], affine_values[1, *at]
+def _store_dx(
+    ref: Refs, cut: AnyCut, norm: Norm, block: Block, sample: Any, tile: Any
+) -> None:
+    """Stores dx = dz * a - (x - mean) * b - c of a block's sample and tile."""
+    at = cut.places_index(sample, tile)
+    coefficients = ref["coefficients"]
+    x_source = _kept_or_new(ref, cut, block, "x")
+    dy_source = _kept_or_new(ref, cut, block, "dz" if "kept_dz" in ref else "dy")
 
-        def add_chunks(chunks: Sequence[Any], rows: int, sums: Any) -> Any:
-            for chunk in chunks:
-                index = cut.chunk_index(sample, chunk, tile)
-                _keep(cut, block, index, (x_ref, kept_x), (dy_ref, kept_dy))
-                x, dy = cut.load(x_ref, index), cut.load(dy_ref, index)
-                centred = x - mean if center else x
-                dz = before_activation(affine, dy, centred, index)
-                if dz_ref is not None:
-                    cut.store(dz_ref, index, dz)
-                if kept_dz is not None:
-                    cut.store(kept_dz.at[cut.block_index(block)], index, dz)
-                sums = [
-                    total + cut.add_registers(term, rows)
-                    for total, term in zip(sums, (dz * centred, dz), strict=True)
-                ]
-            return sums
+    def store_chunks(chunks: Sequence[Any], *_: Any) -> None:
+        for chunk in chunks:
+            mean, a, b, c = (coefficients[i, *at] for i in range(4))
+            index = cut.chunk_index(sample, chunk, tile)
+            x, dy = cut.load(x_source, index), cut.load(dy_source, index)
+            centred = x - mean if norm.center else x
+            affine = None
+            if "affine_values" in ref:
+                affine = coefficients[4, *at], coefficients[5, *at]
+            dz = dy
+            if "kept_dz" not in ref:
+                dz = _before_activation(ref, cut, norm, affine, dy, centred, index)
+            dx = dz * a - centred * b
+            if norm.center:
+                dx = dx - c
+            cut.store(ref["dx"], index, dx)
 
-        zero = jnp.zeros(cut.chunk_shape[2:], jnp.float32)
-        for i, value in enumerate(cut.over_chunks(block, add_chunks, [zero, zero])):
-            partials[i, *at] = value if cut.blocks == 1 else partials[i, *at] + value
-
-    def complete(unit: Any) -> None:
-        rstd = lax.rsqrt(cut.from_row(var_ref[...]) + norm.epsilon)
-        dscale, dbias = (cut.sum_places(cut.by_place(partials.at[i])) for i in range(2))
-        dscale = dscale * rstd
-        _add_samples(cut, unit, dscale_ref, dscale)
-        _add_samples(cut, unit, dbias_ref, dbias)
-        scale: Any = 1.0
-        if scale_ref is not None:
-            scale = norm.weight(cut.from_row(memory.load(scale_ref)))
-        per_group = 1 / (cut.pixels * cut.group)
-        c1 = cut.sum_groups(dscale * scale) * per_group
-        c2 = cut.sum_groups(dbias * scale) * per_group
-        _store_row(cut, c1_ref, c1)
-        _store_row(cut, c2_ref, c2)
-        if dx_ref is not None:
-            if center:
-                coefficients[0] = mean_values[...]
-                cut.store_values(coefficients.at[3], rstd * c2)
-            cut.store_values(coefficients.at[1], rstd * scale)
-            cut.store_values(coefficients.at[2], rstd * rstd * c1)
-            if affine_values is not None:
-                coefficients[4], coefficients[5] = affine_values[0], affine_values[1]
-
-    def store_dx(block: Block, sample: Any, tile: Any) -> None:
-        at = cut.places_index(sample, tile)
-        x_source, dy_source = x_ref, dy_ref
-        if kept_x is not None:
-            x_source = kept_x.at[cut.block_index(block)]
-            dy_source = kept_gradient.at[cut.block_index(block)]
-
-        def store_chunks(chunks: Sequence[Any], *_: Any) -> None:
-            for chunk in chunks:
-                mean, a, b, c = (coefficients[i, *at] for i in range(4))
-                index = cut.chunk_index(sample, chunk, tile)
-                x, dy = cut.load(x_source, index), cut.load(dy_source, index)
-                centred = x - mean if center else x
-                affine = None
-                if affine_values is not None:
-                    affine = coefficients[4, *at], coefficients[5, *at]
-                dz = dy
-                if kept_dz is None:
-                    dz = before_activation(affine, dy, centred, index)
-                dx = dz * a - centred * b
-                if center:
-                    dx = dx - c
-                cut.store(dx_ref, index, dx)
-
-        cut.over_chunks(block, store_chunks, None)
-
-    _run_step(
-        cut,
-        partials,
-        accumulate,
-        complete,
-        store_dx if dx_ref is not None else None,
-        deferred=kept_x is not None,
-        begin=begin,
-    )
+    cut.over_chunks(block, store_chunks, None)
 
 
 def _before_activation(
+    ref: Refs,
     cut: AnyCut,
     norm: Norm,
-    has_bias: bool,
-    shortcut_ref: Any,
     affine: Any,
     dy: jax.Array,
     centred: jax.Array,
@@ -419,81 +407,84 @@ def _before_activation(
         return dy
     factor, bias = affine
     z = centred * factor
-    if has_bias:
+    if "bias" in ref:
         z = z + bias
-    if shortcut_ref is not None:
-        z = z + cut.load(shortcut_ref, index)
+    if "shortcut" in ref:
+        z = z + cut.load(ref["shortcut"], index)
     return through(norm.activation, z, dy)
 
 
-def _add_samples(cut: AnyCut, unit: Any, ref: Any, value: jax.Array) -> None:
+def _add_samples(
+    ref: Refs, cut: AnyCut, unit: Any, name: str, value: jax.Array
+) -> None:
     """Adds a unit's values per channel to dscale or dbias, [1, lanes], if wanted.
 
     A core's first unit of a strip overwrites what is there.
     """
-    if ref is None:
+    if name not in ref:
         return
     rows = cut.to_row(value)  # [unit, lanes]
     if cut.samples % cut.unit:
         sample = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
         rows = jnp.where(sample < cut.samples_in(unit), rows, 0)
     row = jnp.sum(rows, 0, keepdims=True)
-    ref[...] = jnp.where(cut.is_first(unit), row, ref[...] + row)
+    ref[name][...] = jnp.where(cut.is_first(unit), row, ref[name][...] + row)
 
 
 # --- both -----------------------------------------------------------------------------
 
 
-def _keep(cut: AnyCut, block: Block, index: Any, *refs: tuple[Any, Any]) -> None:
-    """Copies a chunk of each (ref, kept) to the unit's kept blocks, if it has any."""
-    for ref, kept in refs:
-        if kept is not None:
-            kept[cut.block_index(block), *index] = ref[index]
+def _keep(ref: Refs, cut: AnyCut, block: Block, index: Any, *names: str) -> None:
+    """Copies a chunk of each array to the unit's kept blocks, if it has any."""
+    for name in names:
+        if f"kept_{name}" in ref:
+            ref[f"kept_{name}"][cut.block_index(block), *index] = ref[name][index]
 
 
-def _store_row(cut: AnyCut, ref: Any, value: jax.Array) -> None:
+def _kept_or_new(ref: Refs, cut: AnyCut, block: Block, name: str) -> Any:
+    """Returns the ref of a block as it was kept, or as it arrives if none is kept."""
+    if f"kept_{name}" in ref:
+        return ref[f"kept_{name}"].at[cut.block_index(block)]
+    return ref[name]
+
+
+def _store_row(ref: Refs, cut: AnyCut, name: str, value: jax.Array) -> None:
     """Stores values per channel as [unit, lanes], if there is a ref."""
-    if ref is not None:
-        ref[...] = cut.to_row(value)
+    if name in ref:
+        ref[name][...] = cut.to_row(value)
 
 
 def _store_affine(
-    cut: AnyCut,
-    norm: Norm,
-    ref: Any,
-    first: int,
-    rstd: Any,
-    scale_ref: Any,
-    bias_ref: Any,
+    ref: Refs, cut: AnyCut, norm: Norm, values_ref: Any, first: int, rstd: Any
 ) -> None:
-    """Stores, from ref[first] on, the factor and bias that turn x - mean into z."""
+    """Stores the factor and bias that turn x - mean into z, from values_ref[first]."""
     factor = rstd
-    if scale_ref is not None:
-        factor = factor * norm.weight(cut.from_row(memory.load(scale_ref)))
-    cut.store_values(ref.at[first], factor)
-    if bias_ref is not None:
-        cut.store_values(ref.at[first + 1], cut.from_row(memory.load(bias_ref)))
+    if "scale" in ref:
+        factor = factor * norm.weight(cut.from_row(memory.load(ref["scale"])))
+    cut.store_values(values_ref.at[first], factor)
+    if "bias" in ref:
+        bias = cut.from_row(memory.load(ref["bias"]))
+        cut.store_values(values_ref.at[first + 1], bias)
 
 
 def _run_step(
+    ref: Refs,
     cut: AnyCut,
-    partials: Any,
     accumulate: Callable[[Block, Any, Any], None],
     complete: Callable[[Any], None],
     normalize: Callable[[Block, Any, Any], None] | None,
     *,
-    deferred: bool,
     begin: Callable[[], None] | None = None,
 ) -> None:
     """Does the work of one grid step, which has one block.
 
     Args:
+      ref: the refs. The partials are zeroed before the first of several blocks. If x
+        is kept, `normalize` works on the previous unit, from its kept blocks.
       cut: how the array is cut.
-      partials: scratch for a unit's sums, zeroed before the first of several blocks.
       accumulate: takes (block, sample, tile); adds each sample and tile to the sums.
       complete: takes (unit); runs after the unit's last block is added.
       normalize: takes (block, sample, tile); stores a complete unit's results; or None.
-      deferred: whether `normalize` works on the previous unit, from its kept blocks.
       begin: runs before a unit's first block, or None.
     """
     core, turn = pl.program_id(0), pl.program_id(1)
@@ -505,7 +496,7 @@ def _run_step(
         @pl.when(block_index == 0)
         def _() -> None:
             if cut.blocks > 1:
-                partials[...] = jnp.zeros_like(partials)
+                ref["partials"][...] = jnp.zeros_like(ref["partials"])
             if begin is not None:
                 begin()
 
@@ -523,7 +514,7 @@ def _run_step(
         accumulate_block()
         normalize_block(unit)
 
-    if deferred:
+    if "kept_x" in ref:
         # Normalize the kept block before the next unit's block takes its place.
         pl.when((turn > 0) & (turn <= units))(lambda: normalize_block(unit - 1))
         pl.when(turn < units)(accumulate_block)
@@ -558,6 +549,11 @@ class Launch:
     def deferred(self) -> bool:
         """Whether blocks are kept, and normalized once their unit is complete."""
         return self.normalizes and self.cut.blocks > 1
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Grid of the kernel: cores, then per core units and their blocks."""
+        return self.cut.cores, self.cut.units_of_core + self.deferred, *self.cut.grid
 
     def forward(
         self,
@@ -596,7 +592,7 @@ class Launch:
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
         shortcut: jax.Array | None = None,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, ...]:
         """Runs the forward kernel: y, mean and var, each None if it is not wanted."""
         cut, norm = self.cut, self.call.norm
         summed, normalized = self._summed, self._normalized
@@ -607,27 +603,31 @@ class Launch:
         statistic = None
         if self.call.statistics or not self.normalizes:
             statistic = self._statistic_like(x)
-        y, mean, var = self._pallas_call(
-            functools.partial(_forward_kernel, cut=cut, norm=norm),
+        mean = statistic if norm.center else None
+        found = memory.pallas_call(
+            lambda ref: _forward_kernel(ref, cut, norm),
             "channelwise_forward",
-            operands=[
-                (x, cut.view_spec(summed)),
-                (memory.row(scale), cut.param_spec(summed)),
-                (memory.row(bias), cut.param_spec(summed)),
-                (shortcut, cut.view_spec(normalized)),
-            ],
-            results=[
-                (y, cut.view_spec(normalized)),
-                (statistic if norm.center else None, cut.statistic_spec(summed)),
-                (statistic, cut.statistic_spec(summed)),
-            ],
-            scratch=[
-                self._kept_blocks(x.dtype),
-                pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32),
-                self._values(3) if self.normalizes else None,
-            ],
+            self.grid,
+            self.vmem + SPILLED_BYTES,
+            operands={
+                "x": (x, cut.view_spec(summed)),
+                "scale": (memory.row(scale), cut.param_spec(summed)),
+                "bias": (memory.row(bias), cut.param_spec(summed)),
+                "shortcut": (shortcut, cut.view_spec(normalized)),
+            },
+            results={
+                "y": (y, cut.view_spec(normalized)),
+                "mean": (mean, cut.statistic_spec(summed)),
+                "var": (statistic, cut.statistic_spec(summed)),
+            },
+            scratch={
+                "kept_x": self._kept_blocks(x.dtype),
+                "partials": pltpu.VMEM((3, cut.unit, *cut.places), jnp.float32),
+                "coefficients": self._values(3) if self.normalizes else None,
+            },
         )
-        return self._from_view(y), self._per_group(mean), self._per_group(var)
+        statistics = map(self._per_group, (found.get("mean"), found.get("var")))
+        return (self._from_view(found.get("y")), *statistics)
 
     def backward(
         self,
@@ -725,38 +725,51 @@ class Launch:
         dz = None if dz_dtype is None else memory.result(x, cut.view, dz_dtype)
         scale_row = memory.row(scale) if wants["dx"] or slopes else None
 
-        dx, dz, dscale, dbias, c1, c2 = self._pallas_call(
-            functools.partial(_backward_kernel, cut=cut, norm=norm),
+        kept = "kept_dy" if shortcut is None else "kept_dz"
+
+        found = memory.pallas_call(
+            lambda ref: _backward_kernel(ref, cut, norm),
             "channelwise_backward",
-            operands=[
-                (dy, cut.view_spec(summed)),
-                (x, cut.view_spec(summed)),
-                (scale_row, cut.param_spec(summed)),
-                (memory.row(bias), cut.param_spec(summed)),
-                (self._per_channel(mean), cut.statistic_spec(summed)),
-                (self._per_channel(var), cut.statistic_spec(summed)),
-                (shortcut, cut.view_spec(summed)),
-            ],
-            results=[
-                (dx, cut.view_spec(normalized)),
-                (dz, cut.view_spec(summed)),
-                (dparam if wants["dscale"] else None, cut.gradient_spec(summed)),
-                (dparam if wants["dbias"] else None, cut.gradient_spec(summed)),
-                (c, cut.statistic_spec(summed)),
-                (c if norm.center else None, cut.statistic_spec(summed)),
-            ],
-            scratch=[
-                self._kept_blocks(self.call.dy_kept),
-                self._kept_blocks(x.dtype),
-                self._values() if norm.center else None,
-                self._values(2) if slopes else None,
-                pltpu.VMEM((2, cut.unit, *cut.places), jnp.float32),
-                self._values(4 + 2 * slopes) if self.normalizes else None,
-            ],
+            self.grid,
+            self.vmem + SPILLED_BYTES,
+            operands={
+                "dy": (dy, cut.view_spec(summed)),
+                "x": (x, cut.view_spec(summed)),
+                "scale": (scale_row, cut.param_spec(summed)),
+                "bias": (memory.row(bias), cut.param_spec(summed)),
+                "mean": (self._per_channel(mean), cut.statistic_spec(summed)),
+                "var": (self._per_channel(var), cut.statistic_spec(summed)),
+                "shortcut": (shortcut, cut.view_spec(summed)),
+            },
+            results={
+                "dx": (dx, cut.view_spec(normalized)),
+                "dz": (dz, cut.view_spec(summed)),
+                "dscale": (
+                    dparam if wants["dscale"] else None,
+                    cut.gradient_spec(summed),
+                ),
+                "dbias": (
+                    dparam if wants["dbias"] else None,
+                    cut.gradient_spec(summed),
+                ),
+                "c1": (c, cut.statistic_spec(summed)),
+                "c2": (c if norm.center else None, cut.statistic_spec(summed)),
+            },
+            scratch={
+                kept: self._kept_blocks(self.call.dy_kept),
+                "kept_x": self._kept_blocks(x.dtype),
+                "mean_values": self._values() if norm.center else None,
+                "affine_values": self._values(2) if slopes else None,
+                "partials": pltpu.VMEM((2, cut.unit, *cut.places), jnp.float32),
+                "coefficients": self._values(4 + 2 * slopes)
+                if self.normalizes
+                else None,
+            },
         )
-        params = self._sum_cores(dscale), self._sum_cores(dbias)
-        means = self._per_group(c1), self._per_group(c2)
-        return *params, *means, self._from_view(dz), self._from_view(dx)
+        params = map(self._sum_cores, (found.get("dscale"), found.get("dbias")))
+        means = map(self._per_group, (found.get("c1"), found.get("c2")))
+        tensors = map(self._from_view, (found.get("dz"), found.get("dx")))
+        return *params, *means, *tensors
 
     def _sum_cores(self, partials: jax.Array | None) -> jax.Array | None:
         """Reduces dscale or dbias [cores, examples, 1, channels] to its own shape.
@@ -773,29 +786,6 @@ class Launch:
             partials = partials.sum(0)
         leading = self.call.x.shape[: self.call.own_params]
         return partials.reshape(*leading, self.cut.channels)
-
-    def _pallas_call(
-        self,
-        kernel: Callable[..., None],
-        name: str,
-        *,
-        operands: Sequence[tuple[jax.Array | None, pl.BlockSpec]],
-        results: Sequence[tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
-        scratch: Sequence[Any],
-    ) -> Any:
-        """Runs a kernel over operands, results and scratch; None stays None."""
-        grid = (self.cut.cores, self.cut.units_of_core + self.deferred, *self.cut.grid)
-        return pl.pallas_call(
-            kernel,
-            name=name,
-            grid=grid,
-            in_specs=[None if array is None else spec for array, spec in operands],
-            out_shape=[shape for shape, _ in results],
-            out_specs=[None if shape is None else spec for shape, spec in results],
-            scratch_shapes=scratch,
-            compiler_params=memory.compiler_params(grid, self.vmem + SPILLED_BYTES),
-            cost_estimate=cost.estimate(array for array, _ in (*operands, *results)),
-        )(*[memory.bits(array) for array, _ in operands])
 
     # Grid steps: (core, turn, *block).
 

@@ -1,13 +1,16 @@
-"""Helpers that the TPU kernels share: chips, operands, rows and columns, float16."""
+"""Code that the TPU kernels share: chips, the launch, rows and columns, float16."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from fusednorm.kernels import cost
 
 LANES = 128  # lanes of a vector register
 SUBLANES = 8
@@ -56,12 +59,6 @@ def chip(device: Any) -> Chip:
     return dataclasses.replace(known, cores=getattr(device, "num_cores", 1))
 
 
-def compiler_params(grid: Sequence[int], vmem: int) -> pltpu.CompilerParams:
-    """Returns compiler parameters for a grid whose first axis counts the cores."""
-    semantics: list[Any] = ["parallel", *["arbitrary"] * (len(grid) - 1)]
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem)
-
-
 def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
@@ -81,6 +78,57 @@ def result(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
     )
+
+
+# An operand (or None), or a result's shape and dtype (or None); and the spec of its
+# blocks.
+Blocked = tuple[Any, pl.BlockSpec]
+
+
+def pallas_call(
+    kernel: Callable[[dict[str, Any]], None],
+    name: str,
+    grid: tuple[int, ...],
+    vmem: int,
+    *,
+    operands: dict[str, Blocked],
+    results: dict[str, Blocked],
+    scratch: dict[str, Any],
+) -> dict[str, jax.Array]:
+    """Runs kernel(refs by name) and returns its results by name. An operand, a result
+    or scratch that is None has no ref.
+
+    Args:
+      kernel: the kernel.
+      name: its name.
+      grid: the grid, whose first axis counts the cores.
+      vmem: bytes of VMEM that it needs.
+      operands, results, scratch: what each ref is for, by name.
+    """
+    operands = {name: cut for name, cut in operands.items() if cut[0] is not None}
+    results = {name: cut for name, cut in results.items() if cut[0] is not None}
+    scratch = {name: kept for name, kept in scratch.items() if kept is not None}
+
+    def body(*refs: Any) -> None:
+        kernel(dict(zip((*operands, *results, *scratch), refs, strict=True)))
+
+    arrays, in_specs = zip(*operands.values(), strict=True)
+    shapes, out_specs = zip(*results.values(), strict=True)
+    semantics: list[Any] = ["parallel", *["arbitrary"] * (len(grid) - 1)]
+    computed = pl.pallas_call(
+        body,
+        name=name,
+        grid=grid,
+        in_specs=in_specs,
+        out_shape=shapes,
+        out_specs=out_specs,
+        scratch_shapes=tuple(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=vmem
+        ),
+        cost_estimate=cost.estimate((*arrays, *shapes)),
+    )(*map(bits, arrays))
+    return dict(zip(results, computed, strict=True))
 
 
 # --- rows and columns -----------------------------------------------------------------

@@ -56,7 +56,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from fusednorm.kernels import cost
 from fusednorm.kernels.activation import activate, through
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry, power_of_two
@@ -466,9 +465,6 @@ def _is_last_step(blocks: Blocks) -> jax.Array:
 
 # --- the launch -----------------------------------------------------------------------
 
-# An operand (or None), or a result's shape and dtype; and the spec of its blocks.
-Cut = tuple[Any, pl.BlockSpec]
-
 
 def forward(
     call: Call,
@@ -491,7 +487,7 @@ def forward(
       residual, shortcut: x's shape, or None.
     """
     norm = call.norm
-    results: dict[str, Cut] = {}
+    results: dict[str, memory.Blocked] = {}
     if not call.half:
         results["y"] = memory.result(x, blocks.view, norm.dtype), blocks.rows_spec
     if residual is not None:
@@ -501,11 +497,11 @@ def forward(
         statistic = memory.result(x, blocks.statistic_view, jnp.float32)
         names = ("mean", "var") if norm.center else ("var",)
         results |= dict.fromkeys(names, (statistic, blocks.statistic_spec))
-    computed = _pallas_call(
-        _forward_kernel,
+    computed = memory.pallas_call(
+        lambda ref: _forward_kernel(ref, call, blocks),
         "rowwise_forward",
-        call,
-        blocks,
+        blocks.grid,
+        max(blocks.vmem, VMEM_BYTES),
         operands={
             "x": _rows(x, blocks),
             "scale": (_rows if call.scales_each else _param)(scale, blocks),
@@ -558,7 +554,7 @@ def backward(
       dtype of a scale of x's shape; dshortcut in the shortcut's shape and dtype.
     """
     sums_only = call.half and call.wants["dx"]  # c1 and c2 instead of dx
-    results: dict[str, Cut] = {}
+    results: dict[str, memory.Blocked] = {}
     partials = memory.result(x, blocks.param_gradient_view, jnp.float32)
     for name, like in zip(call.wants, (x, scale, bias, shortcut), strict=True):
         if name in call.summed:
@@ -575,11 +571,11 @@ def backward(
         scale = None
     if mean is not None:
         mean = mean.reshape(blocks.statistic_view)
-    computed = _pallas_call(
-        _backward_kernel,
+    computed = memory.pallas_call(
+        lambda ref: _backward_kernel(ref, call, blocks),
         "rowwise_backward",
-        call,
-        blocks,
+        blocks.grid,
+        max(blocks.vmem, VMEM_BYTES),
         operands={
             "dy": _rows(dy, blocks),
             "x": _rows(x if reads_x else None, blocks),
@@ -614,12 +610,12 @@ def backward(
     ]
 
 
-def _rows(array: jax.Array | None, blocks: Blocks) -> Cut:
+def _rows(array: jax.Array | None, blocks: Blocks) -> memory.Blocked:
     """Returns an operand of x's size and its block spec."""
     return None if array is None else array.reshape(blocks.view), blocks.rows_spec
 
 
-def _param(param: jax.Array | None, blocks: Blocks) -> Cut:
+def _param(param: jax.Array | None, blocks: Blocks) -> memory.Blocked:
     """Returns scale or bias as [n, period, features], each entry for an equal number of
     examples, or a single one in tiles; and its block spec."""
     if param is None:
@@ -643,43 +639,6 @@ def _kept_params(call: Call, blocks: Blocks, scale: Any, bias: Any) -> dict[str,
         for name, param in shared.items()
         if param is not None
     }
-
-
-def _pallas_call(
-    kernel: Callable[[Refs, Call, Blocks], None],
-    name: str,
-    call: Call,
-    blocks: Blocks,
-    *,
-    operands: dict[str, Cut],
-    results: dict[str, Cut],
-    scratch: dict[str, Any],
-) -> dict[str, jax.Array]:
-    """Runs kernel(refs by name, call, blocks) and returns its results by name. Operands
-    and scratch that are None have no ref."""
-    operands = {name: cut for name, cut in operands.items() if cut[0] is not None}
-    scratch = {name: kept for name, kept in scratch.items() if kept is not None}
-
-    def body(*refs: Any) -> None:
-        names = (*operands, *results, *scratch)
-        kernel(dict(zip(names, refs, strict=True)), call, blocks)
-
-    arrays, in_specs = zip(*operands.values(), strict=True)
-    shapes, out_specs = zip(*results.values(), strict=True)
-    computed = pl.pallas_call(
-        body,
-        name=name,
-        grid=blocks.grid,
-        in_specs=in_specs,
-        out_shape=shapes,
-        out_specs=out_specs,
-        scratch_shapes=tuple(scratch.values()),
-        compiler_params=memory.compiler_params(
-            blocks.grid, max(blocks.vmem, VMEM_BYTES)
-        ),
-        cost_estimate=cost.estimate((*arrays, *shapes)),
-    )(*map(memory.bits, arrays))
-    return dict(zip(results, computed, strict=True))
 
 
 # --- the plan -------------------------------------------------------------------------
