@@ -527,34 +527,39 @@ class BatchNorm(nnx.BatchNorm):
             residual=residual,
             **_common_arguments(self, dtype, mask, activation, scale_offset),
         )
-        if mean.size != jnp.size(self.mean[...]):
-            raise TypeError(
-                f"x has sizes {mean.shape} along axis={self.axis}, expected "
-                f"{self.mean.shape}: the running averages are of "
-                f"num_features={self.num_features}."
-            )
-        counted = functional.anything_counted(
-            x,
-            axis=self.axis,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-        )
-        for average, batch in ((self.mean, mean), (self.var, var)):
-            before = average[...]
-            # If types say how running statistics are sharded, keep that sharding.
-            like = jax.typeof(before)
-            batch = parts.resharded_like(like, batch)
-            moved = self.momentum * before + (1 - self.momentum) * batch
-            if not isinstance(counted, bool):
-                counted = parts.resharded_like(like, counted)
-            moved = jnp.where(counted, moved, before)
-            moved = jnp.real(moved).astype(before.dtype)
-            if moved.shape != before.shape:
-                raise ValueError(
-                    f"A running average of shape {before.shape} would get shape "
-                    f"{moved.shape}: momentum must be a number, or one per channel. It "
-                    f"has shape {jnp.shape(self.momentum)}."
-                )
-            average.set_value(jax.lax.stop_gradient(moved))
+        _move_averages(self, x, mask, mean, var)
         return y
+
+
+def _move_averages(layer: Any, x: Any, mask: Any, mean: Any, var: Any) -> None:
+    """Moves the running averages of a BatchNorm towards the statistics of a batch."""
+    if mean.size != jnp.size(layer.mean[...]):
+        raise TypeError(
+            f"x has sizes {mean.shape} along axis={layer.axis}, expected "
+            f"{layer.mean.shape}: the running averages are of "
+            f"num_features={layer.num_features}."
+        )
+    counted = functional.anything_counted(
+        x,
+        axis=layer.axis,
+        mask=mask,
+        axis_name=layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+    )
+    for average, batch in ((layer.mean, mean), (layer.var, var)):
+        before = average[...]
+        # If types say how running statistics are sharded, keep that sharding.
+        like = jax.typeof(before)
+        batch = parts.resharded_like(like, batch)
+        moved = layer.momentum * before + (1 - layer.momentum) * batch
+        if not isinstance(counted, bool):
+            counted = parts.resharded_like(like, counted)
+        moved = jnp.where(counted, moved, before)
+        moved = jnp.real(moved).astype(before.dtype)
+        if moved.shape != before.shape:
+            raise ValueError(
+                f"A running average of shape {before.shape} would get shape "
+                f"{moved.shape}: momentum must be a number, or one per channel. It "
+                f"has shape {jnp.shape(layer.momentum)}."
+            )
+        average.set_value(jax.lax.stop_gradient(moved))
