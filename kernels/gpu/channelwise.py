@@ -495,13 +495,13 @@ def _warpgroup_sums(
     *,
     keep: bool,
 ) -> list[Columns]:
-    """Returns each lane's partial sums of `_summed(call)`, for each place in a line.
+    """Returns each lane's part of `_sums_taken(call)`, for each place in a line.
 
     dscale still lacks the factor rstd. `dz_of` is the function from
     `_before_activation`. If there is a shortcut, dz goes to the reference dshortcut or
     dz, if there is one. If `keep`, it is also kept in the place of dy.
     """
-    names = _summed(call)
+    names = _sums_taken(call)
     streamed = [name for name in ("dy", "x", "shortcut") if name in ref]
 
     def terms(line: Any, loaded: Sequence[Columns]) -> list[Columns]:
@@ -560,7 +560,7 @@ def _store_gradients(
     scale = _scale(call.norm, part, ref)
     centred_sum, *dbias = channel_sums
     gradients = [centred_sum * rstd, *dbias]
-    for name, value in zip(_summed(call), gradients, strict=True):
+    for name, value in zip(_sums_taken(call), gradients, strict=True):
         if name in ref:
             store = functools.partial(
                 part.store_channels, ref[name], value, part.sample
@@ -614,7 +614,7 @@ def backward(
     if shortcut is not None and call.wants["dshortcut"]:
         outputs["dshortcut"] = _like_x(call, shortcut.dtype)
     if config.clustered:
-        outputs["partials"] = _partials(call, config, len(_summed(call)))
+        outputs["partials"] = _partials(call, config, len(_sums_taken(call)))
     results = _launch(
         "fusednorm_channelwise_backward",
         functools.partial(_backward_kernel, call),
@@ -722,7 +722,7 @@ def gradient_sums(
     for name in ("mean", "var"):
         if name in operands and group > 1:  # strips may cut through groups
             operands[name] = jnp.repeat(operands[name], group, axis=1)
-    outputs = {"partials": _partials(call, config, len(_summed(call)))}
+    outputs = {"partials": _partials(call, config, len(_sums_taken(call)))}
     if call.wants["dshortcut"] and call.dy_kept == dy.dtype:
         outputs["dz"] = _like_x(call, dy.dtype)
     results = _launch(
@@ -753,7 +753,7 @@ def gradient_sums(
     return results
 
 
-def _summed(call: Call) -> tuple[str, ...]:
+def _sums_taken(call: Call) -> tuple[str, ...]:
     """Returns the sums that the backward takes: for dx both, uncentred only dscale."""
     both = call.wants["dbias"] or (call.wants["dx"] and call.norm.center)
     return ("dscale", "dbias") if both else ("dscale",)
@@ -772,7 +772,7 @@ def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
 
 def _over_samples(call: Call, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Sums dscale and dbias over the samples of each example, each if wanted."""
-    names = [name for name in ("dscale", "dbias") if call.wants[name]]
+    names = call.summed
     samples, _, channels = _shape(call)
     leading = call.x.shape[: call.own_params]
     examples = math.prod(leading)
@@ -842,8 +842,8 @@ def _statistic_names(norm: Norm) -> tuple[str, ...]:
 def _per_channel(call: Call) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of dscale and dbias of each sample, each if wanted."""
     samples, _, channels = _shape(call)
-    names = [name for name in ("dscale", "dbias") if call.wants[name]]
-    return dict.fromkeys(names, jax.ShapeDtypeStruct((samples, channels), jnp.float32))
+    shape = jax.ShapeDtypeStruct((samples, channels), jnp.float32)
+    return dict.fromkeys(call.summed, shape)
 
 
 def _partials(call: Call, config: Config, values: int) -> jax.ShapeDtypeStruct:
@@ -1106,7 +1106,7 @@ def _bytes_moved(call: Call, config: Config) -> int:
         moved += 0 if call.half else size * call.norm.dtype.itemsize
         moved += statistics * call.statistics
     else:
-        values = len(_summed(call))
+        values = len(_sums_taken(call))
         moved += size * reads * (x_size + call.dy.dtype.itemsize)
         moved += size * x_size * (wants_dx and not call.half)
         # For `call.half` the kernel writes c1 and c2, from which XLA makes dx.
