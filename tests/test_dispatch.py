@@ -1,6 +1,7 @@
 """Which implementation runs, how often, and why, tested with a stand-in kernel."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -340,14 +341,16 @@ def test_a_scale_that_varies_along_a_reduced_axis(platform: str) -> None:
         (Norm((1,), (2,)), (2, 2**30, 8)),
         (Norm((0, 1, 2), (3,)), (2**10, 2**10, 2**10, 8)),
         (Norm((1,), (2,)), (2**16, 2**15, 8)),
+        (Norm((2,), (1, 2)), (2**26, 2**5, 2**7)),
     ],
-    ids=["rows", "elements", "pixels", "batch", "samples"],
+    ids=["rows", "elements", "pixels", "batch", "samples", "heads"],
 )
 def test_kernels_refuse_what_int32_cannot_count(
     platform: str, backend: str, norm: Norm, shape: tuple[int, ...]
 ) -> None:
     def of(shape: tuple[int, ...]) -> Call:
-        features = jax.ShapeDtypeStruct(shape[-1:], "bfloat16")
+        sizes = (shape[axis] for axis in norm.feature_axes)
+        features = jax.ShapeDtypeStruct((math.prod(sizes),), "bfloat16")
         x = jax.ShapeDtypeStruct(shape, "bfloat16")
         return Call("forward", norm, x, features, features)
 
