@@ -174,6 +174,27 @@ def test_loops_and_calls_are_entered() -> None:
     assert hlo.total(found) == 6 * 2 * KB
 
 
+def test_a_loop_in_a_loop_runs_as_often_as_both() -> None:
+    trips = 'backend_config={"known_trip_count":{"n":"%s"}}'
+    (found,) = hlo.kernels(
+        entry(
+            "%x = f32[256]{0} parameter(0)",
+            f"%l = f32[256]{{0}} while(%x), condition=%c, body=%outer, {trips % 5}",
+            before=f"""
+            %inner (p: f32[256]) -> f32[256] {{
+              %p = f32[256]{{0}} parameter(0)
+              ROOT %k = f32[256]{{0}} negate(%p)
+            }}
+            %outer (q: f32[256]) -> f32[256] {{
+              %q = f32[256]{{0}} parameter(0)
+              %m = f32[256]{{0}} while(%q), condition=%c, body=%inner, {trips % 3}
+            }}
+            """,
+        )
+    )
+    assert (found.name, found.times) == ("k", 15)
+
+
 def test_a_custom_call_on_slices_is_seen_in_its_fusion() -> None:
     (found,) = hlo.kernels(
         entry(
@@ -359,6 +380,11 @@ def test_resident_blocks(
     chip: Gpu, registers: int, threads: int, shared: int, expected: int
 ) -> None:
     assert chip.resident_blocks(registers, threads, shared) == expected
+
+
+def test_bytes_in_flight_that_saturate_the_bandwidth() -> None:
+    """3.35 TB/s for 375 ns, on each of 132 multiprocessors."""
+    assert H100.bytes_to_fly == pytest.approx(3352.32e9 * 375e-9 / 132, rel=1e-12)
 
 
 def test_ampere_is_refused() -> None:
