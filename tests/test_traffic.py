@@ -307,6 +307,43 @@ def test_access_outside_is_refused() -> None:
     with pytest.raises(Uncountable, match=r"in 0.* to \(68, 256\)"):
         on_gpu(kernel)
 
+    def before(x: Any, y: Any) -> None:
+        rows = pl.ds(lax.axis_index("block") * 4 - 2, 4)
+        y[pl.ds(0, 4)] = load(x.at[rows])
+
+    with pytest.raises(Uncountable, match=r"in 0.* from \(-2, 0\)"):
+        on_gpu(before)
+
+
+def test_rows_that_are_not_adjacent_are_refused() -> None:
+    def kernel(x: Any, y: Any) -> None:
+        y[pl.ds(0, 4)] = load(x.at[pl.ds(0, 4, stride=2)])
+
+    with pytest.raises(Uncountable, match="stride"):
+        on_gpu(kernel)
+
+
+def test_integers_are_divided_toward_0() -> None:
+    def kernel(x: Any, y: Any) -> None:
+        block = lax.axis_index("block")
+        row = lax.div(block - 3, 2) + lax.rem(block - 3, 2) + 2  # 0, 1, 1, 2
+        y[block] = load(x.at[row], FEATURES)
+
+    x, _ = on_gpu(kernel).operands
+    assert moved(x) == (4 * ROW, 3 * ROW, 0, 0)
+
+
+def test_a_copy_to_several_blocks_is_refused() -> None:
+    def kernel(x: Any, y: Any, smem: Any, barrier: Any) -> None:
+        del y
+        plgpu.copy_gmem_to_smem(
+            x.at[pl.ds(0, 8)], smem, barrier, collective_axes="cluster"
+        )
+
+    scratch = [plgpu.SMEM((8, FEATURES), X.dtype), plgpu.Barrier()]
+    with pytest.raises(Uncountable, match="several blocks of a cluster"):
+        on_gpu(kernel, scratch=scratch, cluster=(2,), cluster_names=("cluster",))
+
 
 def test_offsets_from_data_are_refused() -> None:
     def kernel(x: Any, index: Any, y: Any) -> None:
@@ -384,6 +421,14 @@ def test_blocks_move_when_the_index_map_changes() -> None:
     assert moved(a) == (2 * 16 * ROW, 2 * 16 * ROW, 0, 0)
     assert moved(b) == (8 * 16 * ROW, 4 * 16 * ROW, 0, 0)
     assert moved(y) == (0, 0, 2 * FEATURES * 4, 2 * FEATURES * 4)
+
+
+def test_blocks_that_start_at_an_element() -> None:
+    """The index map gives their first row, and they may overlap."""
+    block = pl.BlockSpec((pl.Element(16), FEATURES), lambda i: (8 * i, 0))
+    grid = dict(grid=(4,), in_specs=[block], out_specs=block)
+    x, _ = on_tpu(nothing, X, out_shape=X, **grid).operands
+    assert moved(x) == (4 * 16 * ROW, 40 * ROW, 0, 0)
 
 
 @pytest.mark.parametrize(
