@@ -2,7 +2,9 @@
 
 import pytest
 
-from bench.aot.schedule import Unreadable, count
+from bench.aot.chips import CHIPS
+from bench.aot.schedule import Unreadable, cores, count
+from bench.aot.traffic import Traffic
 
 # A grid of 8 steps. Each step runs the loop over chunks as often as its number says,
 # at most 3 times, and branches past the loop if that is never. One bundle runs only in
@@ -69,6 +71,74 @@ def test_numbers_are_of_32_bits_and_signed_where_the_instruction_is() -> None:
     """
     assert count(template.format(kind="s32"), delay_slots=0) == 4
     assert count(template.format(kind="u32"), delay_slots=0) == 5
+
+
+@pytest.mark.parametrize(
+    ("instructions", "value"),
+    [
+        (["%s9_s9 = sshra.s32 %s1_s1, 1"], 2**32 - 4),
+        (["%s9_s9 = sshrl.u32 %s1_s1, 1"], 2**31 - 4),
+        (["%7 = sdivrem.u32 17, 5 /* kDiv */", "%s9_s9 = spop.drf %7"], 3),
+        (["%7 = sdivrem.u32 17, 5 /* kRem */", "%s9_s9 = spop.drf %7"], 2),
+        (["%s9_s9 = smov (%p1_p1, %s1_s1), 3"], 3),
+        (["%s9_s9 = smov (!%p1_p1, %s1_s1), 3"], 2**32 - 8),
+    ],
+    ids=["signed", "unsigned", "quotient", "remainder", "selected", "other"],
+)
+def test_what_scalar_instructions_compute(instructions: list[str], value: int) -> None:
+    """-8 is in s1, and p1 holds. Only the right value branches past a bundle."""
+    lines = [
+        "%s1_s1 = smov 4294967288",
+        "%p1_p1 = scmp.lt.s32 %s1_s1, 0",
+        *instructions,
+        f"%p2_p2 = scmp.eq.s32 %s9_s9, {value}",
+        f"%1 = sbr.rel (%p2_p2) target bundleno = {len(instructions) + 5}",
+        "",
+    ]
+    text = "\n".join(f"{i:#x} :  {{ {line} }}" for i, line in enumerate(lines))
+    assert count(text, delay_slots=0) == len(lines) - 1
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        "%p2_p2 = por %p1_p1, %p9_p9",
+        "%p2_p2 = scmp.eq.s32 %s3_s3, 1",
+        "%p2_p2 = scmp.eq.s32 %s4_s4, 1",
+    ],
+    ids=["either", "selected", "written"],
+)
+def test_what_depends_on_the_unknown_is_unknown(unknown: str) -> None:
+    lines = [
+        "%p9_p9 = scmp.eq.s32 %s8_s8, 0  ;;  %s4_s4 = smov 1  ;;  %s5_s5 = smov 2",
+        "%p1_p1 = scmp.eq.s32 %s5_s5, 0  ;;  %s3_s3 = smov (%p9_p9, %s5_s5), 1",
+        "%s4_s4 = sadd.s32 (%p9_p9), %s5_s5, 1",
+        unknown,
+        "%1 = sbr.rel (%p2_p2) target bundleno = 5",
+    ]
+    text = "\n".join(f"{i:#x} :  {{ {line} }}" for i, line in enumerate(lines))
+    with pytest.raises(Unreadable, match="unknown p2"):
+        count(text, delay_slots=0)
+
+
+def test_a_branch_behind_a_branch_is_refused() -> None:
+    text = """
+     0   :  { %1 = sbr.rel target bundleno = 3 }
+   0x1   :  { %2 = sbr.rel target bundleno = 3 }
+   0x2   :  {}
+   0x3   :  {}
+    """
+    with pytest.raises(Unreadable, match="behind a branch"):
+        count(text, delay_slots=1)
+
+
+@pytest.mark.parametrize(
+    ("chip", "parts", "expected"),
+    [("v5p", 2, 2), ("v5p", 1, 1), ("v5e", 2, 1), ("H100", 2, 1)],
+)
+def test_how_many_cores_share_a_grid(chip: str, parts: int, expected: int) -> None:
+    kernel = Traffic("kernel", (), 8, parts, 0, 0, 0)
+    assert cores(CHIPS[chip], kernel) == expected
 
 
 @pytest.mark.parametrize(("addend", "bundles"), [(4294967295, 4), (4294967294, 5)])
