@@ -123,6 +123,18 @@ def test_one_case_changed(
     assert "sd_unet_64" in capsys.readouterr().out
 
 
+def test_the_largest_slowdown_comes_first(
+    record: Record, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factors = {"llama3_8b": 1.1, "sd_unet_64": 1.3, "resnet50_conv3": 0.7}
+    for case, factor in factors.items():
+        scale(entry(record, case)["fusednorm"], factor)
+    cli.main(["compare", str(H200), saved(tmp_path / "new.json", record)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    changed = [row[0] for row in rows if {"slower", "faster"} & {*row[1:]}]
+    assert changed == ["sd_unet_64", "llama3_8b", "resnet50_conv3"]
+
+
 def test_absolute_times_only_beside_equal_copies(
     record: Record, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
