@@ -145,6 +145,14 @@ def test_three_blocks_in_two_reads(
     run(Case("instance_norm", (2, 770, 4), options), "two reads")
 
 
+def test_groups_of_two_channels_in_two_reads(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each channel finds the statistics of its own group."""
+    take_small("two reads", monkeypatch)
+    run(Case("group_norm", (2, 9, 5, 8), (("num_groups", 4),)), "two reads")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
@@ -502,15 +510,20 @@ def test_warps_and_blocks_meet(shape: Any, barriers: int, fences: int) -> None:
     """Warps meet at barriers, and blocks between two fences.
 
     Warps meet twice for the moments and twice for the groups. The blocks of a cluster
-    meet once, and the warps twice more for the blocks' results. The interpreter would
-    miss an error here, because it runs a warpgroup as one thread and in order.
+    meet once, and the warps twice more for the blocks' results. The first fence is
+    behind what the blocks store for each other. The interpreter would miss an error
+    here, because it runs a warpgroup as one thread and in order.
     """
     call = calls("group_norm", shape)[0]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     jaxpr = jax.make_jaxpr(kernel.launch)(call.x, call.scale, call.bias)
-    assert str(jaxpr).count("barrier_wait") == barriers
-    assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
+    names = r"\b(?:store(?=\[)|inline_mgpu(?=(?:_p)?\[)|barrier_(?:arrive|wait))"
+    events = re.findall(names, str(jaxpr))
+    assert events.count("barrier_wait") == barriers
+    assert events.count("inline_mgpu") == fences
+    meeting = "store store inline_mgpu barrier_arrive barrier_wait inline_mgpu"
+    assert (meeting in " ".join(events)) == (fences > 0)
 
 
 # --- on a real one --------------------------------------------------------------------
@@ -588,6 +601,8 @@ def test_bytes_of_channels_on_a_gpu() -> None:
     assert moved(backward) == 3 * x + param + statistics + 2 * of_samples
     carried = dataclasses.replace(backward, addend=backward.x)
     assert moved(carried) == moved(backward) + x
+    of_each = dataclasses.replace(backward, own_params=1)  # not reduced
+    assert moved(of_each) == moved(backward) - 2 * of_samples + 2 * 8 * param
     across = dataclasses.replace(backward.norm, over=("d",))
     half = dataclasses.replace(backward, norm=across)
     kernel = gpu.plan(half, None)

@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
+from bench.aot import traffic
 from fusednorm.kernels import dispatch, gpu
 from fusednorm.kernels import norm as op
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
@@ -202,16 +203,38 @@ def test_the_last_part_of_a_cluster_begins_earlier(kernels: None) -> None:
     run(Case("layer_norm", (2, 8200)))
 
 
-@pytest.mark.parametrize(("features", "fences"), [(4096, 0), (8200, 2)])
-def test_blocks_of_a_cluster_meet_behind_fences(features: int, fences: int) -> None:
-    """Fences precede and follow their barrier. The interpreter works without them."""
+def events(jaxpr: Any) -> str:
+    """Returns a kernel's fences, and its barriers and stores to device memory."""
+    store = r"\w+\[\w+,\w+,\w+\] <-"
+    names = rf"inline_mgpu(?=(?:_p)?\[)|barrier_(?:arrive|wait)|{store}"
+    found = re.findall(names, str(jaxpr))
+    return " ".join("store" if event.endswith("<-") else event for event in found)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (4096, "barrier_arrive barrier_wait"),
+        (
+            8200,
+            "barrier_arrive barrier_wait "
+            "store store inline_mgpu barrier_arrive barrier_wait inline_mgpu",
+        ),
+    ],
+)
+def test_blocks_of_a_cluster_meet_behind_fences(features: int, expected: str) -> None:
+    """Fences precede and follow their barrier. The interpreter works without them.
+
+    The first is behind the stores that the others see, and each sum has 128 bytes.
+    """
     call = calls((3, features), "bfloat16")[1]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     statistic = jax.ShapeDtypeStruct((3, 1), jnp.dtype("float32"))
     operands = (call.dy, call.x, call.scale, None, statistic, statistic)
     jaxpr = jax.make_jaxpr(kernel.launch)(*operands)
-    assert len(re.findall(r"inline_mgpu(?:_p)?\[", str(jaxpr))) == fences
+    assert events(jaxpr) == expected
+    assert ("Ref<gmem>{f32[3,4,32]}" in str(jaxpr)) == ("store" in expected)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +395,7 @@ def test_a_backward_fills_the_device(
     ("examples", "rows", "expected"),
     [
         (1, 65536, 396),  # all that are resident
+        (1, 1024, 132),  # each multiprocessor has one, of fewer than 32 rows
         (2, 4096, 128),  # of 32 rows each
         (64, 256, 6),  # in total 384, of 396 that are resident
         (100, 1024, 5),  # with 3 some multiprocessors would have 3 and some 2
@@ -460,6 +484,23 @@ def test_bytes_of_some_on_a_gpu() -> None:
     assert moved(half) == x + 2 * statistic
     half = dataclasses.replace(backward, norm=across)
     assert moved(half) == 2 * x + param + 4 * statistic + 2 * param * (2 + 2 + 1)
+
+
+@pytest.mark.parametrize("features", [12288, 16384])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_sums_and_a_scale_fit_shared_memory(kind: str, features: int) -> None:
+    """The scale is kept where the two levels of sums leave room for it."""
+    shape = (4096, features)
+    call = calls(shape, "bfloat16")[1]
+    if kind == "rms_norm":
+        norm = dataclasses.replace(call.norm, center=False)
+        call = dataclasses.replace(call, norm=norm, wanted=(True, True, False, False))
+    kernel: Any = gpu.plan(call, None)
+    statistic = jax.ShapeDtypeStruct((4096, 1), jnp.dtype("float32"))
+    mean = statistic if call.norm.center else None
+    operands = (call.dy, call.x, call.scale, None, mean, statistic)
+    (found,) = traffic.kernels(kernel.launch, *operands)
+    assert found.scratch <= gpu.SHARED
 
 
 def test_lanes_of_one_column_keep_no_sums_in_shared_memory() -> None:

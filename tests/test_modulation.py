@@ -254,6 +254,13 @@ def test_kernels_with_a_residual_behind(variant: str, case: Case, mix: Any) -> N
     check(case, mix, behind=True)
 
 
+@pytest.mark.parametrize("variant", ["gpu two reads", "tpu two reads"], indirect=True)
+def test_kernels_round_no_dz_to_the_dtype_of_dy(variant: str) -> None:
+    """dx and the residual's gradient are float32 here, and dy is bfloat16."""
+    case = modulated("group_norm", (2, 9, 7, 16), num_groups=2, activation="silu")
+    check(case, ("float32", "float32", "float32", "bfloat16"), behind=True)
+
+
 # --- a GroupNorm's scale and bias of each sample --------------------------------------
 
 OWN = [
