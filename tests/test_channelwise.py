@@ -614,6 +614,8 @@ def test_bytes_of_channels_on_a_gpu() -> None:
     )
     alone = dataclasses.replace(backward, wanted=(False, True, True, False))
     assert moved(alone) == (2 * x + param + statistics + 2 * of_samples + partials)
+    one = dataclasses.replace(backward, wanted=(False, True, False, False))
+    assert moved(one) == 2 * x + param + statistics + of_samples + partials // 2
 
 
 TWO_READS = {  # plan for an absent chip, and a shape

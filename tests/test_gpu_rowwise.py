@@ -477,6 +477,10 @@ def test_bytes_of_some_on_a_gpu() -> None:
     forward, backward = calls((37, 64), "bfloat16")
     x, param, statistic = 37 * 64 * 2, 64 * 4, 37 * 4
     assert moved(dataclasses.replace(forward, statistics=False)) == (2 * x + 2 * param)
+    rms = dataclasses.replace(forward.norm, center=False)
+    assert (
+        moved(dataclasses.replace(forward, norm=rms)) == 2 * x + 2 * param + statistic
+    )
     across = dataclasses.replace(forward.norm, over=("d",))
     half = dataclasses.replace(
         forward, norm=across, scale=None, bias=None, statistics=True

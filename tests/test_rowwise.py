@@ -310,6 +310,15 @@ def test_gradients_of_some(kernels: str, wanted: tuple[int, ...]) -> None:
     check_gradients_of(case, wanted, "bfloat16")
 
 
+@pytest.mark.parametrize("wanted", [(1,), (2,)], ids="argnums {}".format)
+def test_gradients_of_some_behind_an_activation(
+    kernels: str, wanted: tuple[int, ...]
+) -> None:
+    """Its slope needs x, scale and bias, whichever gradient is wanted."""
+    case = Case("layer_norm", (5, 64), (("activation", "silu"),))
+    check_gradients_of(case, wanted)
+
+
 @pytest.mark.parametrize("given", ["scale", "bias"])
 def test_one_parameter(kernels: str, given: str) -> None:
     case = Case("layer_norm", (5, 40))

@@ -438,6 +438,14 @@ def test_heads_that_fall_back() -> None:
             ),
             "some groups do not lie in front of the rows",
         ),
+        (
+            Case(
+                "rms_norm",
+                (16, 2, 4, 4096),
+                (("reduction_axes", -1), ("feature_axes", (-3, -2, -1))),
+            ),
+            "the groups span several axes",
+        ),
     ):
         answer = tpu.plan(call_of(case), Device("TPU v5 lite"))
         assert isinstance(answer, Fallback)
