@@ -1093,6 +1093,16 @@ def test_variables_optimizers_and_metrics_are_changed() -> None:
     assert (model.norm.scale[...] != before).any()
 
 
+def test_a_variable_may_hold_more_arrays_than_before() -> None:
+    kept = nnx.Variable([jnp.zeros(2)])
+
+    def step(kept: Any) -> None:
+        kept.set_value([*kept.get_value(), jnp.ones(2)])
+
+    fusednorm.fuse_neighbours(step)(kept)
+    np.testing.assert_array_equal(kept.get_value(), [[0, 0], [1, 1]])
+
+
 def test_a_variable_that_is_shared_is_one() -> None:
     def scaled_twice(norm: Any, scale: nnx.Variable, x: jax.Array) -> jax.Array:
         scale[...] = scale[...] * 3
