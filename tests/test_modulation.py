@@ -49,7 +49,7 @@ def check(
 
     Args:
       scale, bias: shapes of scale and bias, or None for one value per feature.
-      with_leading_axes: whether a shortcut is added after the norm.
+      behind: whether a shortcut is added after the norm.
     """
     x_dtype, param_dtype, shortcut_dtype, dtype = map(jnp.dtype, mix)
     x, *shared, dy = case.data(seed, x_dtype, param_dtype)
