@@ -107,7 +107,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.choices:
-            return "no fusednorm calls"
+            return "no fusednorm calls (fuse a model to replace flax's layers)"
         counts = {choice: self.choices.count(choice) for choice in self.choices}
         return "\n".join(
             f"{f'{count} x ' if count > 1 else ''}{choice}"

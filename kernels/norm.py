@@ -179,6 +179,11 @@ def _over(
     groups = None
     if axis_index_groups is not None:
         groups = tuple(tuple(map(int, group)) for group in axis_index_groups)
+        if not all((groups, *groups)):
+            raise ValueError(
+                "axis_index_groups must list the devices of at least one group, and "
+                f"none may be empty; got {axis_index_groups}."
+            )
     one_scale = False
     if varying := _varies(x):  # JAX tracks what varies (`check_vma`)
         one_scale = not _varies(scale) & set(names)

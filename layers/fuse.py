@@ -122,7 +122,7 @@ def fuse(model: Any, calls: Calls = MappingProxyType({})) -> FuseReport:
             raise TypeError(
                 "Expected calls to map classes of nnx Modules with a `__call__` to the "
                 "hashable functions that replace it, which take the layer first; got "
-                f"{cls!r}: {call!r}."
+                f"{_described(cls)}: {_described(call)}."
             )
     return _convert(model, functools.partial(_fused_class, calls=calls))
 
@@ -154,8 +154,7 @@ def _convert(model: Any, choose: Any) -> FuseReport:
     if not any(isinstance(leaf, nnx.Pytree) for leaf in leaves):
         raise TypeError(
             "Expected an nnx Module, or a tree of them: the model itself, not what "
-            f"`nnx.split` returns, nor a function; got an object of type "
-            f"{type(model).__name__}."
+            f"`nnx.split` returns, nor a class or function; got {_described(model)}."
         )
     left, changing = [], []
     for path, module in nnx.iter_modules(model):
@@ -200,6 +199,8 @@ def _fused_class(module: Any, calls: Calls) -> type | str | None:
     base = next((base for base in cls.__mro__ if base in known), None)
     if isinstance(module, _WEIGHT_NORMS):
         return "it normalizes weights, not activations"
+    if isinstance(module, nnx.bridge.ToNNX):
+        return "a Linen module: norms in it are none of nnx's"
     if base is None:
         if not _looks_like_a_norm(module):
             return None
@@ -304,6 +305,13 @@ def _fused_metaclass(metaclass: Any) -> Any:
 def _new(cls: type, fused: Any, *arguments: Any) -> Any:
     to = _fused_subclass(cls, fused)
     return to.__new__(to, *arguments)
+
+
+def _described(got: Any) -> str:
+    """Says what was passed, without its repr, which can be a whole model's."""
+    cls = got if isinstance(got, type) else type(got)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return f"the class {name}" if cls is got else f"an object of {name}"
 
 
 def _name(cls: type) -> str:

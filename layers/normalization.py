@@ -24,7 +24,8 @@ flax's only in their numbers, for the better:
     is wrong for others, and fails on a mask of one channel.
 
 A `promote_dtype` other than flax's default is called as flax calls it, and the arrays
-it returns are normalized.
+it returns are normalized. What flax does not know comes behind flax's arrays, if a call
+has it: an RMSNorm's bias, then a residual.
 """
 
 import inspect
@@ -51,12 +52,21 @@ def _promote(
         None.
       statistics: number of leading variables that are running averages. They affect
         flax's own promotion, but not the output dtype after a user's one.
+
+    Raises:
+      ValueError: the user's `promote_dtype` returns more or fewer arrays than it got.
     """
     there = [array for array in given if array is not None]
     arrays = (x, *(None if v is None else v[...] for v in variables), *there)
     deciding = arrays
     if layer.promote_dtype is not dtypes.promote_dtype:
+        expected = len(arrays)
         arrays = tuple(layer.promote_dtype(arrays, dtype=layer.dtype))
+        if len(arrays) != expected:
+            raise ValueError(
+                f"promote_dtype must return as many arrays as it takes, {expected}; "
+                f"it returned {len(arrays)}."
+            )
         deciding = (arrays[0], *arrays[1 + statistics :])
     dtype = dtypes.canonicalize_dtype(*deciding, dtype=layer.dtype)
     own, rest = arrays[1 : 1 + len(variables)], iter(arrays[1 + len(variables) :])
@@ -153,6 +163,11 @@ class LayerNorm(nnx.LayerNorm):
         bias: Any = None,
     ) -> Any:
         """Normalizes x.
+
+        The signature that `help` and `inspect` show is flax's, so that `nnx.Sequential`
+        passes on what it passes to flax's layer. `nnx.remat` and the `static_argnames`
+        of `jax.jit` therefore refuse the other keywords: give them a function of your
+        own, such as `lambda norm, x, r: norm(x, residual=r)`.
 
         Args:
           x: array of any shape. The product of its sizes along `feature_axes` is

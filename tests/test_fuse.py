@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -347,12 +347,25 @@ def test_a_subclass_that_is_no_tree_stays_none() -> None:
     assert jax.tree.leaves(layer) == [layer]
 
 
-@pytest.mark.parametrize("what", ["class", "method", "function"])
-def test_what_is_no_model_is_refused(what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("class", "the class flax.nnx.nn.normalization.LayerNorm"),
+        ("method", "an object of builtins.method"),
+        ("function", "an object of "),
+        ("linen", "an object of flax.linen.normalization.LayerNorm"),
+    ],
+)
+def test_what_is_no_model_is_refused(what: str, named: str) -> None:
     layer = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
-    wrong = {"class": nnx.LayerNorm, "method": layer.__call__, "function": nnx.relu}
+    wrong = {
+        "class": nnx.LayerNorm,
+        "method": layer.__call__,
+        "function": nnx.relu,
+        "linen": linen.LayerNorm(),
+    }
     for convert in (fusednorm.fuse, fusednorm.unfuse):
-        with pytest.raises(TypeError, match="the model itself"):
+        with pytest.raises(TypeError, match=f"the model itself.*got {named}"):
             convert(wrong[what])
     assert type(layer) is nnx.LayerNorm
 
@@ -444,6 +457,13 @@ def test_norms_of_weights_are_left(wrapper: type) -> None:
     layer = nnx.LayerNorm(4, rngs=rngs)
     assert len(fusednorm.fuse(wrapper(layer, rngs=rngs)).replaced) == 1
     assert type(layer) is fusednorm.LayerNorm
+
+
+def test_a_linen_module_is_left() -> None:
+    model = nnx.bridge.ToNNX(linen.LayerNorm(), rngs=nnx.Rngs(0))
+    nnx.bridge.lazy_init(model, data())
+    ((_, name, reason),) = fusednorm.fuse(model).left
+    assert (name, reason) == ("ToNNX", "a Linen module: norms in it are none of nnx's")
 
 
 def pickled(model: Any) -> Any:
@@ -608,12 +628,14 @@ class NoCall(nnx.Module):
         {NoCall: own_norm},
         {"OwnNorm": own_norm},
         {dict: own_norm},
+        {nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0)): own_norm},
     ],
 )
 def test_calls_that_are_none_are_refused(calls: Any) -> None:
     layer = nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="Expected calls to map classes of nnx Modules"):
+    with pytest.raises(TypeError, match="Expected calls to map classes") as raised:
         fusednorm.fuse(layer, calls)
+    assert "\n" not in str(raised.value)  # no layer's repr
     assert type(layer) is nnx.LayerNorm
 
 

@@ -831,6 +831,20 @@ def test_what_is_masked_out_has_no_say(name: str) -> None:
         assert_same_state(*layers)
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "BatchNorm"])
+def test_a_variance_that_overflows(name: str) -> None:
+    """y is 0, as with flax's slow variance. flax's default gives NaN."""
+    x = data().at[0, 0, 0].set(1e30)
+    default, ours = pair(name)
+    slow = pair(name, use_fast_variance=False)[0]
+    assert jnp.isnan(default(x)).any()
+    np.testing.assert_array_equal(ours(x) == 0, slow(x) == 0)
+    assert jnp.isfinite(ours(x)).all()
+    if name == "BatchNorm":
+        np.testing.assert_array_equal(jnp.isinf(ours.var), jnp.isinf(slow.var))
+        assert jnp.isinf(ours.var).any()
+
+
 @by_name
 def test_a_mask_that_lets_nothing_in(name: str) -> None:
     """Mean 0 and variance 1 carry no gradient, and running averages are untouched.
@@ -975,6 +989,19 @@ def test_promote_dtype_that_does_something_else(name: str) -> None:
     assert_trees_agree(outputs_and_gradients(ours, x), expected)
     with pytest.raises(AssertionError, match="elements are off"):
         assert_agrees(flax_default(name)["y"], expected["y"])
+
+
+@pytest.mark.parametrize("change", [lambda a: (*a, None), lambda a: a[:-1]])
+@by_name
+def test_promote_dtype_that_returns_another_number(name: str, change: Any) -> None:
+    def promote(arrays: Any, *, dtype: Any = None) -> Any:
+        return change(arrays)
+
+    theirs, ours = pair(name, promote_dtype=promote)
+    with pytest.raises(ValueError, match="unpack"):
+        theirs(data())
+    with pytest.raises(ValueError, match="promote_dtype must return as many"):
+        ours(data())
 
 
 def test_promote_dtype_has_a_say_in_running_statistics() -> None:
@@ -1222,6 +1249,13 @@ def test_axis_index_groups_of_numpy() -> None:
     )
     x = jax.device_put(data((8, 5, FEATURES)), jax.NamedSharding(mesh, P("i")))
     assert_agrees(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("groups", [[], [[]], [[0, 1], []]])
+def test_groups_of_no_devices_are_refused(groups: list[list[int]]) -> None:
+    layer = pair("RMSNorm", axis_name="i", axis_index_groups=groups)[1]
+    with pytest.raises(ValueError, match="axis_index_groups must list"):
+        over_devices("shard_map", layer, data((8, 5, FEATURES)))
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm"])
