@@ -322,6 +322,14 @@ def test_lanes_add_squares_of_single_columns_alike(found: Measurement) -> None:
     assert not found.uneven
 
 
+def test_blocks_meet_between_two_fences() -> None:
+    """Blocks of a cluster meet once, for the sum of squares, through device memory."""
+    x = jax.ShapeDtypeStruct((512, 65536), "float32")
+    compiled = compile_for(H100, lambda x: fusednorm.rms_norm(x), x)
+    (found,) = compiled.registers
+    assert found.fences == 2
+
+
 @each_cell
 def test_fits_the_chip(cell: Cell, found: Measurement) -> None:
     chip, work = cell

@@ -338,6 +338,9 @@ ptxas info    : Compile time = 20.537 ms
 .visible .entry other_mosaic_gpu_kernel(
 	ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%rd1];
 	@%p1 stmatrix.sync.aligned.m8n8.x1.shared.b16 [%rd1], {%r2};
+	fence.acq_rel.gpu; bar.warp.sync 0xffffffff;
+	fence.acq_rel.cta; bar.warp.sync 0xffffffff;
+	fence.acq_rel.gpu;
 	shfl.sync.bfly.b32 	%r277|%p2, %r274, 8, 31, -1;
 	fma.rn.f32 	%r291, %r277, 0f41C80000, %r257;
 	fma.rn.f32 	%r292, %r257, 0f41C80000, %r277;
@@ -360,6 +363,7 @@ def test_ptxas_reports() -> None:
     assert (other.spilled, other.stack) == (192, 136)
     assert (rows.matrices, other.matrices) == (0, 2)
     assert (rows.uneven, other.uneven) == (0, 2)
+    assert (rows.fences, other.fences) == (0, 1)
 
 
 @pytest.mark.parametrize(

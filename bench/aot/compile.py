@@ -35,6 +35,8 @@ class Registers:
       uneven: FMAs whose addend another lane sent. In a reduction across lanes, each
         lane then rounds its own product together with the sum, but the other lane's
         product before it. The lanes end up with different sums.
+      fences: fences that order a warp's accesses as other multiprocessors see them,
+        with a barrier of the warp's lanes right behind.
     """
 
     kernel: str
@@ -44,6 +46,7 @@ class Registers:
     stack: int
     matrices: int
     uneven: int
+    fences: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,4 +200,5 @@ def parse_ptxas(text: str) -> Iterator[Registers]:
             stack=int(report["stack"]),
             matrices=len(re.findall(r"\b(?:ld|st)matrix\.", ptx)),
             uneven=_uneven(ptx),
+            fences=len(re.findall(r"\bfence\.acq_rel\.gpu;\s*bar\.warp\.sync\b", ptx)),
         )

@@ -375,7 +375,7 @@ def moments(
         outputs={"partials": _partials(call, config, 1 + norm.center)},
     )
     results = _launch(
-        "fusednorm_channelwise_combine",
+        "fusednorm_channelwise_combine_moments",
         functools.partial(_combine_moments_kernel, norm, config),
         combine_config,
         inputs=partials,
@@ -740,7 +740,7 @@ def gradient_sums(
     if call.wants["dx"]:
         outputs |= _per_group(call, ("c1", "c2")[: 1 + norm.center])
     results |= _launch(
-        "fusednorm_channelwise_combine",
+        "fusednorm_channelwise_combine_sums",
         functools.partial(_combine_sums_kernel, call, config),
         combine_config,
         inputs=operands,
