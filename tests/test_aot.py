@@ -264,7 +264,8 @@ def test_no_spills(cell: Cell, found: Measurement) -> None:
         assert found.spilled is None  # libtpu does not say
 
 
-# The most in registers: long rows with a scale each, or with an activation's slope.
+# The most in registers: long rows with a scale each, or with an activation's slope, or
+# of a length that no wide load divides.
 CROWDED = [
     (chip, workload)
     for chip, layer, features, dtype, op, own, activation in (
@@ -279,6 +280,11 @@ CROWDED = [
         (H100, nnx.RMSNorm, 16000, "float16", "backward", "sample", "silu"),
         (H100, nnx.RMSNorm, 16000, "float16", "backward", "all", "gelu"),
         (H100, nnx.RMSNorm, 32768, "float32", "backward", "sample", "gelu"),
+        # Each column of an odd row is a load of its own.
+        (H100, nnx.LayerNorm, 25745, "bfloat16", "forward", "all", None),
+        (H100, nnx.LayerNorm, 25745, "float32", "backward", "all", None),
+        (H100, nnx.RMSNorm, 41927, "float32", "forward", "sample", "silu"),
+        (H100, nnx.LayerNorm, 41927, "bfloat16", "backward", "sample", "silu"),
     )
     for workload in workloads(
         f"{features}_{layer.__name__}_{dtype}_own_{own}_{activation}",
