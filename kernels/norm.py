@@ -123,12 +123,16 @@ def normalize_with_moments(
     """
     norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
     if why := _why_plain(norm, x.dtype):
-        return _plain(why, norm, x, scale, bias, mask, shortcut)
-    operands = _varying_alike(norm, x, scale, bias, mask, None, shortcut)
-    y, *statistics = fusednorm_normalize(
-        norm, dispatch.current_backend(), *operands, statistics=True
-    )
-    mean, var = statistics if norm.center else (None, *statistics)
+        y, mean, var = _plain(why, norm, x, scale, bias, mask, shortcut)
+    else:
+        operands = _varying_alike(norm, x, scale, bias, mask, None, shortcut)
+        y, *statistics = fusednorm_normalize(
+            norm, dispatch.current_backend(), *operands, statistics=True
+        )
+        mean, var = statistics if norm.center else (None, *statistics)
+    # They are the same along axes of size 1, which `_over` left out: JAX shall know it.
+    if left_out := _varies(var) & set(_names(axis_name)):
+        mean, var = lax.psum((mean, var), tuple(left_out))
     return y, mean, var
 
 
@@ -175,7 +179,7 @@ def _over(
     """Returns `norm` with statistics that are combined over mapped axes too."""
     if axis_name is None:
         return norm
-    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    names = _names(axis_name)
     groups = None
     if axis_index_groups is not None:
         groups = tuple(tuple(map(int, group)) for group in axis_index_groups)
@@ -184,16 +188,20 @@ def _over(
                 "axis_index_groups must list the devices of at least one group, and "
                 f"none may be empty; got {axis_index_groups}."
             )
-    one_scale = False
+    one_scale, same = False, set()
+    mesh = jax.sharding.get_abstract_mesh()
+    if groups is None:  # combining statistics of one device, or of equal x
+        same = {name for name in mesh.manual_axes if mesh.shape[name] == 1}
     if varying := _varies(x):  # JAX tracks what varies (`check_vma`)
         one_scale = not _varies(scale) & set(names)
-        if groups is None:  # combining statistics of equal x changes nothing
-            manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-            same = manual - varying - _varies(mask)
-            names = [name for name in names if name not in same]
-    return dataclasses.replace(
-        norm, over=tuple(names), groups=groups, one_scale=one_scale
-    )
+        if groups is None:
+            same |= set(mesh.manual_axes) - varying - _varies(mask)
+    over = tuple(name for name in names if name not in same)
+    return dataclasses.replace(norm, over=over, groups=groups, one_scale=one_scale)
+
+
+def _names(axis_name: Any) -> tuple[Hashable, ...]:
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
 def _why_plain(norm: Norm, *dtypes: Any) -> str:
@@ -822,13 +830,16 @@ def choose(
         the formula as it likes.
     """
     call = call_of(primitive, avals, params)
-    if len(params["norm"].feature_axes) > 1 or any(map(parts.is_explicit, avals)):
+    types_tell = any(map(parts.is_explicit, avals))
+    if len(params["norm"].feature_axes) > 1 or types_tell:
         # XLA may have split a feature axis that `parts` leaves whole, and would then
         # gather x. About types it does not ask.
         target = dataclasses.replace(target, asks=False)
-    operands = params["tree"].unflatten(avals)
-    shapes = shapes_of(primitive, avals, params)
-    spread: parts.Spread = parts.of_types(params["norm"], call.x, shapes, operands)
+    spread: parts.Spread = None
+    if types_tell:
+        operands = params["tree"].unflatten(avals)
+        shapes = shapes_of(primitive, avals, params)
+        spread = parts.of_types(params["norm"], call.x, shapes, operands)
     if isinstance(spread, parts.Parts):
         left = target.partitioned // parts.explicit_devices(spread.mesh)
         target = dataclasses.replace(target, partitioned=left, asks=False)

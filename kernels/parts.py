@@ -314,21 +314,18 @@ def _names_of(mesh: Any, entry: Any) -> Names:
 def of_types(
     norm: Norm, x: Any, shapes: Shapes, operands: Sequence[Any]
 ) -> Parts | None:
-    """Returns the `Parts` that the operands' types tell; None without explicit axes, or
-    if a kernel would need more of x than a device has.
+    """Returns the `Parts` that explicit types tell; None if a kernel would need more of
+    x than a device has.
 
     A mesh of one device has parts too: in a part, no types stand in the way of reshapes
-    and slices."""
+    and slices.
+    """
     present = [
         (follows, a)
         for follows, a in zip(shapes.operands, operands, strict=True)
         if follows is not None and not a.sharding.mesh.empty
     ]
-    if not present:
-        return None
     mesh = present[0][1].sharding.mesh
-    if not _explicit(mesh):
-        return None
     specs = [(follows, a.sharding.spec) for follows, a in present]
     if any(getattr(spec, "unreduced", None) for _, spec in specs):
         return None

@@ -1217,6 +1217,42 @@ def over_devices(norm: Fn, arrays: Sequence[Any], params: Sequence[Any]) -> Any:
     return found, expected
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_statistics_of_one_device_cross_nothing(kernels: str, check_vma: bool) -> None:
+    """A program for several devices runs whole kernels on one."""
+    x, scale, bias, dy = data()
+
+    def norm(*args: Any) -> tuple[jax.Array, ...]:
+        return fusednorm.batch_norm(*args, axis_name="d")
+
+    mapped = jax.shard_map(
+        norm,
+        mesh=jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)),
+        in_specs=(P("d"), P(), P()),
+        out_specs=(P("d"), P(), P()),
+        check_vma=check_vma,
+    )
+    whole = jax.jit(both(lambda *args: mapped(*args)[0]))
+    found = jax.block_until_ready(whole(x, scale, bias, dy))
+    agree(found, expected_of(KINDS["batch_norm"]))
+    names = "channelwise forward", "channelwise backward"
+    assert interpreters.runs == dict.fromkeys(names, 1)
+    statistics = jax.jit(mapped)(x, scale, bias)[1:]
+    agree(statistics, fusednorm.batch_norm(x, scale, bias)[1:])
+
+
+def test_statistics_of_one_device_are_the_same_on_all_of_them() -> None:
+    """Where no kernel runs, too; otherwise JAX would refuse these `out_specs`."""
+    x = jax.lax.complex(data(0)[0][0], data(1)[0][0])
+    mapped = jax.shard_map(
+        lambda x: fusednorm.batch_norm(x, axis_name="d"),
+        mesh=jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)),
+        in_specs=P("d"),
+        out_specs=(P("d"), P(), P()),
+    )
+    agree(mapped(x), fusednorm.batch_norm(x))
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_batch_norm_over_devices_with_an_offset(kernels: str, has_bias: bool) -> None:
     """c1 and c2 come from the sums of dscale and dbias if there are both."""
