@@ -97,7 +97,7 @@ def normalize(
     norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
     if why := _why_plain(norm, x.dtype):
         return _plain(why, norm, x, scale, bias, mask, shortcut)[0]
-    operands = _varying_alike(norm, x, scale, bias, mask, None, shortcut)
+    operands = _varying_alike(x, scale, bias, mask, None, shortcut)
     return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
 
 
@@ -125,7 +125,7 @@ def normalize_with_moments(
     if why := _why_plain(norm, x.dtype):
         y, mean, var = _plain(why, norm, x, scale, bias, mask, shortcut)
     else:
-        operands = _varying_alike(norm, x, scale, bias, mask, None, shortcut)
+        operands = _varying_alike(x, scale, bias, mask, None, shortcut)
         y, *statistics = fusednorm_normalize(
             norm, dispatch.current_backend(), *operands, statistics=True
         )
@@ -161,7 +161,7 @@ def normalize_sum(
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         return normalize(norm, h, scale, bias, mask, shortcut, **crossing), h
-    operands = _varying_alike(norm, x, scale, bias, mask, residual, shortcut)
+    operands = _varying_alike(x, scale, bias, mask, residual, shortcut)
     y, h = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, carries=True
     )
@@ -192,10 +192,10 @@ def _over(
     mesh = jax.sharding.get_abstract_mesh()
     if groups is None:  # combining statistics of one device, or of equal x
         same = {name for name in mesh.manual_axes if mesh.shape[name] == 1}
-    if varying := _varies(x):  # JAX tracks what varies (`check_vma`)
+    if varying := _varies(x) | _varies(mask):  # JAX tracks what varies (`check_vma`)
         one_scale = not _varies(scale) & set(names)
         if groups is None:
-            same |= set(mesh.manual_axes) - varying - _varies(mask)
+            same |= set(mesh.manual_axes) - varying
     over = tuple(name for name in names if name not in same)
     return dataclasses.replace(norm, over=over, groups=groups, one_scale=one_scale)
 
@@ -219,7 +219,7 @@ def _why_plain(norm: Norm, *dtypes: Any) -> str:
     return ""
 
 
-def _varying_alike(norm: Norm, x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
+def _varying_alike(x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
     """Makes all operands vary over the same manual axes of a `jax.shard_map`.
 
     Parameters are the same on every device of an axis, but x is not. The cast marks the
@@ -228,8 +228,6 @@ def _varying_alike(norm: Norm, x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
     """
     operands = (x, *others)
     over: frozenset[Hashable] = frozenset().union(*(_varies(a) for a in operands))
-    if over:  # where JAX tracks what varies
-        over |= set(norm.over)
     return tuple(
         a
         if a is None or not (missing := over - _varies(a))

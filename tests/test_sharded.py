@@ -1241,6 +1241,31 @@ def test_statistics_of_one_device_cross_nothing(kernels: str, check_vma: bool) -
     agree(statistics, fusednorm.batch_norm(x, scale, bias)[1:])
 
 
+def test_a_mask_that_varies_where_x_does_not() -> None:
+    """Along "e" neither varies, and combining would change nothing."""
+    x, scale, bias, dy = data()
+    masks = jnp.asarray(np.random.default_rng(1).random((2, *x.shape)) < 0.7)
+
+    def norm(masks: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
+        return fusednorm.batch_norm(*args, mask=masks[0], axis_name=("d", "e"))
+
+    mapped = jax.shard_map(
+        norm,
+        mesh=mesh_of("data and features", "Auto"),
+        in_specs=(P("d"), P(), P(), P()),
+        out_specs=(P("d"), P(), P()),
+    )
+    found = jax.jit(both(lambda *args: mapped(masks, *args)[0]))
+    twice = jnp.concatenate([x, x])
+    whole = jnp.concatenate(list(masks))
+    y, vjp = jax.vjp(
+        lambda *args: fusednorm.batch_norm(*args, mask=whole)[0], twice, scale, bias
+    )
+    dx, *dparams = vjp(jnp.concatenate([dy, dy]))
+    dx = dx[: len(x)] + dx[len(x) :]
+    agree(found(x, scale, bias, jnp.concatenate([dy, dy])), [y, dx, *dparams])
+
+
 def test_statistics_of_one_device_are_the_same_on_all_of_them() -> None:
     """Where no kernel runs, too; otherwise JAX would refuse these `out_specs`."""
     x = jax.lax.complex(data(0)[0][0], data(1)[0][0])
