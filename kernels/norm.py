@@ -188,16 +188,14 @@ def _over(
                 "axis_index_groups must list the devices of at least one group, and "
                 f"none may be empty; got {axis_index_groups}."
             )
-    one_scale, same = False, set()
-    mesh = jax.sharding.get_abstract_mesh()
-    if groups is None:  # combining statistics of one device, or of equal x
+    varying = _varies(x) | _varies(mask)  # none unless JAX tracks them (`check_vma`)
+    one_scale = bool(varying) and not _varies(scale) & set(names)
+    if groups is None:  # combining statistics of one device, or of equal x, is needless
+        mesh = jax.sharding.get_abstract_mesh()
         same = {name for name in mesh.manual_axes if mesh.shape[name] == 1}
-    if varying := _varies(x) | _varies(mask):  # JAX tracks what varies (`check_vma`)
-        one_scale = not _varies(scale) & set(names)
-        if groups is None:
-            same |= set(mesh.manual_axes) - varying
-    over = tuple(name for name in names if name not in same)
-    return dataclasses.replace(norm, over=over, groups=groups, one_scale=one_scale)
+        same |= set(mesh.manual_axes) - varying if varying else set()
+        names = tuple(name for name in names if name not in same)
+    return dataclasses.replace(norm, over=names, groups=groups, one_scale=one_scale)
 
 
 def _names(axis_name: Any) -> tuple[Hashable, ...]:
