@@ -61,7 +61,7 @@ SHARDINGS = {
     "features": P(None, None, "d"),
     "data and features": P("d", None, "e"),
 }
-MESHES = {"data and features": {"d": 2, "e": 2}}
+MESHES = {"data and features": {"d": 2, "e": 2}, "one device": {"d": 1, "e": 1}}
 
 
 def mesh_of(sharding: str, mode: str) -> jax.sharding.Mesh:
@@ -183,7 +183,7 @@ def test_explicit_axes_of_size_1_split_nothing(
 @pytest.mark.parametrize("kind", KINDS)
 def test_explicit_on_one_device(kind: str, shape: Any, spec: P) -> None:
     """The reference's forms for a CPU split axes that types say are sharded."""
-    mesh = jax.make_mesh((1, 1), ("d", "e"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = mesh_of("one device", "Explicit")
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (shape, shape[-1:], shape[-1:], shape)
     args = [*map(jax.random.normal, keys, shapes)]
@@ -1227,7 +1227,7 @@ def test_statistics_of_one_device_cross_nothing(kernels: str, check_vma: bool) -
 
     mapped = jax.shard_map(
         norm,
-        mesh=jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)),
+        mesh=mesh_of("one device", "Auto"),
         in_specs=(P("d"), P(), P()),
         out_specs=(P("d"), P(), P()),
         check_vma=check_vma,
@@ -1271,7 +1271,7 @@ def test_statistics_of_one_device_are_the_same_on_all_of_them() -> None:
     x = jax.lax.complex(data(0)[0][0], data(1)[0][0])
     mapped = jax.shard_map(
         lambda x: fusednorm.batch_norm(x, axis_name="d"),
-        mesh=jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)),
+        mesh=mesh_of("one device", "Auto"),
         in_specs=P("d"),
         out_specs=(P("d"), P(), P()),
     )
