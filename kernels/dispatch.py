@@ -73,6 +73,17 @@ class Call:
         return bool(self.norm.over)
 
     @property
+    def sums_only(self) -> bool:
+        """Whether a kernel makes neither y nor dx."""
+        return self.half or (self.op == "backward" and not self.wants["dx"])
+
+    @property
+    def view(self) -> Geometry:
+        """The geometry of a call that has one: `plan` has checked it."""
+        assert self.geometry is not None
+        return self.geometry
+
+    @property
     def half_name(self) -> str:
         """Suffix of a kernel's name if the kernel does half of the call; else ""."""
         if not self.half:

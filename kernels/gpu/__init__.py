@@ -31,7 +31,6 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
         processors = device.core_count
         if float(device.compute_capability) >= 12.0:
             shared = SMALLER_SHARED
-    assert call.geometry is not None
-    if call.geometry.family == "rowwise":
+    if call.view.family == "rowwise":
         return rowwise.plan(call, processors, shared)
     return channelwise.plan(call, shared)

@@ -54,7 +54,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fusednorm import reference
 from fusednorm.kernels.activation import activate, through
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
-from fusednorm.kernels.geometry import Geometry
 from fusednorm.kernels.gpu import memory, strips
 from fusednorm.kernels.gpu.strips import KB, MAX_CHUNKS, Columns, Config, Part
 from fusednorm.reference import Norm
@@ -102,22 +101,17 @@ def _warpgroup_moments(part: Part, center: bool, x: Any, *, keep: bool) -> Momen
                 part.keep("x", line, value)
         return _lane_moments(part, center, lines, [value.float32() for value in loaded])
 
-    # In the loop, all earlier lines are whole, and a lane has counted each once. Only
-    # the ragged lines of `last` count place by place, so the loop carries no count.
-    def step(lines: Sequence[Any], before: Moments) -> Moments:
+    def merge(lines: Sequence[Any], before: Moments) -> Moments:
         _, mean, m2 = before
-        count = _float(lines[0])
-        _, mean, m2 = _merge((count, mean, m2), load_moments(lines))
-        return None, mean, m2
+        # All lines before these are whole: a lane has counted each of them once.
+        return _merge((_float(lines[0]), mean, m2), load_moments(lines))
 
-    def last(lines: Sequence[int], before: Moments) -> Moments:
-        count, mean, m2 = before
-        if count is None:  # straight after the loop
-            count = float(lines[0])
-        return _merge((count, mean, m2), load_moments(lines))
+    def step(lines: Sequence[Any], before: Moments) -> Moments:
+        _, mean, m2 = merge(lines, before)
+        return None, mean, m2  # the loop need not carry the count
 
     start = (None, part.zeros() if center else None, part.zeros())
-    count, mean, m2 = part.over_lines(step, start, last)
+    count, mean, m2 = part.over_lines(step, start, last=merge)
     return float(part.config.lines) if count is None else count, mean, m2
 
 
@@ -686,7 +680,8 @@ def sums(
     operands = (dy, x, scale, bias, mean, var)
     results = gradient_sums(config, combine_config, call, *operands, shortcut)
     inner_products = [results[name] for name in ("c1", "c2") if name in results]
-    return [*inner_products, *_over_samples(call, results).values()]
+    partials = {name: results[name] for name in call.summed}
+    return [*inner_products, *memory.sum_partials(call, partials).values()]
 
 
 def gradient_sums(
@@ -712,7 +707,7 @@ def gradient_sums(
       dz: if dshortcut is wanted and dz is exact in dy's dtype; (samples, pixels,
         channels).
     """
-    norm, group = call.norm, _view(call).k
+    norm, group = call.norm, call.view.k
     tensors = {"dy": dy, "x": x, "shortcut": shortcut}
     values = {"scale": scale, "bias": bias, "mean": mean, "var": var}
     inputs = _inputs(call, **tensors, **values)
@@ -766,41 +761,17 @@ def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
         for name in ("dx", "dshortcut")
         if call.wants[name]
     }
-    gradients |= _over_samples(call, results)
+    partials = {name: results[name] for name in call.summed}
+    gradients |= memory.sum_partials(call, partials)
     return [gradients[name] for name, wanted in call.wants.items() if wanted]
-
-
-def _over_samples(call: Call, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sums dscale and dbias over the samples of each example, each if wanted."""
-    names = call.summed
-    samples, _, channels = _shape(call)
-    leading = call.x.shape[: call.own_params]
-    examples = math.prod(leading)
-    totals = [
-        results[n].reshape(examples, samples // examples, channels) for n in names
-    ]
-    if samples > examples and names:
-        totals = list(memory.sum_over_blocks(*totals))
-    return {
-        name: total.reshape(*leading, channels)
-        for name, total in zip(names, totals, strict=True)
-    }
 
 
 # --- launches -------------------------------------------------------------------------
 
 
-def _view(call: Call) -> Geometry:
-    """Returns the sizes of the view x[N, S, G, K]."""
-    view = call.geometry
-    assert view is not None
-    return view
-
-
 def _shape(call: Call) -> tuple[int, int, int]:
     """Returns the shape of x as the kernels see it: samples, pixels, channels."""
-    view = _view(call)
-    return view.n, view.s, view.features
+    return call.view.n, call.view.s, call.view.features
 
 
 def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
@@ -808,7 +779,7 @@ def _inputs(call: Call, **operands: jax.Array | None) -> dict[str, jax.Array]:
 
     Callers name the arrays of x's size first.
     """
-    view = _view(call)
+    view = call.view
     inputs = present(**operands)
     for name, array in inputs.items():
         if name in ("mean", "var"):
@@ -831,7 +802,7 @@ def _like_x(call: Call, dtype: Any) -> jax.ShapeDtypeStruct:
 
 def _per_group(call: Call, names: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of statistics, or of c1 and c2, by name."""
-    view = _view(call)
+    view = call.view
     return dict.fromkeys(names, jax.ShapeDtypeStruct((view.n, view.g), jnp.float32))
 
 
@@ -931,13 +902,13 @@ def plan(call: Call, shared: int) -> Kernel | Fallback:
       call: call of geometry x[N, S, G, K], S > 1.
       shared: bytes of shared memory that a block may have.
     """
-    if _view(call).features == 1:
+    if call.view.features == 1:
         return Fallback("one channel")
     one_sample = 0 in call.norm.reduction_axes
     cluster = strips.MAX_CLUSTER
     if call.op == "backward" and not one_sample:
         cluster = 2  # larger clusters gain nothing over two reads
-    if call.wants["dx"] and not call.half:
+    if not call.sums_only:
         kernel = _in_one_read(call, shared, cluster=cluster, one_sample=one_sample)
         if kernel is not None:
             return kernel
@@ -950,7 +921,7 @@ def _in_one_read(
     call: Call, shared: int, *, cluster: int, one_sample: bool
 ) -> Kernel | None:
     """Plans a kernel with the pixels in shared memory, or None if they do not fit."""
-    view, kept = _view(call), [dtype.itemsize for dtype in _kept(call).values()]
+    view, kept = call.view, [dtype.itemsize for dtype in _kept(call).values()]
     arrays = [a for a in (call.x, call.dy, call.addend, call.shortcut) if a is not None]
     dtypes = [array.dtype for array in arrays]
     if call.op == "forward":
@@ -996,7 +967,7 @@ def _loads(call: Call, itemsize: int) -> tuple[int, ...]:
 
 def _in_two_reads(call: Call, shared: int, cluster: int) -> Kernel | Fallback:
     """Plans kernels that do the first of two reads, or the only one."""
-    view = _view(call)
+    view = call.view
     arrays = [call.x, call.dy, None if call.dy is None else call.shortcut]
     sizes = [array.dtype.itemsize for array in arrays if array is not None]
     load, *_ = _loads(call, max(sizes))
@@ -1096,8 +1067,8 @@ def _bytes_moved(call: Call, config: Config) -> int:
     samples, _, channels = _shape(call)
     size, x_size = call.x.size, call.x.dtype.itemsize
     wants_dx, wants_dshortcut = call.wants["dx"], call.wants["dshortcut"]
-    reads = 1 if config.resident or call.half or not wants_dx else 2
-    statistics = 4 * samples * _view(call).g * (1 + call.norm.center)
+    reads = 1 if config.resident or call.sums_only else 2
+    statistics = 4 * samples * call.view.g * (1 + call.norm.center)
     params = [p for p in (call.scale, call.bias) if p is not None]
     moved = sum(param.size * param.dtype.itemsize for param in params)
     if call.dy is None:

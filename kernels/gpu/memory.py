@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.experimental.mosaic.gpu import utils as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels.cost import estimate
+from fusednorm.kernels.dispatch import Call
 
 WARPS = 4  # per warpgroup, which is one thread to Pallas
 LANES = 32  # per warp
@@ -137,14 +139,23 @@ def cost(arrays: Sequence[Any]) -> dict[str, Any]:
     return {"cost_estimate": estimate(arrays)} if _TAKES_COST else {}
 
 
-def sum_over_blocks(*partials: jax.Array) -> Sequence[jax.Array]:
-    """Sums (examples, blocks, features) to (examples, features), all in one kernel.
+def sum_partials(call: Call, partials: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sums dscale and dbias, (n, features) each, over the blocks of an example.
 
-    XLA would make one kernel per `jnp.sum`.
+    n / examples consecutive ones belong to one example. All are summed in one kernel;
+    XLA would make one per `jnp.sum`.
     """
+    leading = call.x.shape[: call.own_params]
+    examples = call.row_groups * math.prod(leading)
+    sums = [p.reshape(examples, -1, p.shape[-1]) for p in partials.values()]
+    if partials and sums[0].shape[1] > 1:
 
-    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
+        def add(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(x + y for x, y in zip(a, b, strict=True))
 
-    zeros = tuple(jnp.zeros((), p.dtype) for p in partials)
-    return lax.reduce(partials, zeros, add, (1,))
+        zeros = [jnp.zeros((), jnp.float32) for _ in sums]
+        sums = lax.reduce(sums, zeros, add, (1,))
+    return {
+        name: total.reshape(*leading, -1)
+        for name, total in zip(partials, sums, strict=True)
+    }

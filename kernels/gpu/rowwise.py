@@ -110,7 +110,8 @@ def _forward_kernel(
             return part.load_param(ref[name], chunk, example, examples.count)
 
         # Chunk by chunk, so that a chunk's registers are free once it is stored.
-        for number, chunk in enumerate(part.config.chunks if "y" in ref else ()):
+        chunks = part.config.chunks if "y" in ref else ()
+        for number, chunk in enumerate(chunks):
             z = centred[number] * across(rstd, centred[number])  # x_hat
             if "scale" in ref:
                 z = z * norm.weight(param("scale", number))
@@ -196,9 +197,10 @@ def forward(
     operands |= {"residual": residual, "shortcut": shortcut}
     inputs = examples.by_rows(features, **operands)
     shape = inputs["x"].shape
-    outputs = {} if call.half else {"y": jax.ShapeDtypeStruct(shape, norm.dtype)}
-    if residual is not None:
-        outputs["h"] = jax.ShapeDtypeStruct(shape, call.sum_dtype)
+    outputs = {
+        name: jax.ShapeDtypeStruct(shape, dtype)
+        for name, dtype in _written(call).items()
+    }
     if call.statistics:
         statistic = jax.ShapeDtypeStruct(examples.statistic_shape, jnp.float32)
         outputs |= {"mean": statistic} if norm.center else {}
@@ -336,17 +338,20 @@ def _store_dx(
     # In flight while the sums are taken.
     dh = part.load(ref["dh"], row) if "dh" in ref else None
     w = dz * scale
-    terms = (w * x_hat, w)[: 1 + norm.center]
+    terms = (w * x_hat, w) if norm.center else (w * x_hat,)
     sums = part.sums(*terms, row=row, place=place)
-    c1, *c2 = [total / part.config.features for total in sums]
-    for name, mean in zip(("c1", "c2"), (c1, *c2), strict=False):
+    products = [total / part.config.features for total in sums]
+    c1, c2 = products[0], products[1] if norm.center else None
+    for name, product in zip(("c1", "c2"), products, strict=False):
         if name in ref:
-            part.store_statistic(ref[name], row, mean)
+            part.store_statistic(ref[name], row, product)
+    if "dx" not in ref:
+        return
     # Chunk by chunk, so that a chunk's registers are free once it is stored.
-    for number, chunk in enumerate(part.config.chunks if "dx" in ref else ()):
+    for number, chunk in enumerate(part.config.chunks):
         dx = w[number] - x_hat[number] * across(c1, w[number])
-        if norm.center:
-            dx = dx - across(c2[0], dx)
+        if c2 is not None:
+            dx = dx - across(c2, dx)
         dx = dx * across(rstd, dx)
         if dh is not None:
             dx = dx + dh[number].astype(jnp.float32)
@@ -407,10 +412,8 @@ def backward(
         inner_products = ()
     statistic = jax.ShapeDtypeStruct(examples.statistic_shape, jnp.float32)
     outputs = dict.fromkeys(inner_products, statistic) | dict.fromkeys(summed, partials)
-    for name, like in (("dx", x), ("dscale", scale), ("dshortcut", shortcut)):
-        if wants[name] and name not in summed and not (name == "dx" and call.half):
-            assert like is not None
-            outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, like.dtype)
+    for name, dtype in _written(call).items():
+        outputs[name] = jax.ShapeDtypeStruct(inputs["x"].shape, dtype)
     # Accumulators in registers leave less room for the next tile.
     accumulators = 0 if work.smem else config.registers(tile, 4) * len(summed)
     sizes = [inputs[name].dtype.itemsize for name in ("dy", "x", *_streamed(call))]
@@ -443,15 +446,7 @@ def backward(
         places=4,
         kept=kept,
     )
-    if summed:
-        leading = x.shape[: call.own_params]
-        count = call.row_groups * math.prod(leading)
-        partials_of = [results[name].reshape(count, -1, features) for name in summed]
-        sums = memory.sum_over_blocks(*partials_of)
-        results |= {
-            name: total.reshape(*leading, -1)
-            for name, total in zip(summed, sums, strict=True)
-        }
+    results |= memory.sum_partials(call, {name: results[name] for name in summed})
     shapes = dict.fromkeys(("dx", "dscale", "dshortcut"), x.shape)
     shapes |= dict.fromkeys(inner_products, var.shape)
     shapes |= {name: results[name].shape for name in summed}
@@ -556,21 +551,18 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
       processors: multiprocessors of the GPU.
       smem: bytes of shared memory of a block.
     """
-    view = call.geometry
-    assert view is not None
-    features = view.k
-    rows = view.n * view.g
+    features = call.view.k
     if features == 1:
         return Fallback("rows of one feature")
     if features > LONGEST_ROW:
         return Fallback(f"{features} features; kernels take at most {LONGEST_ROW}")
-    read, written = _read(call), _written(call)
-    moved = call.x.size * (sum(read) + sum(written))
-    statistics = 4 * rows * (1 + call.norm.center)
+    read = _sizes_read(call)
+    partials = 0
     if call.op == "forward":
         config = tiles.configure(
             features,
-            max(*read, *written, call.norm.dtype.itemsize),
+            # y's dtype counts even where XLA makes y: the statistics are the same.
+            max(*read, *_sizes(_written(call)), call.norm.dtype.itemsize),
             per_lane=32,
             of_long=tiles.columns_of_long(
                 features, len(read) - 1, len(_streamed(call))
@@ -579,7 +571,6 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
             fill=True,
         )
         launch = functools.partial(forward, config, call)
-        moved += statistics * call.statistics
     else:
         work, config = tiles.share_out(
             features,
@@ -591,43 +582,62 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
             smem=smem,
         )
         launch = functools.partial(backward, config, work, call, processors)
-        writes_c1_c2 = call.half and call.wants["dx"]
-        moved += statistics * (1 + writes_c1_c2)
-        # Partial sums are written and read; their sum is written.
         examples = Examples.of(call, features)
         *_, blocks = tiles.grid(
             config, examples.rows, examples.count, processors, work.threads
         )
-        results = call.row_groups * math.prod(call.x.shape[: call.own_params])
-        sums = 2 * examples.count * blocks + results
-        moved += 4 * features * len(call.summed) * sums
-    for param in (None if call.scales_each else call.scale, call.bias):
-        moved += 0 if param is None else param.size * param.dtype.itemsize
+        partials = examples.count * blocks
     return Kernel(
         backend="mosaic_gpu",
         name=f"rowwise {call.op}{call.half_name}",
         launch=launch,
         block=str(config),
         why=config.why,
-        bytes_moved=moved,
+        bytes_moved=_bytes_moved(call, features, partials),
     )
 
 
-def _read(call: Call) -> list[int]:
+def _bytes_moved(call: Call, features: int, partials: int) -> int:
+    """Returns the bytes read from and written to device memory.
+
+    Args:
+      call: the call.
+      features: length of a row.
+      partials: rows of partial sums that a backward writes for dscale, and for dbias.
+    """
+    moved = call.x.size * sum([*_sizes_read(call), *_sizes(_written(call))])
+    statistics = 4 * (call.x.size // features) * (1 + call.norm.center)
+    if call.op == "forward":
+        moved += statistics * call.statistics
+    else:
+        writes_c1_c2 = call.half and call.wants["dx"]
+        moved += statistics * (1 + writes_c1_c2)
+        # Partial sums are written and read; their sum is written.
+        totals = call.row_groups * math.prod(call.x.shape[: call.own_params])
+        moved += 4 * features * len(call.summed) * (2 * partials + totals)
+    params = [call.bias] if call.scales_each else [call.scale, call.bias]
+    return moved + sum(p.size * p.dtype.itemsize for p in params if p is not None)
+
+
+def _sizes_read(call: Call) -> list[int]:
     """Returns the bytes per element of each array of x's size that is read."""
     arrays = [call.x, call.dy, call.addend]
     arrays += [getattr(call, name) for name in _streamed(call)]
     return [array.dtype.itemsize for array in arrays if array is not None]
 
 
-def _written(call: Call) -> list[int]:
-    """Returns the bytes per element of each array of x's size that is written."""
+def _written(call: Call) -> dict[str, jnp.dtype]:
+    """Returns the dtypes of the results of x's size that the kernel writes, by name."""
     if call.op == "forward":
-        dtypes = [] if call.half else [call.norm.dtype]
-        dtypes += [] if call.addend is None else [call.sum_dtype]
-        return [dtype.itemsize for dtype in dtypes]
-    return [
-        getattr(call, name.removeprefix("d")).dtype.itemsize
-        for name, wanted in call.wants.items()
-        if wanted and name not in call.summed and not (name == "dx" and call.half)
-    ]
+        written = {} if call.half else {"y": call.norm.dtype}
+        return written | ({} if call.addend is None else {"h": call.sum_dtype})
+    elementwise = [name for name in call.wants if name not in call.summed]
+    return {
+        name: getattr(call, name.removeprefix("d")).dtype
+        for name in elementwise
+        if call.wants[name] and not (name == "dx" and call.half)
+    }
+
+
+def _sizes(dtypes: dict[str, jnp.dtype]) -> list[int]:
+    return [dtype.itemsize for dtype in dtypes.values()]

@@ -547,13 +547,13 @@ class Part:
     ) -> T:
         """Runs step(lines, carry) over all lines, `config.lines_at_once` at a time.
 
-        Whole lines run in a loop, as long as they fill a step. The remaining lines
-        follow, unrolled.
+        Whole lines run in a loop, as long as they fill a step. One more step takes the
+        lines that remain, if any.
 
         Args:
           step: takes the lines and the carry, and returns the next carry.
           start: initial carry.
-          last: replacement of `step` for the lines after the loop.
+          last: replacement of `step` for the step after the loop.
         """
         at_once = self.config.lines_at_once
         steps = self.whole_lines // at_once
@@ -562,10 +562,9 @@ class Part:
             return step([i * at_once + j for j in range(at_once)], carry)
 
         carry = lax.fori_loop(0, steps, in_loop, start)
-        for first in range(steps * at_once, self.config.lines, at_once):
-            lines = range(first, min(first + at_once, self.config.lines))
-            carry = (last or step)(lines, carry)
-        return carry
+        # Whole lines too few for a step, and at most one ragged line.
+        rest = range(steps * at_once, self.config.lines)
+        return (last or step)(rest, carry) if rest else carry
 
     def keep(self, name: str, line: Any, value: Columns) -> None:
         """Keeps a line unchanged in shared memory. Each lane reads what it wrote."""

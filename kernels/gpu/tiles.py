@@ -595,20 +595,18 @@ class Part:
 
     # Where a chunk lies.
 
-    def _columns(self, chunk: Chunk) -> pl.Slice:
-        return self._columns_behind(chunk.start, chunk)
-
-    def _columns_behind(self, start: int, chunk: Chunk, group: Any = None) -> pl.Slice:
-        """Returns the chunk's columns if it begins at `start` of its part."""
+    def _columns(self, chunk: Chunk, *, skip: int = 0, group: Any = None) -> pl.Slice:
+        """Returns the chunk's columns, counted without the first `skip` ones."""
+        start = chunk.start - skip
         first = self.index * self.config.width + start - self._earlier(chunk)
         if group is not None:
             first = group * self.config.features + first
         return pl.ds(first, self.config.lanes * chunk.vector)
 
-    def _narrowed(
+    def _from_chunk(
         self, ref: Any, chunk: Chunk, group: Any = None
     ) -> tuple[Any, pl.Slice]:
-        """Returns ref from `chunk.start` on, and the chunk's columns in it.
+        """Returns ref without its first `chunk.start` columns, and the chunk's columns.
 
         The start is then an immediate of the access. Added to what the program computes
         in int32, it would give each chunk an address of its own: six instructions, and
@@ -619,10 +617,8 @@ class Part:
         """
         *lines, columns = ref.shape
         rest = pl.ds(chunk.start, columns - chunk.start)
-        return (
-            ref.at[(*map(slice, lines), rest)],
-            self._columns_behind(0, chunk, group),
-        )
+        here = self._columns(chunk, skip=chunk.start, group=group)
+        return ref.at[(*map(slice, lines), rest)], here
 
     def _earlier(self, chunk: Chunk) -> Any:
         """Returns how many columns early the chunk starts, to end within the row."""
@@ -644,7 +640,7 @@ class Part:
         """Loads the tile that starts at `row`, in the dtype of ref."""
 
         def load_chunk(chunk: Chunk) -> jax.Array:
-            here, columns = self._narrowed(ref, chunk, row.group)
+            here, columns = self._from_chunk(ref, chunk, row.group)
             layout = self._layout(chunk)
             if self.config.long:
                 return memory.load_as(
@@ -665,7 +661,7 @@ class Part:
 
     def store_chunk(self, ref: Any, row: Row, chunk: Chunk, value: jax.Array) -> None:
         """Stores one chunk of the tile that starts at `row`."""
-        here, columns = self._narrowed(ref, chunk, row.group)
+        here, columns = self._from_chunk(ref, chunk, row.group)
         if self.config.long:
             memory.store_as(here, (row.at, columns), value)
         else:
@@ -927,42 +923,46 @@ class Totals:
           ahead: whether tile i + 1 is loaded while tile i is computed.
         """
 
-        def sum_run(first: Any, number: Any, loaded: Any) -> tuple[Any, Any]:
-            """Sums `number` consecutive tiles; `loaded` holds the first of them."""
+        def load_tile(i: Any) -> tuple[Any, Any]:
+            return load(i), load_statistics(i)
 
-            def do_tile(j: Any, carry: Any) -> Any:
+        def load_next(i: Any, tile: tuple[Any, Any]) -> tuple[Any, Any]:
+            """Loads tile i, or the statistics of the last tile again if i is none."""
+            loaded = lax.cond(i < count, lambda: load(i), lambda: tile[0])
+            # In the branch, the compiler would move a long row's statistics to uniform
+            # registers, and wait for them there.
+            return loaded, load_statistics(jnp.minimum(i, count - 1))
+
+        def sum_run(first: Any, number: Any, tile: Any) -> tuple[Any, Any]:
+            """Sums `number` consecutive tiles. `tile` is the first, loaded if `ahead`.
+
+            Returns the sums, and the tile after these, loaded if `ahead`.
+            """
+
+            def add_tile(j: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+                sums, tile = carry
                 i = first + j
-                if not ahead:
-                    return step(i, carry, load(i) | load_statistics(i))
-                carried, (loaded, statistics) = carry
-                # In the branch, the compiler would move a long row's statistics to
-                # uniform registers, and wait for them there.
-                following = lax.cond(i + 1 < count, lambda: load(i + 1), lambda: loaded)
-                next_statistics = load_statistics(jnp.minimum(i + 1, count - 1))
-                carried = step(i, carried, loaded | statistics)
-                return carried, (following, next_statistics)
+                following = load_next(i + 1, tile) if ahead else None
+                loaded, statistics = tile if ahead else load_tile(i)
+                return step(i, sums, loaded | statistics), following
 
-            carried = self.begin()
-            if not ahead:
-                return self.end(lax.fori_loop(0, number, do_tile, carried)), None
-            carried, loaded = lax.fori_loop(0, number, do_tile, (carried, loaded))
-            return self.end(carried), loaded
+            sums, tile = lax.fori_loop(0, number, add_tile, (self.begin(), tile))
+            return self.end(sums), tile
 
-        loaded = (load(0), load_statistics(0)) if ahead else None
+        tile = load_tile(0) if ahead else None
         if not self.twice:
-            return sum_run(0, count, loaded)[0]
+            return sum_run(0, count, tile)[0]
 
-        def add_run(n: Any, loaded: Any) -> Any:
+        def add_run(n: Any, tile: Any) -> Any:
             first = n * IN_A_ROW
-            number = jnp.minimum(count - first, IN_A_ROW)
-            totals, loaded = sum_run(first, number, loaded)
-            for name, total in totals.items():
+            sums, tile = sum_run(first, jnp.minimum(count - first, IN_A_ROW), tile)
+            for name, total in sums.items():
                 self._add(name, total)
-            return loaded
+            return tile
 
         for name in self.names:
             self.part.keep(name, self.part.zeros)
-        lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, add_run, loaded)
+        lax.fori_loop(0, (count + IN_A_ROW - 1) // IN_A_ROW, add_run, tile)
         return {name: self.part.kept(name) for name in self.names}
 
 
