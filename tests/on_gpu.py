@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm.kernels import gpu
@@ -13,16 +14,30 @@ from fusednorm.kernels.gpu import memory
 from tests.interpreters import interpret
 
 
-def load_as(ref: Any, at: Any, shape: Sequence[int], layout: Any) -> Any:
+def load_as(
+    ref: Any, at: Any, shape: Sequence[int], layout: Any, part: Any = ...
+) -> Any:
     """Replaces memory.load_as, which the interpreter lacks: reshapes the loaded value.
 
-    The result is the same.
+    The result is the same. A `part` is a slice of the last axis.
     """
-    return plgpu.load(ref.at[at], optimized=False).reshape(shape)
+    value = plgpu.load(ref.at[at], optimized=False).reshape(shape)
+    if part is ...:
+        return value
+    *_, columns = part
+    return lax.dynamic_slice_in_dim(value, columns.start, columns.size, -1)
 
 
-def store_as(ref: Any, at: Any, value: Any) -> None:
-    memory.store(ref, at, value.reshape(ref.at[at].shape))
+def store_as(
+    ref: Any, at: Any, value: Any, shape: Sequence[int] = (), part: Any = ...
+) -> None:
+    """Replaces memory.store_as: stores the whole of ref[at], of which `part` is new."""
+    here = ref.at[at]
+    if part is not ...:
+        *_, columns = part
+        whole = plgpu.load(here, optimized=False).reshape(shape)
+        value = lax.dynamic_update_slice_in_dim(whole, value, columns.start, -1)
+    memory.store(here, ..., value.reshape(here.shape))
 
 
 @contextlib.contextmanager

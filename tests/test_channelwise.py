@@ -526,6 +526,20 @@ def test_warps_and_blocks_meet(shape: Any, barriers: int, fences: int) -> None:
     assert (meeting in " ".join(events)) == (fences > 0)
 
 
+def test_four_groups_are_summed_side_by_side() -> None:
+    """One group per warp: as many reductions as a single group takes.
+
+    A strip of 160 channels has four groups of 40, in two loads each. Means and squares
+    are summed over pixels, and over groups.
+    """
+    call = calls("group_norm", (2, 8, 8, 1280))[0]
+    kernel = gpu.plan(call, None)
+    assert isinstance(kernel, Kernel)
+    assert kernel.block == "160 channels of 64 pixels"
+    jaxpr = str(jax.make_jaxpr(kernel.launch)(call.x, call.scale, call.bias))
+    assert len(re.findall(r"reduce_sum\[", jaxpr)) == 2 * 2 + 2 * 2
+
+
 # --- on a real one --------------------------------------------------------------------
 
 

@@ -146,9 +146,12 @@ def _block_moments(
     if mean is None:
         return [to.total(sums) for sums in part.sum_pixels(m2)]
     (x_sums,) = part.sum_pixels(mean * count)
-    delta = mean - part.total(x_sums) / pixels
+    block_mean = part.total(x_sums) / pixels
+    delta = mean - block_mean
     (m2_sums,) = part.sum_pixels(m2 + delta * (delta * count))
-    return [to.total(x_sums) / pixels, to.total(m2_sums)]
+    if to is not part:
+        block_mean = to.total(x_sums) / pixels
+    return [block_mean, to.total(m2_sums)]
 
 
 def _merged_moments(
@@ -414,9 +417,10 @@ def _backward_kernel(call: Call, ref: Refs, part: Part) -> None:
             dz = part.kept("dy", line)
             if "shortcut" not in ref:
                 dz = dz_of(dz, centred)
-            dx = dz * dz_factor - centred * centred_factor
+            shift = centred * centred_factor
             if constant is not None:
-                dx = dx - constant
+                shift = shift + constant
+            dx = dz * dz_factor - shift
             if dh is not None:
                 dx = dx + dh.float32()
             part.store(ref["dx"], line, dx)

@@ -87,14 +87,22 @@ def store(ref: Any, at: Any, value: jax.Array) -> None:
 # functions with ones that reshape the value.
 
 
-def load_as(ref: Any, at: Any, shape: Sequence[int], layout: Any) -> jax.Array:
-    """Loads ref[at] in its own dtype and in another shape of the same element order."""
-    return plgpu.load(ref.at[at].reshape(*shape), layout=layout, optimized=False)
+def load_as(
+    ref: Any, at: Any, shape: Sequence[int], layout: Any, part: Any = ...
+) -> jax.Array:
+    """Loads ref[at], in its own dtype, as an array of another shape.
+
+    The shape has the same order of elements. `part` indexes it, to load less.
+    """
+    here = ref.at[at].reshape(*shape).at[part]
+    return plgpu.load(here, layout=layout, optimized=False)
 
 
-def store_as(ref: Any, at: Any, value: jax.Array) -> None:
-    """Stores value to ref[at], which has another shape of the same element order."""
-    store(ref.at[at].reshape(value.shape), ..., value)
+def store_as(
+    ref: Any, at: Any, value: jax.Array, shape: Sequence[int] = (), part: Any = ...
+) -> None:
+    """Stores value to ref[at], or to `part` of it, in another shape: see `load_as`."""
+    store(ref.at[at].reshape(*(shape or value.shape)), part, value)
 
 
 def sum_lanes(value: jax.Array, axis: int) -> jax.Array:

@@ -38,8 +38,7 @@ MAX_WARPGROUPS = 2
 MAX_CHUNKS = 8  # per strip: each chunk adds its own code
 PLACES = 4  # sums per channel for which a block has room in shared memory
 
-# Blocks of one sample that fill a GPU: clusters of 8 fill 128 of the 132
-# multiprocessors of an H100.
+# Blocks of one sample that fill a GPU of 132 multiprocessors.
 ENOUGH = 128
 
 
@@ -108,7 +107,11 @@ class Config:
         loads in flight together (compiled for an H100). Bandwidth times latency asks
         for 10 KB (H100: 3.35 TB/s * 375 ns / 132) to 14 KB (H200), more under load.
         """
-        return max(self.at_once // sum(chunk.vector for chunk in self.chunks), 1)
+        columns = sum(chunk.vector for chunk in self.chunks)
+        lines = max(self.at_once // columns, 1)
+        # Strips of 5 * 2^n channels have 5 or 10 columns per lane. Where those make
+        # three lines, four leave no rest, for which the code would be there again.
+        return 4 if lines == 3 and self.lines % 4 == 0 else lines
 
     def for_merge(self) -> "Config":
         """Returns the config for merging a strip's blocks.
@@ -239,8 +242,8 @@ def resident(
             key=lambda c: (min(c.strips * c.blocks, ENOUGH), c.blocks == 1),
             default=None,
         )
-    # One warpgroup works through a strip's groups one by one, so a strip of more than
-    # two sectors may have only a few groups.
+    # One warpgroup works through a strip's groups, up to four at a time, so a strip of
+    # more than two sectors may have only a few groups.
     few_groups = [
         c
         for c in configs
@@ -371,7 +374,8 @@ class Columns:
     """One array for each chunk of a strip. Arithmetic goes chunk by chunk.
 
     An array holds a line, (warps, pixels per warp, columns), or one value per channel,
-    (columns,). Values per channel are broadcast over the pixels of a line.
+    (columns,), or (groups, columns). Values per channel are broadcast over the pixels
+    of a line. An operand that is no `Columns` has one value per group, or is a scalar.
     """
 
     def __init__(self, arrays: Sequence[Any], layouts: Sequence[Any]):
@@ -396,8 +400,9 @@ class Columns:
         others = (
             other.arrays if isinstance(other, Columns) else [other] * len(self.arrays)
         )
+        axis = -1 if isinstance(other, Columns) else 0
         arrays = [
-            operation(*_broadcast_together(a, b, layout))
+            operation(*_broadcast_together(a, b, axis, layout))
             for a, b, layout in zip(self.arrays, others, self.layouts, strict=True)
         ]
         return Columns(arrays, self.layouts)
@@ -422,13 +427,16 @@ def add(values: Iterable[Any]) -> Any:
     return functools.reduce(operator.add, values)
 
 
-def _broadcast_together(a: Any, b: Any, layout: Any) -> tuple[Any, Any]:
-    """Broadcasts the smaller array to the larger one's shape; leaves scalars alone."""
+def _broadcast_together(a: Any, b: Any, axis: int, layout: Any) -> tuple[Any, Any]:
+    """Broadcasts the smaller array to the larger one's shape; leaves scalars alone.
+
+    `axis` is the axis of the larger one that the smaller one has.
+    """
     ndim_a, ndim_b = jnp.ndim(a), jnp.ndim(b)
     if ndim_a == ndim_b or not ndim_a or not ndim_b:
         return a, b
     small, large = (a, b) if ndim_a < ndim_b else (b, a)
-    spread = lax.broadcast_in_dim(small, large.shape, (large.ndim - 1,))
+    spread = lax.broadcast_in_dim(small, large.shape, (axis % large.ndim,))
     spread = plgpu.layout_cast(spread, layout)
     return (spread, b) if ndim_a < ndim_b else (a, spread)
 
@@ -756,7 +764,7 @@ class Part:
 
         Args:
           formula: function that takes values per channel and returns up to two values
-            per group; `groups` is an `EachChannel` or a `Group`.
+            per group; `groups` is an `EachChannel` or `Groups`.
           terms: up to two values per channel. A second call must have at least one: its
             barrier waits for the warpgroups that still read the first call's results.
         """
@@ -778,10 +786,12 @@ class Part:
         @self.one_warpgroup
         def _() -> None:
             nonlocal count
-            for number in range(self.config.width // self.config.group):
-                group = Group(self, number)
-                results = formula(group, *group.terms(scratch, terms_at, len(terms)))
-                group.spread(scratch, results_at, results)
+            in_strip = self.config.width // self.config.group
+            at_once = math.gcd(in_strip, WARPS)
+            for first in range(0, in_strip, at_once):
+                groups = Groups(self, first, at_once)
+                results = formula(groups, *groups.terms(scratch, terms_at, len(terms)))
+                groups.spread(scratch, results_at, results)
                 count = len(results)
 
         self.block_barrier()
@@ -823,69 +833,82 @@ class EachChannel:
         )
 
 
-class Group:
-    """One group of the strip, with its channels on the lanes of each warp."""
+class Groups:
+    """One group of the strip, or several: one per warp of a warpgroup.
 
-    def __init__(self, part: Part, number: int):
+    A value of one group is a scalar, and its channels are (columns,). Values of several
+    groups are (groups,), and their channels (groups, columns).
+    """
+
+    def __init__(self, part: Part, first: int, count: int):
         config = part.config
+        groups_per_strip = config.width // config.group
         self._part = part
-        self._number = part.strip * (config.width // config.group) + number
-        self._first = number * config.group
+        self._shape = (count,) if count > 1 else ()
+        number = part.strip * groups_per_strip + first
+        self._numbers = pl.ds(number, count) if count > 1 else number
+        self._channels = pl.ds(first * config.group, count * config.group)
         vector = _vector(config.group, 4)
-        self._lanes = min(LANES, power_of_two(config.group // vector))
-        self._chunks = memory.cut(config.group, self._lanes, vector)
-        self._layouts = [_layout(self._lanes, chunk.vector) for chunk in self._chunks]
-
-    def _columns(self) -> list[pl.Slice]:
-        return [
-            pl.ds(self._first + chunk.start, self._lanes * chunk.vector)
+        lanes = min(LANES, power_of_two(config.group // vector))
+        self._chunks = memory.cut(config.group, lanes, vector)
+        self._columns = [
+            (*map(slice, self._shape), pl.ds(chunk.start, lanes * chunk.vector))
             for chunk in self._chunks
+        ]
+        self._layouts = [
+            _layout(lanes, chunk.vector, *self._shape) for chunk in self._chunks
         ]
 
     def terms(self, scratch: Any, first: int, count: int) -> list[Columns]:
-        """Loads scratch[place, channels of the group] for `count` places."""
+        """Loads scratch[place, channels of the groups] for `count` places."""
+        shape = (*self._shape, self._part.config.group)
         terms = []
         for place in range(first, first + count):
+            at = (place, self._channels)
             arrays = [
-                memory.load(scratch, (place, columns), layout)
-                for columns, layout in zip(self._columns(), self._layouts, strict=True)
+                memory.load_as(scratch, at, shape, layout, columns)
+                for columns, layout in zip(self._columns, self._layouts, strict=True)
             ]
             terms.append(Columns(arrays, self._layouts))
         return terms
 
     def spread(self, scratch: Any, first: int, values: Sequence[jax.Array]) -> None:
-        """Broadcasts each value to scratch[place, channels of the group]."""
+        """Broadcasts values to scratch[place, channels of the groups]."""
+        shape = (*self._shape, self._part.config.group)
         for place, value in enumerate(values, first):
-            for columns, layout in zip(self._columns(), self._layouts, strict=True):
-                spread = lax.broadcast_in_dim(value, (columns.size,), ())
+            for columns, layout in zip(self._columns, self._layouts, strict=True):
+                whole = (*self._shape, columns[-1].size)
+                spread = lax.broadcast_in_dim(value, whole, range(len(self._shape)))
                 spread = plgpu.layout_cast(spread, layout)
-                memory.store(scratch, (place, columns), spread)
+                at = (place, self._channels)
+                memory.store_as(scratch, at, spread, shape, columns)
 
     def sum(self, term: Columns) -> jax.Array:
-        """Returns the sum over the channels of the group."""
+        """Returns the sum over the channels of each group."""
+        last = len(self._shape)
         sums = []
         for chunk, array, layout in zip(
             self._chunks, term.arrays, self._layouts, strict=True
         ):
             if chunk.seen:
                 column = plgpu.broadcasted_iota(
-                    jnp.int32, array.shape, 0, layout=layout
+                    jnp.int32, array.shape, last, layout=layout
                 )
                 array = jnp.where(column >= chunk.seen, array, 0.0)
-            sums.append(memory.sum_lanes(array, 0))
+            sums.append(memory.sum_lanes(array, last))
         return add(sums)
 
     def load(self, ref: Any) -> jax.Array:
-        """Loads the group's value from ref (samples, groups)."""
-        return ref[self._part.sample, self._number]
+        """Loads the groups' values from ref (samples, groups)."""
+        at = (self._part.sample, self._numbers)
+        if not self._shape:
+            return ref[at]
+        return memory.load(ref, at, self._layouts[0].reduce((1,)))
 
     def store(self, ref: Any, value: jax.Array) -> None:
-        """Stores the group's value to ref (samples, groups), by one block."""
-
-        def write() -> None:
-            ref[self._part.sample, self._number] = value
-
-        self._part.one_block(write)
+        """Stores the groups' values to ref (samples, groups), by one block."""
+        at = (self._part.sample, self._numbers)
+        self._part.one_block(lambda: memory.store(ref, at, value))
 
 
 def _layout(lanes: int, vector: int, *pixels: int) -> Any:
@@ -894,13 +917,13 @@ def _layout(lanes: int, vector: int, *pixels: int) -> Any:
     `pixels` is (), (warps,) or (warps, pixels per warp). If there are fewer pixels than
     warps and lanes have room for, several of them hold the same values.
 
-    Lanes of 4 bytes are tiled in pairs. Otherwise Mosaic moves the values of 8 times 4
-    lanes by `ldmatrix` and `stmatrix`, which require the 16 bytes of every 4 lanes to
+    Lanes are tiled in pairs. Otherwise Mosaic moves values of 4 bytes, of 8 times 4
+    lanes, by `ldmatrix` and `stmatrix`, which require the 16 bytes of every 4 lanes to
     be aligned. In groups of 10 channels they are not.
     """
     warps, in_warp = (*pixels, 1, 1)[:2]
     tiles = [(*pixels, lanes * vector)]
-    pairs = lanes % 4 == 0 and vector <= 2
+    pairs = lanes % 4 == 0
     if pairs:
         tiles.append((2 * vector,))
     if lanes > 1:
