@@ -39,7 +39,7 @@ class Call:
     """The facts about one primitive's work by which an implementation is chosen.
 
     Attributes:
-      op: "forward", or "backward" (dx, dscale, dbias).
+      op: "forward", or "backward" (dx, dscale, dbias, dshortcut).
       norm: axes, groups, epsilon, dtype of y.
       x, scale, bias, dy: shape and dtype of each, or None if absent.
       addend: shape and dtype of the residual that a forward adds to x, or of dh, to
@@ -431,10 +431,11 @@ def _why_no_kernel(call: Call) -> str | None:
         )
     view = call.geometry
     rows = view.n * (view.g if view.family == "rowwise" else view.s)
-    if max(rows, view.s * view.k) >= 2**30:
+    if max(rows, view.s * view.k, view.features) >= 2**30:
         return (
-            f"2^30 rows or pixels, or a mean of as many elements, in x of shape "
-            f"{call.x.shape}: kernels count in int32, which their last block may exceed"
+            f"2^30 rows, pixels or channels, or a mean of as many elements, in x of "
+            f"shape {call.x.shape}: kernels count in int32, which their last block may "
+            "exceed"
         )
     return None
 

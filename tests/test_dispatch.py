@@ -287,7 +287,7 @@ def test_reasons_to_fall_back(kernels: Any) -> None:
         "its shape is (1, 8, 24), that of x (4, 8, 24)"
     )
     assert refusal(call((8, 13))) == "13 features bring bad luck"
-    assert "2^30 rows or pixels" in refusal(call((2**30, 24)))
+    assert "2^30 rows, pixels or channels" in refusal(call((2**30, 24)))
     assert isinstance(dispatch.plan(call((2**30 - 1, 24)), CPU), Kernel)
     assert refusal(call(), Target(("cpu", "cuda"))) == (
         "lowered for several platforms: cpu, cuda"
@@ -358,6 +358,21 @@ def test_kernels_refuse_what_int32_cannot_count(
     less = tuple(n // 4 if n == max(shape) else n for n in shape)
     answer = dispatch.plan(of(less), Target((platform,)), backend)
     assert isinstance(answer, Kernel)
+
+
+def test_kernels_refuse_channels_that_int32_cannot_count() -> None:
+    """They count the channels of all heads together."""
+
+    def answer(heads: int) -> Kernel | Fallback:
+        x = jax.ShapeDtypeStruct((2, heads, 64), jnp.dtype("bfloat16"))
+        scale = jax.ShapeDtypeStruct((heads * 64,), x.dtype)
+        call = Call("forward", Norm((2,), (1, 2), center=False), x, scale)
+        return dispatch.plan(call, Target(("cuda",)), "auto")
+
+    assert isinstance(answer(2**20), Kernel)
+    refused = answer(2**25)
+    assert isinstance(refused, Fallback)
+    assert "2^30 rows, pixels or channels" in refused.reason
 
 
 def test_kernels_run_on_each_part_and_in_shard_map(kernels: Any) -> None:
