@@ -139,13 +139,13 @@ def test_bytes_moved() -> None:
 @pytest.mark.parametrize("lanes", [2, 8, 32])
 def test_columns_lie_alike_whatever_the_number_of_rows(lanes: int) -> None:
     """If rows are few, lanes hold copies of them; a row's lanes stay adjacent."""
+    pairs = lanes % 4 == 0
     for rows in (1, 2, 4, 8, 16, 32, 64):
         layout = tiles._layout(lanes, 4, rows).kwargs
-        assert layout["lane_dims"][-1] == -2
+        assert layout["lane_dims"][-1 - pairs :] == ((-3, -2) if pairs else (-2,))
         assert layout["vector_dim"] == -1
-        *_, first, vector = tiles._layout(lanes, 4, rows).args[0].tiles
-        assert vector == (4,)
-        assert first[-1] == 4 * lanes
+        sizes = [tile[-1] for tile in tiles._layout(lanes, 4, rows).args[0].tiles]
+        assert sizes[-2 - pairs :] == [4 * lanes, *([8] * pairs), 4]
 
 
 # --- what falls back ------------------------------------------------------------------
@@ -194,13 +194,13 @@ def test_long_rows(features: int) -> None:
 
 def test_the_last_part_of_a_cluster_begins_earlier(kernels: None) -> None:
     """It counts its columns once. Last parts of other blocks do not begin earlier."""
-    call = calls((2, 8200), "float32")[1]
+    call = calls((2, 12296), "float32")[1]
     kernel = gpu.plan(call, None)
     assert isinstance(kernel, Kernel)
     config = kernel.launch.args[0]  # type: ignore[attr-defined]
     assert config.cluster > 1
     assert any(map(config.beyond, config.chunks))
-    run(Case("layer_norm", (2, 8200)))
+    run(Case("layer_norm", (2, 12296)))
 
 
 def events(jaxpr: Any) -> str:
@@ -216,7 +216,7 @@ def events(jaxpr: Any) -> str:
     [
         (4096, "barrier_arrive barrier_wait"),
         (
-            8200,
+            12296,
             "barrier_arrive barrier_wait "
             "store store inline_mgpu barrier_arrive barrier_wait inline_mgpu",
         ),
@@ -242,13 +242,13 @@ def test_blocks_of_a_cluster_meet_behind_fences(features: int, expected: str) ->
     [
         ("layer_norm", 8192, 1, 1),
         ("layer_norm", 9216, 1, 2),
-        ("layer_norm", 8256, 2, 2),  # a lane would have one column of shared memory
+        ("layer_norm", 8256, 1, 2),  # lanes have single columns at the end
         ("layer_norm", 12288, 1, 2),
         ("layer_norm", 16384, 2, 2),
         ("rms_norm", 16384, 1, 2),
         ("rms_norm with a bias", 16384, 2, 2),
         ("layer_norm", 65536, 8, 8),
-        ("layer_norm", 8193, 2, 2),
+        ("layer_norm", 8193, 1, 2),
     ],
 )
 def test_sums_in_shared_memory_spare_a_cluster(
@@ -264,8 +264,7 @@ def test_sums_in_shared_memory_spare_a_cluster(
         assert isinstance(kernel, Kernel)
         config, work, *_ = kernel.launch.args  # type: ignore[attr-defined]
         assert config.cluster == expected
-        in_shared = shared == gpu.SHARED and features % 1024 == 0 and features > 8192
-        assert (work.smem > 0) == in_shared
+        assert (work.smem > 0) == (shared == gpu.SHARED and features > 8192)
 
 
 # --- on a real one --------------------------------------------------------------------
@@ -441,9 +440,9 @@ def test_warps_of_one_row_share_no_sum(features: int, dtype: str) -> None:
     for rows in range(1, 9):
         config, tile, whole, blocks = backward_grid(calls((rows, features), dtype)[1])
         assert tile <= rows
-        assert not tiles.sums_twice(config, whole, blocks)
+        assert not tiles.sums_twice(whole, blocks)
     config, tile, whole, blocks = backward_grid(calls((10**6, features), dtype)[1])
-    assert tiles.sums_twice(config, whole, blocks)
+    assert tiles.sums_twice(whole, blocks)
     assert config.long or tile >= tiles.WARPS
 
 
@@ -505,14 +504,6 @@ def test_sums_and_a_scale_fit_shared_memory(kind: str, features: int) -> None:
     operands = (call.dy, call.x, call.scale, None, mean, statistic)
     (found,) = traffic.kernels(kernel.launch, *operands)
     assert found.scratch <= gpu.SHARED
-
-
-def test_lanes_of_one_column_keep_no_sums_in_shared_memory() -> None:
-    """Mosaic stores single columns by `stmatrix`: lanes write each other's values."""
-    for features, expected in ((7, False), (8, True)):
-        _, call = calls((10**6, features), "float32")
-        config, _, whole, blocks = backward_grid(call)
-        assert tiles.sums_twice(config, whole, blocks) == expected
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def cut(width: int, lanes: int, vector: int) -> list[Chunk]:
     """Covers columns [0, width) with chunks; `lanes * vector` is at most `width`.
 
     Chunks of `lanes * vector` columns may leave a remainder. One narrower chunk that
-    begins earlier covers it, if at most a sixteenth of the columns is seen twice, or as
-    few as with chunks of single columns. Otherwise narrower chunks lie side by side,
+    begins earlier covers it, if at most a sixteenth of the columns is seen twice, or
+    fewer than `lanes`. Otherwise narrower chunks lie side by side,
     each of which costs another sum over lanes.
     """
     chunks: list[Chunk] = []

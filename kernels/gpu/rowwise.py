@@ -24,12 +24,13 @@ The variations of a call:
               example is one group, whose rows are G apart.
     own scale Each row has its own scale. It is read like x, and its gradient
               dz * x_hat is written like dx.
-    half      Rows are sharded over several devices (`Call.half`). The kernels compute
-              the statistics, or the sums that dx needs, of the local part. The
-              elementwise rest is left to XLA, which reads x a second time.
+    half      Each row lies on several devices (`Call.half`). The kernels compute the
+              statistics, or the sums that dx needs, of the local part. The elementwise
+              rest is left to XLA, which reads x a second time.
 
 Results are bitwise the same in any batch: a row's lanes, chunks and the order of its
-sums depend on the features and dtypes alone, never on the number of rows. The number of
+sums depend on the features, the dtypes, what is asked for and the GPU's shared memory,
+never on the number of rows. The number of
 blocks over which dscale and dbias are summed does depend on the number of rows, and of
 examples.
 
@@ -420,7 +421,7 @@ def backward(
     next_tile = sum(config.registers(tile, size) for size in sizes)
     levels = {
         "in_smem": work.smem > 0,
-        "twice": tiles.sums_twice(config, whole_tiles, blocks),
+        "twice": tiles.sums_twice(whole_tiles, blocks),
     }
     kept = Totals.scratch_names(summed, **levels)
     if scale is not None and not call.scales_each:
@@ -529,7 +530,7 @@ def _launch(
             # so the sums of long rows use buffers of our own.
             reduction_scratch_bytes=0 if config.long else 2048,
             # `sums` are read behind a barrier. From everything else a lane reads only
-            # what it wrote itself (`tiles.in_lines`).
+            # what it wrote itself.
             unsafe_no_auto_barriers=True,
         ),
         **memory.cost([*inputs.values(), *outputs.values()]),

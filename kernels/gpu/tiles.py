@@ -112,8 +112,9 @@ def share(
     16 * features bytes of shared memory traffic at 128 bytes per cycle, 1536 cycles per
     row, while HBM needs 3600 cycles for the row (H200). Not measured yet.
 
-    With the next tile, RMSNorm of 512 features in bfloat16 would take 136 registers for
-    three blocks; without it, 96 for the four that `threads` asks for.
+    RMSNorm of 512 features in bfloat16 does not load the next tile early: with 136
+    registers per thread it would leave room for three blocks per multiprocessor.
+    Without it, 96 registers leave room for the four that `threads` asks for.
 
     Args:
       features: length of a row.
@@ -318,26 +319,18 @@ def share_out(
 ) -> tuple[Share, Config]:
     """Returns a backward's share and config. The arguments are those of `share`."""
     work = share(features, itemsize, smem=smem, **kind)
-    config = _cut(features, itemsize, work)
-    if work.smem and not in_lines(config):
-        work = share(features, itemsize, smem=0, **kind)
-        config = _cut(features, itemsize, work)
-    return work, config
-
-
-def _cut(features: int, itemsize: int, work: Share) -> Config:
-    """Divides rows so that a lane holds `work.columns` columns."""
     columns, in_smem = work.columns, work.smem > 0
     # Mosaic reduces rows over warps with at most 4 columns per lane. And in shared
     # memory, adjacent 16-byte accesses of lanes have no bank conflicts.
     four = features <= LANES * columns or in_smem
-    return configure(
+    config = configure(
         features,
         4 if four else itemsize,
         per_lane=columns,
         of_long=columns if features <= LONGEST_ROW // 2 or in_smem else 16,
         in_warp=LANES * columns,
     )
+    return work, config
 
 
 def grid(
@@ -380,23 +373,14 @@ def grid(
     return tile, tiles, blocks
 
 
-def sums_twice(config: Config, tiles: int, blocks: int) -> bool:
+def sums_twice(tiles: int, blocks: int) -> bool:
     """Returns whether sums over `IN_A_ROW` tiles move to shared memory.
 
     They do where a block has that many whole tiles; a ragged one may follow. With fewer
     tiles there may be fewer rows than warps, and warps that hold the same row would add
     to one sum without synchronization.
     """
-    return in_lines(config) and pl.cdiv(tiles, blocks) >= IN_A_ROW
-
-
-def in_lines(config: Config) -> bool:
-    """Returns whether each lane reads from shared memory only what it wrote there.
-
-    It does not where a lane holds single columns: Mosaic stores these by `stmatrix`,
-    where lanes write each other's values.
-    """
-    return all(chunk.vector > 1 for chunk in config.chunks)
+    return pl.cdiv(tiles, blocks) >= IN_A_ROW
 
 
 # --- where rows lie -------------------------------------------------------------------
@@ -545,14 +529,21 @@ def _layout(lanes: int, vector: int, rows: int) -> Any:
     rows = min(rows, WARPS * LANES // lanes)
     warps = min(rows, WARPS)
     in_warp = rows // warps
-    # The tiles split (rows, columns) into (warps, 1, rows per warp, lanes, vector); the
-    # second and third axes are absent where a warp has one row.
-    tiles = [(rows, lanes * vector)]
-    warp_dims: list[Any] = [-3]
-    lane_dims: list[Any] = [-2]
+    # The tiles split (rows, columns) into (warps, 1, rows per warp, pairs of lanes, 2,
+    # vector); the second and third axes are absent where a warp has one row. Without
+    # pairs, Mosaic would move single columns by `stmatrix`, where lanes write each
+    # other's values.
+    pairs = lanes % 4 == 0
+    last = -3 if pairs else -2  # the axis of lanes, or of pairs
+    tiles: list[tuple[int, ...]] = [(rows, lanes * vector)]
+    warp_dims: list[Any] = [last - 1]
+    lane_dims: list[Any] = [last, -2] if pairs else [last]
     if in_warp > 1:
         tiles.append((in_warp, lanes * vector))
-        warp_dims, lane_dims = [-5], [-3, -2]
+        warp_dims = [last - 3]
+        lane_dims.insert(0, last - 1)
+    if pairs:
+        tiles.append((2 * vector,))
     if warps == 1:
         warp_dims = []
     if warps < WARPS:
