@@ -268,7 +268,9 @@ def _forward_kernel(norm: Norm, ref: Refs, part: Part) -> None:
         blocks = part.exchange(channel_moments, ref["partials"])
         channel_moments = _merged_moments(blocks, config, ref["partials"], to=part)
     statistics = _group_statistics(norm, config, ref)
-    *mean, rstd = part.by_group(statistics, *channel_moments)
+    *mean, rstd = part.by_group(
+        statistics, *channel_moments, results=len(channel_moments)
+    )
 
     scale, bias = _scale(norm, part, ref), _bias(part, ref)
     factor = rstd * scale
@@ -296,7 +298,8 @@ def _moments_kernel(norm: Norm, ref: Refs, part: Part) -> None:
 def _combine_moments_kernel(norm: Norm, config: Config, ref: Refs, part: Part) -> None:
     """Merges the moments of the blocks that `config` makes into mean and var."""
     channel_moments = _merged_moments(part, config, ref["partials"])
-    part.by_group(_group_statistics(norm, config, ref), *channel_moments)
+    statistics = _group_statistics(norm, config, ref)
+    part.by_group(statistics, *channel_moments, results=len(channel_moments))
 
 
 def forward(
@@ -395,7 +398,7 @@ def _backward_kernel(call: Call, ref: Refs, part: Part) -> None:
     """
     norm, config = call.norm, part.config
     # Statistics, c1 and c2 are those of each channel's group.
-    *mean, rstd = part.by_group(_load_statistics(norm, ref))
+    *mean, rstd = part.by_group(_load_statistics(norm, ref), results=1 + norm.center)
     dz_of = _before_activation(norm, part, ref, rstd)
     lane_sums = _warpgroup_sums(call, part, ref, mean, dz_of, keep=True)
     channel_sums = [part.total(sums) for sums in part.sum_pixels(*lane_sums)]
@@ -403,7 +406,7 @@ def _backward_kernel(call: Call, ref: Refs, part: Part) -> None:
         blocks = part.exchange(channel_sums, ref["partials"])
         channel_sums = _sums_of_blocks(blocks, ref["partials"], to=part)
     w_sums = _store_gradients(call, part, ref, rstd, channel_sums)
-    c1, *c2 = part.by_group(_inner_products(config, ref), *w_sums)
+    c1, *c2 = part.by_group(_inner_products(config, ref), *w_sums, results=len(w_sums))
 
     # dx = rstd * (w - c2 - x_hat * c1), with each channel's factors multiplied out.
     dz_factor = rstd * _scale(norm, part, ref)
@@ -447,11 +450,13 @@ def _sums_kernel(call: Call, ref: Refs, part: Part) -> None:
 
 def _combine_sums_kernel(call: Call, config: Config, ref: Refs, part: Part) -> None:
     """Reduces the partials of the blocks that `config` makes to the sums wanted."""
-    *_, rstd = part.by_group(_load_statistics(call.norm, ref))
+    statistics = _load_statistics(call.norm, ref)
+    *_, rstd = part.by_group(statistics, results=1 + call.norm.center)
     channel_sums = _sums_of_blocks(part, ref["partials"])
     w_sums = _store_gradients(call, part, ref, rstd, channel_sums)
     if call.wants["dx"]:
-        part.by_group(_inner_products(config, ref), *w_sums)
+        products = _inner_products(config, ref)
+        part.by_group(products, *w_sums, results=len(w_sums))
 
 
 def _load_statistics(norm: Norm, ref: Refs) -> Callable[..., list[Any]]:

@@ -758,21 +758,21 @@ class Part:
     # Groups.
 
     def by_group(
-        self, formula: Callable[..., Sequence[Any]], *terms: Columns
+        self, formula: Callable[..., Sequence[Any]], *terms: Columns, results: int
     ) -> list[Columns]:
         """Returns formula(groups, *terms), broadcast over the channels of each group.
 
         Args:
-          formula: function that takes values per channel and returns up to two values
-            per group; `groups` is an `EachChannel` or `Groups`.
+          formula: function that takes values per channel and returns values per group;
+            `groups` is an `EachChannel` or `Groups`.
           terms: up to two values per channel. A second call must have at least one: its
             barrier waits for the warpgroups that still read the first call's results.
+          results: number of values that the formula returns, up to two.
         """
         if self.config.group == 1:
             return list(formula(EachChannel(self), *terms))
         scratch = self._scratch["groups"]  # (places, channels of the strip)
         terms_at, results_at = 0, 2  # first places
-        count = 0  # results; known once the code of the warpgroup is traced
 
         @self.one_warpgroup
         def _() -> None:
@@ -785,17 +785,15 @@ class Part:
 
         @self.one_warpgroup
         def _() -> None:
-            nonlocal count
             in_strip = self.config.width // self.config.group
             at_once = math.gcd(in_strip, WARPS)
             for first in range(0, in_strip, at_once):
                 groups = Groups(self, first, at_once)
-                results = formula(groups, *groups.terms(scratch, terms_at, len(terms)))
-                groups.spread(scratch, results_at, results)
-                count = len(results)
+                values = formula(groups, *groups.terms(scratch, terms_at, len(terms)))
+                groups.spread(scratch, results_at, values)
 
         self.block_barrier()
-        return [self._load_here(scratch, results_at + i) for i in range(count)]
+        return [self._load_here(scratch, results_at + i) for i in range(results)]
 
 
 @dataclasses.dataclass(frozen=True)
