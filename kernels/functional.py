@@ -555,9 +555,13 @@ def _promote(
     x: ArrayLike, *params: Maybe, dtype: DTypeLike | None
 ) -> tuple[jax.Array, jnp.dtype]:
     """Returns x as an inexact array, and the dtype of the output."""
-    x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    x, *others = (
+        a if hasattr(a, "dtype") else jnp.asarray(a)
+        for a in (x, *params)
+        if a is not None
+    )
     if dtype is None:
-        dtype = jnp.result_type(x, *[p for p in params if p is not None])
+        dtype = jnp.result_type(x, *others)
         if not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(dtype, jnp.float32)
     dtype = jax.dtypes.canonicalize_dtype(dtype)  # float is float32, if x64 is off
@@ -577,7 +581,10 @@ def _promote(
 
 def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
     """Returns the axes sorted, nonnegative and without duplicates."""
-    given = [operator.index(a) for a in (axes if np.iterable(axes) else (axes,))]
+    try:
+        given = [operator.index(a) for a in (axes if np.iterable(axes) else (axes,))]
+    except TypeError:
+        raise TypeError(f"{name} must be an axis or axes, got {axes!r}.") from None
     if any(not -ndim <= axis < ndim for axis in given):
         raise np.exceptions.AxisError(  # a ValueError, and an IndexError as in flax
             f"{name}={axes} is out of range for x with {ndim} axes."

@@ -97,7 +97,7 @@ def normalize(
     norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
     if why := _why_plain(norm, x.dtype):
         return _plain(why, norm, x, scale, bias, mask, shortcut)[0]
-    operands = _varying_alike(x, scale, bias, mask, None, shortcut)
+    operands = _typed_alike(x, scale, bias, mask, None, shortcut)
     return fusednorm_normalize(norm, dispatch.current_backend(), *operands)[0]
 
 
@@ -125,7 +125,7 @@ def normalize_with_moments(
     if why := _why_plain(norm, x.dtype):
         y, mean, var = _plain(why, norm, x, scale, bias, mask, shortcut)
     else:
-        operands = _varying_alike(x, scale, bias, mask, None, shortcut)
+        operands = _typed_alike(x, scale, bias, mask, None, shortcut)
         y, *statistics = fusednorm_normalize(
             norm, dispatch.current_backend(), *operands, statistics=True
         )
@@ -161,7 +161,7 @@ def normalize_sum(
         h = reference.add(x, residual)
         crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         return normalize(norm, h, scale, bias, mask, shortcut, **crossing), h
-    operands = _varying_alike(x, scale, bias, mask, residual, shortcut)
+    operands = _typed_alike(x, scale, bias, mask, residual, shortcut)
     y, h = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, carries=True
     )
@@ -217,14 +217,19 @@ def _why_plain(norm: Norm, *dtypes: Any) -> str:
     return ""
 
 
-def _varying_alike(x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
-    """Makes all operands vary over the same manual axes of a `jax.shard_map`.
+def _typed_alike(x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
+    """Makes all operands strongly typed, and vary over the same manual axes.
 
-    Parameters are the same on every device of an axis, but x is not. The cast marks the
-    parameters as varying, and its transpose is the psum that sums dscale and dbias over
-    the devices.
+    The axes are manual ones, of a `jax.shard_map`. Parameters are the same on every
+    device of an axis, but x is not. The cast marks the parameters as varying, and its
+    transpose is the psum that sums dscale and dbias over the devices. The conversion
+    changes weak types alone; its transpose makes the gradients weakly typed again, as
+    JAX's own are.
     """
-    operands = (x, *others)
+    operands = tuple(
+        None if a is None else lax.convert_element_type(a, a.dtype)
+        for a in (x, *others)
+    )
     over: frozenset[Hashable] = frozenset().union(*(_varies(a) for a in operands))
     return tuple(
         a

@@ -575,6 +575,21 @@ def test_groups_are_a_whole_number() -> None:
         fusednorm.group_norm(data(), num_groups=2.0)
 
 
+def test_axes_are_whole_numbers() -> None:
+    for axes in (None, 1.0, "last"):
+        with pytest.raises(TypeError, match=f"reduction_axes must be .* got {axes!r}"):
+            fusednorm.layer_norm(data(), reduction_axes=axes)  # type: ignore[arg-type]
+
+
+def test_lists_are_arrays() -> None:
+    x, ones = data().tolist(), [1.0] * FEATURES
+    y, h = fusednorm.layer_norm(x, ones, ones, residual=x)
+    expected = fusednorm.layer_norm(
+        data(), jnp.ones(FEATURES), jnp.ones(FEATURES), residual=data()
+    )
+    assert_trees_agree((y, h), expected)
+
+
 @pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "BatchNorm", "eval"])
 def test_an_epsilon_that_the_program_computes(name: str) -> None:
     """A traced epsilon cannot be a cache key, so the reference runs.
