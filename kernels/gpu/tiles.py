@@ -132,6 +132,8 @@ def share(
     if features > 8192 and room >= SUMS_BYTES:
         ahead = 0 if slopes or own or not narrow else 28 if beside else 32
         columns = 24 if center or slopes else 32
+        if center and slopes and own and features > 12288:
+            columns = 16  # of 24, up to 176 bytes would spill (20483 features)
         return Share(columns=columns, threads=512, ahead=ahead, smem=room)
     if slopes:  # a long row takes 4 warpgroups, for which 384 threads are no block
         many = 384 if (beside or own) and features <= 2048 else 512
