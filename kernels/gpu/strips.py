@@ -36,7 +36,7 @@ MAX_CLUSTER = 8  # blocks: what every GPU supports
 # Per block that loads x. Two blocks of this size fit an SM at 128 registers per thread.
 MAX_WARPGROUPS = 2
 MAX_CHUNKS = 8  # per strip: each chunk adds its own code
-PLACES = 4  # sums per channel for which a block has room in shared memory
+VALUES = 2  # most values per channel that are summed together
 
 # Blocks of one sample that fill a GPU of 132 multiprocessors.
 ENOUGH = 128
@@ -88,6 +88,14 @@ class Config:
         return self.resident and self.blocks > 1
 
     @property
+    def places(self) -> int:
+        """Sums per channel for which a block has room in shared memory.
+
+        A cluster sums twice. No barrier says when all warps have read the first sums.
+        """
+        return VALUES * (1 + self.clustered)
+
+    @property
     def line_shape(self) -> tuple[int, ...]:
         """(warps, pixels per warp), or (warps,) if the latter is 1."""
         in_warp = self.line // self.warps
@@ -135,8 +143,8 @@ class Config:
           kept: bytes per element of each array that is kept.
         """
         pixels = self.warpgroups * self.lines * self.line
-        arrays = [4 * PLACES * self.warpgroups * WARPS * self.pitch]
-        arrays += [4 * PLACES * self.width] * (self.group > 1)
+        arrays = [4 * self.places * self.warpgroups * WARPS * self.pitch]
+        arrays += [4 * 2 * VALUES * self.width] * (self.group > 1)
         arrays += [
             pixels * self.lanes * chunk.vector * size
             for size in kept
@@ -453,11 +461,11 @@ def scratch_types(config: Config, kept: dict[str, Any]) -> dict[str, Any]:
     """
     warps = config.warpgroups * WARPS
     types: dict[str, Any] = {
-        "sums": plgpu.SMEM((PLACES, warps, config.pitch), jnp.float32),
+        "sums": plgpu.SMEM((config.places, warps, config.pitch), jnp.float32),
         "in_block": plgpu.Barrier(num_arrivals=config.warpgroups),
     }
     if config.group > 1:
-        types["groups"] = plgpu.SMEM((PLACES, config.width), jnp.float32)
+        types["groups"] = plgpu.SMEM((2 * VALUES, config.width), jnp.float32)
     if config.clustered:
         types["in_cluster"] = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=config.warpgroups
@@ -772,7 +780,7 @@ class Part:
         if self.config.group == 1:
             return list(formula(EachChannel(self), *terms))
         scratch = self._scratch["groups"]  # (places, channels of the strip)
-        terms_at, results_at = 0, 2  # first places
+        terms_at, results_at = 0, VALUES  # first places
 
         @self.one_warpgroup
         def _() -> None:
