@@ -857,7 +857,7 @@ class Groups:
         vector = _vector(config.group, 4)
         lanes = min(LANES, power_of_two(config.group // vector))
         self._chunks = memory.cut(config.group, lanes, vector)
-        self._columns = [
+        self._columns: list[tuple[Any, ...]] = [
             (*map(slice, self._shape), pl.ds(chunk.start, lanes * chunk.vector))
             for chunk in self._chunks
         ]
