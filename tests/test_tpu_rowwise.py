@@ -191,8 +191,8 @@ def test_both_ways_sum_in_the_same_order(features: int, width: int) -> None:
     x = np.full((16, 384), np.nan, "float32")
     x[:, :features] = rng.normal(0.3, 2, (16, features))
     x[7, :features] = -0.0  # its sum is -0 either way
-    lying = AcrossLanes(0, 1, 1, 1, 16, features, 16, 16, piece_width=width)
-    standing = DownSublanes(0, 1, 1, 1, 16, features, LANES, LANES, 1)
+    lying = AcrossLanes(0, 1, 1, 16, features, 16, 16, piece_width=width)
+    standing = DownSublanes(0, 1, 1, 16, features, LANES, LANES)
     columns = np.full((standing.sublanes, LANES), np.nan, "float32")
     columns[:, :16] = x[:, : standing.sublanes].T
 
@@ -673,7 +673,7 @@ def test_a_kernel_needs_no_more_vmem_than_there_is(kind: str) -> None:
                 (blocks,) = [a for a in _arguments(launch) if isinstance(a, Chunks)]
                 assert blocks.vmem <= most
                 streamed = sum(d.itemsize for d in rowwise._streamed(call))
-                need = 2 * blocks.block_rows * blocks.param_lanes * streamed
+                need = 2 * blocks.block_rows * blocks.lanes * streamed
                 if call.op == "backward":  # accumulators of dscale and dbias
-                    need += 2 * SUBLANES * blocks.param_lanes * 4
+                    need += 2 * SUBLANES * blocks.lanes * 4
                 assert blocks.vmem >= need + rowwise.OTHER_BYTES, (features, call.op)

@@ -13,9 +13,5 @@ def plan(call: Call, device: Any) -> Kernel | Fallback:
       call: a call whose geometry and dtypes the kernels support; `dispatch` checks.
       device: the TPU, or None when compiling for a TPU that is elsewhere.
     """
-    view = call.geometry
-    assert view is not None
-    chip = memory.chip(device)
-    if view.family == "channelwise":
-        return channelwise.plan(call, view, chip)
-    return rowwise.plan(call, view, chip)
+    family = rowwise if call.view.family == "rowwise" else channelwise
+    return family.plan(call, memory.chip(device))

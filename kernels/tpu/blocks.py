@@ -124,15 +124,13 @@ class Piece:
     def cut(self, ref: Any, axis: int, size: int) -> Any:
         """Returns the part of `ref` that holds the piece's features, `size` of them
         along `axis`."""
-
-        def slice_of(ref: Any, start: Any, size: int) -> Any:
-            return ref.at[(slice(None),) * axis + (pl.ds(start, size),)]
-
-        if self.turn is None:
-            return slice_of(ref, self.number * self.width, size)
-        first = pl.multiple_of(self.width + self.turn * UNROLLED, LANES)
-        of_turn = slice_of(ref, first, UNROLLED)  # one address for the turn's pieces
-        return slice_of(of_turn, (self.number - 1) * self.width, size)
+        before = (slice(None),) * axis
+        start = self.number * self.width
+        if self.turn is not None:  # one address for the turn's pieces
+            first = pl.multiple_of(self.width + self.turn * UNROLLED, LANES)
+            ref = ref.at[*before, pl.ds(first, UNROLLED)]
+            start -= self.width
+        return ref.at[*before, pl.ds(start, size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +139,15 @@ class Chunks:
 
     Attributes:
       vmem: bytes of VMEM that a kernel needs.
-      cores: cores that share an example. Each has blocks of the example's slabs, or of
-        its rows if there is only one slab.
       examples: parts of the array with a scale, bias, dscale or dbias of their own.
       slabs: parts of an example.
       rows: rows of a slab.
       features: length of a row.
       block_rows: rows of a slab in VMEM at a time; a multiple of chunk_rows.
       chunk_rows: rows that are normalized together.
+      block_slabs: slabs in VMEM at a time.
+      cores: cores that share an example. Each has blocks of the example's slabs, or of
+        its rows if there is only one slab.
       example_cores: cores that each have examples of their own; 1 where cores share
         examples.
       groups: number of groups that take turns with a scale and bias of their own, as
@@ -161,23 +160,26 @@ class Chunks:
     """
 
     vmem: int
-    cores: int
     examples: int
     slabs: int
     rows: int
     features: int
     block_rows: int
     chunk_rows: int
-    example_cores: int = dataclasses.field(default=1, kw_only=True)
-    groups: int = dataclasses.field(default=1, kw_only=True)
-    period: int = dataclasses.field(default=1, kw_only=True)
+    _: dataclasses.KW_ONLY
+    block_slabs: int = 1
+    cores: int = 1
+    example_cores: int = 1
+    groups: int = 1
+    period: int = 1
 
     # --- blocks ---
 
     @property
     def blocks(self) -> tuple[int, int]:
         """Number of blocks of an example, along its slabs and along their rows."""
-        return self.slabs, pl.cdiv(self.rows, self.block_rows)
+        slabs = pl.cdiv(self.slabs, self.block_slabs)
+        return slabs, pl.cdiv(self.rows, self.block_rows)
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -254,8 +256,9 @@ class Chunks:
         return self.examples, self.slabs, 1, self.rows
 
     @property
-    def param_lanes(self) -> int:
-        """Lanes of a row that holds one value per feature."""
+    def lanes(self) -> int:
+        """Lanes of a row that holds one value per feature: the features, plus the
+        garbage that fills their last tile."""
         return round_up(self.features, LANES)
 
     def in_tiles(self, count: int) -> bool:
@@ -286,7 +289,7 @@ class Chunks:
                 return lax.rem(example, count), 0, 0
             return lax.div(example, self.examples // count), 0, 0
 
-        return pl.BlockSpec((None, self.period, self.param_lanes), index)
+        return pl.BlockSpec((None, self.period, self.lanes), index)
 
     @property
     def param_gradient_view(self) -> tuple[int, int, int, int]:
@@ -326,11 +329,6 @@ class Chunks:
     # --- chunks ---
 
     @property
-    def slabs_of_block(self) -> int:
-        """Slabs in VMEM at a time."""
-        return 1
-
-    @property
     def rows_of_slab(self) -> Any:
         """Rows in each of this block's slabs."""
         _, row = self.block_number
@@ -364,7 +362,7 @@ class Chunks:
     @property
     def chunks_per_turn(self) -> int:
         """Chunks per turn of the loop."""
-        return 1
+        raise NotImplementedError
 
     @property
     def looks_ahead(self) -> bool:
@@ -424,7 +422,7 @@ class Chunks:
         """
         masks = masks and self.is_ragged
         # Whether only the last chunk may have garbage.
-        only_last = masks and self.slabs_of_block == 1
+        only_last = masks and self.block_slabs == 1
         count = self.chunks_per_turn
         turns = lax.div(self.whole_chunks if only_last else self.chunks, count)
 
@@ -545,11 +543,6 @@ class AcrossLanes(Chunks):
     def view(self) -> tuple[int, int, int, int]:
         """Shape in which kernels see x, y and every other array of x's size."""
         return self.examples, self.slabs, self.rows, self.features
-
-    @property
-    def lanes(self) -> int:
-        """Features plus the garbage that fills their last tile."""
-        return round_up(self.features, LANES)
 
     @property
     def rows_spec(self) -> pl.BlockSpec:
@@ -738,22 +731,11 @@ class AcrossLanes(Chunks):
 # --- features down the sublanes -------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class DownSublanes(Chunks):
     """Layout with the features down the sublanes: x[examples, slabs, features, rows].
 
     The rows of a chunk are a multiple of LANES.
-
-    Attributes:
-      block_slabs: slabs in VMEM at a time.
     """
-
-    block_slabs: int
-
-    @property
-    def slabs_of_block(self) -> int:
-        """Slabs in VMEM at a time."""
-        return self.block_slabs
 
     @property
     def view(self) -> tuple[int, int, int, int]:
@@ -764,12 +746,6 @@ class DownSublanes(Chunks):
     def sublanes(self) -> int:
         """Features plus the garbage that fills their last register."""
         return round_up(self.features, SUBLANES)
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Number of blocks of an example, along its slabs and along their rows."""
-        slabs = pl.cdiv(self.slabs, self.block_slabs)
-        return slabs, pl.cdiv(self.rows, self.block_rows)
 
     @property
     def rows_spec(self) -> pl.BlockSpec:
@@ -822,7 +798,7 @@ class DownSublanes(Chunks):
     def finish_sum(self, total: Any, result: Any) -> None:
         """Sums [sublanes, kept_rows] to [period, features]."""
         if self.period > 1:
-            padding = self.param_lanes - self.sublanes
+            padding = self.lanes - self.sublanes
             result[...] = jnp.pad(total[...], ((0, padding), (0, 0))).T
         else:
             result[...] = memory.as_row(jnp.sum(total[...], 1, keepdims=True))

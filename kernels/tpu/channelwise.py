@@ -716,17 +716,15 @@ class Launch:
         if shortcut is not None:
             shortcut = self._to_view(shortcut)
         dy, x = self._to_view(dy), self._to_view(x)
-        dparam = memory.result(
-            x, (cut.cores, cut.examples, 1, cut.channels), jnp.float32
-        )
+        partials = (cut.cores, cut.examples, 1, cut.channels)
+        dparam = memory.result(x, partials, jnp.float32), cut.gradient_spec(summed)
         c = self._statistic_like(x) if wants["dx"] and not self.normalizes else None
         dx = memory.result(x, cut.view, x.dtype) if self.normalizes else None
         dz_dtype = _dz_dtype(self.call, normalizes=self.normalizes)
         dz = None if dz_dtype is None else memory.result(x, cut.view, dz_dtype)
         scale_row = memory.row(scale) if wants["dx"] or slopes else None
-
         kept = "kept_dy" if shortcut is None else "kept_dz"
-
+        coefficients = self._values(4 + 2 * slopes) if self.normalizes else None
         found = memory.pallas_call(
             lambda ref: _backward_kernel(ref, cut, norm),
             "channelwise_backward",
@@ -744,14 +742,7 @@ class Launch:
             results={
                 "dx": (dx, cut.view_spec(normalized)),
                 "dz": (dz, cut.view_spec(summed)),
-                "dscale": (
-                    dparam if wants["dscale"] else None,
-                    cut.gradient_spec(summed),
-                ),
-                "dbias": (
-                    dparam if wants["dbias"] else None,
-                    cut.gradient_spec(summed),
-                ),
+                **dict.fromkeys(self.call.summed, dparam),
                 "c1": (c, cut.statistic_spec(summed)),
                 "c2": (c if norm.center else None, cut.statistic_spec(summed)),
             },
@@ -761,9 +752,7 @@ class Launch:
                 "mean_values": self._values() if norm.center else None,
                 "affine_values": self._values(2) if slopes else None,
                 "partials": pltpu.VMEM((2, cut.unit, *cut.places), jnp.float32),
-                "coefficients": self._values(4 + 2 * slopes)
-                if self.normalizes
-                else None,
+                "coefficients": coefficients,
             },
         )
         params = map(self._sum_cores, (found.get("dscale"), found.get("dbias")))
@@ -866,14 +855,9 @@ class Launch:
 # --- the plan -------------------------------------------------------------------------
 
 
-def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
-    """Chooses the cut and the variant for a call whose view has S > 1.
-
-    Args:
-      call: the call.
-      view: its view x[N, S, G, K].
-      chip: the chip to plan for.
-    """
+def plan(call: Call, chip: memory.Chip) -> Kernel | Fallback:
+    """Chooses the cut and the variant for a call whose view has S > 1."""
+    view = call.view
     for name, param in (("scale", call.scale), ("bias", call.bias)):
         if param is not None and len(param.shape) > 1:
             return Fallback(
@@ -887,7 +871,7 @@ def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
         for strip in _strips(layout, view, chip.cores)
     ]
     fit = None
-    if call.wants["dx"] and not call.half:  # one read, in the widest strips that fit
+    if not call.sums_only:  # one read, in the widest strips that fit
         whole_units = (_fit(call, cut, chip.vmem, normalizes=True) for cut in cuts)
         fit = next(filter(None, whole_units), None)
     normalizes = fit is not None

@@ -23,7 +23,7 @@ class Chip:
     Attributes:
       vmem: bytes of VMEM that a kernel may use: three quarters of a core's VMEM.
       blocks: bytes for the blocks of all operands together, two per operand: one in
-        use, one in flight. At HBM bandwidth they take 4 to 10 us. That is long
+        use, one in flight. At HBM bandwidth they take 4 to 12 us. That is long
         next to the fixed cost of a step, about 0.35 us, yet short enough to limit the
         wait for the first blocks.
       cores: cores that share the device's memory and its kernels.

@@ -232,9 +232,9 @@ class Cut:
                 for sample, tile in itertools.product(samples, tiles):
                     step(sample, tile)
 
-            loop(self.tiles, tiles_at_once, over_tiles, None)
+            _loop(self.tiles, tiles_at_once, over_tiles, None)
 
-        loop(self.samples_in(unit), samples_at_once, over_samples, None)
+        _loop(self.samples_in(unit), samples_at_once, over_samples, None)
 
     def over_chunks(self, block: Block, step: ChunkStep, carry: Any) -> Any:
         """Runs carry = step([(slab, row), ...], rows, carry) over the block's chunks.
@@ -250,7 +250,7 @@ class Cut:
         is_last = row_block == self.grid[1] - 1
         over_rows = functools.partial(self._over_rows, is_last, step)
         _, slabs_at_once, *_ = self.at_once
-        return loop(slabs, slabs_at_once, over_rows, carry)
+        return _loop(slabs, slabs_at_once, over_rows, carry)
 
     def _over_rows(
         self, is_last: Any, step: ChunkStep, slabs: Sequence[Any], carry: Any
@@ -270,10 +270,10 @@ class Cut:
             return step(chunks, self.chunk_rows, carry)
 
         def full_block(carry: Any) -> Any:
-            return loop(full, rows_at_once, full_chunks, carry)
+            return _loop(full, rows_at_once, full_chunks, carry)
 
         def last_block(carry: Any) -> Any:
-            carry = loop(in_last, rows_at_once, full_chunks, carry)
+            carry = _loop(in_last, rows_at_once, full_chunks, carry)
             if tail:
                 carry = step([(slab, in_last) for slab in slabs], tail, carry)
             return carry
@@ -408,7 +408,7 @@ def _divide(number: Any, by: int) -> tuple[Any, Any]:
     return lax.div(number, by), lax.rem(number, by)
 
 
-def loop(
+def _loop(
     count: Any, at_once: int, step: Callable[[Sequence[Any], Any], Any], carry: Any
 ) -> Any:
     """Runs carry = step([i, i + 1, ...], carry) for `count` indices, some per step.

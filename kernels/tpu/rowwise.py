@@ -35,14 +35,14 @@ statistics, or c1 and c2, of the local part. The elementwise rest is left to XLA
 reads x a second time.
 
 Inside a block, a loop takes one chunk of rows per turn, or several small ones together.
-It passes over a chunk two or three times, for the sums and to normalize, in pieces of
-128 or 256 features. Each pass reads VMEM again, because the registers hold only a few
-pieces and the sums. A whole chunk in registers would spill, and a chunk small enough to
-fit would have too little work to cover the wait for a sum over lanes. A pass leaves the
-values that it computes from 16 bits in VMEM for the next pass, centred and in float32.
-Chunks past the last row are skipped. Garbage in a chunk's last rows stays in those rows
-and is kept out of dscale and dbias. The operations on a row and their order depend only
-on features and dtypes.
+It passes over a chunk two to four times, to add the residual, for the sums and to
+normalize, in pieces of 128 or 256 features. Each pass reads VMEM again, because the
+registers hold only a few pieces and the sums. A whole chunk in registers would spill,
+and a chunk small enough to fit would have too little work to cover the wait for a sum
+over lanes. A pass leaves the float32 values that it computes from 16 bits in VMEM for
+the next pass. Chunks past the last row are skipped. Garbage in a chunk's last rows
+stays in those rows and is kept out of dscale and dbias. The operations on a row and
+their order depend only on features and dtypes.
 """
 
 import dataclasses
@@ -112,21 +112,21 @@ DOWN_REGISTERS = {"forward": 256, "backward": 128}
 # Registers per chunk, as in REGISTERS, for features that `Turned` transposes. The first
 # and last transposes overlap with no other work, so larger chunks pay off. Cycles as
 # above, RMSNorm of 128 features, bfloat16, forward: 1.25 with 256 registers and 1.12
-# with 512; backward: with 256 it is 1.34, with 512 it is 1.25. In float32 larger chunks
-# spill. With one chunk per turn, LayerNorm's backward takes 1.08 in chunks of 128, 1.02
-# in chunks of 256, but 0.97 and 0.99 with 512 registers of chunks per turn.
-# A backward with more to keep in registers, a slope or another array, has chunks of
-# CROWDED_REGISTERS. Cycles of LayerNorm's on a v6e, 160 000 rows of 128, with 512, 256
-# and 128 registers: with a residual 137, 136, 130 thousand; with gelu 480 and 474, and
-# no room in VMEM for what 512 would spill; with gelu and a scale per row, room for 128
-# only.
-CROWDED_REGISTERS = 128
+# with 512; backward: 1.34 and 1.25. In float32 larger chunks spill: the backward of
+# LayerNorm takes 1.08 with 128 registers and 1.02 with 256 if a turn has one chunk, but
+# 0.97 and 0.99 if a turn has as many as fill 512 registers.
 TURNED_REGISTERS = {
     ("forward", 2): 512,
     ("backward", 2): 512,
     ("forward", 4): 512,
     ("backward", 4): 128,
 }
+
+# The same for a backward with more to keep in registers, a slope or another array.
+# Cycles of LayerNorm's on a v6e, 160 000 rows of 128, with 512, 256 and 128 registers:
+# with a residual 137, 136, 130 thousand; with gelu 480 and 474, and no room in VMEM for
+# what 512 would spill; with gelu and a scale per row, room for 128 only.
+CROWDED_REGISTERS = 128
 
 # Elements of a vector register.
 REGISTER = SUBLANES * LANES
@@ -167,12 +167,15 @@ def _forward_kernel(ref: Refs, call: Call, blocks: Blocks) -> None:
       centred_kept: chunks of one turn, float32.
     """
     _keep_params(ref, blocks)
-    chunk = functools.partial(_forward_chunk, ref, call, blocks)
+
+    def chunk(index: Any, slot: int, *_: Any) -> None:
+        _forward_chunk(ref, call, blocks, index, slot)
+
     blocks.for_each_chunk(chunk, masks=False)
 
 
 def _forward_chunk(
-    ref: Refs, call: Call, blocks: Blocks, index: Any, slot: int, _: bool, __: None
+    ref: Refs, call: Call, blocks: Blocks, index: Any, slot: int
 ) -> None:
     """Computes y = act(x_hat * scale + bias + shortcut) of one chunk."""
     norm = call.norm
@@ -229,7 +232,6 @@ def _statistics(
       read_centred: reader of x - mean, or of x if not centred.
     """
     mean: Any = None
-    mean_error: Any = None
     put_x, get_x = blocks.keep(kept, slot, read_x)
 
     def sum_x(piece: Piece, totals: Any) -> list[jax.Array]:
@@ -245,16 +247,17 @@ def _statistics(
     def sum_squares(piece: Piece, totals: Any) -> list[jax.Array]:
         centred = center_x(piece)
         put_centred(piece, centred)
-        return blocks.add(totals, [centred * centred, centred][: 1 + center], piece)
+        terms = [centred * centred, centred] if center else [centred * centred]
+        return blocks.add(totals, terms, piece)
 
-    if center:
-        (total,) = blocks.over_pieces(sum_x)
-        mean = _row_mean(total, blocks)
-    squares, *rest = blocks.over_pieces(sum_squares)
-    var = _row_mean(squares, blocks)
-    if center:
-        mean_error = _row_mean(rest[0], blocks)
-        var = jnp.maximum(var - mean_error * mean_error, 0)
+    if not center:
+        (squares,) = blocks.over_pieces(sum_squares)
+        return None, None, _row_mean(squares, blocks), get_centred
+    (total,) = blocks.over_pieces(sum_x)
+    mean = _row_mean(total, blocks)
+    squares, errors = blocks.over_pieces(sum_squares)
+    var, mean_error = _row_mean(squares, blocks), _row_mean(errors, blocks)
+    var = jnp.maximum(var - mean_error * mean_error, 0)
     return mean, mean_error, var, get_centred
 
 
@@ -368,18 +371,18 @@ def _backward_chunk(
 
     totals = blocks.over_pieces(sum_piece)
     means = [_row_mean(total, blocks) for total in totals]
-    if call.half:
-        for name, row_mean in zip(("c1", "c2"), means, strict=False):
-            blocks.put_statistic(ref[name], index, row_mean)
+    if "c1" in ref:
+        blocks.put_statistic(ref["c1"], index, means[0])
+    if "c2" in ref:
+        blocks.put_statistic(ref["c2"], index, means[1])
     if "dx" in ref:
-        c1, *rstd_c2 = means
-        factor = rstd * rstd * c1
+        factor = rstd * rstd * means[0]
 
         def write_dx(piece: Piece, _: None) -> None:
             dx = get_rstd_w(piece)
             dx = dx - get_centred(piece) * blocks.broadcast(factor, piece)
             if call.norm.center:
-                dx = dx - blocks.broadcast(rstd_c2[0], piece)
+                dx = dx - blocks.broadcast(means[1], piece)  # rstd * c2
             if "dh" in ref:
                 dx = dx + read["dh"](piece)
             blocks.write(ref["dx"], index, piece, dx)
@@ -553,16 +556,16 @@ def backward(
       the leading axes of x that `call.own_params` counts, or dscale in the shape and
       dtype of a scale of x's shape; dshortcut in the shortcut's shape and dtype.
     """
-    sums_only = call.half and call.wants["dx"]  # c1 and c2 instead of dx
+    writes_c1_c2 = call.half and call.wants["dx"]  # instead of dx
     results: dict[str, memory.Blocked] = {}
     partials = memory.result(x, blocks.param_gradient_view, jnp.float32)
     for name, like in zip(call.wants, (x, scale, bias, shortcut), strict=True):
         if name in call.summed:
             results[name] = partials, blocks.param_gradient_spec
-        elif call.wants[name] and not (name == "dx" and sums_only):
+        elif call.wants[name] and not (name == "dx" and writes_c1_c2):
             assert like is not None
             results[name] = memory.result(x, blocks.view, like.dtype), blocks.rows_spec
-    if sums_only:
+    if writes_c1_c2:
         statistic = memory.result(x, blocks.statistic_view, jnp.float32)
         names = ("c1", "c2") if call.norm.center else ("c1",)
         results |= dict.fromkeys(names, (statistic, blocks.statistic_spec))
@@ -644,8 +647,9 @@ def _kept_params(call: Call, blocks: Blocks, scale: Any, bias: Any) -> dict[str,
 # --- the plan -------------------------------------------------------------------------
 
 
-def plan(call: Call, view: Geometry, chip: memory.Chip) -> Kernel | Fallback:
+def plan(call: Call, chip: memory.Chip) -> Kernel | Fallback:
     """Chooses blocks for a call whose view has S = 1."""
+    view = call.view
     vmem, blocks_bytes = max(chip.vmem, VMEM_BYTES), max(chip.blocks, BLOCKS_BYTES)
     chip = dataclasses.replace(chip, vmem=vmem, blocks=blocks_bytes)
     natural = tuple(range(call.x.ndim))
@@ -797,18 +801,12 @@ def across_lanes(
     examples, slabs, rows = _slabs(call, view, param_axes, register_rows)
     if period > 1 and rows % groups:
         return _groups_fallback(groups, "the groups span several axes")
-    cut = {"cores": 1, "examples": examples, "slabs": slabs, "rows": rows}
+    cut = {"examples": examples, "slabs": slabs, "rows": rows}
     cut |= {"features": features, "groups": groups, "period": period}
     if turned:
         chunk_rows = min(chunk_rows, round_up(rows, max(LANES, period)))
         block_rows -= block_rows % chunk_rows
-        return Turned(
-            vmem=vmem,
-            block_slabs=1,
-            block_rows=block_rows,
-            chunk_rows=chunk_rows,
-            **cut,
-        )
+        return Turned(vmem=vmem, block_rows=block_rows, chunk_rows=chunk_rows, **cut)
     chunk_rows = min(chunk_rows, max(pl.next_power_of_2(rows), register_rows, period))
     chunks_per_turn = 1
     if lanes <= UNROLLED:
@@ -910,7 +908,6 @@ def down_sublanes(
     block_rows = chunks * chunk * LANES
     return DownSublanes(
         vmem=vmem,
-        cores=1,
         examples=examples,
         slabs=slabs,
         rows=rows,
