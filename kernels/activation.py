@@ -22,9 +22,9 @@ def activate(name: str | None, z: Any) -> Any:
     return reference.activate(name, z, normal_cdf)
 
 
-def through(name: str, z: Any, dy: Any) -> Any:
+def times_slope(name: str, z: Any, dy: Any) -> Any:
     """Returns dy * act'(z), the cotangent of z."""
-    return reference.through(name, z, dy, normal_cdf)
+    return reference.times_slope(name, z, dy, normal_cdf)
 
 
 def normal_cdf(z: jax.Array) -> jax.Array:

@@ -15,11 +15,11 @@ def estimate(arrays: Iterable[Any]) -> pl.CostEstimate:
     Args:
       arrays: operands and results, each with a shape and a dtype, or None.
     """
-    found = [array for array in arrays if array is not None]
+    present = [array for array in arrays if array is not None]
     return pl.CostEstimate(
-        flops=OPERATIONS * sum(math.prod(array.shape) for array in found),
+        flops=OPERATIONS * sum(math.prod(array.shape) for array in present),
         bytes_accessed=sum(
-            math.prod(array.shape) * array.dtype.itemsize for array in found
+            math.prod(array.shape) * array.dtype.itemsize for array in present
         ),
         transcendentals=0,
     )

@@ -1,6 +1,6 @@
 """The choice of the implementation that runs a normalization, and its reason.
 
-`plan` is called once per primitive, when the primitive is lowered for a device: only
+`plan` is called when a primitive is lowered for a device (kernels/lowering.py): only
 then are the platform and the partitioning known. Either a kernel or the reference takes
 the call, and `fusednorm.explain` shows the reason.
 """
@@ -8,14 +8,12 @@ the call, and `fusednorm.explain` shows the reason.
 import contextlib
 import dataclasses
 import importlib
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import mlir
 
 from fusednorm.kernels.geometry import Geometry, geometry
 from fusednorm.reference import Norm, is_per_element
@@ -70,7 +68,7 @@ class Call:
     def half(self) -> bool:
         """Whether statistics cross devices. A kernel then computes only mean and var,
         or c1 and c2, of the local part; the elementwise rest is left to XLA."""
-        return bool(self.norm.over)
+        return bool(self.norm.axis_names)
 
     @property
     def sums_only(self) -> bool:
@@ -141,8 +139,8 @@ class Call:
     def summed(self) -> tuple[str, ...]:
         """The wanted ones of dscale and dbias that a backward accumulates: not dscale
         if each element has its own scale."""
-        adding = ("dbias",) if self.scales_each else ("dscale", "dbias")
-        return tuple(name for name in adding if self.wants[name])
+        names = ("dbias",) if self.scales_each else ("dscale", "dbias")
+        return tuple(name for name in names if self.wants[name])
 
     @property
     def row_groups(self) -> int:
@@ -154,11 +152,11 @@ class Call:
         return view.g
 
     @property
-    def own(self) -> int:
+    def param_axes(self) -> int:
         """Number of leading axes of x along which scale, bias or their summed gradients
         vary."""
-        given = [self.bias, None if self.scales_each else self.scale]
-        leads = [len(p.shape) - 1 for p in given if p is not None]
+        params = [self.bias, None if self.scales_each else self.scale]
+        leads = [len(p.shape) - 1 for p in params if p is not None]
         return max(self.own_params, *leads, 0)
 
 
@@ -418,7 +416,7 @@ def _why_no_kernel(call: Call) -> str | None:
         return "x is empty"
     if call.half and call.scales_each:
         return "statistics cross devices, and each element has its own scale"
-    if call.row_groups > 1 and (call.own or call.scales_each):
+    if call.row_groups > 1 and (call.param_axes or call.scales_each):
         return (
             "scale or bias varies both along the groups of a row and from row to row: "
             f"x has shape {call.x.shape}, {call.row_groups} groups"
@@ -444,21 +442,6 @@ def _either(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def target_of(ctx: mlir.LoweringRuleContext) -> Target:
-    """Returns the target of a lowering in progress."""
-    module = ctx.module_context
-    axes = module.axis_context
-    platforms = tuple(ctx.platforms or module.platforms)
-    if isinstance(axes, mlir.SPMDAxisContext):
-        manual = frozenset(axes.manual_axes)
-        left = [size for name, size in axes.mesh.shape.items() if name not in manual]
-        return Target(platforms, math.prod(left))
-    devices = getattr(axes, "num_devices", None) or 1
-    # XLA asks through a pointer in the program, which must not be exported.
-    exported = module.lowering_parameters.for_export
-    return Target(platforms, devices, not exported and asks(platforms, devices))
-
-
 def asks(platforms: Sequence[str], devices: int) -> bool:
     """Returns whether XLA asks what each device should do (`custom_partitioning`).
 
@@ -472,10 +455,3 @@ def asks(platforms: Sequence[str], devices: int) -> bool:
 def present(**arrays: jax.Array | None) -> dict[str, jax.Array]:
     """Returns the arrays that are not None."""
     return {name: array for name, array in arrays.items() if array is not None}
-
-
-def describe(operand: Any) -> Any:
-    """Returns shape and dtype alone, of an array or an abstract value."""
-    if operand is None:
-        return None
-    return jax.ShapeDtypeStruct(operand.shape, jnp.dtype(operand.dtype))

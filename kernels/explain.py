@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 
-from fusednorm.kernels import dispatch, norm, parts
+from fusednorm.kernels import dispatch, lowering, norm, parts
 from fusednorm.kernels.dispatch import Fallback, Kernel, Target
 
 PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
@@ -55,12 +55,12 @@ class Choice:
 
     def __str__(self) -> str:
         added = "residual" if self.op == "forward" else "dh"
-        behind = f"  {added}" if self.residual else ""
-        behind += f"  {self.scale_offset:g} + scale" if self.scale_offset else ""
-        behind += f"  scale or bias {self.own}" if self.own else ""
-        behind += "  shortcut" if self.shortcut else ""
-        behind += f"  {self.activation}" if self.activation else ""
-        head = f"{self.op:<8}  {self.x}  {self.view}".rstrip() + behind
+        extras = f"  {added}" if self.residual else ""
+        extras += f"  {self.scale_offset:g} + scale" if self.scale_offset else ""
+        extras += f"  scale or bias {self.own}" if self.own else ""
+        extras += "  shortcut" if self.shortcut else ""
+        extras += f"  {self.activation}" if self.activation else ""
+        head = f"{self.op:<8}  {self.x}  {self.view}".rstrip() + extras
         if isinstance(self.plan, Fallback):
             return f"{head}\n  reference: {self.plan.reason}"
         kernel = self.plan
@@ -157,10 +157,10 @@ def _choices(jaxpr: Any, target: Target) -> Iterator[Choice]:
         avals = [var.aval for var in eqn.invars]
         if eqn.primitive in (norm.norm_p, norm.gradient_p):
             backend = eqn.params["backend"]
-            call, answer, spread = norm.choose(
-                eqn.primitive, avals, eqn.params, target, backend
+            call, answer, partitioning = lowering.choose(
+                avals, eqn.params, target, backend
             )
-            devices = target.partitioned if spread is parts.BY_XLA else 1
+            devices = target.partitioned if partitioning is parts.BY_XLA else 1
             yield _choice(call, answer, devices)
         elif (reason := _never_a_kernel(eqn)) is not None:
             yield _choice_of_formula(eqn, reason)

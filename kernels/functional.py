@@ -39,10 +39,11 @@ They also share these errors:
     output, or `dtype` is not a float or complex type.
   NotImplementedError: a backend that `use_backend` names cannot run the call.
 
-Statistics are at least float32, and the variance is centred, sum((x - mean)^2) / n. On
-one CPU or TPU device the reference may instead take sum(x^2) / n - mean^2, in the same
-pass as the mean, where the mean is within two deviations of 0. This loses about three
-bits.
+Statistics are at least float32, and the variance is centred, sum((x - mean)^2) / n. The
+reference may instead take both statistics in one pass, if its platform is known: on a
+CPU or TPU the variance is then sum(x^2) / n - mean^2 where the mean is within two
+deviations of 0, which loses about three bits; on a GPU both are sums about an estimate
+of the mean.
 """
 
 import math
@@ -394,8 +395,8 @@ def batch_norm_inference(
         jnp.reshape(_flat_param(value, name, spec, x), shape).astype(spec.compute_dtype)
         for value, name in ((mean, "mean"), (var, "var"))
     )
-    own_scale, own_bias, _, shortcut = _params(scale, bias, None, residual, spec, x)
-    return op.infer(spec, x, mean, var, own_scale, own_bias, shortcut)
+    flat_scale, flat_bias, _, shortcut = _params(scale, bias, None, residual, spec, x)
+    return op.infer(spec, x, mean, var, flat_scale, flat_bias, shortcut)
 
 
 def anything_counted(
@@ -423,8 +424,8 @@ def anything_counted(
         return 0 not in [x.shape[a] for a in reduced]
     counted = jnp.any(jnp.broadcast_to(_mask(mask, x), x.shape), axis=reduced)
     if axis_name is not None:
-        here = counted.astype(jnp.int32)
-        counted = jax.lax.psum(here, axis_name, axis_index_groups=axis_index_groups) > 0
+        ones = counted.astype(jnp.int32)
+        counted = jax.lax.psum(ones, axis_name, axis_index_groups=axis_index_groups) > 0
     return counted
 
 
@@ -480,10 +481,10 @@ def _normalize_axes(
         scale_offset=_offset(scale_offset, scale),
     )
     operands = _params(scale, bias, mask, shortcut, spec, x)
-    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    across = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
     if residual is None:
-        return op.normalize(spec, x, *operands, **over)
-    return op.normalize_sum(spec, x, _residual(residual, x), *operands, **over)
+        return op.normalize(spec, x, *operands, **across)
+    return op.normalize_sum(spec, x, _residual(residual, x), *operands, **across)
 
 
 def _residual(residual: ArrayLike, x: jax.Array) -> jax.Array:
@@ -513,13 +514,13 @@ def _activation(name: str | None, x: jax.Array, dtype: Any) -> str | None:
     return name
 
 
-def _offset(given: Any, scale: Maybe) -> float:
+def _offset(scale_offset: Any, scale: Maybe) -> float:
     """Returns a scale_offset as a float."""
-    offset = _number(given)
+    offset = _number(scale_offset)
     if offset is None:
         raise TypeError(
             "scale_offset must be a real number that is known when the call is traced, "
-            f"got {given!r}: add an array to the scale instead."
+            f"got {scale_offset!r}: add an array to the scale instead."
         )
     if offset and scale is None:
         raise ValueError(f"scale_offset={offset} is added to the scale: pass a scale.")
@@ -582,31 +583,33 @@ def _promote(
 def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
     """Returns the axes sorted, nonnegative and without duplicates."""
     try:
-        given = [operator.index(a) for a in (axes if np.iterable(axes) else (axes,))]
+        indices = [operator.index(a) for a in (axes if np.iterable(axes) else (axes,))]
     except TypeError:
         raise TypeError(f"{name} must be an axis or axes, got {axes!r}.") from None
-    if any(not -ndim <= axis < ndim for axis in given):
+    if any(not -ndim <= axis < ndim for axis in indices):
         raise np.exceptions.AxisError(  # a ValueError, and an IndexError as in flax
             f"{name}={axes} is out of range for x with {ndim} axes."
         )
-    return tuple(sorted({axis % ndim for axis in given}))
+    return tuple(sorted({axis % ndim for axis in indices}))
 
 
 def _params(
-    scale: Maybe, bias: Maybe, mask: Maybe, shortcut: Maybe, spec: Norm, x: jax.Array
+    scale: Any, bias: Any, mask: Maybe, shortcut: Any, spec: Norm, x: jax.Array
 ) -> tuple[Any, Any, Any, Any]:
     """Returns scale, bias, mask and shortcut in the form that the op takes.
 
     A bias that differs for each element of x becomes part of the shortcut.
     """
-    own_scale, shared = _param(scale, "scale", spec, x), _param(bias, "bias", spec, x)
-    added: Any = None if shortcut is None else _residual(shortcut, x)
-    if shared is not None and is_per_element(shared, x):
-        own, shared = shared, None
-        added = own if added is None else own.astype(spec.compute_dtype) + added
-    if added is not None and not jnp.issubdtype(added.dtype, jnp.inexact):
-        added = added.astype(spec.compute_dtype)
-    return own_scale, shared, _mask(mask, x), added
+    scale, bias = _param(scale, "scale", spec, x), _param(bias, "bias", spec, x)
+    wide = spec.compute_dtype
+    if shortcut is not None:
+        shortcut = _residual(shortcut, x)
+    if bias is not None and is_per_element(bias, x):
+        shortcut = bias if shortcut is None else bias.astype(wide) + shortcut
+        bias = None
+    if shortcut is not None and not jnp.issubdtype(shortcut.dtype, jnp.inexact):
+        shortcut = shortcut.astype(wide)
+    return scale, bias, _mask(mask, x), shortcut
 
 
 def _param(param: Maybe, name: str, spec: Norm, x: jax.Array) -> Any:

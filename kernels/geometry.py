@@ -74,13 +74,13 @@ def geometry(norm: Norm, shape: Sequence[int], *, has_params: bool) -> Geometry 
         choices += [reduced, set(range(len(sizes))) - reduced]
 
     views = [_view(sizes, reduced, choice) for choice in choices]
-    found = [view for view in views if view is not None]
+    possible = [view for view in views if view is not None]
 
     def is_worse(view: Geometry) -> bool:
         too_long = isinstance(view.k, int) and view.k > LONGEST_ROW
         return view.family != "rowwise" or too_long
 
-    return min(found, key=is_worse, default=None)
+    return min(possible, key=is_worse, default=None)
 
 
 def is_rowwise(norm: Norm, shape: Sequence[int], *, has_params: bool) -> bool:
@@ -100,9 +100,8 @@ def _view(sizes: list[int], reduced: set[int], features: set[int]) -> Geometry |
     for axis, size in enumerate(sizes):
         if isinstance(size, int) and size == 1:
             continue
-        here = _ROLE[axis in reduced, axis in features]
-        if here < role:
+        before, role = role, _ROLE[axis in reduced, axis in features]
+        if role < before:
             return None
-        role = here
         view[role] *= size
     return Geometry(*view)

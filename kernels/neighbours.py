@@ -321,7 +321,7 @@ def _may_add(inner: JaxprEqn) -> bool:
     has_params = scale is not None or bias is not None
     rowwise = is_rowwise(norm, x.aval.shape, has_params=has_params)
     free = residual is None and mask is None and not inner.params["carries"]
-    return rowwise and free and not norm.over
+    return rowwise and free and not norm.axis_names
 
 
 def _with_residual(eqn: JaxprEqn, x: Var, r: Var, h: Var) -> JaxprEqn:
@@ -496,17 +496,18 @@ def _match(pattern: Jaxpr, z: Var, uses: _Uses) -> list[int] | None:
 
     Only these equations may read z and their intermediate results.
     """
-    meaning: dict[Var, Var] = {pattern.invars[0]: z}
+    counterpart: dict[Var, Var] = {pattern.invars[0]: z}
     matched: list[int] = []
     for wanted in pattern.eqns:
         operands = [
-            var if isinstance(var, Literal) else meaning[var] for var in wanted.invars
+            var if isinstance(var, Literal) else counterpart[var]
+            for var in wanted.invars
         ]
         for at in uses.by(operands):
             found = uses.eqns[at]
             if at not in matched and _alike(wanted, operands, found):
                 matched.append(at)
-                meaning.update(zip(wanted.outvars, found.outvars, strict=True))
+                counterpart.update(zip(wanted.outvars, found.outvars, strict=True))
                 break
         else:
             return None
@@ -514,8 +515,8 @@ def _match(pattern: Jaxpr, z: Var, uses: _Uses) -> list[int] | None:
     reads = Counter(
         var for at in matched for var in uses.eqns[at].invars if isinstance(var, Var)
     )
-    inner = [var for var in meaning if var is not result]
-    if any(reads[meaning[var]] != uses.count[meaning[var]] for var in inner):
+    inner = [var for var in counterpart if var is not result]
+    if any(reads[counterpart[var]] != uses.count[counterpart[var]] for var in inner):
         return None
     return matched
 

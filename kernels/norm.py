@@ -25,7 +25,8 @@ The rules of the primitives:
     checkify                a check of the results for NaN
     vmap                    one more leading axis, and the same primitive again
     abstract evaluation     the formulas' own, which know shardings and manual axes
-    lowering                what `plan` chooses for the platform and the partitioning
+    lowering                what kernels/lowering.py chooses for the platform and the
+                            partitioning; the formula of tangent_p
 
 So reverse mode runs one forward and one backward kernel, whatever vmap, remat, scan or
 jit is around it, and jvp, Hessians and export work too. `jax.custom_vjp` would refuse
@@ -35,11 +36,10 @@ The primitives keep the caller's rank. The kernels' view x[N, S, G, K] is made i
 implementation, because a reshape at this level would make XLA gather a sharded array.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ except ImportError:
     checkify = None  # type: ignore[assignment]
 
 from fusednorm import reference
-from fusednorm.kernels import dispatch, parts
+from fusednorm.kernels import dispatch, lowering, parts
 from fusednorm.kernels.geometry import is_rowwise
 from fusednorm.reference import Norm
 
@@ -94,7 +94,7 @@ def normalize(
     Returns:
       Array of x's shape, dtype `norm.dtype`.
     """
-    norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
+    norm = _combined_over(norm, axis_name, axis_index_groups, x, scale, mask)
     if why := _why_plain(norm, x.dtype):
         return _plain(why, norm, x, scale, bias, mask, shortcut)[0]
     operands = _typed_alike(x, scale, bias, mask, None, shortcut)
@@ -121,7 +121,7 @@ def normalize_with_moments(
       mean, var: x's rank, with size 1 along reduced axes; mean is None without
         centring.
     """
-    norm = _over(norm, axis_name, axis_index_groups, x, scale, mask)
+    norm = _combined_over(norm, axis_name, axis_index_groups, x, scale, mask)
     if why := _why_plain(norm, x.dtype):
         y, mean, var = _plain(why, norm, x, scale, bias, mask, shortcut)
     else:
@@ -130,7 +130,8 @@ def normalize_with_moments(
             norm, dispatch.current_backend(), *operands, statistics=True
         )
         mean, var = statistics if norm.center else (None, *statistics)
-    # They are the same along axes of size 1, which `_over` left out: JAX shall know it.
+    # Axes of size 1, which `_combined_over` leaves out: a psum tells JAX that the
+    # statistics are the same along them.
     if left_out := _varies(var) & set(_names(axis_name)):
         mean, var = lax.psum((mean, var), tuple(left_out))
     return y, mean, var
@@ -159,8 +160,8 @@ def normalize_sum(
     crosses = axis_name is not None
     if not rowwise or crosses or _why_plain(norm, x.dtype, residual.dtype):
         h = reference.add(x, residual)
-        crossing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
-        return normalize(norm, h, scale, bias, mask, shortcut, **crossing), h
+        across = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+        return normalize(norm, h, scale, bias, mask, shortcut, **across), h
     operands = _typed_alike(x, scale, bias, mask, residual, shortcut)
     y, h = fusednorm_normalize(
         norm, dispatch.current_backend(), *operands, carries=True
@@ -168,7 +169,7 @@ def normalize_sum(
     return y, h
 
 
-def _over(
+def _combined_over(
     norm: Norm,
     axis_name: Any,
     axis_index_groups: Any,
@@ -195,7 +196,9 @@ def _over(
         same = {name for name in mesh.manual_axes if mesh.shape[name] == 1}
         same |= set(mesh.manual_axes) - varying if varying else set()
         names = tuple(name for name in names if name not in same)
-    return dataclasses.replace(norm, over=names, groups=groups, one_scale=one_scale)
+    return dataclasses.replace(
+        norm, axis_names=names, axis_index_groups=groups, one_scale=one_scale
+    )
 
 
 def _names(axis_name: Any) -> tuple[Hashable, ...]:
@@ -212,7 +215,7 @@ def _why_plain(norm: Norm, *dtypes: Any) -> str:
     if not isinstance(norm.epsilon, float):
         return COMPUTED_EPSILON
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    if norm.groups is not None or not set(norm.over) <= set(manual):
+    if norm.axis_index_groups is not None or not set(norm.axis_names) <= set(manual):
         return CROSSES_VMAP
     return ""
 
@@ -230,10 +233,10 @@ def _typed_alike(x: jax.Array, *others: Maybe) -> tuple[Any, ...]:
         None if a is None else lax.convert_element_type(a, a.dtype)
         for a in (x, *others)
     )
-    over: frozenset[Hashable] = frozenset().union(*(_varies(a) for a in operands))
+    varying: frozenset[Hashable] = frozenset().union(*map(_varies, operands))
     return tuple(
         a
-        if a is None or not (missing := over - _varies(a))
+        if a is None or not (missing := varying - _varies(a))
         else lax.pcast(a, tuple(missing), to="varying")
         for a in operands
     )
@@ -380,8 +383,8 @@ def _norm_formula(
     y, mean, var = reference.forward(
         norm, h, scale, bias, mask, shortcut, tuned_for=tuned_for, addends=addends
     )
-    found = [y, h] if carries else [y]
-    return found + [r for r in (mean, var) if statistics and r is not None]
+    results = [y, h] if carries else [y]
+    return results + [r for r in (mean, var) if statistics and r is not None]
 
 
 def _tangent_formula(
@@ -405,7 +408,9 @@ def _gradient_formula(
     return [result for result, want in zip(results, wanted, strict=True) if want]
 
 
-def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
+def _primitive(
+    name: str, formula: Callable[..., list[jax.Array]], *, has_kernels: bool = True
+) -> Primitive:
     """Returns a primitive that is defined by `formula`."""
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -424,23 +429,28 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
             "own_params",
         ),
     )
-    def meaning(*flat: jax.Array, tree: Any, **params: Any) -> list[jax.Array]:
+    def flat_formula(*flat: jax.Array, tree: Any, **params: Any) -> list[jax.Array]:
         return formula(tree.unflatten(flat), **params)
 
-    def abstract(*avals: Any, backend: str, **params: Any) -> Sequence[Any]:
-        return jax.make_jaxpr(functools.partial(meaning, **params))(*avals).out_avals
+    def run(*flat: Any, backend: str, **params: Any) -> list[jax.Array]:
+        return flat_formula(*flat, **params)
+
+    def abstract(*avals: Any, **params: Any) -> Sequence[Any]:
+        return jax.make_jaxpr(functools.partial(run, **params))(*avals).out_avals
 
     def taylor(primals_in: Any, series_in: Any, **params: Any) -> Any:
-        del params["backend"]  # jet's rules take and return unscaled coefficients
-        along = functools.partial(meaning, **params)
+        # jet's rules take and return unscaled coefficients.
+        along = functools.partial(run, **params)
         return jet.jet(along, primals_in, series_in, factorial_scaled=False)
 
-    def run(*flat: Any, backend: str, **params: Any) -> list[jax.Array]:
-        return meaning(*flat, **params)  # reached only under jax.disable_jit()
-
-    primitive.def_impl(run)
+    lower: Callable[..., Any]
+    if has_kernels:
+        lower = functools.partial(lowering.lower, primitive, flat_formula)
+    else:
+        lower = mlir.lower_fun(run, multiple_results=True)
+    primitive.def_impl(run)  # reached only under jax.disable_jit()
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, functools.partial(_lower, primitive, meaning))
+    mlir.register_lowering(primitive, lower)
     jet.jet_rules[primitive] = taylor
     if checkify is not None:
         check = functools.partial(checkify.nan_error_check, primitive)
@@ -448,459 +458,9 @@ def _primitive(name: str, formula: Callable[..., list[jax.Array]]) -> Primitive:
     return primitive
 
 
-def _lower(
-    primitive: Primitive,
-    meaning: Callable[..., list[jax.Array]],
-    ctx: mlir.LoweringRuleContext,
-    *flat: Any,
-    backend: str,
-    **params: Any,
-) -> Any:
-    """Lowers what is chosen for the target: a kernel, the reference, or a part of the
-    work on each device."""
-    reference_run = functools.partial(meaning, **params)
-    if primitive is tangent_p:
-        return mlir.lower_fun(reference_run, multiple_results=True)(ctx, *flat)
-    target, avals = dispatch.target_of(ctx), ctx.avals_in
-    call, answer, spread = choose(primitive, avals, params, target, backend)
-    if tuned_for := _tuned_for(call, target):
-        reference_run = functools.partial(reference_run, tuned_for=tuned_for)
-    # It outlives the lowering, and ctx must not.
-    on_part = functools.partial(_run_on_part, primitive, avals, params, backend)
-    run: Callable[..., Any] = reference_run
-    rules: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if isinstance(spread, parts.Parts):
-        run = parts.mapped(spread, on_part, ctx.avals_out)
-    elif spread is parts.BY_XLA:
-        (platform,) = target.platforms
-        ctx = parts.numbered(ctx)
-        run = parts.by_xla(
-            params["norm"],
-            shapes_of(primitive, avals, params),
-            call.x,
-            reference_run,
-            functools.partial(on_part, asked_on=platform),
-            f"{primitive} {params} {backend}",
-            evenly=backend != "auto",  # a named kernel takes no mask
-        )
-    elif isinstance(answer, dispatch.Kernel):
-        run, rules = functools.partial(_launch, answer, params), _rules_of_kernels()
-    with rules:
-        return mlir.lower_fun(run, multiple_results=True)(ctx, *flat)
-
-
-def _run_on_part(
-    primitive: Primitive,
-    avals: Sequence[Any],
-    params: dict[str, Any],
-    backend: str,
-    *flat: Any,
-    norm: Norm,
-    inside: dict[int, jax.Array],
-    asked_on: str | None = None,
-) -> list[jax.Array]:
-    """Runs a primitive on one device's part of its operands.
-
-    Args:
-      primitive, avals, params, backend: the primitive as bound to the whole operands.
-      flat: the part's operands.
-      norm, inside: what `parts.Parts.run` passes.
-      asked_on: the platform, if XLA asks for the code of the part. The lowering is over
-        by then, and a kernel is lowered by itself.
-    """
-    params_here = {**params, "norm": norm}
-    if inside:
-        shapes = shapes_of(primitive, avals, params)
-        operands = params["tree"].unflatten(flat)
-        operands = _only_inside(primitive, operands, shapes, inside)
-        masked, params_here["tree"] = jax.tree.flatten(operands)
-        return primitive.bind(*masked, **params_here, backend=backend)
-    if asked_on is not None:
-        target = dispatch.Target((asked_on,))
-        avals_here = [*map(jax.typeof, flat)]
-        call, answer, _ = choose(primitive, avals_here, params_here, target, backend)
-        if isinstance(answer, dispatch.Kernel):
-            return _launch(_lowered_once(answer, call, asked_on), params_here, *flat)
-    return primitive.bind(*flat, **params_here, backend=backend)
-
-
-def _gains_from_parts(
-    call: dispatch.Call,
-    target: dispatch.Target,
-    answer: dispatch.Kernel | dispatch.Fallback,
-    backend: str,
-) -> bool:
-    """Returns whether each device should run the call on its part of x: by a kernel, or
-    by the reference's form for one GPU, unless the reference was named."""
-    if isinstance(answer, dispatch.Kernel):
-        return True
-    alone = dataclasses.replace(target, partitioned=1, asks=False)
-    return backend == "auto" and _tuned_for(call, alone) == "gpu"
-
-
-def _only_inside(
-    primitive: Primitive,
-    operands: Sequence[Any],
-    shapes: parts.Shapes,
-    inside: dict[int, jax.Array],
-) -> tuple[Maybe, ...]:
-    """Keeps what lies outside of x out of all sums, on a device that has less of x than
-    others (`Parts.inside`).
-
-    That is garbage. It becomes 0 in dy, 1 in all other operands, and False in the mask,
-    which there is then.
-    """
-    of_mask = _MASK[primitive]
-    found: list[Maybe] = []
-    for at, (operand, axes) in enumerate(zip(operands, shapes.operands, strict=True)):
-        if at == of_mask:
-            x_ndim = operands[0].ndim
-            masks = [_along(axis, x_ndim, in_x) for axis, in_x in inside.items()]
-            given = masks if operand is None else [operand, *masks]
-            found.append(functools.reduce(jnp.logical_and, given))
-            continue
-        is_dy = primitive is gradient_p and at == 0
-        for along, axis in enumerate(axes or ()):
-            if axis in inside:
-                in_x = _along(along, operand.ndim, inside[axis])
-                operand = jnp.where(in_x, operand, 0 if is_dy else 1)
-        found.append(operand)
-    return tuple(found)
-
-
-def _along(axis: int, ndim: int, values: jax.Array) -> jax.Array:
-    """Shapes values along one axis to broadcast against an array of `ndim` axes."""
-    return jnp.expand_dims(values, [a for a in range(ndim) if a != axis])
-
-
-def _tuned_for(call: dispatch.Call, target: dispatch.Target) -> reference.TunedFor:
-    """Returns the `tuned_for` of the reference: the compiler that it should favour.
-
-    On a TPU only the forward is tuned. Both sums are then part of the convolution
-    that makes x, and x is read once less. A norm of 200 x 28 x 28 x 512 in bfloat16
-    between two convolutions, compiled for a v5e, then moves 4.3 tensors rather than
-    5.3; flax's moves 4.3. If XLA partitions it over several TPUs, only BatchNorm is
-    tuned: in other norms, that the devices agree on a branch would be a collective of
-    its own.
-
-    On GPUs rows are tuned only in a forward, and not if just y is wanted: from compute
-    capability 8.0 on, XLA's GPU code is then one kernel, which reads x once. Tensors
-    moved forward and backward, compiled for an A100, with tuning, without, and by
-    flax's layer:
-
-    - LayerNorm of 12288 float32 features: 8.1, 15.1, 8.1; of 768: 8.1, 12.0, 8.1
-    - BatchNorm of 56 x 56 x 256, 50 samples, float32: 8.0, 9.0, 9.0
-    - GroupNorm of 64 x 64 x 320, bfloat16, 2 samples: 8.2, 20.0, 17.0
-    """
-    forward = call.op == "forward"
-    if target.platforms == ("tpu",):
-        statistics = enumerate(call.norm.statistic_shape(call.x.shape))
-        of_batch = all(n == 1 for a, n in statistics if a not in call.norm.feature_axes)
-        return "tpu" if forward and (target.partitioned == 1 or of_batch) else None
-    if target.platforms in (("cuda",), ("rocm",)):
-        of_rows = _is_rowwise(call)
-        if of_rows and not (forward and (call.statistics or _is_before_ampere())):
-            return None
-        if target.partitioned == 1:
-            return "gpu"
-        return "gpus" if of_rows else None
-    if target != dispatch.ONE_CPU:
-        return None
-    one_loop = _forward_is_one_loop(call) if forward else _backward_is_one_loop(call)
-    return None if one_loop else "cpu"
-
-
-def _is_before_ampere() -> bool:
-    """Returns whether the NVIDIA GPU is too old for XLA's kernels of whole rows."""
-    device = dispatch.device_of("cuda")
-    return device is not None and float(device.compute_capability) < 8.0
-
-
-def _forward_is_one_loop(call: dispatch.Call) -> bool:
-    """Returns whether a CPU's forward is faster as one loop, which tuning breaks up.
-
-    XLA makes one loop of the whole norm from 4096 statistics on, except in groups.
-    Times relative to flax, tuned vs not tuned:
-
-    - float32: 4095 rows of 512 features: 0.97 vs 1.26; 100000 of 64: 1.25 vs 1.01
-    - bfloat16: 732 rows of 8192: 1.07 vs 1.25; 16384 of 1024: 2.89 vs 1.26
-    - float16, where the loop is slow: 100000 rows of 64: 0.22 vs 0.86
-    - groups: 512 images of 2 x 2 x 512: 0.41 vs 1.06; (1024, 1024): 0.31 vs 1.17
-    - groups of (64, 128): 1.48 vs 1.04; with 2048 statistics of only 4 numbers each,
-      the branch does not pay off
-    """
-    if _in_groups(call):
-        return _is_rowwise(call) and not _has_many_statistics(call)
-    return _has_many_statistics(call) and call.x.dtype != jnp.float16
-
-
-def _backward_is_one_loop(call: dispatch.Call) -> bool:
-    """Returns whether a CPU's backward is faster as one loop, which tuning breaks up.
-
-    XLA makes one loop of rows if only dx is wanted, or only dscale and dbias. The tuned
-    code is faster all the same for dx with fewer rows or in half precision, and in
-    groups, where the loop is slow. Times relative to flax, tuned vs not tuned:
-
-    - 4096 rows of 512, dx of LayerNorm: 1.52 vs 0.76; dx of RMSNorm: 1.22 vs 0.88;
-      dscale of RMSNorm: 2.2 vs 0.94
-    - fewer rows, 2048 of 2048, dx: 0.90 vs 2.1
-    - bfloat16, 3940 rows of 768, dx: 0.22 vs 1.12; dx and dscale: 0.1 vs 0.31
-    - groups, dx of (8192, 256) in 64: 0.90 vs 1.63
-    """
-    if _in_groups(call) or not _is_rowwise(call):
-        return False
-    dx, dscale, dbias, _ = call.wanted
-    if not dx:
-        return True
-    alone = not (dscale or dbias)
-    return alone and _has_many_statistics(call) and call.x.dtype.itemsize > 2
-
-
-def _in_groups(call: dispatch.Call) -> bool:
-    return call.norm.num_groups not in (None, 1)
-
-
-def _is_rowwise(call: dispatch.Call) -> bool:
-    return is_rowwise(call.norm, call.x.shape, has_params=call.has_params)
-
-
-def _has_many_statistics(call: dispatch.Call) -> bool:
-    count = math.prod(call.norm.statistic_shape(call.x.shape))
-    return isinstance(count, int) and count >= 4096  # else symbolic, in an export
-
-
-@contextlib.contextmanager
-def _rules_of_kernels() -> Iterator[None]:
-    """A context for the lowering of kernels, which count in int32.
-
-    Whichever rules of promotion a user has chosen, they are for the user's own code.
-    """
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
-
-
-def _launch(
-    kernel: dispatch.Kernel, params: dict[str, Any], *flat: jax.Array
-) -> list[jax.Array]:
-    # `plan` gives no kernel a call with a mask.
-    *operands, _, beside, shortcut = params["tree"].unflatten(flat)
-    if params["norm"].over:
-        halves = _backward_halves if "wanted" in params else _forward_halves
-        return halves(kernel.launch, params, (*operands, beside, shortcut))
-    name = "dh" if "wanted" in params else "residual"
-    given = dispatch.present(**{name: beside, "shortcut": shortcut})
-    results: list[jax.Array] = kernel.launch(*operands, **given)
-    if params.get("carries") and beside is None:
-        results.insert(1, operands[0])
-    return results
-
-
-def _lowered_once(
-    kernel: dispatch.Kernel, call: dispatch.Call, platform: str
-) -> dispatch.Kernel:
-    """Returns the kernel with a launch that is lowered once for all calls alike.
-
-    XLA asks about each norm of a model anew, and a kernel for a GPU takes a quarter of
-    a second to lower: 24 LayerNorms on four H100s compiled in 9.0 s, now in 3.3 s, and
-    flax's compile in 2.8 s.
-    """
-
-    def launch(*operands: Maybe, **by_name: jax.Array) -> list[jax.Array]:
-        flat, tree = jax.tree.flatten((operands, by_name))
-        avals = tuple(map(dispatch.describe, flat))
-        device = dispatch.device_of(platform)
-        exported = _exported(kernel, call, platform, device, tree, avals)
-        results: list[jax.Array] = exported.call(*flat)
-        return results
-
-    return dataclasses.replace(kernel, launch=launch)
-
-
-@functools.lru_cache(maxsize=1024)  # 40 KB each
-def _exported(
-    kernel: dispatch.Kernel,
-    call: dispatch.Call,
-    platform: str,
-    device: Any,
-    tree: Any,
-    avals: tuple[jax.ShapeDtypeStruct, ...],
-) -> jax.export.Exported:
-    """Lowers a kernel for operands of these shapes and dtypes.
-
-    `call` and `device` only tell kernels apart, whose launches do not compare.
-    """
-
-    def launch(*flat: jax.Array) -> list[jax.Array]:
-        operands, by_name = tree.unflatten(flat)
-        results: list[jax.Array] = kernel.launch(*operands, **by_name)
-        return results
-
-    # It stays in this process, so the call of a kernel need not be stable.
-    check = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    export = jax.export.export(
-        jax.jit(launch), platforms=[platform], disabled_checks=[check]
-    )
-    with _rules_of_kernels():
-        return export(*avals)
-
-
-def _forward_halves(
-    launch: Callable[..., Any], params: dict[str, Any], operands: tuple[Any, ...]
-) -> list[jax.Array]:
-    """Computes statistics of the local part by the kernel, of all devices by psums."""
-    norm = params["norm"]
-    x, scale, bias, residual, shortcut = operands
-    beside = dispatch.present(residual=residual)
-    *found, var = launch(x, None, None, **beside)
-    mean = found.pop() if norm.center else None
-    (h,) = found or [x]
-    mean, var = reference.over_devices(norm, h, mean, var)
-    y = reference.apply(norm, h, mean, var, scale, bias, shortcut)
-    results = [y, h] if params["carries"] else [y]
-    return results + [r for r in (mean, var) if params["statistics"] and r is not None]
-
-
-def _backward_halves(
-    launch: Callable[..., Any], params: dict[str, Any], operands: tuple[Any, ...]
-) -> list[jax.Array]:
-    """Computes c1 and c2 of the local part by the kernel, of all devices by psums.
-
-    If each channel has its own mean, n times these equals scale * dscale and scale *
-    dbias. The psums of dscale and dbias then serve both purposes, because XLA merges
-    identical psums. This does not hold if each device may have its own scale.
-    """
-    norm = params["norm"]
-    dy, x, scale, bias, mean, var, dh, shortcut = operands
-    wants_dx, wants_dscale, wants_dbias, wants_dshortcut = params["wanted"]
-    given = (dy, x, scale, bias, mean, var)
-    behind = dispatch.present(shortcut=shortcut)
-    results: list[jax.Array] = launch(*given, **behind)
-    dz = reference.before_activation(norm, *given, shortcut)
-    if wants_dx:
-        products = 1 + norm.center
-        inner, outer = results[:products], results[products:]
-        channelwise = _mean_per_feature(params, x, scale)
-        if channelwise and scale is not None and wants_dscale and wants_dbias:
-            count = float(x.size // var.size * lax.axis_size(norm.over))
-            weight = norm.weight(scale.astype(var.dtype))
-            totals = lax.psum(outer[:products], norm.over)
-            means = [(weight * total / count).reshape(var.shape) for total in totals]
-        else:
-            means = lax.pmean(inner, norm.over)
-        c1, c2 = means if norm.center else (*means, None)
-        dx = reference.input_gradient(norm, dz, x, scale, mean, var, c1, c2, dh=dh)
-        results = [dx, *outer]
-    if wants_dshortcut:
-        results.append(dz.astype(dy.dtype if shortcut is None else shortcut.dtype))
-    return results
-
-
-def _mean_per_feature(params: dict[str, Any], x: jax.Array, scale: Maybe) -> bool:
-    """Returns whether elements that share a scale, and only these, share a mean, on all
-    devices that combine statistics."""
-    norm = params["norm"]
-    every = sorted((*norm.reduction_axes, *norm.feature_axes))
-    own = max(params["own_params"], 0 if scale is None else scale.ndim - 1)
-    shared = norm.one_scale and own == 0
-    return shared and norm.num_groups is None and every == [*range(x.ndim)]
-
-
 norm_p = _primitive("norm", _norm_formula)
-tangent_p = _primitive("norm_tangent", _tangent_formula)
+tangent_p = _primitive("norm_tangent", _tangent_formula, has_kernels=False)
 gradient_p = _primitive("norm_gradient", _gradient_formula)
-
-
-def choose(
-    primitive: Primitive,
-    avals: Sequence[Any],
-    params: dict[str, Any],
-    target: dispatch.Target,
-    backend: str,
-) -> tuple[dispatch.Call, dispatch.Kernel | dispatch.Fallback, parts.Spread]:
-    """Chooses the implementation of one bound norm_p or gradient_p.
-
-    Returns:
-      call: the work; one device's share if the types of the operands tell its part.
-      answer: the answer of `plan` to this call.
-      spread: the parts over which the types spread the work, or `parts.BY_XLA` where
-        XLA is to say; None if no types tell and there is one device, or if XLA splits
-        the formula as it likes.
-    """
-    call = call_of(primitive, avals, params)
-    types_tell = any(map(parts.is_explicit, avals))
-    if len(params["norm"].feature_axes) > 1 or types_tell:
-        # XLA may have split a feature axis that `parts` leaves whole, and would then
-        # gather x. About types it does not ask.
-        target = dataclasses.replace(target, asks=False)
-    spread: parts.Spread = None
-    if types_tell:
-        operands = params["tree"].unflatten(avals)
-        shapes = shapes_of(primitive, avals, params)
-        spread = parts.of_types(params["norm"], call.x, shapes, operands)
-    if isinstance(spread, parts.Parts):
-        left = target.partitioned // parts.explicit_devices(spread.mesh)
-        target = dataclasses.replace(target, partitioned=left, asks=False)
-        mine = [
-            None if follows is None else spread.part(aval, follows)
-            for aval, follows in zip(operands, shapes.operands, strict=True)
-        ]
-        call = call_of(
-            primitive, jax.tree.leaves(mine), {**params, "norm": spread.norm}
-        )
-    answer = dispatch.plan(call, target, backend)
-    if target.asks and _gains_from_parts(call, target, answer, backend):
-        spread = parts.BY_XLA
-    return call, answer, spread
-
-
-def shapes_of(
-    primitive: Primitive, avals: Sequence[Any], params: dict[str, Any]
-) -> parts.Shapes:
-    """Returns how the axes of a norm_p's or gradient_p's arrays follow those of x."""
-    operands, norm = params["tree"].unflatten(avals), params["norm"]
-    if primitive is norm_p:
-        given = params["carries"], params["statistics"]
-        return parts.forward_shapes(norm, operands, *given)
-    given = params["wanted"], params["own_params"]
-    return parts.backward_shapes(norm, operands, *given)
-
-
-def call_of(
-    primitive: Primitive, avals: Sequence[Any], params: dict[str, Any]
-) -> dispatch.Call:
-    """Returns what `plan` must know about one bound norm_p or gradient_p."""
-    operands = [dispatch.describe(aval) for aval in params["tree"].unflatten(avals)]
-    if primitive is norm_p:
-        x, scale, bias, mask, residual, shortcut = operands
-        return dispatch.Call(
-            op="forward",
-            norm=params["norm"],
-            x=x,
-            scale=scale,
-            bias=bias,
-            addend=residual,
-            shortcut=shortcut,
-            mask=mask is not None,
-            statistics=params["statistics"],
-        )
-    dy, x, scale, bias, _, _, mask, dh, shortcut = operands
-    return dispatch.Call(
-        op="backward",
-        norm=params["norm"],
-        x=x,
-        scale=scale,
-        bias=bias,
-        dy=dy,
-        addend=dh,
-        shortcut=shortcut,
-        mask=mask is not None,
-        wanted=params["wanted"],
-        own_params=params["own_params"],
-    )
 
 
 # --- derivatives ----------------------------------------------------------------------
@@ -938,25 +498,25 @@ def _norm_jvp(
             h_dot = parts.resharded_like(jax.typeof(h), functools.reduce(jnp.add, dots))
     mean, var = moments if norm.center else (None, *moments)
     passes = carries and h_dot is not None
-    moving = (h_dot, scale_dot, bias_dot, shortcut_dot)
+    of_tangent = (h_dot, scale_dot, bias_dot, shortcut_dot)
     flat, tangent_tree = jax.tree.flatten(
-        (*moving, h, scale, bias, mean, var, mask, shortcut)
+        (*of_tangent, h, scale, bias, mean, var, mask, shortcut)
     )
     dots = tangent_p.bind(
         *flat, tree=tangent_tree, norm=norm, backend=backend, carries=passes
     )
-    found = [y]
+    results = [y]
     if carries:
-        found.append(h)
+        results.append(h)
         dots += [] if passes else [ad.Zero(jax.typeof(h))]
     if not statistics:
-        return found, dots
+        return results, dots
     if h_dot is None:
         moments_dot: list[Any] = [ad.Zero(jax.typeof(moment)) for moment in moments]
     else:
         mean_dot, var_dot = reference.moments_tangent(norm, h_dot, h, mean, mask)
         moments_dot = [mean_dot, var_dot] if norm.center else [var_dot]
-    return [*found, *moments], [*dots, *moments_dot]
+    return [*results, *moments], [*dots, *moments_dot]
 
 
 def _tangent_transpose(
@@ -974,9 +534,9 @@ def _tangent_transpose(
     dh = others[0] if carries and wanted[0] else None  # cotangent of the carried x_dot
     dh = None if isinstance(dh, ad.Zero) else dh
     if isinstance(dy, ad.Zero):
-        found: list[Any] = [ad.Zero(aval) for aval in avals]
+        gradients: list[Any] = [ad.Zero(aval) for aval in avals]
         if dh is not None:
-            found[0] = dh
+            gradients[0] = dh
     else:
         # Without an activation dz is dy, and so is the shortcut's gradient.
         adds_dy = wanted[3] and norm.activation is None
@@ -991,9 +551,9 @@ def _tangent_transpose(
         operands, gradient_tree = jax.tree.flatten(
             (dy, x, scale, bias, mean, var, mask, dh, shortcut)
         )
-        found = []
+        gradients = []
         if any(wanted):
-            found = gradient_p.bind(
+            gradients = gradient_p.bind(
                 *operands,
                 tree=gradient_tree,
                 norm=norm,
@@ -1001,10 +561,10 @@ def _tangent_transpose(
                 wanted=tuple(wanted),
                 own_params=max((len(aval.shape) - 1 for aval in summed), default=0),
             )
-        found += [dy] if adds_dy else []
-        found = [_sum_to(value, aval) for value, aval in zip(found, avals, strict=True)]
-    next_found = iter(found)
-    return [next(next_found) if ad.is_undefined_primal(a) else None for a in flat]
+        gradients += [dy] if adds_dy else []
+        gradients = [_sum_to(g, a) for g, a in zip(gradients, avals, strict=True)]
+    left = iter(gradients)
+    return [next(left) if ad.is_undefined_primal(a) else None for a in flat]
 
 
 def _sum_to(value: jax.Array, aval: Any) -> jax.Array:

@@ -6,7 +6,8 @@ they are split where no kernel runs, too: the reference has forms for one device
 
     not reduced    Each device normalizes its own part. Its dscale and dbias are partial
                    sums, which a psum reduces over the devices.
-    reduced        `Norm.over` names the mesh axes, so the statistics cross them too.
+    reduced        `Norm.axis_names` names the mesh axes, so the statistics cross them
+                   too.
 
 How x is sharded is known from:
 
@@ -48,56 +49,59 @@ GROUPS = -1  # the groups into which x's last axis is split
 
 
 @dataclasses.dataclass(frozen=True)
-class Shapes:
+class Alignment:
     """The axes of x that the axes of each operand and result follow.
 
     Attributes:
       operands: one entry per operand, in the order of the primitive's formula; None if
         the operand is absent.
       results: one entry per result.
-      params: for each result, whether it is a dscale or dbias made of partial sums.
+      partial_sums: for each result, whether it is a dscale or dbias, of which a device
+        has the sum over its own part of x.
     """
 
     operands: tuple[Follows | None, ...]
     results: tuple[Follows, ...]
-    params: tuple[bool, ...]
+    partial_sums: tuple[bool, ...]
 
 
-def forward_shapes(
+def forward_alignment(
     norm: Norm, operands: Sequence[Any], carries: bool, statistics: bool
-) -> Shapes:
-    """Returns the `Shapes` of `norm_p`."""
+) -> Alignment:
+    """Returns the `Alignment` of `norm_p`."""
     x, scale, bias, mask, *_ = operands
     every = tuple(range(x.ndim))
-    given = every, _param(norm, scale), _param(norm, bias), _mask(mask), every, every
+    follows = every, _param(norm, scale), _param(norm, bias), _mask(mask), every, every
     results: list[Follows] = [every, every] if carries else [every]
     if statistics:
         results += [_statistic(norm, x)] * (2 if norm.center else 1)
-    return Shapes(_where(operands, given), tuple(results), (False,) * len(results))
+    partial_sums = (False,) * len(results)
+    return Alignment(_of_present(operands, follows), tuple(results), partial_sums)
 
 
-def backward_shapes(
+def backward_alignment(
     norm: Norm, operands: Sequence[Any], wanted: Sequence[bool], own_params: int
-) -> Shapes:
-    """Returns the `Shapes` of `gradient_p`."""
+) -> Alignment:
+    """Returns the `Alignment` of `gradient_p`."""
     _, x, scale, bias, _, _, mask, *_ = operands
     every, statistic = tuple(range(x.ndim)), _statistic(norm, x)
     params = _param(norm, scale), _param(norm, bias)
-    given = every, every, *params, statistic, statistic, _mask(mask), every, every
+    follows = every, every, *params, statistic, statistic, _mask(mask), every, every
     own = (*range(own_params), norm.feature_axes[0])
     each = scale is not None and reference.is_per_element(scale, x)
     results = every, every if each else own, own, every
-    sums = False, not each, True, False
-    return Shapes(
-        _where(operands, given),
-        tuple(r for r, want in zip(results, wanted, strict=True) if want),
-        tuple(s for s, want in zip(sums, wanted, strict=True) if want),
+    partial_sums = False, not each, True, False
+    return Alignment(
+        _of_present(operands, follows),
+        tuple(itertools.compress(results, wanted)),
+        tuple(itertools.compress(partial_sums, wanted)),
     )
 
 
-def _where(operands: Sequence[Any], follows: Sequence[Any]) -> tuple[Any, ...]:
+def _of_present(operands: Sequence[Any], follows: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns what each operand's axes follow; None for an operand that is absent."""
     pairs = zip(operands, follows, strict=True)
-    return tuple(None if operand is None else given for operand, given in pairs)
+    return tuple(None if operand is None else axes for operand, axes in pairs)
 
 
 def _param(norm: Norm, param: Any) -> Follows:
@@ -127,16 +131,16 @@ class Parts:
       groups: the mesh axes, among those of the last axis, that split the groups of
         channels.
       norm: the normalization that one device runs on its part.
-      shapes: the axes of x that each array's axes follow.
-      whole: shape of x.
+      alignment: the axes of x that each array's axes follow.
+      shape: shape of the whole x.
     """
 
     mesh: Any
     axes: tuple[Names, ...]
     groups: Names
     norm: Norm
-    shapes: Shapes
-    whole: tuple[int, ...]
+    alignment: Alignment
+    shape: tuple[int, ...]
 
     @property
     def names(self) -> Names:
@@ -155,8 +159,8 @@ class Parts:
 
     def specs(self) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
         """Returns the specs of the operands that are present, and of the results."""
-        operands = [f for f in self.shapes.operands if f is not None]
-        return [*map(self.spec, operands)], [*map(self.spec, self.shapes.results)]
+        operands = [f for f in self.alignment.operands if f is not None]
+        return [*map(self.spec, operands)], [*map(self.spec, self.alignment.results)]
 
     def part(self, aval: Any, follows: Follows) -> jax.ShapeDtypeStruct:
         """Returns shape and dtype of one device's part of an array."""
@@ -169,30 +173,29 @@ class Parts:
     def inside(self) -> dict[int, jax.Array]:
         """Returns which places of this device's part lie in x, for each axis of x that
         is not split evenly: bool, one per place."""
-        found = {}
-        for axis, (size, names) in enumerate(zip(self.whole, self.axes, strict=True)):
+        inside = {}
+        for axis, (size, names) in enumerate(zip(self.shape, self.axes, strict=True)):
             if size % (devices := _size(self.mesh, names)):
                 part = math.ceil(size / devices)
                 first = jax.lax.axis_index(names) * part
-                found[axis] = first + jnp.arange(part) < size
-        return found
+                inside[axis] = first + jnp.arange(part) < size
+        return inside
 
     def run(self, bind: Callable[..., list[jax.Array]], *flat: Any) -> list[jax.Array]:
-        """Runs `bind(*flat, norm=..., inside=...)` on one device, and the sums over
-        devices."""
+        """Runs `bind(*flat, norm=..., inside=...)` on one device, and adds up the
+        partial sums of all devices."""
         results = bind(*flat, norm=self.norm, inside=self.inside())
-        found = []
-        for result, follows, adds_up in zip(
-            results, self.shapes.results, self.shapes.params, strict=True
-        ):
-            kept = {name for axis in follows for name in self.split(axis)}
-            shared = tuple(name for name in self.names if name not in kept)
-            found.append(jax.lax.psum(result, shared) if adds_up and shared else result)
-        return found
+        follows, partial_sums = self.alignment.results, self.alignment.partial_sums
+        sums = []
+        for result, axes, adds_up in zip(results, follows, partial_sums, strict=True):
+            kept = {name for axis in axes for name in self.split(axis)}
+            others = tuple(name for name in self.names if name not in kept)
+            sums.append(jax.lax.psum(result, others) if adds_up and others else result)
+        return sums
 
 
 BY_XLA: Literal["by XLA"] = "by XLA"  # it says how, when it partitions the program
-Spread = Parts | Literal["by XLA"] | None
+Partitioning = Parts | Literal["by XLA"]
 
 
 def _size(mesh: Any, names: Names) -> int:
@@ -203,7 +206,7 @@ def _split(
     mesh: Any,
     norm: Norm,
     shape: Sequence[int],
-    shapes: Shapes,
+    alignment: Alignment,
     specs: Sequence[tuple[Follows, Any]],
     *,
     evenly: bool = True,
@@ -243,16 +246,16 @@ def _split(
                 mesh, groups, within = finer
                 names = groups + within
             axes[axis] = names
-    over = [name for axis in norm.reduction_axes for name in axes[axis]]
+    reduced = [name for axis in norm.reduction_axes for name in axes[axis]]
     if norm.num_groups is not None:
-        left = norm.num_groups // _size(mesh, groups)
-        norm = dataclasses.replace(norm, num_groups=left)
+        local_groups = norm.num_groups // _size(mesh, groups)
+        norm = dataclasses.replace(norm, num_groups=local_groups)
     norm = dataclasses.replace(
         norm,
-        over=(*norm.over, *over, *within),
-        one_scale=norm.one_scale if norm.over else bool(over),
+        axis_names=(*norm.axis_names, *reduced, *within),
+        one_scale=norm.one_scale if norm.axis_names else bool(reduced),
     )
-    return Parts(mesh, tuple(axes), groups, norm, shapes, tuple(shape))
+    return Parts(mesh, tuple(axes), groups, norm, alignment, tuple(shape))
 
 
 def _split_groups(
@@ -312,7 +315,7 @@ def _names_of(mesh: Any, entry: Any) -> Names:
 
 
 def of_types(
-    norm: Norm, x: Any, shapes: Shapes, operands: Sequence[Any]
+    norm: Norm, x: Any, alignment: Alignment, operands: Sequence[Any]
 ) -> Parts | None:
     """Returns the `Parts` that explicit types tell; None if a kernel would need more of
     x than a device has.
@@ -322,16 +325,16 @@ def of_types(
     """
     present = [
         (follows, a)
-        for follows, a in zip(shapes.operands, operands, strict=True)
+        for follows, a in zip(alignment.operands, operands, strict=True)
         if follows is not None and not a.sharding.mesh.empty
     ]
     mesh = present[0][1].sharding.mesh
     specs = [(follows, a.sharding.spec) for follows, a in present]
     if any(getattr(spec, "unreduced", None) for _, spec in specs):
         return None
-    parts = _split(mesh, norm, x.shape, shapes, specs)
-    told = {n for _, spec in specs for entry in spec for n in _names_of(mesh, entry)}
-    return parts if told == set(parts.names) else None
+    parts = _split(mesh, norm, x.shape, alignment, specs)
+    names = {n for _, spec in specs for entry in spec for n in _names_of(mesh, entry)}
+    return parts if names == set(parts.names) else None
 
 
 def _explicit(mesh: Any) -> set[str]:
@@ -368,7 +371,7 @@ def mapped(
             jax.sharding.reshard(a, NamedSharding(parts.mesh, spec))
             for a, spec in zip(flat, operand_specs, strict=True)
         ]
-        found = jax.shard_map(
+        unplaced = jax.shard_map(
             functools.partial(parts.run, bind),
             mesh=parts.mesh,
             in_specs=tuple(operand_specs),
@@ -378,7 +381,7 @@ def mapped(
         )(*placed)
         return [
             jax.sharding.reshard(result, aval.sharding)
-            for result, aval in zip(found, results, strict=True)
+            for result, aval in zip(unplaced, results, strict=True)
         ]
 
     return whole
@@ -389,11 +392,11 @@ def mapped(
 
 def by_xla(
     norm: Norm,
-    shapes: Shapes,
+    alignment: Alignment,
     x: Any,
-    meaning: Callable[..., list[jax.Array]],
+    formula: Callable[..., list[jax.Array]],
     bind: Callable[..., list[jax.Array]],
-    said: str,
+    params: str,
     *,
     evenly: bool,
 ) -> Callable[..., list[jax.Array]]:
@@ -401,45 +404,43 @@ def by_xla(
 
     Args:
       norm: the normalization.
-      shapes: the axes of x that each array's axes follow.
+      alignment: the axes of x that each array's axes follow.
       x: shape and dtype of x.
-      meaning: the formula of the primitive.
+      formula: the formula of the primitive.
       bind: binds the primitive to the parts.
-      said: all parameters of the primitive, in words.
+      params: the primitive and all its parameters, as text.
       evenly: whether to leave whole what does not split evenly.
     """
-    given = [_telling(f, norm, x) for f in shapes.operands if f is not None]
+    operands = [_informative(f, norm, x) for f in alignment.operands if f is not None]
     # jax_remove_custom_partitioning_ptr_from_cache_key takes the call's pointer out of
     # the key of XLA's persistent cache, which then tells calls apart by their operands
     # alone. So a hash of everything else that the call depends on is an operand too;
     # otherwise a call with another epsilon would get the code of this one.
     mark = np.frombuffer(
-        hashlib.sha256(f"{_sources()} {said}".encode()).digest()[:8], "uint32"
+        hashlib.sha256(f"{_sources()} {params}".encode()).digest()[:8], "uint32"
     )
 
     @custom_partitioning
     def whole(mark: Any, *flat: Any) -> Any:
-        return meaning(*flat)
+        return formula(*flat)
 
     def partition(_: Any, arguments: Any, results: Any) -> Any:
-        mesh, specs = _on_a_mesh([a.sharding for a in arguments[1:]], map(len, given))
-        told = [*zip(given, specs, strict=True)]
-        parts = _split(mesh, norm, x.shape, shapes, told, evenly=evenly)
+        shardings, ranks = [a.sharding for a in arguments[1:]], map(len, operands)
+        mesh, specs = _on_a_mesh(shardings, ranks)
+        pairs = [*zip(operands, specs, strict=True)]
+        parts = _split(mesh, norm, x.shape, alignment, pairs, evenly=evenly)
         operand_specs, result_specs = parts.specs()
-        placed = [NamedSharding(parts.mesh, spec) for spec in result_specs]
+        place = functools.partial(NamedSharding, parts.mesh)
         return (
             parts.mesh,
             lambda mark, *flat: parts.run(bind, *flat),
-            placed,
-            tuple(
-                NamedSharding(parts.mesh, spec)
-                for spec in (PartitionSpec(), *operand_specs)
-            ),
+            [*map(place, result_specs)],
+            (place(PartitionSpec()), *map(place, operand_specs)),
         )
 
     _warn_of_cache()
     # JAX must not decode the shardings: it knows no mesh.
-    rule = _rule(given, shapes.results, norm, x)
+    rule = _rule(operands, alignment.results, norm, x)
     whole.def_partition(partition, decode_shardings=False, **rule)
     return lambda *flat: whole(jnp.asarray(mark), *flat)
 
@@ -488,17 +489,17 @@ def _on_a_mesh(
         slices = sharding.devices_indices_map((devices,) * rank)
         starts = [[cut.start or 0 for cut in slices[d]] for d in range(devices)]
         begins.append(np.reshape(starts, (devices, rank)).T)
-    found: list[tuple[int, AbstractMesh, list[PartitionSpec]]] = []
+    tried: list[tuple[int, AbstractMesh, list[PartitionSpec]]] = []
     for sizes in _orders(collections.Counter(_prime_factors(devices))):
         axes = tuple(f"d{i}" for i in range(len(sizes)))
         mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))
         split = [[_names_that_split(mesh, of_axis) for of_axis in a] for a in begins]
         specs = [PartitionSpec(*[names or None for names in a]) for a in split]
         missed = sum(names is None for a in split for names in a)
-        found.append((missed, mesh, specs))
+        tried.append((missed, mesh, specs))
         if not missed:
             break
-    _, mesh, specs = min(found, key=lambda one: one[0])
+    _, mesh, specs = min(tried, key=lambda one: one[0])
     return mesh, specs
 
 
@@ -545,7 +546,7 @@ def _orders(left: collections.Counter[int]) -> Iterator[tuple[int, ...]]:
             yield number, *rest
 
 
-def _telling(follows: Follows, norm: Norm, x: Any) -> Follows:
+def _informative(follows: Follows, norm: Norm, x: Any) -> Follows:
     """Returns the axes of x of which an operand's sharding tells how they are split.
 
     How a parameter's features are sharded tells nothing: with FSDP they lie on the mesh
@@ -557,7 +558,7 @@ def _telling(follows: Follows, norm: Norm, x: Any) -> Follows:
 
 
 def _rule(
-    given: Sequence[Follows], found: Sequence[Follows], norm: Norm, x: Any
+    operands: Sequence[Follows], results: Sequence[Follows], norm: Norm, x: Any
 ) -> dict[str, Any]:
     """Tells Shardy which axes share a sharding: "m, a b c, u -> a b c, a b v".
 
@@ -569,17 +570,16 @@ def _rule(
     sizes = {}
     if groups == x.shape[last]:
         names[GROUPS] = names[last]
-    elif groups > 1 and any(GROUPS in follows for follows in (*given, *found)):
+    elif groups > 1 and any(GROUPS in follows for follows in (*operands, *results)):
         names |= {last: "(g k)", GROUPS: "g"}
         sizes = {"k": x.shape[last] // groups}
-    own = (f"u{i}" for i in itertools.count())
+    unshared = (f"u{i}" for i in itertools.count())
 
     def factors(follows: Follows) -> str:
-        return " ".join(names.get(axis) or next(own) for axis in follows)
+        return " ".join(names.get(axis) or next(unshared) for axis in follows)
 
-    operands, results = [*map(factors, given)], [*map(factors, found)]
-    rule = f"{', '.join(['m', *operands])} -> {', '.join(results)}"
-    return {"sharding_rule": rule, **sizes}
+    before, after = ["m", *map(factors, operands)], map(factors, results)
+    return {"sharding_rule": f"{', '.join(before)} -> {', '.join(after)}", **sizes}
 
 
 @functools.cache

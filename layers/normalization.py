@@ -8,10 +8,10 @@ The kernels apply them to the values that they hold in registers. Results differ
 flax's only in their numbers, for the better:
 
   - The variance is centred wherever the mean is more than two deviations from 0,
-    whatever `use_fast_variance` says. Nearer to 0, one CPU or TPU device may take
-    E[x^2] - E[x]^2. This formula is flax's default, and it loses all digits where the
-    mean is a few thousand times the deviation. `use_fast_variance` is accepted, and has
-    no effect on results or speed.
+    whatever `use_fast_variance` says. Nearer to 0, the reference may take E[x^2] -
+    E[x]^2 on a CPU or TPU. This formula is flax's default, and it loses all digits
+    where the mean is a few thousand times the deviation. `use_fast_variance` is
+    accepted, and has no effect on results or speed.
   - x, scale, bias and running statistics are used at their own precision, in float32
     arithmetic. flax rounds them to `dtype` first.
   - If `axis_name` is given, each device is weighted by its count of elements, so that
@@ -56,8 +56,8 @@ def _promote(
     Raises:
       ValueError: the user's `promote_dtype` returns more or fewer arrays than it got.
     """
-    there = [array for array in given if array is not None]
-    arrays = (x, *(None if v is None else v[...] for v in variables), *there)
+    present = [array for array in given if array is not None]
+    arrays = (x, *(None if v is None else v[...] for v in variables), *present)
     deciding = arrays
     if layer.promote_dtype is not dtypes.promote_dtype:
         expected = len(arrays)

@@ -4,7 +4,7 @@ Every kernel is checked against these functions, and every call that no kernel t
 runs them. The functions themselves are checked against float64 NumPy and against flax.
 """
 
-from fusednorm.reference.activation import ACTIVATIONS, activate, slope, through
+from fusednorm.reference.activation import ACTIVATIONS, activate, slope, times_slope
 from fusednorm.reference.norm import (
     add,
     apply,
@@ -37,5 +37,5 @@ __all__ = [
     "over_devices",
     "slope",
     "tangent",
-    "through",
+    "times_slope",
 ]

@@ -83,7 +83,9 @@ def slope(name: str, z: Any, cdf: Callable[[Any], Any] = normal_cdf) -> Any:
     raise ValueError(f"no activation {name!r}")
 
 
-def through(name: str, z: Any, dy: Any, cdf: Callable[[Any], Any] = normal_cdf) -> Any:
+def times_slope(
+    name: str, z: Any, dy: Any, cdf: Callable[[Any], Any] = normal_cdf
+) -> Any:
     """Computes dy * act'(z), the cotangent of z.
 
     Relu selects dy, as `jax.nn.relu` does: where its slope is 0, an infinite dy (that

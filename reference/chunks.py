@@ -23,16 +23,16 @@ from fusednorm.reference.spec import Norm
 CHUNK_BYTES = 2**21
 
 
-def chunks_of(norm: Norm, x: jax.Array, own: int) -> tuple[int, int] | None:
+def chunks_of(norm: Norm, x: jax.Array, param_axes: int) -> tuple[int, int] | None:
     """Returns the axis to cut x along and the size of a chunk; None for a single chunk.
 
     Args:
       norm: the normalization.
       x: the array.
-      own: number of leading axes along which scale or bias vary, or dscale and dbias
-        keep separate entries.
+      param_axes: number of leading axes along which scale or bias vary, or dscale and
+        dbias keep separate entries.
     """
-    axes = [axis for axis in range(own, x.ndim) if axis not in norm.feature_axes]
+    axes = [axis for axis in range(param_axes, x.ndim) if axis not in norm.feature_axes]
     if not (axes and isinstance(x.size, int) and x.size):  # symbolic in an export
         return None
     nbytes = x.size * norm.compute_dtype.itemsize
@@ -111,25 +111,25 @@ def in_chunks(
     whole = jax.eval_shape(fn, *operands)
     count, rest = divmod(length, chunk)
     first = jax.eval_shape(lambda: of_chunk(0, chunk))
-    follows = jax.tree.map(lambda w, f: w.shape != f.shape[1:], whole, first)
+    is_cut_too = jax.tree.map(lambda w, f: w.shape != f.shape[1:], whole, first)
 
-    def room(result: Any, along: bool) -> jax.Array:
+    def room(result: Any, cut: bool) -> jax.Array:
         sums = (count + (rest > 0), *result.shape)  # one per chunk
-        return jnp.zeros(result.shape if along else sums, result.dtype)
+        return jnp.zeros(result.shape if cut else sums, result.dtype)
 
     def put(number: Any, results: Any, size: int) -> Any:
         start = number * chunk
 
-        def into(all_: jax.Array, parts: jax.Array, along: bool) -> jax.Array:
-            if along:  # put the parts back in place of the axis
+        def into(all_: jax.Array, parts: jax.Array, cut: bool) -> jax.Array:
+            if cut:  # put the parts back in place of the axis
                 one = lax.collapse(jnp.moveaxis(parts, 0, axis), axis, axis + 2)
                 return lax.dynamic_update_slice_in_dim(all_, one, start, axis)
             return lax.dynamic_update_index_in_dim(all_, parts.sum(0), number, 0)
 
-        return jax.tree.map(into, results, of_chunk(start, size), follows)
+        return jax.tree.map(into, results, of_chunk(start, size), is_cut_too)
 
-    results = jax.tree.map(room, whole, follows)
+    results = jax.tree.map(room, whole, is_cut_too)
     results = lax.fori_loop(0, count, lambda i, r: put(i, r, chunk), results)
     if rest:
         results = put(count, results, rest)
-    return jax.tree.map(lambda r, along: r if along else r.sum(0), results, follows)
+    return jax.tree.map(lambda r, cut: r if cut else r.sum(0), results, is_cut_too)

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fusednorm.reference import reduce
-from fusednorm.reference.activation import activate, through
+from fusednorm.reference.activation import activate, times_slope
 from fusednorm.reference.chunks import chunks_of, in_chunks, is_narrow
 from fusednorm.reference.spec import Norm, TunedFor
 from fusednorm.reference.statistics import combine, moments, variance
@@ -148,8 +148,8 @@ def forward(
         follows from var, but var does not follow from rstd where var is far below
         epsilon.
     """
-    here = moments(norm, x, mask, tuned_for=tuned_for, addends=addends)
-    count, mean, m2 = combine(norm, *here)
+    local = moments(norm, x, mask, tuned_for=tuned_for, addends=addends)
+    count, mean, m2 = combine(norm, *local)
     var = variance(count, m2)
     return apply(norm, x, mean, var, scale, bias, shortcut), mean, var
 
@@ -204,7 +204,7 @@ def tangent(
         z_dot = z_dot + shortcut_dot.astype(dtype)
     if norm.activation is not None:
         z = _affine(norm, x, mean, var, scale, bias, shortcut)
-        z_dot = through(norm.activation, z, z_dot)
+        z_dot = times_slope(norm.activation, z, z_dot)
     return z_dot.astype(norm.dtype)
 
 
@@ -272,17 +272,17 @@ def backward(
         scale's shape and dtype.
       dshortcut: x's shape, in the shortcut's dtype, or in dy's without a shortcut.
     """
-    given = dy, x, scale, bias, mean, var, shortcut
-    dz = before_activation(norm, *given)
-    own = max([own_params, *(p.ndim - 1 for p in (scale, bias) if p is not None)])
+    operands = dy, x, scale, bias, mean, var, shortcut
+    dz = before_activation(norm, *operands)
+    leads = [p.ndim - 1 for p in (scale, bias) if p is not None]
     on_cpu = tuned_for == "cpu"
     chunks = None
     if on_cpu and _gains_from_chunks(norm, x, dy):
-        chunks = chunks_of(norm, x, own)
+        chunks = chunks_of(norm, x, max([own_params, *leads]))
     if on_cpu and not chunks:
         dz = lax.optimization_barrier(dz)
     if chunks:
-        sums = _backward_sums_in_chunks(norm, given, own_params, wanted, *chunks)
+        sums = _backward_sums_in_chunks(norm, operands, own_params, wanted, *chunks)
     else:
         sums = _backward_sums(
             norm, dz, x, scale, mean, var, own_params, in_parts=tuned_for == "gpu"
@@ -370,7 +370,7 @@ def _backward_sums(
 
 def _backward_sums_in_chunks(
     norm: Norm,
-    given: tuple[Any, ...],
+    operands: tuple[Any, ...],
     own_params: int,
     wanted: Sequence[bool],
     axis: int,
@@ -380,22 +380,22 @@ def _backward_sums_in_chunks(
 
     Args:
       norm: the normalization.
-      given: dy, x, scale, bias, mean, var and shortcut of `backward`.
+      operands: dy, x, scale, bias, mean, var and shortcut of `backward`.
       own_params, wanted: as for `backward`.
       axis, size: as `chunks_of` returns them.
     """
     wants = dict(zip(("dx", "dscale", "dbias"), wanted, strict=True))
     wants |= {"c1": wants["dx"], "c2": wants["dx"]}
 
-    def sums(*operands: Any) -> dict[str, jax.Array]:
-        _, x, scale, _, mean, var, _ = operands
-        dz = before_activation(norm, *operands)
+    def sums(*part: Any) -> dict[str, jax.Array]:
+        _, x, scale, _, mean, var, _ = part
+        dz = before_activation(norm, *part)
         if norm.activation is not None:
             dz = lax.optimization_barrier(dz)  # else each sum recomputes the slope
-        found = _backward_sums(norm, dz, x, scale, mean, var, own_params)
-        return {name: total for name, total in found.items() if wants[name]}
+        totals = _backward_sums(norm, dz, x, scale, mean, var, own_params)
+        return {name: total for name, total in totals.items() if wants[name]}
 
-    return in_chunks(sums, given, given[1], axis, size)
+    return in_chunks(sums, operands, operands[1], axis, size)
 
 
 def is_per_element(param: Any, x: Any) -> bool:
@@ -420,7 +420,7 @@ def before_activation(
     if norm.activation is None:
         return dy
     z = _affine(norm, x, mean, var, scale, bias, shortcut)
-    return through(norm.activation, z, dy.astype(norm.compute_dtype))
+    return times_slope(norm.activation, z, dy.astype(norm.compute_dtype))
 
 
 def input_gradient(

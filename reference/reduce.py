@@ -97,13 +97,13 @@ def weight(norm: Norm, scale: jax.Array | None, x: Any) -> Any:
     return 1 if scale is None else norm.weight(spread(norm, scale, x))
 
 
-def pixel_axes(norm: Norm, own: int = 0) -> list[int]:
+def pixel_axes(norm: Norm, first: int = 0) -> list[int]:
     """Returns the axes of S in x[N, S, G, K]: reduced axes that are no feature axes.
 
-    The first `own` axes of x are left out.
+    Axes of x before `first` are left out.
     """
     axes = norm.reduction_axes
-    return [axis for axis in axes if axis not in norm.feature_axes and axis >= own]
+    return [axis for axis in axes if axis not in norm.feature_axes and axis >= first]
 
 
 def sum_over(x: jax.Array, axes: Sequence[int]) -> jax.Array:
@@ -195,9 +195,10 @@ def divided(total: jax.Array, count: Count) -> jax.Array:
 
 def across(norm: Norm, total: Any) -> Any:
     """Returns the total, which may be an int, over all devices that combine."""
-    if not norm.over:
+    if not norm.axis_names:
         return total
-    return lax.psum(total, norm.over, axis_index_groups=norm.groups)
+    groups = norm.axis_index_groups
+    return lax.psum(total, norm.axis_names, axis_index_groups=groups)
 
 
 def mean(norm: Norm, total: jax.Array, count: Count) -> jax.Array:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 # Platform for which the reference takes the form that its compiler runs fastest: one
-# device that holds all of x, or, for "gpus", several over which XLA partitions it.
+# device that holds all of x; or several over which XLA partitions it, for "gpus", and
+# for a BatchNorm on TPUs.
 TunedFor = Literal["cpu", "gpu", "gpus", "tpu"] | None
 
 
@@ -29,9 +30,10 @@ class Norm:
       activation: None, or a name in `activation.ACTIVATIONS`.
       scale_offset: number added to the scale, if there is one; 1 if the scale is stored
         as its distance from 1.
-      over: mapped axes (of a mesh, or of `jax.vmap`) over which the statistics are
-        also combined. x is then one device's part.
-      groups: None, or which devices of these axes combine, as in `jax.lax.psum`.
+      axis_names: mapped axes (of a mesh, or of `jax.vmap`) over which the statistics
+        are also combined. x is then one device's part.
+      axis_index_groups: None, or which devices of these axes combine, as in
+        `jax.lax.psum`.
       one_scale: whether all devices that combine are known to have the same scale.
     """
 
@@ -43,8 +45,8 @@ class Norm:
     dtype: Any = jnp.dtype("float32")
     activation: str | None = None
     scale_offset: float = 0.0
-    over: tuple[Hashable, ...] = ()
-    groups: tuple[tuple[int, ...], ...] | None = None
+    axis_names: tuple[Hashable, ...] = ()
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     one_scale: bool = False
 
     @property

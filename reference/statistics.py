@@ -246,7 +246,7 @@ def variance(count: Count, m2: jax.Array) -> jax.Array:
 def combine(
     norm: Norm, count: Count, mean: jax.Array | None, m2: jax.Array
 ) -> tuple[Count, jax.Array | None, jax.Array]:
-    """Merges each device's `moments` over `norm.over` (Chan et al. 1983, eq. 2.1).
+    """Merges each device's `moments` over `axis_names` (Chan et al. 1983, eq. 2.1).
 
     Each device is weighted by its count, and the squares are shifted to the common mean
     before they are added. The result is that of one device with all the data.
@@ -258,7 +258,7 @@ def combine(
     Returns:
       The same three, over all devices that combine.
     """
-    if not norm.over:
+    if not norm.axis_names:
         return count, mean, m2
     weight = jnp.asarray(reduce.factor(count), m2.dtype)
     total = reduce.across(norm, count if isinstance(count, int) else weight)

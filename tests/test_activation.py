@@ -49,7 +49,7 @@ def test_in_a_kernel(name: str) -> None:
     for actual, expected, bound in (
         (activation.activate(name, z), value, 4 * eps * np.abs(z)),
         (
-            activation.through(name, z, jnp.ones_like(z)),
+            activation.times_slope(name, z, jnp.ones_like(z)),
             slope,
             8 * eps * np.maximum(np.abs(z), 1),
         ),

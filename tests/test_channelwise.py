@@ -617,7 +617,7 @@ def test_bytes_of_channels_on_a_gpu() -> None:
     assert moved(carried) == moved(backward) + x
     of_each = dataclasses.replace(backward, own_params=1)  # not reduced
     assert moved(of_each) == moved(backward) - 2 * of_samples + 2 * 8 * param
-    across = dataclasses.replace(backward.norm, over=("d",))
+    across = dataclasses.replace(backward.norm, axis_names=("d",))
     half = dataclasses.replace(backward, norm=across)
     kernel = gpu.plan(half, None)
     assert isinstance(kernel, Kernel)

@@ -511,7 +511,7 @@ def test_what_xla_partitions_without_asking_is_for_no_kernel(platform: str) -> N
 
 def test_each_elements_own_scale_does_not_cross_devices() -> None:
     x = jax.ShapeDtypeStruct((8, 24), "float32")
-    asked = Call("forward", Norm((1,), (1,), over=("d",)), x, scale=x)
+    asked = Call("forward", Norm((1,), (1,), axis_names=("d",)), x, scale=x)
     for platform in ("cuda", "tpu"):
         answer = dispatch.plan(asked, Target((platform,)))
         assert isinstance(answer, Fallback)
@@ -543,7 +543,7 @@ def test_half_of_a_call_reads_nothing_for_its_other_half(platform: str) -> None:
     """A forward's half reads no scale, bias or shortcut; a backward's reads no dh."""
     x = jax.ShapeDtypeStruct((8, 256, 320), "bfloat16")
     param = jax.ShapeDtypeStruct((320,), "float32")
-    norm = Norm((0, 1), (2,), over=("d",), dtype=jnp.dtype("bfloat16"))
+    norm = Norm((0, 1), (2,), axis_names=("d",), dtype=jnp.dtype("bfloat16"))
 
     def moved(**given: Any) -> int:
         op = "backward" if "dy" in given else "forward"

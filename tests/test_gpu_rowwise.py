@@ -480,7 +480,7 @@ def test_bytes_of_some_on_a_gpu() -> None:
     assert (
         moved(dataclasses.replace(forward, norm=rms)) == 2 * x + 2 * param + statistic
     )
-    across = dataclasses.replace(forward.norm, over=("d",))
+    across = dataclasses.replace(forward.norm, axis_names=("d",))
     half = dataclasses.replace(
         forward, norm=across, scale=None, bias=None, statistics=True
     )

@@ -29,9 +29,8 @@ from jax.sharding import PartitionSpec as P
 import fusednorm
 from bench.aot import hlo
 from fusednorm import reference
-from fusednorm.kernels import dispatch, parts
+from fusednorm.kernels import dispatch, lowering, parts
 from fusednorm.kernels.dispatch import Call, Kernel
-from fusednorm.kernels.norm import choose, norm_p
 from fusednorm.reference import Norm, reduce
 from tests import interpreters
 from tests.test_op import gathered
@@ -209,7 +208,7 @@ def plan(call: Call, device: Any) -> Kernel:
     """Takes every call, with the reference's formulas in place of a kernel."""
     asked.append(call)
 
-    here = dataclasses.replace(call.norm, over=())
+    here = dataclasses.replace(call.norm, axis_names=())
 
     def forward(x: Any, *operands: Any, residual: Any = None) -> list[jax.Array]:
         h = x if residual is None else reference.add(x, residual)
@@ -342,9 +341,9 @@ def test_statistics_of_groups_do_not_split_channels() -> None:
     """
     norm = reference.Norm((1,), (2,), num_groups=4)
     every, statistic = (0, 1, 2), (0, None, parts.GROUPS)
-    shapes = parts.Shapes((every, statistic), (every,), (False,))
+    alignment = parts.Alignment((every, statistic), (every,), (False,))
     specs = [(every, P()), (statistic, P(None, None, "d"))]
-    found = parts._split(mesh_of("data", "Auto"), norm, (4, 8, 32), shapes, specs)
+    found = parts._split(mesh_of("data", "Auto"), norm, (4, 8, 32), alignment, specs)
     assert found.axes == ((), (), ())
     assert found.norm == norm
 
@@ -951,7 +950,7 @@ def test_what_stands_beside_a_norm(stand_in: list[Call], mode: str) -> None:
     assert forward.x.shape == backward.x.shape == (2, 8, 32)
     assert forward.addend is not None
     assert backward.addend is not None
-    assert forward.own == 1
+    assert forward.param_axes == 1
 
 
 # --- layers ---------------------------------------------------------------------------
@@ -1307,11 +1306,11 @@ def test_what_is_not_added_up_yet_is_for_no_kernel() -> None:
     """No kernel takes an operand of explicit mode that is unreduced."""
     mesh = mesh_of("data and features", "Explicit").abstract_mesh
     every = (0, 1)
-    shapes = parts.Shapes((every,), (every,), (False,))
+    alignment = parts.Alignment((every,), (every,), (False,))
     for spec, has_parts in ((P("d"), True), (P("d", unreduced={"e"}), False)):
         sharding = types.SimpleNamespace(mesh=mesh, spec=spec)
         x = types.SimpleNamespace(shape=(4, 32), ndim=2, sharding=sharding)
-        found = parts.of_types(Norm((1,), (1,)), x, shapes, [x])
+        found = parts.of_types(Norm((1,), (1,)), x, alignment, [x])
         assert (found is not None) == has_parts
 
 
@@ -1329,8 +1328,8 @@ def test_xla_does_not_ask_about_types() -> None:
         x = jax.core.ShapedArray(
             (4, 32), jnp.dtype("float32"), sharding=NamedSharding(mesh, spec)
         )
-        *_, spread = choose(norm_p, [x], params, target, "auto")
-        assert isinstance(spread, kind)
+        *_, partitioning = lowering.choose([x], params, target, "auto")
+        assert isinstance(partitioning, kind)
 
 
 def test_axes_keep_their_types_where_one_is_split_for_groups() -> None:
@@ -1343,8 +1342,8 @@ def test_axes_keep_their_types_where_one_is_split_for_groups() -> None:
 
 def test_xs_own_sharding_goes_before_that_of_parameters() -> None:
     every, param = (0, 1, 2), (2,)
-    shapes = parts.Shapes((every, param), (every,), (False,))
+    alignment = parts.Alignment((every, param), (every,), (False,))
     specs = [(param, P("d")), (every, P("d", P.UNCONSTRAINED))]
     norm = Norm((2,), (2,))
-    found = parts._split(mesh_of("data", "Auto"), norm, (4, 8, 32), shapes, specs)
+    found = parts._split(mesh_of("data", "Auto"), norm, (4, 8, 32), alignment, specs)
     assert found.axes == (("d",), (), ())

@@ -428,6 +428,6 @@ def test_bytes_of_channels() -> None:
     # XLA reads dx again and dh, and writes their sum.
     carried = dataclasses.replace(backward, addend=backward.x)
     assert moved(carried, "TPU v5e") == 6 * x + 3 * param + statistics
-    across = dataclasses.replace(backward.norm, over=("d",))
+    across = dataclasses.replace(backward.norm, axis_names=("d",))
     half = dataclasses.replace(backward, norm=across)
     assert moved(half, "TPU v5e") == 2 * x + 3 * param + 2 * statistics

@@ -641,7 +641,7 @@ def test_bytes_of_some() -> None:
         ((False, False, True, False), x + param),
     ):
         assert moved(dataclasses.replace(backward, wanted=wanted)) == expected
-    across = dataclasses.replace(backward.norm, over=("d",))
+    across = dataclasses.replace(backward.norm, axis_names=("d",))
     half = dataclasses.replace(backward, norm=across)
     assert moved(half) == 2 * x + 3 * param + 4 * statistic
 

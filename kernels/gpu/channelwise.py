@@ -52,7 +52,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fusednorm import reference
-from fusednorm.kernels.activation import activate, through
+from fusednorm.kernels.activation import activate, times_slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
 from fusednorm.kernels.gpu import memory, strips
 from fusednorm.kernels.gpu.strips import KB, MAX_CHUNKS, Columns, Config, Part
@@ -480,7 +480,7 @@ def _before_activation(
         return lambda dy, centred: dy
     factor = rstd * _scale(norm, part, ref)
     bias = _bias(part, ref)
-    through_act = functools.partial(through, norm.activation)
+    through_act = functools.partial(times_slope, norm.activation)
 
     def dz_of(dy: Columns, centred: Columns, *shortcut: Columns) -> Columns:
         z = strips.add([centred * factor + bias, *shortcut])

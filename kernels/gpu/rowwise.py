@@ -49,7 +49,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fusednorm.kernels.activation import activate, through
+from fusednorm.kernels.activation import activate, times_slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, present
 from fusednorm.kernels.geometry import LONGEST_ROW, power_of_two
 from fusednorm.kernels.gpu import memory, tiles
@@ -294,7 +294,7 @@ def _backward_kernel(
                 z = z + params("bias")
             if "shortcut" in ref:
                 z = z + loaded["shortcut"].float32()
-            dz = z.map(functools.partial(through, norm.activation), dz)
+            dz = z.map(functools.partial(times_slope, norm.activation), dz)
 
         terms = {"dscale": dz * x_hat, "dbias": dz, "dshortcut": dz}
         for name in ("dscale", "dshortcut"):
@@ -579,7 +579,7 @@ def plan(call: Call, processors: int, smem: int) -> Kernel | Fallback:
             center=call.norm.center or call.wants["dbias"],
             slopes=call.slopes,
             beside=len(read) > 2,
-            own=not call.scales_each and (call.own > 0 or call.row_groups > 1),
+            own=not call.scales_each and (call.param_axes > 0 or call.row_groups > 1),
             smem=smem,
         )
         launch = functools.partial(backward, config, work, call, processors)

@@ -421,7 +421,7 @@ class Examples:
     @classmethod
     def of(cls, call: Call, features: int) -> "Examples":
         """Returns the examples of a call whose rows have `features` columns."""
-        count = call.row_groups * math.prod(call.x.shape[: call.own])
+        count = call.row_groups * math.prod(call.x.shape[: call.param_axes])
         return cls(count, call.x.size // features // count, call.row_groups > 1)
 
     def row(self, example: Any, index: Any) -> Row:

@@ -50,7 +50,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fusednorm import reference
-from fusednorm.kernels.activation import activate, through
+from fusednorm.kernels.activation import activate, times_slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry, power_of_two
 from fusednorm.kernels.tpu import memory
@@ -411,7 +411,7 @@ def _before_activation(
         z = z + bias
     if "shortcut" in ref:
         z = z + cut.load(ref["shortcut"], index)
-    return through(norm.activation, z, dy)
+    return times_slope(norm.activation, z, dy)
 
 
 def _add_samples(

@@ -56,7 +56,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from fusednorm.kernels.activation import activate, through
+from fusednorm.kernels.activation import activate, times_slope
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel
 from fusednorm.kernels.geometry import Geometry, power_of_two
 from fusednorm.kernels.tpu import memory
@@ -405,7 +405,7 @@ def _through_activation(
         if activation is None:
             return dy
         x_hat = center_x(piece) * blocks.broadcast(rstd, piece)
-        return through(activation, _affine(x_hat, piece, read), dy)
+        return times_slope(activation, _affine(x_hat, piece, read), dy)
 
     return center_x, compute_dz
 
@@ -655,8 +655,8 @@ def plan(call: Call, chip: memory.Chip) -> Kernel | Fallback:
     natural = tuple(range(call.x.ndim))
     order = natural
     if call.norm.reduction_axes == natural[-1:]:  # neither groups nor several axes
-        order = order_of_axes(call.x.shape, call.x.dtype.itemsize, call.own)
-    groups, param_axes = call.row_groups, call.own
+        order = order_of_axes(call.x.shape, call.x.dtype.itemsize, call.param_axes)
+    groups, param_axes = call.row_groups, call.param_axes
     if groups > 1 and order != natural:
         # The groups lie in front of the rows: each group of a sample is an example.
         param_axes = len(order) - 2
@@ -669,7 +669,7 @@ def plan(call: Call, chip: memory.Chip) -> Kernel | Fallback:
     if order[-1] != natural[-1]:
         down = down_sublanes(_transposed(call, order), chip, groups, param_axes)
         if down is None:
-            order, param_axes = natural, call.own
+            order, param_axes = natural, call.param_axes
     call = _transposed(call, order)
     blocks = down or across_lanes(call, view, chip, groups, param_axes)
     if isinstance(blocks, Fallback):
@@ -922,7 +922,7 @@ def down_sublanes(
 def _params_differ(call: Call) -> bool:
     """Returns whether examples have their own scale or bias, not only their own
     sums."""
-    return dataclasses.replace(call, own_params=0).own > 0
+    return dataclasses.replace(call, own_params=0).param_axes > 0
 
 
 def _streamed(call: Call) -> list[jnp.dtype]:
