@@ -488,7 +488,9 @@ def _carrying(eqn: JaxprEqn, h: Var) -> JaxprEqn:
 
 def _patterns_of(aval: Any) -> list[tuple[str, Jaxpr]]:
     """Traces each activation, for a variable of this type, to a jaxpr."""
-    return [(name, jax.make_jaxpr(f)(aval).jaxpr) for name, f in _WRITTEN]
+    # On the mesh of the type: in a shard_map, `jax.set_mesh` may say another.
+    with jax.sharding.use_abstract_mesh(aval.sharding.mesh):
+        return [(name, jax.make_jaxpr(f)(aval).jaxpr) for name, f in _WRITTEN]
 
 
 def _match(pattern: Jaxpr, z: Var, uses: _Uses) -> list[int] | None:
@@ -530,7 +532,7 @@ def _alike(wanted: JaxprEqn, operands: Sequence[Any], found: JaxprEqn) -> bool:
         and all(map(_same_type, wanted.outvars, found.outvars))
         and found.params.keys() == wanted.params.keys()
         and all(
-            _same_param(wanted.params[name], value)
+            name == "ctx_mesh" or _same_param(wanted.params[name], value)
             for name, value in found.params.items()
         )
     )

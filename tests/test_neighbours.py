@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fusednorm
@@ -195,6 +195,21 @@ def test_looks_inside(where: str) -> None:
     else:
         assert activations(joined, x) == ["silu"]
     assert_agrees(jax.jit(joined)(x), jax.jit(INSIDE[where])(x))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_looks_inside_a_shard_map_with_a_mesh_in_context(kind: AxisType) -> None:
+    mesh, spec = jax.make_mesh((2,), ("data",), axis_types=(kind,)), P("data")
+
+    def f(x: jax.Array) -> jax.Array:
+        body = lambda x: nnx.silu(norm(x))  # noqa: E731
+        return jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+    joined = fusednorm.fuse_neighbours(f)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(data(SHAPE), NamedSharding(mesh, spec))
+        assert activations(joined, x) == ["silu"]
+        assert_agrees(jax.jit(joined)(x), jax.jit(f)(x))
 
 
 def test_a_function_that_is_called_twice_stays_one_function() -> None:
