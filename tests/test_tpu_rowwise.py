@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+import fusednorm
 from fusednorm.kernels import dispatch, tpu
 from fusednorm.kernels import norm as op
 from fusednorm.kernels.dispatch import Call, Fallback, Kernel, Target
+from fusednorm.kernels.tpu import blocks as tpu_blocks
 from fusednorm.kernels.tpu import memory, rowwise
 from fusednorm.kernels.tpu.blocks import (
     AcrossLanes,
@@ -182,6 +184,51 @@ def test_blocks_of_slabs_and_of_rows(
     for call in calls(shape, dtype):
         assert int(tpu.plan(call, None).block.split()[0]) == 512
     run(Case("layer_norm", shape), (dtype, "float32", dtype))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(
+    "shape",
+    [(700, 256), (1400, 128), (5, 8, 200, 24), (3, 9, 1024)],
+    ids=["across", "turned", "down", "slabs"],
+)
+def test_sums_of_several_runs_of_chunks(
+    kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    cores: int,
+) -> None:
+    """The sums of one or two chunks, or of fewer at the end, move to a second level."""
+    chip = dataclasses.replace(memory.chip(None), cores=cores)
+    monkeypatch.setattr(memory, "chip", lambda _: chip)
+    monkeypatch.setattr(tpu_blocks, "IN_A_ROW", 1)
+    monkeypatch.setattr(rowwise, "MOST_ROWS", LANES)
+    monkeypatch.setattr(rowwise, "SLAB_BYTES", 2**10)
+    _, backward = calls(shape, "float32")
+    blocks = planned(backward)
+    *_, slabs, rows = blocks.grid
+    assert slabs * rows > blocks.steps_in_a_row
+    run(Case("layer_norm", shape))
+
+
+def test_a_long_sum_loses_no_small_terms(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2^24 + 1 is 2^24, but runs of chunks are summed apart."""
+    monkeypatch.setattr(tpu_blocks, "IN_A_ROW", 2)
+    monkeypatch.setattr(rowwise, "MOST_ROWS", LANES)
+    shape = (700, 256)
+    blocks = planned(calls(shape, "float32")[1])
+    dy = np.zeros(shape, np.float32)
+    dy[:: blocks.chunk_rows] = 1.0
+    dy[0] = 2.0**24
+    x = jnp.asarray(Case("layer_norm", shape).data(0, "float32", "float32")[0])
+    zeros = jnp.zeros(shape[1])
+    _, vjp = jax.vjp(lambda bias: fusednorm.layer_norm(x, bias=bias), zeros)
+    runs = -(-blocks.grid[3] // blocks.steps_in_a_row)
+    assert runs > 2
+    (dbias,) = vjp(jnp.asarray(dy))
+    assert dbias.min() >= 2**24 + 2 * (runs - 2)
 
 
 @pytest.mark.parametrize("width", [LANES, 2 * LANES])

@@ -278,16 +278,16 @@ def _backward_kernel(ref: Refs, call: Call, blocks: Blocks) -> None:
         `call.scales_each`.
       scale_kept, bias_kept: [sublanes, kept_rows] float32; from tiles, [1, lanes].
       centred_kept, rstd_w_kept: chunks of one turn, float32.
-      dscale_sum, dbias_sum: float32, accumulated over the steps of an example:
-        [SUBLANES or period, lanes] or [sublanes, kept_rows].
+      dscale_sum, dbias_sum: float32, accumulated over `blocks.IN_A_ROW` chunks or a
+        step, whichever is longer: [SUBLANES or period, lanes] or [sublanes, kept_rows].
     """
     _keep_params(ref, blocks)
 
     @pl.when(_is_first_step())
     def _() -> None:
         for name in call.summed:
-            total = ref[f"{name}_sum"]
-            total[...] = jnp.zeros_like(total)
+            for total in (ref[f"{name}_sum"], ref[name]):
+                total[...] = jnp.zeros_like(total)
 
     def statistics(index: Any) -> tuple[Any, Any]:
         """Returns mean and rstd of each row of a chunk."""
@@ -304,10 +304,12 @@ def _backward_kernel(ref: Refs, call: Call, blocks: Blocks) -> None:
     chunk = functools.partial(_backward_chunk, ref, call, blocks)
     blocks.for_each_chunk(chunk, masks=bool(call.summed), statistics=statistics)
 
-    @pl.when(_is_last_step(blocks))
+    @pl.when(_ends_run(blocks))
     def _() -> None:
         for name in call.summed:
-            blocks.finish_sum(ref[f"{name}_sum"], ref[name])
+            run = ref[f"{name}_sum"]
+            blocks.add_sum(run, ref[name])
+            run[...] = jnp.zeros_like(run)
 
 
 def _backward_chunk(
@@ -464,6 +466,13 @@ def _is_first_step() -> jax.Array:
 def _is_last_step(blocks: Blocks) -> jax.Array:
     *_, slabs, rows = blocks.grid
     return (pl.program_id(2) == slabs - 1) & (pl.program_id(3) == rows - 1)
+
+
+def _ends_run(blocks: Blocks) -> jax.Array:
+    """Returns whether the sums of these steps are added to the example's."""
+    run = blocks.steps_in_a_row
+    step = pl.program_id(2) * blocks.grid[3] + pl.program_id(3)
+    return (lax.rem(step, run) == run - 1) | _is_last_step(blocks)
 
 
 # --- the launch -----------------------------------------------------------------------
