@@ -117,9 +117,9 @@ class Config:
         """
         columns = sum(chunk.vector for chunk in self.chunks)
         lines = max(self.at_once // columns, 1)
-        # Strips of 5 * 2^n channels have 5 or 10 columns per lane. Where those make
-        # three lines, four leave no rest, for which the code would be there again.
-        return 4 if lines == 3 and self.lines % 4 == 0 else lines
+        # Strips of 5 * 2^n channels have 10 columns per lane. Where those make three
+        # lines, four leave no rest, for which the code would be there again.
+        return 4 if lines == 3 and columns == 10 and self.lines % 4 == 0 else lines
 
     def for_merge(self) -> "Config":
         """Returns the config for merging a strip's blocks.
