@@ -223,7 +223,7 @@ def test_nothing_in_common(
         ('{"date": "2026-11-28"}', "it has no 'device'"),
         ("without flax", "it has no 'flax'"),
         ("without results", "holds no times"),
-        ((RESULTS / "roofline-2026-11-29.json").read_text(), "it has no 'device'"),
+        ((RESULTS / "roofline-2026-12-01.json").read_text(), "it has no 'device'"),
     ],
     ids=["none", "text", "list", "no device", "no flax", "no results", "roofline"],
 )
