@@ -480,11 +480,11 @@ def _before_activation(
         return lambda dy, centred: dy
     factor = rstd * _scale(norm, part, ref)
     bias = _bias(part, ref)
-    through_act = functools.partial(times_slope, norm.activation)
+    act_slope = functools.partial(times_slope, norm.activation)
 
     def dz_of(dy: Columns, centred: Columns, *shortcut: Columns) -> Columns:
         z = strips.add([centred * factor + bias, *shortcut])
-        return z.map(through_act, dy)
+        return z.map(act_slope, dy)
 
     return dz_of
 
@@ -689,8 +689,7 @@ def sums(
     operands = (dy, x, scale, bias, mean, var)
     results = gradient_sums(config, combine_config, call, *operands, shortcut)
     inner_products = [results[name] for name in ("c1", "c2") if name in results]
-    partials = {name: results[name] for name in call.summed}
-    return [*inner_products, *memory.sum_partials(call, partials).values()]
+    return [*inner_products, *memory.sum_partials(call, results).values()]
 
 
 def gradient_sums(
@@ -770,8 +769,7 @@ def _wanted(call: Call, results: dict[str, jax.Array]) -> list[jax.Array]:
         for name in ("dx", "dshortcut")
         if call.wants[name]
     }
-    partials = {name: results[name] for name in call.summed}
-    gradients |= memory.sum_partials(call, partials)
+    gradients |= memory.sum_partials(call, results)
     return [gradients[name] for name, wanted in call.wants.items() if wanted]
 
 

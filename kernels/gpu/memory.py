@@ -147,16 +147,17 @@ def cost(arrays: Sequence[Any]) -> dict[str, Any]:
     return {"cost_estimate": estimate(arrays)} if _TAKES_COST else {}
 
 
-def sum_partials(call: Call, partials: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sums dscale and dbias, (n, features) each, over the blocks of an example.
+def sum_partials(call: Call, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sums those of dscale and dbias that are summed, over the blocks of an example.
 
-    n / examples consecutive ones belong to one example. All are summed in one kernel;
-    XLA would make one per `jnp.sum`.
+    Each is (n, features), and n / examples consecutive ones belong to one example. All
+    are summed in one kernel; XLA would make one per `jnp.sum`.
     """
     leading = call.x.shape[: call.own_params]
     examples = call.row_groups * math.prod(leading)
-    sums = [p.reshape(examples, -1, p.shape[-1]) for p in partials.values()]
-    if partials and sums[0].shape[1] > 1:
+    partials = [results[name] for name in call.summed]
+    sums = [p.reshape(examples, -1, p.shape[-1]) for p in partials]
+    if sums and sums[0].shape[1] > 1:
 
         def add(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
             return tuple(x + y for x, y in zip(a, b, strict=True))
@@ -165,5 +166,5 @@ def sum_partials(call: Call, partials: dict[str, jax.Array]) -> dict[str, jax.Ar
         sums = lax.reduce(sums, zeros, add, (1,))
     return {
         name: total.reshape(*leading, -1)
-        for name, total in zip(partials, sums, strict=True)
+        for name, total in zip(call.summed, sums, strict=True)
     }

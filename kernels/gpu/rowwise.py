@@ -447,7 +447,7 @@ def backward(
         places=4,
         kept=kept,
     )
-    results |= memory.sum_partials(call, {name: results[name] for name in summed})
+    results |= memory.sum_partials(call, results)
     shapes = dict.fromkeys(("dx", "dscale", "dshortcut"), x.shape)
     shapes |= dict.fromkeys(inner_products, var.shape)
     shapes |= {name: results[name].shape for name in summed}
